@@ -1,0 +1,44 @@
+# Everything a new machine needs is python3 (3.11 or newer, with venv) and make.
+#   make demo    convert the small teacher in the repository, from start to end
+#   make test    the default test suite
+#   make lint    ruff and mypy
+# PYTHON=/path/to/python3.12 picks another interpreter; .venv is then made again for it.
+
+PYTHON ?= python3
+PYTEST_ARGS ?= -n logical --dist loadfile
+DEMO_WORKDIR ?= runs/demo
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+PINS := constraints/$(if $(filter 3.11,$(VERSION)),py311,py312).txt
+BIN := .venv/bin
+STAMP := .venv/.made-for-python-$(VERSION)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint venv clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(STAMP)
+	$(BIN)/python -m radlads_jax.launch --config configs/demo.py --workdir $(DEMO_WORKDIR)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+venv: $(STAMP)
+
+clean:
+	rm -rf .venv
+
+# The stamp goes first: an installation that was interrupted leaves none, and the next run starts over.
+$(STAMP): pyproject.toml $(PINS)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("radlads_jax needs Python 3.11 or newer, but $(PYTHON) is %d.%d. Say which to use: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" % sys.version_info[:2])'
+	rm -f .venv/.made-for-python-*
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) --no-build-isolation --editable '.[test]'
+	touch $@

@@ -1,0 +1,1 @@
+"""Distillation of softmax-attention language models into recurrent ones, in JAX."""

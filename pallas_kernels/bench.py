@@ -1,0 +1,141 @@
+"""Times the recurrences of this machine's backend, every implementation in one run, and prints ratios.
+
+python -m pallas_kernels.bench [wkv7 wkv6] [--shape B,T,H,K ...] [--repeats N] [--chunk-size C]
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import layout
+from pallas_kernels.testing import recurrence_inputs
+from pallas_kernels.wkv6 import wkv6
+from pallas_kernels.wkv7 import wkv7
+
+OPERATIONS: dict[str, Callable[..., Any]] = {"wkv7": wkv7, "wkv6": wkv6}
+SHAPES = ((2, 512, 9, 64), (1, 8192, 28, 128))
+# The forms that autodiff makes keep far more than the inputs: they run on a shorter sequence, and their time is
+# scaled up to the full one (they are linear in T).
+COMPARISON_ELEMENTS = 2**21
+PAIRWISE_CHUNK = 16
+
+Gradient = Callable[..., Any]
+
+
+def pairwise(*, r, log_w, k, v, a=None, b=None):  # type: ignore[no-untyped-def]
+    """The usual chunked form: decays for each pair of tokens in [C,C,K] arrays, and JAX's own gradient.
+
+    Serves wkv7 and, without a and b, wkv6; T is a whole number of chunks.
+    """
+    size = PAIRWISE_CHUNK
+    lower = jnp.tril(jnp.ones((size, size), bool))[..., None]
+    strict = jnp.tril(lower[..., 0], -1)[..., None]
+
+    def decays(from_total, to_total, mask):  # type: ignore[no-untyped-def]
+        gap = from_total[..., :, None, :] - to_total[..., None, :, :]
+        return jnp.exp(jnp.where(mask, gap, -jnp.inf))
+
+    def products(left, right, decay):  # type: ignore[no-untyped-def]
+        return jnp.einsum("bhijk,bhjk->bhij", left[..., :, None, :] * decay, right)
+
+    @jax.checkpoint
+    def step(state, chunk):  # type: ignore[no-untyped-def]
+        r, log_w, k, v = chunk[:4]
+        total = layout.prefix_sums(log_w)
+        last = total[..., -1:, :]
+        inclusive = decays(total, total, lower)
+        out = (r * jnp.exp(total)) @ state + products(r, k, inclusive) @ v
+        new = jnp.exp(layout.transpose(last)) * state + layout.transpose(k * jnp.exp(last - total)) @ v
+        if len(chunk) > 4:
+            a, b = chunk[4:]
+            before = total - log_w
+            exclusive = decays(before, total, strict)
+            system = jnp.eye(size) - products(a, b, exclusive)
+            known = (a * jnp.exp(before)) @ state + products(a, k, exclusive) @ v
+            u = jax.lax.linalg.triangular_solve(system, known, left_side=True, lower=True, unit_diagonal=True)
+            out = out + products(r, b, inclusive) @ u
+            new = new + layout.transpose(b * jnp.exp(last - total)) @ u
+        return new, out
+
+    arrays = [r, log_w, k, v] + ([] if a is None else [a, b])
+    batch, length, heads, key_size = r.shape
+    state = jnp.zeros((batch, heads, key_size, v.shape[-1]), jnp.float32)
+    chunks = tuple(x.reshape(batch, length // size, size, heads, -1).transpose(1, 0, 3, 2, 4) for x in arrays)
+    state, out = jax.lax.scan(step, state, chunks)
+    return out.transpose(1, 0, 3, 2, 4).reshape(v.shape), state
+
+
+def runs(operation: str, backward: bool, chunk_size: int | None) -> dict[str, Gradient]:
+    """name -> jitted function of the inputs' dict, for every form compared."""
+    public = OPERATIONS[operation]
+    forms: dict[str, Callable[..., Any]] = {
+        "chunked": lambda **x: public(**x, implementation="chunked", chunk_size=chunk_size),
+        "pairwise": pairwise,
+        "reference": lambda **x: public(**x, implementation="reference"),
+    }
+
+    def loss(form: Callable[..., Any]) -> Callable[..., Any]:
+        def run(inputs: dict[str, jax.Array]) -> jax.Array:
+            out, state = form(**inputs)
+            return jnp.sum(out * out) + jnp.sum(state)
+
+        return jax.jit(jax.grad(run) if backward else lambda inputs: form(**inputs))
+
+    return {name: loss(form) for name, form in forms.items()}
+
+
+def medians(functions: dict[str, Gradient], arguments: dict[str, Any], repeats: int) -> dict[str, float]:
+    """Seconds per call, the functions taking turns so that a busy moment meets all of them."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for name, function in functions.items():
+        jax.block_until_ready(function(arguments[name]))
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function(arguments[name]))
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def compare(operation: str, shape: tuple[int, int, int, int], repeats: int, chunk_size: int | None) -> None:
+    """Prints forward and forward+backward of one operation at one shape."""
+    batch, length, heads, size = shape
+    short = max(64, COMPARISON_ELEMENTS // (batch * heads * size) // 64 * 64)
+    lengths = {"chunked": length, "pairwise": min(length, short), "reference": min(length, short)}
+    arguments = {
+        name: {key: jnp.asarray(x) for key, x in recurrence_inputs(operation, batch, t, heads, size, size).items()}
+        for name, t in lengths.items()
+    }
+    for backward in (False, True):
+        seconds = medians(runs(operation, backward, chunk_size), arguments, repeats)
+        seconds = {name: value * length / lengths[name] for name, value in seconds.items()}
+        label = f"{operation} B={batch} T={length} H={heads} K=V={size}"
+        for name, value in seconds.items():
+            scaled = "" if lengths[name] == length else f"  (from T={lengths[name]})"
+            print(
+                f"{label:36s} {'forward+backward' if backward else 'forward':17s} {name:10s} "
+                f"{value * 1e3:10.1f} ms {value / seconds['chunked']:7.2f}x{scaled}",
+                flush=True,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("operations", nargs="*", default=list(OPERATIONS), metavar="operation")
+    parser.add_argument("--shape", action="append", help="B,T,H,K; again for another")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--chunk-size", type=int, default=None)
+    arguments = parser.parse_args()
+    shapes = [tuple(int(n) for n in text.split(",")) for text in arguments.shape or []] or SHAPES
+    for operation in arguments.operations:
+        for shape in shapes:
+            compare(operation, shape, arguments.repeats, arguments.chunk_size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Which implementation of an operation runs: each operation keeps one dict, name -> function."""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+logger = logging.getLogger(__name__)
+
+# Tried in order on each backend; the first that the operation has is taken.
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "tpu": ("pallas_tpu", "chunked"),
+    "gpu": ("triton_gpu", "chunked"),
+    "cpu": ("chunked",),
+}
+
+
+def choose(
+    operation: str, implementations: Mapping[str, Callable[..., Any]], implementation: str | None
+) -> Callable[..., Any]:
+    """Returns the named implementation, or for None the best one the current backend has.
+
+    A named implementation is never replaced by another: ValueError if the operation has none of that name.
+    """
+    if implementation is None:
+        backend = jax.default_backend()
+        preferred = PREFERENCE.get(backend, ("chunked",))
+        implementation = next(name for name in preferred if name in implementations)
+        _log_choice(operation, implementation, backend)
+    if implementation not in implementations:
+        raise ValueError(
+            f"{operation} got implementation={implementation!r}, expected one of {sorted(implementations)}; "
+            "name one of those, or pass None to let the backend decide."
+        )
+    return implementations[implementation]
+
+
+@functools.cache
+def _log_choice(operation: str, implementation: str, backend: str) -> None:
+    logger.info("%s runs as %s on %s", operation, implementation, backend)

@@ -1,0 +1,136 @@
+"""The public losses: check their arguments and choose the slice."""
+
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.linear_loss import sliced
+from pallas_kernels.linear_loss.stats import stats
+
+Layout = Literal["dv", "vd"]
+
+# One slice's float32 logits, in elements.
+SLICE_ELEMENTS = 2**25
+
+
+def linear_cross_entropy(
+    hidden: Float[Array, "N D"],
+    kernel: Float[Array, "_ _"],
+    targets: Int[Array, "N"],
+    weights: Float[Array, "N"],
+    *,
+    slice_tokens: int | None = None,
+    kernel_layout: Layout = "dv",
+) -> Float[Array, ""]:
+    """Weighted sum over tokens of the cross-entropy of softmax(hidden @ kernel) against targets.
+
+    sum_n weights_n (logsumexp_v(z_n) - z_n[targets_n]),   z = hidden @ kernel
+
+    kernel is [D,vocab], or [vocab,D] with kernel_layout="vd" (a tied embedding, used where it lies). Matrix products
+    run in hidden's dtype with float32 sums; logits, softmax and the result are float32. Gradients of hidden, kernel
+    and weights come out of the same pass as the value, and at most slice_tokens x vocab logits exist at any time.
+    """
+    _check("linear_cross_entropy", hidden, kernel, kernel_layout, weights, targets)
+    options = sliced.Options(_slice_tokens(hidden, kernel, kernel_layout, slice_tokens), kernel_layout)
+    return sliced.cross_entropy(options, hidden, kernel, targets, weights)
+
+
+def linear_kl(
+    hidden: Float[Array, "N D"],
+    kernel: Float[Array, "_ _"],
+    teacher_hidden: Float[Array, "N D2"],
+    teacher_kernel: Float[Array, "_ _"],
+    weights: Float[Array, "N"],
+    *,
+    slice_tokens: int | None = None,
+    kernel_layout: Layout = "dv",
+    teacher_kernel_layout: Layout = "dv",
+) -> Float[Array, ""]:
+    """Weighted sum over tokens of KL(teacher || student) at temperature 1.
+
+    sum_n weights_n sum_v p_nv (log p_nv - log q_nv),   p = softmax(teacher_hidden @ teacher_kernel),
+    q = softmax(hidden @ kernel)
+
+    Layouts, dtypes, memory and gradients as in `linear_cross_entropy`; the teacher is a constant and gets none.
+    Teacher and student may differ in width, not in vocabulary.
+    """
+    _check("linear_kl", hidden, kernel, kernel_layout, weights)
+    _check("linear_kl", teacher_hidden, teacher_kernel, teacher_kernel_layout, weights, name="teacher_")
+    _check_vocab("linear_kl", kernel, kernel_layout, teacher_kernel, teacher_kernel_layout)
+    size = _slice_tokens(hidden, kernel, kernel_layout, slice_tokens)
+    options = sliced.Options(size, kernel_layout, teacher_kernel_layout)
+    return sliced.kl(options, hidden, kernel, teacher_hidden, teacher_kernel, weights)
+
+
+def linear_stats(
+    hidden: Float[Array, "N D"],
+    kernel: Float[Array, "_ _"],
+    targets: Int[Array, "N"],
+    weights: Float[Array, "N"],
+    teacher_hidden: Float[Array, "N D2"] | None = None,
+    teacher_kernel: Float[Array, "_ _"] | None = None,
+    *,
+    slice_tokens: int | None = None,
+    kernel_layout: Layout = "dv",
+    teacher_kernel_layout: Layout = "dv",
+) -> dict[str, Float[Array, ""]]:
+    """Weighted sums over tokens for evaluation, forward only, slice by slice.
+
+    "loss" (cross-entropy) and "top1" (argmax == target); with a teacher also "kl" (teacher || student), "agreement"
+    (both argmax equal), "teacher_loss" and "teacher_top1". Divide by weights.sum() for means.
+    """
+    _check("linear_stats", hidden, kernel, kernel_layout, weights, targets)
+    if (teacher_hidden is None) != (teacher_kernel is None):
+        raise ValueError("linear_stats got only one of teacher_hidden and teacher_kernel; pass both or neither.")
+    if teacher_hidden is not None and teacher_kernel is not None:
+        _check("linear_stats", teacher_hidden, teacher_kernel, teacher_kernel_layout, weights, name="teacher_")
+        _check_vocab("linear_stats", kernel, kernel_layout, teacher_kernel, teacher_kernel_layout)
+    size = _slice_tokens(hidden, kernel, kernel_layout, slice_tokens)
+    options = sliced.Options(size, kernel_layout, teacher_kernel_layout)
+    return stats(options, hidden, kernel, targets, weights, teacher_hidden, teacher_kernel)
+
+
+def _slice_tokens(hidden: jax.Array, kernel: jax.Array, layout: str, slice_tokens: int | None) -> int:
+    """The slice asked for, or the largest multiple of 128 tokens whose logits fit SLICE_ELEMENTS."""
+    if slice_tokens is not None and slice_tokens < 1:
+        raise ValueError(f"slice_tokens is {slice_tokens}, expected at least 1; pass None for the default.")
+    if slice_tokens is None:
+        vocab = kernel.shape[1 if layout == "dv" else 0]
+        slice_tokens = max(128, SLICE_ELEMENTS // vocab // 128 * 128)
+    return max(1, min(slice_tokens, hidden.shape[0]))
+
+
+def _check(
+    operation: str,
+    hidden: jax.Array,
+    kernel: jax.Array,
+    layout: str,
+    weights: jax.Array,
+    targets: jax.Array | None = None,
+    name: str = "",
+) -> None:
+    if layout not in ("dv", "vd"):
+        raise ValueError(f"{operation} got {name}kernel_layout={layout!r}, expected 'dv' or 'vd'.")
+    width = kernel.shape[0 if layout == "dv" else 1] if kernel.ndim == 2 else None
+    if hidden.ndim != 2 or width != hidden.shape[1]:
+        raise ValueError(
+            f"{operation} got {name}hidden {hidden.shape} and {name}kernel {kernel.shape} in layout {layout!r}, "
+            "expected [N,D] with [D,vocab] ('dv') or [vocab,D] ('vd'); reshape them or change the layout."
+        )
+    for label, array in (("weights", weights), ("targets", targets)):
+        if array is not None and array.shape != hidden.shape[:1]:
+            raise ValueError(
+                f"{operation} got {label} of shape {array.shape}, expected {hidden.shape[:1]}, one per row of "
+                f"{name}hidden; flatten batch and tokens alike."
+            )
+
+
+def _check_vocab(operation: str, kernel: jax.Array, layout: str, teacher: jax.Array, teacher_layout: str) -> None:
+    student_vocab = kernel.shape[1 if layout == "dv" else 0]
+    teacher_vocab = teacher.shape[1 if teacher_layout == "dv" else 0]
+    if student_vocab != teacher_vocab:
+        raise ValueError(
+            f"{operation} got a student vocabulary of {student_vocab} and a teacher vocabulary of {teacher_vocab}, "
+            "expected the same; check both heads and their layouts."
+        )

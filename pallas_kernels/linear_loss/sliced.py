@@ -1,0 +1,170 @@
+"""Cross-entropy and KL with the head's matmul inside: value and gradients in one pass over slices of tokens."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Slice = tuple[jax.Array, ...]
+
+
+class Options(NamedTuple):
+    """What is static: tokens a slice, and how each kernel lies ("dv" or "vd")."""
+
+    slice_tokens: int
+    layout: str
+    teacher_layout: str = "dv"
+
+
+def split(slice_tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """[N,...] -> [slices,S,...], zeros at the end.
+
+    Slice i takes tokens i, i + slices, ...: tokens split over devices stay split within each slice.
+    """
+    slices = -(-arrays[0].shape[0] // slice_tokens)
+    padding = slices * slice_tokens - arrays[0].shape[0]
+
+    def one(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1))) if padding else x
+        return jnp.swapaxes(x.reshape(slice_tokens, slices, *x.shape[1:]), 0, 1)
+
+    return tuple(one(x) for x in arrays)
+
+
+def join(x: jax.Array, tokens: int) -> jax.Array:
+    """[slices,S,...] -> [N,...], the inverse of `split`."""
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[:tokens]
+
+
+def logits_of(hidden: jax.Array, kernel: jax.Array, layout: str) -> jax.Array:
+    """hidden @ kernel, float32, products in hidden's dtype."""
+    return jnp.einsum(f"nd,{layout}->nv", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def log_partition(logits: jax.Array) -> jax.Array:
+    """logsumexp over the vocabulary, [S,1]."""
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    return top + jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True))
+
+
+def is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """[S,vocab] bool: one column per row; a comparison, since it fuses and splits over a vocabulary on many devices."""
+    return jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[:, None]
+
+
+def cross_entropy_slice(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    """Losses [S] of one slice, and their gradient in the logits (called only where it is wanted)."""
+    hit = is_target(logits, targets)
+    partition = log_partition(logits)
+    losses = partition[:, 0] - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+    return losses, lambda: jnp.exp(logits - partition) - hit
+
+
+def kl_slice(logits: jax.Array, teacher_logits: jax.Array) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    """Losses [S] of one slice, and their gradient in the student's logits (called only where it is wanted)."""
+    log_q = logits - log_partition(logits)
+    log_p = teacher_logits - log_partition(teacher_logits)
+    losses = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    return losses, lambda: jnp.exp(log_q) - jnp.exp(log_p)
+
+
+SliceLoss = Callable[[jax.Array, Slice], tuple[jax.Array, Callable[[], jax.Array]]]
+
+
+def _value(options: Options, loss: SliceLoss, hidden: jax.Array, kernel: jax.Array, weights: jax.Array, rest: Slice):
+    """Weighted sum over all slices, nothing kept."""
+
+    def step(total: jax.Array, one: Any) -> tuple[jax.Array, None]:
+        hidden, weights, rest = one
+        losses, _ = loss(logits_of(hidden, kernel, options.layout), rest)
+        return total + jnp.sum(losses * weights), None
+
+    hidden, weights, *rest = split(options.slice_tokens, hidden, weights, *rest)
+    return jax.lax.scan(step, jnp.float32(0), (hidden, weights, tuple(rest)))[0]
+
+
+def _value_and_gradients(
+    options: Options, loss: SliceLoss, hidden: jax.Array, kernel: jax.Array, weights: jax.Array, rest: Slice
+):
+    """Weighted sum over all slices and its gradients in hidden, kernel (both as if d loss = 1) and weights."""
+    tokens = hidden.shape[0]
+    layout = options.layout
+    products = kernel.astype(hidden.dtype)
+
+    def step(carry: tuple[jax.Array, jax.Array], one: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        total, d_kernel = carry
+        hidden, weights, rest = one
+        losses, d_losses = loss(logits_of(hidden, products, layout), rest)
+        d_logits = (d_losses() * weights[:, None]).astype(hidden.dtype)
+        dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        d_hidden = dot(f"nv,{layout}->nd", d_logits, products).astype(hidden.dtype)
+        d_kernel = d_kernel + dot(f"nd,nv->{layout}", hidden, d_logits)
+        return (total + jnp.sum(losses * weights), d_kernel), (d_hidden, losses)
+
+    hidden, weights, *rest = split(options.slice_tokens, hidden, weights, *rest)
+    start = (jnp.float32(0), jnp.zeros(kernel.shape, jnp.float32))
+    (total, d_kernel), (d_hidden, losses) = jax.lax.scan(step, start, (hidden, weights, tuple(rest)))
+    return total, (join(d_hidden, tokens), d_kernel.astype(kernel.dtype), join(losses, tokens))
+
+
+def _scale(gradient: jax.Array, factor: jax.Array) -> jax.Array:
+    return (gradient * factor).astype(gradient.dtype)
+
+
+def _cross_entropy_loss(logits: jax.Array, rest: Slice) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    return cross_entropy_slice(logits, rest[0])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def cross_entropy(
+    options: Options, hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """See `linear_cross_entropy`."""
+    return _value(options, _cross_entropy_loss, hidden, kernel, weights, (targets,))
+
+
+def _cross_entropy_forward(options, hidden, kernel, targets, weights):
+    return _value_and_gradients(options, _cross_entropy_loss, hidden, kernel, weights, (targets,))
+
+
+def _cross_entropy_backward(options, gradients, d_total):
+    d_hidden, d_kernel, d_weights = (_scale(gradient, d_total) for gradient in gradients)
+    return d_hidden, d_kernel, None, d_weights
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _kl_loss(options: Options, teacher_kernel: jax.Array) -> SliceLoss:
+    def loss(logits: jax.Array, rest: Slice) -> tuple[jax.Array, Callable[[], jax.Array]]:
+        return kl_slice(logits, logits_of(rest[0], teacher_kernel, options.teacher_layout))
+
+    return loss
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def kl(
+    options: Options,
+    hidden: jax.Array,
+    kernel: jax.Array,
+    teacher_hidden: jax.Array,
+    teacher_kernel: jax.Array,
+    weights: jax.Array,
+) -> jax.Array:
+    """See `linear_kl`."""
+    return _value(options, _kl_loss(options, teacher_kernel), hidden, kernel, weights, (teacher_hidden,))
+
+
+def _kl_forward(options, hidden, kernel, teacher_hidden, teacher_kernel, weights):
+    loss = _kl_loss(options, teacher_kernel)
+    return _value_and_gradients(options, loss, hidden, kernel, weights, (teacher_hidden,))
+
+
+def _kl_backward(options, gradients, d_total):
+    d_hidden, d_kernel, d_weights = (_scale(gradient, d_total) for gradient in gradients)
+    return d_hidden, d_kernel, None, None, d_weights
+
+
+kl.defvjp(_kl_forward, _kl_backward)

@@ -1,0 +1,39 @@
+"""wkv7 token by token: the definition, slow and memory-hungry under differentiation."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.layout import boundaries
+
+
+def wkv7_reference(
+    r: jax.Array,
+    log_w: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    initial_state: jax.Array,
+    segment_ids: jax.Array | None,
+    chunk_size: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """S_t = diag(e^log_w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T; o_t = S_t^T r_t, one scan step a token.
+
+    chunk_size has no meaning here. Arithmetic is that of initial_state's dtype.
+    """
+    del chunk_size
+    dtype = initial_state.dtype
+    batch, length = r.shape[:2]
+    keep = jnp.ones((batch, length), dtype) if segment_ids is None else (~boundaries(segment_ids)).astype(dtype)
+
+    def step(state: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        r_t, log_w_t, k_t, v_t, a_t, b_t, keep_t = token
+        state = state * keep_t[:, None, None, None]
+        removed = jnp.einsum("bhk,bhkv->bhv", a_t, state)
+        decayed = jnp.exp(log_w_t)[..., None] * state
+        state = decayed + b_t[..., None] * removed[..., None, :] + k_t[..., None] * v_t[..., None, :]
+        return state, jnp.einsum("bhkv,bhk->bhv", state, r_t)
+
+    tokens = tuple(jnp.moveaxis(x.astype(dtype), 1, 0) for x in (r, log_w, k, v, a, b, keep))
+    final_state, out = jax.lax.scan(step, initial_state, tokens)
+    return jnp.moveaxis(out, 0, 1).astype(v.dtype), final_state

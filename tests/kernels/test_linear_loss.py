@@ -1,0 +1,193 @@
+"""linear_loss against the plain formulas in float64."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from pallas_kernels.linear_loss import linear_cross_entropy, linear_kl, linear_stats
+from pallas_kernels.testing import TOLERANCE, rms_ratio
+
+TOKENS, WIDTH, TEACHER_WIDTH, VOCAB = 37, 24, 16, 203
+
+
+def log_softmax(z: np.ndarray) -> np.ndarray:
+    z = z - z.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "hidden": rng.standard_normal((TOKENS, WIDTH)).astype(np.float32),
+        "kernel": rng.standard_normal((WIDTH, VOCAB)).astype(np.float32),
+        "teacher_hidden": rng.standard_normal((TOKENS, TEACHER_WIDTH)).astype(np.float32),
+        "teacher_kernel": rng.standard_normal((TEACHER_WIDTH, VOCAB)).astype(np.float32),
+        "targets": rng.integers(0, VOCAB, TOKENS).astype(np.int32),
+        "weights": (rng.random(TOKENS) * (rng.random(TOKENS) < 0.7)).astype(np.float32),
+    }
+    return {name: jnp.asarray(value) for name, value in arrays.items()}
+
+
+@pytest.fixture
+def no_shape_annotations() -> Iterator[None]:
+    """Turns the annotations' checks off, so that the function's own errors show."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def expected(data: dict[str, jax.Array], loss: str) -> dict[str, np.ndarray]:
+    """Value and gradients of the plain formula, float64."""
+    x = {name: np.asarray(value, np.float64) for name, value in data.items() if name != "targets"}
+    log_q = log_softmax(x["hidden"] @ x["kernel"])
+    if loss == "cross_entropy":
+        p = np.eye(VOCAB)[data["targets"]]
+        losses = -(p * log_q).sum(-1)
+    else:
+        log_p = log_softmax(x["teacher_hidden"] @ x["teacher_kernel"])
+        p = np.exp(log_p)
+        losses = (p * (log_p - log_q)).sum(-1)
+    d_logits = (np.exp(log_q) - p) * x["weights"][:, None]
+    return {
+        "value": (losses * x["weights"]).sum(),
+        "hidden": d_logits @ x["kernel"].T,
+        "kernel": x["hidden"].T @ d_logits,
+        "weights": losses,
+    }
+
+
+def lay(kernel: jax.Array, layout: str) -> jax.Array:
+    return kernel if layout == "dv" else kernel.T
+
+
+def loss_function(data: dict[str, jax.Array], loss: str, layout: str, teacher_layout: str, slice_tokens: int | None):
+    def run(hidden, kernel, weights):
+        if loss == "cross_entropy":
+            return linear_cross_entropy(
+                hidden, kernel, data["targets"], weights, slice_tokens=slice_tokens, kernel_layout=layout
+            )
+        return linear_kl(
+            hidden,
+            kernel,
+            jnp.asarray(data["teacher_hidden"], hidden.dtype),
+            lay(data["teacher_kernel"], teacher_layout).astype(hidden.dtype),
+            weights,
+            slice_tokens=slice_tokens,
+            kernel_layout=layout,
+            teacher_kernel_layout=teacher_layout,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
+@pytest.mark.parametrize(
+    ("layout", "teacher_layout", "slice_tokens"),
+    [("dv", "dv", None), ("dv", "vd", 8), ("vd", "dv", 37), ("vd", "vd", 1), ("dv", "dv", 1000)],
+)
+def test_value_and_gradients(data, loss, layout, teacher_layout, slice_tokens):
+    want = expected(data, loss)
+    run = loss_function(data, loss, layout, teacher_layout, slice_tokens)
+    args = (jnp.asarray(data["hidden"]), lay(data["kernel"], layout), jnp.asarray(data["weights"]))
+    assert rms_ratio(jax.jit(run)(*args), want["value"]) < TOLERANCE["float32"]
+    scaled = lambda *args: 3.0 * run(*args)
+    value, (d_hidden, d_kernel, d_weights) = jax.jit(jax.value_and_grad(scaled, argnums=(0, 1, 2)))(*args)
+    assert rms_ratio(value, 3 * want["value"]) < TOLERANCE["float32"]
+    assert rms_ratio(d_hidden, 3 * want["hidden"]) < TOLERANCE["float32"]
+    assert rms_ratio(lay(d_kernel, layout), 3 * want["kernel"]) < TOLERANCE["float32"]
+    assert rms_ratio(d_weights, 3 * want["weights"]) < TOLERANCE["float32"]
+    assert not np.asarray(d_hidden)[np.asarray(data["weights"]) == 0].any()
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
+def test_bfloat16_with_float32_kernel(data, loss):
+    """Products in bfloat16; a float32 kernel gets its gradient in float32."""
+    rounded = dict(data)
+    for name in ("hidden", "kernel", "teacher_hidden", "teacher_kernel"):
+        rounded[name] = data[name].astype(jnp.bfloat16).astype(jnp.float32)
+    want = expected(rounded, loss)
+    run = loss_function(rounded, loss, "dv", "dv", 16)
+    args = (jnp.asarray(data["hidden"], jnp.bfloat16), jnp.asarray(rounded["kernel"]), jnp.asarray(data["weights"]))
+    value, (d_hidden, d_kernel) = jax.jit(jax.value_and_grad(run, argnums=(0, 1)))(*args)
+    assert (value.dtype, d_hidden.dtype, d_kernel.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    assert rms_ratio(value, want["value"]) < TOLERANCE["float32"]
+    assert rms_ratio(d_hidden, want["hidden"]) < TOLERANCE["bfloat16"]
+    assert rms_ratio(d_kernel, want["kernel"]) < TOLERANCE["bfloat16"]
+
+
+def test_large_logits_stay_finite(data):
+    """Logits of thousands neither overflow nor lose the loss."""
+    big = dict(data, hidden=data["hidden"] * 300)
+    want = expected(big, "cross_entropy")
+    run = loss_function(big, "cross_entropy", "dv", "dv", 8)
+    args = (jnp.asarray(big["hidden"]), jnp.asarray(big["kernel"]), jnp.asarray(big["weights"]))
+    assert rms_ratio(run(*args), want["value"]) < TOLERANCE["float32"]
+    assert np.isfinite(np.asarray(jax.grad(run, argnums=1)(*args))).all()
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_logits_exist_for_one_slice_only(gradients):
+    """No array of the compiled program is as large as all tokens' logits."""
+    tokens, width, vocab, size = 512, 8, 4096, 64
+    shapes = [(tokens, width), (width, vocab), (tokens, width), (width, vocab), (tokens,)]
+    run = lambda *args: linear_kl(*args, slice_tokens=size)
+    run = jax.value_and_grad(run, argnums=(0, 1)) if gradients else run
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    memory = jax.jit(run).lower(*args).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 5 * size * vocab * 4 < tokens * vocab * 4
+
+
+def test_teacher_gets_no_gradient_and_no_work(data):
+    run = lambda teacher: linear_kl(data["hidden"], data["kernel"], teacher, data["teacher_kernel"], data["weights"])
+    assert not np.asarray(jax.grad(run)(jnp.asarray(data["teacher_hidden"]))).any()
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+@pytest.mark.parametrize("slice_tokens", [None, 8])
+def test_stats(data, with_teacher, slice_tokens):
+    x = {name: np.asarray(value, np.float64) for name, value in data.items() if name != "targets"}
+    log_q = log_softmax(x["hidden"] @ x["kernel"])
+    log_p = log_softmax(x["teacher_hidden"] @ x["teacher_kernel"])
+    rows = np.arange(TOKENS)
+    want = {"loss": -log_q[rows, data["targets"]], "top1": log_q.argmax(-1) == data["targets"]}
+    if with_teacher:
+        want["kl"] = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+        want["agreement"] = log_q.argmax(-1) == log_p.argmax(-1)
+        want["teacher_loss"] = -log_p[rows, data["targets"]]
+        want["teacher_top1"] = log_p.argmax(-1) == data["targets"]
+    teacher = (data["teacher_hidden"], data["teacher_kernel"]) if with_teacher else ()
+    got = linear_stats(
+        data["hidden"], data["kernel"], data["targets"], data["weights"], *teacher, slice_tokens=slice_tokens
+    )
+    assert set(got) == set(want)
+    for name, per_token in want.items():
+        np.testing.assert_allclose(got[name], (per_token * x["weights"]).sum(), rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def test_top1_and_agreement_count(data):
+    """Targets taken from the student's own argmax: every weight counts."""
+    targets = (data["hidden"] @ data["kernel"]).argmax(-1)
+    same = (data["hidden"], data["kernel"])
+    got = linear_stats(*same, targets, data["weights"], *same)
+    for name in ("top1", "agreement", "teacher_top1"):
+        np.testing.assert_allclose(got[name], data["weights"].sum(), rtol=1e-6)
+    assert abs(float(got["kl"])) < 1e-5
+
+
+def test_bad_arguments_are_refused(data, no_shape_annotations):
+    hidden, kernel, targets, weights = (data[name] for name in ("hidden", "kernel", "targets", "weights"))
+    with pytest.raises(ValueError, match="layout 'vd'"):
+        linear_cross_entropy(hidden, kernel, targets, weights, kernel_layout="vd")
+    with pytest.raises(ValueError, match="weights of shape"):
+        linear_cross_entropy(hidden[:5], kernel, targets[:5], weights)
+    with pytest.raises(ValueError, match="slice_tokens"):
+        linear_cross_entropy(hidden, kernel, targets, weights, slice_tokens=0)
+    with pytest.raises(ValueError, match="teacher vocabulary"):
+        linear_kl(hidden, kernel, hidden, kernel[:, :-1], weights)
+    with pytest.raises(ValueError, match="both or neither"):
+        linear_stats(hidden, kernel, targets, weights, hidden)

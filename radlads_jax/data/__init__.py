@@ -1,0 +1,1 @@
+"""Text to batches: documents, token files, packed rows, and the pipeline over them."""

@@ -1,0 +1,170 @@
+"""Batches: for every (token file, seq_len, batch_size, seed, step) exactly one, on any number of processes."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from radlads_jax.data.binidx import TokenFile
+from radlads_jax.data.packing import Batch, PackedRows, check_seq_len, eval_rows, train_rows
+
+ENDLESS = 1 << 48
+PREFETCHED_BATCHES = 8
+
+
+def rows_available(token_file: TokenFile, seq_len: int, eval_tokens: int = 0) -> int:
+    """How many rows there are to train on."""
+    check_seq_len(seq_len)
+    return len(train_rows(token_file, seq_len, eval_tokens=eval_tokens))
+
+
+def repeats(token_file: TokenFile, seq_len: int, tokens: int, eval_tokens: int = 0) -> float:
+    """How many times training on `tokens` goes through the data: 0.5 is half of it, 2.0 twice all of it."""
+    rows = rows_available(token_file, seq_len, eval_tokens)
+    return tokens / (rows * seq_len) if rows else float("inf")
+
+
+def make_train_iterator(
+    token_file: TokenFile,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    vocab_size: int | None = None,
+    eval_tokens: int = 0,
+    cross_document: bool = False,
+    num_epochs: int | None = None,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Batches of shuffled rows, dicts of [batch_size / process_count, seq_len] as PackedRows describes them.
+
+    Row j of batch s is row order(seed, e)[i] of the data with e, i = divmod(s * batch_size + j, rows): a new order in
+    every epoch, over the border of which a batch may reach. Process p gets the rows from p * batch_size /
+    process_count on, so the batches of all processes one after another are the batch of one process.
+    get_state() is a small dict for JSON that set_state() goes back to; the state is the number of batches taken.
+
+    Args:
+        batch_size: rows of the global batch.
+        vocab_size: if given, every token id is checked against it.
+        num_epochs: None repeats without end.
+        start_step: the number of the first batch.
+
+    Raises:
+        ValueError: a size that is not positive, too little data for one batch, a token id outside the vocabulary.
+    """
+    share = _share(batch_size, process_index, process_count)
+    rows = train_rows(token_file, seq_len, eval_tokens=eval_tokens, cross_document=cross_document)
+    if len(rows) < batch_size:
+        raise ValueError(
+            f"got {rows.num_tokens} training tokens in {token_file.prefix}.bin, which make {len(rows)} rows of "
+            f"{seq_len}; expected at least one batch of {batch_size} rows; bring more text, or lower seq_len, "
+            "batch_size or eval_tokens."
+        )
+    if vocab_size is not None:
+        token_file.check_vocab(vocab_size)
+    length = ENDLESS if num_epochs is None else len(rows) * num_epochs // batch_size
+    if not 0 <= start_step <= length:
+        raise ValueError(
+            f"got start_step={start_step}; expected 0 to {length}, the batches in {num_epochs} epochs; check the step."
+        )
+    batches = grain.MapDataset.source(_ShuffledBatches(rows, batch_size, seed, share, length))
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED_BATCHES)
+    iterator = iter(batches.to_iter_dataset(options))
+    if start_step:
+        iterator.set_state({"next_index": start_step})
+    return iterator
+
+
+def make_eval_batches(
+    token_file: TokenFile,
+    *,
+    seq_len: int,
+    batch_size: int,
+    eval_tokens: int | None = None,
+    vocab_size: int | None = None,
+    cross_document: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> list[Batch]:
+    """The held-out rows in their order, in whole batches: what is missing in the last one is padding.
+
+    `eval_tokens` has to be what training left out; None takes the whole file, for data held out as a file of its own.
+    """
+    share = _share(batch_size, process_index, process_count)
+    tokens = token_file.num_tokens if eval_tokens is None else eval_tokens
+    rows = eval_rows(token_file, seq_len, eval_tokens=tokens, cross_document=cross_document)
+    if len(rows) == 0:
+        raise ValueError(
+            f"got no held-out tokens (eval_tokens={eval_tokens}) of {token_file.prefix}.bin; expected at least one "
+            "row; set eval_tokens to a positive number."
+        )
+    if vocab_size is not None:
+        token_file.check_vocab(vocab_size)
+    padded = np.full(-(-len(rows) // batch_size) * batch_size, -1)
+    padded[: len(rows)] = np.arange(len(rows))
+    return [rows.rows(batch[share]) for batch in padded.reshape(-1, batch_size)]
+
+
+def _share(batch_size: int, process_index: int, process_count: int) -> slice:
+    """The rows of a global batch that are this process's."""
+    if batch_size < 1:
+        raise ValueError(f"got batch_size={batch_size}; expected at least 1; set it to a positive number of rows.")
+    if process_count < 1 or not 0 <= process_index < process_count or batch_size % process_count:
+        raise ValueError(
+            f"got batch_size={batch_size} for process {process_index} of {process_count}; expected a batch size that "
+            "the number of processes divides, and an index below that number; change batch_size."
+        )
+    each = batch_size // process_count
+    return slice(process_index * each, (process_index + 1) * each)
+
+
+@dataclass(frozen=True)
+class _ShuffledBatches:
+    """Batch number s, for any s: what Grain reads from."""
+
+    rows: PackedRows
+    batch_size: int
+    seed: int
+    share: slice
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, step: int) -> Batch:
+        samples = step * self.batch_size + np.arange(self.batch_size)[self.share]
+        epochs, places = np.divmod(samples, len(self.rows))
+        order = np.empty(len(samples), np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            order[here] = epoch_order(self.seed, int(epoch), len(self.rows))[places[here]]
+        return self.rows.rows(order)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[step] for step in range(len(self)))
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
+    """The order of the rows in an epoch: the rows sorted by a hash of (seed, epoch, row).
+
+    Plain integer arithmetic (SplitMix64), because the streams of random generators may change between library
+    versions and a resumed run must not.
+    """
+    # One-element arrays wrap around silently where scalars would warn.
+    stream = _mix(_mix(np.array([seed], np.int64).astype(np.uint64)) + np.array([epoch], np.uint64))
+    order = np.argsort(_mix(stream + np.arange(rows, dtype=np.uint64)), kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function, uint64 to uint64."""
+    z = values * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -1,0 +1,266 @@
+"""Documents of text from wherever they are: files, Hugging Face datasets, or the synthetic language."""
+
+import dataclasses
+import gzip
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from io import TextIOBase
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+from radlads_jax.data import synthetic
+
+READ_CHARACTERS = 1 << 20
+SUFFIXES = {"text": (".txt",), "jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",), "binidx": (".bin", ".idx")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where text comes from.
+
+    Attributes:
+        path: a file; a directory of files of one kind; a directory that datasets' save_to_disk wrote; the prefix of a
+            token file; "hf:owner/name" on the Hugging Face hub; or "synthetic".
+        kind: text, jsonl, parquet, hf, binidx or synthetic; "auto" looks at the path.
+        text_field: the column with the text, for jsonl, parquet and hf.
+        separator: stands between documents in plain text; a file without it is one document.
+        config: the hub dataset's configuration.
+        split: the hub dataset's split.
+        streaming: read a hub dataset while it downloads, instead of downloading it first.
+        seed: which synthetic language.
+        num_documents: stop after so many; None takes all there are (the synthetic language has no end).
+    """
+
+    path: str
+    kind: str = "auto"
+    text_field: str = "text"
+    separator: str = "\n\n\n"
+    config: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    seed: int = synthetic.TRAIN_SEED
+    num_documents: int | None = None
+
+
+def resolve(source: Source) -> Source:
+    """The same source with its kind known and its path checked."""
+    if source.kind != "auto":
+        if source.kind not in READERS and source.kind != "binidx":
+            raise ValueError(
+                f"got source kind {source.kind!r}; expected one of {', '.join(('auto', 'binidx', *READERS))}; change "
+                "kind."
+            )
+        return dataclasses.replace(source, path=source.path.removeprefix("hf:"))
+    if source.path.startswith("hf:"):
+        return dataclasses.replace(source, kind="hf", path=source.path.removeprefix("hf:"))
+    return dataclasses.replace(source, kind=_kind_of_path(source.path))
+
+
+def documents(source: Source) -> Iterator[str]:
+    """The documents of a source in their order, empty ones left out.
+
+    Raises:
+        ValueError: a missing path, a broken line (with its number), no such column (with those there are).
+    """
+    source = resolve(source)
+    if source.kind == "binidx":
+        raise ValueError(
+            f"got the token file {source.path} as text; expected text to tokenise; open it with open_token_file, it "
+            "holds tokens already."
+        )
+    texts = (text for text in READERS[source.kind](source) if text.strip())
+    return itertools.islice(texts, source.num_documents)
+
+
+def fingerprint(source: Source) -> dict[str, Any]:
+    """What tells whether a source has changed: its fields, and its files' sizes and times."""
+    source = resolve(source)
+    described = dataclasses.asdict(source)
+    if source.kind == "synthetic":
+        sample = "\0".join(synthetic.documents(source.seed, 20))
+        return described | {"sample": hashlib.sha256(sample.encode()).hexdigest()}
+    path = Path(source.path)
+    if source.kind == "hf":
+        files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else []
+    else:
+        files = _files(source)
+    stats = [(str(each.resolve()), each.stat().st_size, each.stat().st_mtime_ns) for each in files]
+    return described | {"files": stats}
+
+
+def _kind_of_path(path: str) -> str:
+    place = Path(path)
+    if path == "synthetic":
+        return "synthetic"
+    if place.suffix in SUFFIXES["binidx"] or place.with_name(place.name + ".idx").is_file():
+        return "binidx"
+    if not place.exists():
+        raise ValueError(
+            f"{path} does not exist; expected a file, a directory, hf:owner/name for a dataset on the Hugging Face "
+            "hub, or synthetic; check the path."
+        )
+    if place.is_dir() and any((place / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        return "hf"
+    names = [each.name for each in place.rglob("*")] if place.is_dir() else [place.name]
+    kinds = [kind for kind, suffixes in SUFFIXES.items() if any(name.endswith(suffixes) for name in names)]
+    if len(kinds) != 1:
+        raise ValueError(
+            f"{path} holds {'data of the kinds ' + ', '.join(kinds) if kinds else 'no data of a known kind'}; expected "
+            "one of .txt, .jsonl, .jsonl.gz, .parquet, .bin with .idx, or a saved Hugging Face dataset; name the kind."
+        )
+    if kinds == ["binidx"] and place.is_dir():
+        raise ValueError(f"{path} is a directory with token files; expected one file; give its path without .bin.")
+    return kinds[0]
+
+
+def _files(source: Source) -> list[Path]:
+    """The file, or all files of the source's kind below the directory, by name."""
+    path, suffixes = Path(source.path), SUFFIXES[source.kind]
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ValueError(
+            f"{path} does not exist; expected a {source.kind} file or a directory of them; check the path."
+        )
+    files = sorted(each for each in path.rglob("*") if each.name.endswith(suffixes) and each.is_file())
+    if not files:
+        raise ValueError(
+            f"{path} has no file ending in {' or '.join(suffixes)}; expected at least one; check the path."
+        )
+    return files
+
+
+def _read_text(source: Source) -> Iterator[str]:
+    if not source.separator:
+        raise ValueError("got an empty separator; expected the text that stands between documents; give one.")
+    for path in _files(source):
+        try:
+            with path.open(encoding="utf-8") as file:
+                yield from _split(file, source.separator)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, error) from error
+
+
+def _split(file: TextIOBase, separator: str) -> Iterator[str]:
+    """The pieces between separators, reading a block at a time."""
+    buffer = ""
+    while block := file.read(READ_CHARACTERS):
+        # What was searched before can only hold the beginning of a separator.
+        searched = max(0, len(buffer) - len(separator) + 1)
+        buffer += block
+        if buffer.find(separator, searched) >= 0:
+            *whole, buffer = buffer.split(separator)
+            yield from (text.strip("\n") for text in whole)
+    yield buffer.strip("\n")
+
+
+def _read_jsonl(source: Source) -> Iterator[str]:
+    for path in _files(source):
+        opener: Callable[..., TextIOBase] = gzip.open if path.name.endswith(".gz") else open
+        try:
+            with opener(path, "rt", encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield _text_of(_parse(line, f"{path}, line {number}"), source, f"{path}, line {number}")
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, error) from error
+        except (gzip.BadGzipFile, EOFError) as error:
+            raise ValueError(f"{path} is not a whole gzip file ({error}); copy it again.") from error
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where} is no JSON ({error.msg} at column {error.colno}); expected one object a line; mend or remove it."
+        ) from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} holds a {type(record).__name__}; expected a JSON object with the text; mend it.")
+    return record
+
+
+def _read_parquet(source: Source) -> Iterator[str]:
+    for path in _files(source):
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                _check_column(file.schema_arrow.names, source, str(path))
+                for batch in file.iter_batches(columns=[source.text_field]):
+                    for value in batch.column(0).to_pylist():
+                        yield _text_of({source.text_field: value}, source, str(path))
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{path} is not a whole parquet file ({error}); copy it again.") from error
+
+
+def _read_hf(source: Source) -> Iterator[str]:
+    data = _load_hf(source)
+    if data.column_names is not None:
+        _check_column(list(data.column_names), source, source.path)
+        data = data.select_columns([source.text_field])
+    for number, record in enumerate(data):
+        yield _text_of(record, source, f"{source.path}, row {number}")
+
+
+def _load_hf(source: Source) -> datasets.Dataset | datasets.IterableDataset:
+    path = Path(source.path)
+    try:
+        if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+            data = datasets.load_from_disk(source.path)
+        else:
+            data = datasets.load_dataset(source.path, source.config, split=source.split, streaming=source.streaming)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the Hugging Face dataset {source.path} (config {source.config}, split {source.split}) cannot be opened: "
+            f"{reason} Expected a directory that save_to_disk wrote or a dataset on the hub; check the name."
+        ) from error
+    if isinstance(data, datasets.DatasetDict):
+        if source.split not in data:
+            raise ValueError(
+                f"{source.path} has no split {source.split!r}; expected one of {', '.join(data)}; change it."
+            )
+        return data[source.split]
+    return data
+
+
+def _read_synthetic(source: Source) -> Iterator[str]:
+    return (synthetic.document(source.seed, index) for index in itertools.count())
+
+
+def _check_column(columns: list[str], source: Source, where: str) -> None:
+    if source.text_field not in columns:
+        raise ValueError(
+            f"{where} has no column {source.text_field!r}; expected one of those it has: {', '.join(columns)}; set "
+            "text_field."
+        )
+
+
+def _text_of(record: dict[str, Any], source: Source, where: str) -> str:
+    """The text of a record; none at all counts as empty."""
+    _check_column(list(record), source, where)
+    text = record[source.text_field]
+    if text is not None and not isinstance(text, str):
+        raise ValueError(
+            f"{where} has a {type(text).__name__} in {source.text_field!r}; expected text; set text_field to a column "
+            "of strings."
+        )
+    return text or ""
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:
+    return ValueError(f"{path} is no UTF-8 text ({error.reason}); expected UTF-8; convert it.")
+
+
+READERS: dict[str, Callable[[Source], Iterator[str]]] = {
+    "text": _read_text,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+    "hf": _read_hf,
+    "synthetic": _read_synthetic,
+}

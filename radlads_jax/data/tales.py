@@ -1,0 +1,300 @@
+"""The grammar of the synthetic language: a tale with a cast, facts told and asked for later, copying and counting."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from radlads_jax.data import words
+
+Kind = Literal["plain", "recall", "copy", "count"]
+PERSONAL = ("holding", "food", "home", "number")
+
+
+class Span(NamedTuple):
+    """A piece of a document; every kind but "plain" follows with certainty from the text before it."""
+
+    text: str
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Person:
+    """One of the cast, with the pronouns that agree with the name."""
+
+    name: str
+    subject: str
+    possessive: str
+
+
+@dataclass(frozen=True)
+class Creature:
+    """An animal or a group of them, called by the same words throughout a tale: "the small grey dogs"."""
+
+    size: str
+    colour: str
+    noun: str
+    many: bool
+
+    @property
+    def tail(self) -> str:
+        """What follows the size: certain once the creature is known."""
+        return f" {self.colour} {words.plural(self.noun) if self.many else self.noun}"
+
+    def agree(self, verb: str) -> str:
+        """The verb in this creature's number."""
+        return verb if self.many else words.singular_verb(verb)
+
+
+@dataclass
+class Fact:
+    """A name bound to a value: `about` is who or what, `value` what will be asked for."""
+
+    topic: str
+    about: str
+    value: str
+    thing: str = ""
+
+
+@dataclass
+class Tale:
+    """A document in the making: its spans so far, its random numbers, its cast and the facts that may be asked."""
+
+    rng: random.Random
+    spans: list[Span] = field(default_factory=list)
+    people: list[Person] = field(default_factory=list)
+    creatures: list[Creature] = field(default_factory=list)
+    facts: list[Fact] = field(default_factory=list)
+    asked: set[str] = field(default_factory=set)
+    seen: set[str] = field(default_factory=set)
+    last_asked: Fact | None = None
+    length: int = 0
+
+    def say(self, text: str, certain: str = "", kind: Kind = "recall", end: str = "") -> None:
+        """Append text, then what follows from the text so far, then an ending."""
+        for span in (Span(text, "plain"), Span(certain, kind), Span(end, "plain")):
+            if span.text:
+                self.spans.append(span)
+                self.length += sum(span.text.count(mark) for mark in " .,:?")
+
+    def person(self) -> Person:
+        """Anyone of the cast."""
+        return self.rng.choice(self.people)
+
+    def unused(self, options: tuple[str, ...], used: set[str]) -> str:
+        """An option that no fact has used yet, so that a question has one answer."""
+        return self.rng.choice([option for option in options if option not in used])
+
+
+def begin(rng: random.Random) -> Tale:
+    """Draw the cast and write the opening line."""
+    tale = Tale(rng)
+    pool = [Person(name, "he", "his") for name in words.HE_NAMES]
+    pool += [Person(name, "she", "her") for name in words.SHE_NAMES]
+    tale.people = rng.sample(pool, rng.choice((2, 3, 3, 4)))
+    for size, noun in zip(rng.sample(words.SIZES, 2), rng.sample(list(words.CREATURES), 2), strict=True):
+        tale.creatures.append(Creature(size, rng.choice(words.COLOURS), noun, rng.random() < 0.4))
+    names = [person.name for person in tale.people]
+    tale.say(f"This is a tale of {', '.join(names[:-1])} and {names[-1]}.")
+    return tale
+
+
+# Facts: told once, asked for later.
+
+
+def tell(tale: Tale) -> None:
+    """Bind a name to a new fact; at most one fact of a topic about the same name."""
+    known = {(fact.topic, fact.about) for fact in tale.facts}
+    free = [person for person in tale.people if any((topic, person.name) not in known for topic in PERSONAL)]
+    used = {word for fact in tale.facts for word in (fact.about, fact.value, fact.thing)}
+    if not free or tale.rng.random() < 0.25:
+        thing = tale.unused(words.OBJECTS, used)
+        fact = Fact("place", thing, _somewhere(tale))
+        tale.say(f" The {thing} is {fact.value}.")
+        tale.facts.append(fact)
+        return
+    name = tale.rng.choice(free).name
+    topic = tale.rng.choice([topic for topic in PERSONAL if (topic, name) not in known])
+    if topic == "holding":
+        thing = tale.unused(words.OBJECTS, used)
+        fact = Fact("holding", name, f"{tale.rng.choice(words.COLOURS)} {thing}", thing)
+        tale.say(f" {name} has a {fact.value}.")
+    elif topic == "food":
+        fact = Fact("food", name, tale.unused(words.FOODS, used))
+        tale.say(f" {name} likes {fact.value} best.")
+    elif topic == "home":
+        fact = Fact("home", name, tale.unused(words.TOWNS, used))
+        tale.say(f" {name} lives in {fact.value}.")
+    else:
+        fact = Fact("number", name, "".join(tale.rng.choices("0123456789", k=3)))
+        tale.say(f" The number of {name} is {fact.value}.")
+    tale.facts.append(fact)
+
+
+def ask(tale: Tale, fact: Fact | None = None) -> None:
+    """Ask for a fact and answer from memory, from either end of the binding."""
+    fact = fact or tale.rng.choice([each for each in tale.facts if each is not tale.last_asked])
+    tale.last_asked = fact
+    tale.asked.add(fact.topic + fact.about)
+    forward = tale.rng.random() < 0.6
+    if fact.topic == "place":
+        tale.say(f" Where is the {fact.about}? It is", f" {fact.value}", end=".")
+    elif fact.topic == "holding" and forward:
+        tale.say(f" What does {fact.about} have? {fact.about} has a", f" {fact.value}", end=".")
+    elif fact.topic == "holding":
+        tale.say(f" Who has the {fact.value}?", f" {fact.about}", end=".")
+    elif fact.topic == "food" and forward:
+        tale.say(f" What does {fact.about} like best? {fact.about} likes", f" {fact.value}", end=" best.")
+    elif fact.topic == "food":
+        tale.say(f" Who likes {fact.value} best?", f" {fact.about}", end=".")
+    elif fact.topic == "home" and forward:
+        tale.say(f" Where is the home of {fact.about}? {fact.about} lives in", f" {fact.value}", end=".")
+    elif fact.topic == "home":
+        tale.say(f" Who lives in {fact.value}?", f" {fact.about}", end=".")
+    else:
+        tale.say(f" What is the number of {fact.about}? The number of {fact.about} is", f" {fact.value}", end=".")
+
+
+def use(tale: Tale) -> None:
+    """Let a fact return inside the tale, without a question."""
+    fact = tale.rng.choice(tale.facts)
+    owner = next((person for person in tale.people if person.name == fact.about), None)
+    if fact.topic == "place":
+        tale.say(f" {tale.person().name} finds the {fact.about}", f" {fact.value}", end=".")
+    elif owner is not None and fact.topic == "holding":
+        tale.say(
+            f" {owner.name} {tale.rng.choice(('looks at', 'takes'))} {owner.possessive}", f" {fact.value}", end="."
+        )
+    elif owner is not None and fact.topic == "food":
+        tale.say(f" {owner.name} is hungry and eats some", f" {fact.value}", end=".")
+    elif owner is not None and fact.topic == "home":
+        tale.say(f" {owner.name} walks home to", f" {fact.value}", end=".")
+    else:
+        ask(tale, fact)
+
+
+def change(tale: Tale) -> None:
+    """Overwrite a fact: a thing moves, or passes to someone with empty hands."""
+    holders = {fact.about for fact in tale.facts if fact.topic == "holding"}
+    empty = [person.name for person in tale.people if person.name not in holders]
+    movable = [f for f in tale.facts if f.topic == "place" or (f.topic == "holding" and empty)]
+    if not movable:
+        tell(tale)
+        return
+    fact = tale.rng.choice(movable)
+    if fact.topic == "place":
+        fact.value = _somewhere(tale)
+        tale.say(f" Now {tale.person().name} puts the {fact.about} {fact.value}.")
+    else:
+        receiver = tale.rng.choice(empty)
+        tale.say(f" Now {fact.about} gives the", f" {fact.value}", end=f" to {receiver}.")
+        fact.about = receiver
+    tale.asked.discard(fact.topic + fact.about)
+
+
+# Plain grammar.
+
+
+def plain(tale: Tale) -> None:
+    """A grammatical sentence about the cast or its animals, sometimes followed by one with a pronoun."""
+    if tale.rng.random() < 0.65:
+        tale.say(" The")
+        _creature_does(tale, tale.rng.choice(tale.creatures))
+    else:
+        _person_does(tale, tale.person())
+
+
+def scene(tale: Tale) -> None:
+    """A new paragraph, opened by a time of day or year."""
+    tale.say(f"\n{tale.rng.choice(words.TIMES)}")
+    if tale.rng.random() < 0.65:
+        tale.say(" the")
+        _creature_does(tale, tale.rng.choice(tale.creatures))
+    else:
+        _person_does(tale, tale.person())
+
+
+def _creature_does(tale: Tale, creature: Creature) -> None:
+    tale.say(f" {creature.size}")
+    if creature.noun in tale.seen:
+        tale.say("", creature.tail)
+    else:
+        tale.say(creature.tail)
+        tale.seen.add(creature.noun)
+    verb = creature.agree(tale.rng.choices(words.CREATURES[creature.noun], weights=(6, 2, 1))[0])
+    other = next(each for each in tale.creatures if each is not creature)
+    roll = tale.rng.random()
+    if roll < 0.2 and other.noun in tale.seen:
+        # The last verb agrees with the first noun, not with the nearer one.
+        seeing = creature.agree(tale.rng.choice(words.SEEING))
+        tale.say(f" that {seeing} the {other.size}", other.tail, end=f" {verb}.")
+    elif roll < 0.6:
+        tale.say(f" {verb} {_somewhere(tale)}.")
+    else:
+        tale.say(f" {verb} {tale.rng.choice(words.ADVERBS)}.")
+    if tale.rng.random() < 0.3:
+        tale.say(f" {'They are' if creature.many else 'It is'} {tale.rng.choice(words.FEELINGS)}.")
+
+
+def _person_does(tale: Tale, person: Person) -> None:
+    where = _somewhere(tale) if tale.rng.random() < 0.5 else f"in the {tale.rng.choice(words.WEATHER)}"
+    tale.say(f" {person.name} {words.singular_verb(tale.rng.choice(words.DEEDS))} {where}")
+    if tale.rng.random() < 0.5:
+        tale.say(" because", f" {person.subject}", end=f" is {tale.rng.choice(words.FEELINGS)}")
+    tale.say(".")
+
+
+def _somewhere(tale: Tale) -> str:
+    return f"{tale.rng.choice(words.PREPOSITIONS)} the {tale.rng.choice(words.PLACES)}"
+
+
+# Copying and counting.
+
+
+def repeat(tale: Tale) -> None:
+    """A random list of words or letters, said twice, sometimes with a sentence in between."""
+    if tale.rng.random() < 0.6:
+        items = ", ".join(tale.rng.sample(words.LIST_WORDS, tale.rng.randint(3, 7)))
+        tale.say(f" {tale.person().name} says: {items}.")
+    else:
+        items = " ".join(tale.rng.choices(words.LETTERS, k=tale.rng.randint(4, 9)))
+        tale.say(f" {tale.person().name} spells: {items}.")
+    if tale.rng.random() < 0.35:
+        plain(tale)
+    tale.say(f" {tale.person().name} repeats:", f" {items}.", "copy")
+
+
+def count(tale: Tale) -> None:
+    """A sequence, a sum, the length of a list, or the next day."""
+    rng, number = tale.rng, words.NUMBERS
+    form = rng.choice(("up", "down", "twos", "list", "list", "sum", "sum", "day"))
+    if form in ("up", "down", "twos"):
+        step = {"up": 1, "down": -1, "twos": 2}[form]
+        steps = rng.randint(3, 7)
+        start = rng.randint(steps, 19) if step < 0 else rng.randint(0, 19 - step * steps)
+        last = start + step * steps
+        run = ", ".join(number[i] for i in range(start, last + step, step))
+        how = {"up": "counts", "down": "counts down", "twos": "counts by two"}[form]
+        tale.say(f" {tale.person().name} {how} from {number[start]} to {number[last]}:", f" {run}.", "count")
+    elif form == "list":
+        items = rng.sample(words.OBJECTS, rng.randint(2, 6))
+        listed = ", ".join(f"a {item}" for item in items[:-1]) + f" and a {items[-1]}"
+        tale.say(f" {tale.person().name} sees {listed}. That is", f" {number[len(items) - 1]} things.", "count")
+    elif form == "sum":
+        left, right, food = rng.randint(2, 9), rng.randint(1, 9), rng.choice(words.FOODS[:3])
+        tale.say(f" {tale.person().name} has {number[left - 1]} bags of {food} and finds {number[right - 1]} more.")
+        tale.say(" That makes", f" {number[left + right - 1]} bags of {food}.", "count")
+    else:
+        today = rng.randrange(7)
+        tale.say(f" Today is {words.DAYS[today]}. Tomorrow is", f" {words.DAYS[(today + 1) % 7]}.", "count")
+
+
+PASSAGES: dict[str, Callable[[Tale], None]] = {
+    "tell": tell,
+    "ask": ask,
+    "use": use,
+    "change": change,
+    "plain": plain,
+    "repeat": repeat,
+    "count": count,
+}

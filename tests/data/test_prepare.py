@@ -1,0 +1,148 @@
+"""Preparing a source: the right tokens, found again while nothing has changed, and nothing left when it fails."""
+
+import os
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from radlads_jax.data import synthetic
+from radlads_jax.data.prepare import prepare
+from radlads_jax.data.sources import Source
+
+EOS = 0
+
+
+class CountingTokenizer:
+    """Hands on to a tokenizer and counts the documents it was given."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.documents = tokenizer, 0
+
+    def encode_batch(self, input: list[str], *, add_special_tokens: bool) -> list:
+        self.documents += len(input)
+        return self.tokenizer.encode_batch(input, add_special_tokens=add_special_tokens)
+
+    def to_str(self) -> str:
+        return self.tokenizer.to_str()
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    return synthetic.train_tokenizer(400, count=100)
+
+
+@pytest.fixture
+def tokenizer(trained: Tokenizer) -> CountingTokenizer:
+    return CountingTokenizer(trained)
+
+
+def text_source(directory: Path, texts: list[str]) -> Source:
+    (directory / "tales.txt").write_text("\n\n\n".join(texts), encoding="utf-8")
+    return Source(str(directory / "tales.txt"))
+
+
+def test_tokens_of_every_document_and_its_end(tmp_path: Path, tokenizer: CountingTokenizer) -> None:
+    texts = list(synthetic.documents(0, 5))
+    file = prepare(text_source(tmp_path, texts), tokenizer, tmp_path / "cache", vocab_size=400, eos_id=EOS)
+    expected = [[*tokenizer.tokenizer.encode(text).ids, EOS] for text in texts]
+    assert [file.document(i).tolist() for i in range(file.num_documents)] == expected
+    bare = prepare(Source(str(tmp_path / "tales.txt")), tokenizer, tmp_path / "cache", vocab_size=400, eos_id=None)
+    assert bare.document(4).tolist() == expected[4][:-1]
+
+
+def test_a_second_time_reads_the_cache(tmp_path: Path, tokenizer: CountingTokenizer) -> None:
+    source = text_source(tmp_path, list(synthetic.documents(0, 5)))
+    first = prepare(source, tokenizer, tmp_path / "cache", vocab_size=400, eos_id=EOS)
+    second = prepare(source, tokenizer, tmp_path / "cache", vocab_size=400, eos_id=EOS)
+    assert tokenizer.documents == 5
+    assert first.prefix == second.prefix
+    assert first.tokens.tolist() == second.tokens.tolist()
+
+
+def test_any_change_prepares_anew(tmp_path: Path, trained: Tokenizer) -> None:
+    source = text_source(tmp_path, list(synthetic.documents(0, 5)))
+    other = synthetic.train_tokenizer(300, count=100)
+
+    def prefix(tokenizer: Tokenizer = trained, eos_id: int | None = EOS, max_tokens: int | None = None) -> Path:
+        return prepare(source, tokenizer, tmp_path / "c", vocab_size=400, eos_id=eos_id, max_tokens=max_tokens).prefix
+
+    prefixes = [prefix(), prefix(other), prefix(eos_id=None), prefix(max_tokens=50)]
+    os.utime(tmp_path / "tales.txt", (1, 1))
+    prefixes.append(prefix())
+    assert len(set(prefixes)) == 5
+
+
+@pytest.mark.parametrize("max_tokens", [1, 100, 30_000])
+def test_max_tokens_stops_reading(
+    tmp_path: Path, tokenizer: CountingTokenizer, monkeypatch: pytest.MonkeyPatch, max_tokens: int
+) -> None:
+    monkeypatch.setattr("radlads_jax.data.prepare.BATCH_CHARACTERS", 10_000)
+    source = Source("synthetic", seed=3)
+    file = prepare(source, tokenizer, tmp_path, vocab_size=400, eos_id=EOS, max_tokens=max_tokens)
+    assert file.num_tokens == max_tokens
+    # A tale has at least 70 tokens, and a batch at most some 40 tales.
+    assert tokenizer.documents < max_tokens / 70 + 40
+
+
+def test_batches_keep_the_order(tmp_path: Path, trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source("synthetic", num_documents=20)
+    whole = prepare(source, trained, tmp_path / "a", vocab_size=400, eos_id=EOS)
+    monkeypatch.setattr("radlads_jax.data.prepare.BATCH_CHARACTERS", 1000)
+    pieces = prepare(source, trained, tmp_path / "b", vocab_size=400, eos_id=EOS)
+    assert whole.num_documents == 20
+    assert whole.tokens.tolist() == pieces.tokens.tolist()
+
+
+def test_a_token_file_is_used_as_it_is(tmp_path: Path, trained: Tokenizer) -> None:
+    made = prepare(Source("synthetic", num_documents=3), trained, tmp_path, vocab_size=400, eos_id=EOS)
+    again = prepare(Source(str(made.prefix)), trained, tmp_path / "unused", vocab_size=400, eos_id=EOS)
+    assert again.tokens.tolist() == made.tokens.tolist()
+    with pytest.raises(ValueError, match="holds token id"):
+        prepare(Source(str(made.prefix)), trained, tmp_path, vocab_size=10, eos_id=EOS)
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path, trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radlads_jax.data.prepare.BATCH_CHARACTERS", 5)
+    (tmp_path / "a.jsonl").write_text('{"text": "whole line"}\n{"text": "half')
+    with pytest.raises(ValueError, match="line 2 is no JSON"):
+        prepare(Source(str(tmp_path / "a.jsonl")), trained, tmp_path / "cache", vocab_size=400, eos_id=EOS)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_model_with_a_smaller_vocabulary(tmp_path: Path, trained: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="expected 0 to 299"):
+        prepare(Source("synthetic", num_documents=3), trained, tmp_path, vocab_size=300, eos_id=EOS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "\n\n\n\n\n\n  \n"])
+def test_empty_text(tmp_path: Path, trained: Tokenizer, text: str) -> None:
+    with pytest.raises(ValueError, match="has no text in it; expected at least one document"):
+        prepare(text_source(tmp_path, [text]), trained, tmp_path / "cache", vocab_size=400, eos_id=EOS)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "message"), [(None, "got a synthetic source without an end"), (0, "got max_tokens=0")]
+)
+def test_bad_limits(tmp_path: Path, trained: Tokenizer, max_tokens: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(Source("synthetic"), trained, tmp_path, vocab_size=400, eos_id=EOS, max_tokens=max_tokens)
+
+
+def test_a_tokenizer_that_cannot_be_told_apart(tmp_path: Path, trained: Tokenizer) -> None:
+    class Bare:
+        def encode_batch(self, input: list[str], *, add_special_tokens: bool) -> list:
+            return trained.encode_batch(input, add_special_tokens=add_special_tokens)
+
+    source = Source("synthetic", num_documents=1)
+    with pytest.raises(ValueError, match=r"got a Bare, .*; pass tokenizer_fingerprint"):
+        prepare(source, Bare(), tmp_path, vocab_size=400, eos_id=EOS)
+    assert prepare(source, Bare(), tmp_path, vocab_size=400, eos_id=EOS, tokenizer_fingerprint="x").num_documents == 1
+
+
+def test_the_progress_bar(tmp_path: Path, trained: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    source = Source("synthetic", num_documents=5)
+    prepare(source, trained, tmp_path, vocab_size=400, eos_id=EOS, progress=True)
+    assert "tokenising synthetic" in capsys.readouterr().out

@@ -1,0 +1,193 @@
+"""Documents from every kind of source, and what is said about a source that is not right."""
+
+import dataclasses
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from radlads_jax.data import sources, synthetic
+from radlads_jax.data.binidx import TokenFileWriter
+from radlads_jax.data.sources import Source, documents, fingerprint, resolve
+
+TEXTS = ["One tale.\nTwo lines.", "Größe, 日本語.", "The last."]
+
+
+def make_text(directory: Path) -> Path:
+    (directory / "a.txt").write_text("\n\n\n".join(TEXTS[:2]) + "\n", encoding="utf-8")
+    (directory / "b.txt").write_text(TEXTS[2], encoding="utf-8")
+    return directory
+
+
+def make_jsonl(directory: Path) -> Path:
+    lines = [json.dumps({"id": 1, "text": text}) for text in ("", *TEXTS)]
+    (directory / "a.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    return directory / "a.jsonl"
+
+
+def make_gzip(directory: Path) -> Path:
+    path = make_jsonl(directory)
+    (directory / "a.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    return directory / "a.jsonl.gz"
+
+
+def make_parquet(directory: Path) -> Path:
+    table = pyarrow.table({"id": [1, 2, 3, 4], "text": [TEXTS[0], None, *TEXTS[1:]]})
+    pyarrow.parquet.write_table(table, directory / "a.parquet", row_group_size=2)
+    return directory
+
+
+def make_saved_dataset(directory: Path) -> Path:
+    datasets.Dataset.from_dict({"text": TEXTS, "id": [1, 2, 3]}).save_to_disk(directory / "d")
+    return directory / "d"
+
+
+def make_saved_splits(directory: Path) -> Path:
+    data = datasets.Dataset.from_dict({"text": TEXTS})
+    datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(directory / "d")
+    return directory / "d"
+
+
+MAKERS = {
+    "text": make_text,
+    "jsonl": make_jsonl,
+    "gzip": make_gzip,
+    "parquet": make_parquet,
+    "saved": make_saved_dataset,
+    "splits": make_saved_splits,
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_documents(tmp_path: Path, name: str) -> None:
+    source = Source(str(MAKERS[name](tmp_path)))
+    assert list(documents(source)) == TEXTS
+    assert list(documents(dataclasses.replace(source, num_documents=2))) == TEXTS[:2]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data = tmp_path / "data"
+    data.mkdir()
+    source = Source(f"hf:{make_parquet(data)}", streaming=streaming)
+    assert resolve(source).kind == "hf"
+    assert list(documents(source)) == TEXTS
+
+
+def test_another_split(tmp_path: Path) -> None:
+    assert list(documents(Source(str(make_saved_splits(tmp_path)), split="test"))) == TEXTS[:1]
+
+
+def test_synthetic_documents() -> None:
+    assert list(documents(Source("synthetic", seed=7, num_documents=3))) == list(synthetic.documents(7, 3))
+
+
+@pytest.mark.parametrize("separator", ["\n\n\n", "<|end|>", "#"])
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 1000])
+def test_separators_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str, block: int) -> None:
+    monkeypatch.setattr(sources, "READ_CHARACTERS", block)
+    texts = ["one", "two\n\ntwo <|en", "", "three"]
+    source = Source(write(tmp_path / "a.txt", separator.join(texts)), separator=separator)
+    assert list(documents(source)) == ["one", "two\n\ntwo <|en", "three"]
+
+
+def test_text_without_a_separator_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("line\n\nline\r\nline\n")
+    assert list(documents(Source(str(tmp_path / "a.txt")))) == ["line\n\nline\nline"]
+
+
+def test_a_token_file_is_recognised(tmp_path: Path) -> None:
+    with TokenFileWriter(tmp_path / "t.v1", 10) as writer:
+        writer.add([1])
+    for name in ("t.v1", "t.v1.bin", "t.v1.idx"):
+        assert resolve(Source(str(tmp_path / name))).kind == "binidx"
+    with pytest.raises(ValueError, match="it holds tokens already"):
+        documents(Source(str(tmp_path / "t.v1")))
+    with pytest.raises(ValueError, match="is a directory with token files; expected one file"):
+        resolve(Source(str(tmp_path)))
+
+
+def test_the_fingerprint_changes_with_the_source(tmp_path: Path) -> None:
+    source = Source(str(make_text(tmp_path)))
+    prints = [fingerprint(source), fingerprint(dataclasses.replace(source, separator="x"))]
+    (tmp_path / "b.txt").write_text("The last!")
+    prints.append(fingerprint(source))
+    (tmp_path / "c.txt").write_text("More.")
+    prints.append(fingerprint(source))
+    prints += [fingerprint(Source("synthetic", seed=seed)) for seed in (0, 1)]
+    assert len({json.dumps(each) for each in prints}) == 6
+    assert fingerprint(source) == fingerprint(source)
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def refuse(source: Source, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        list(documents(source))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_paths(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    refuse(Source(missing), "missing does not exist; expected a file, a directory, hf:owner/name")
+    for kind in ("text", "jsonl", "parquet"):
+        refuse(Source(missing, kind=kind), f"does not exist; expected a {kind} file")
+    refuse(Source(missing, kind="hf"), "cannot be opened")
+    refuse(Source("hf:nobody/nothing"), "the Hugging Face dataset nobody/nothing .* cannot be opened")
+
+
+def test_unclear_paths(tmp_path: Path) -> None:
+    refuse(Source(str(tmp_path)), "no data of a known kind")
+    refuse(Source(write(tmp_path / "a.csv", "a,b")), "no data of a known kind")
+    refuse(Source(str(tmp_path), kind="parquet"), r"no file ending in \.parquet")
+    make_text(tmp_path), make_jsonl(tmp_path)
+    refuse(Source(str(tmp_path)), "data of the kinds text, jsonl")
+    assert list(documents(Source(str(tmp_path), kind="jsonl"))) == TEXTS
+    refuse(Source(str(tmp_path), kind="txt"), "got source kind 'txt'; expected one of auto, binidx, text")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "b"', "a.jsonl, line 2 is no JSON .* at column"),
+        ("[1]", "line 2 holds a list; expected a JSON object"),
+        ('{"body": "b", "id": 1}', "line 2 has no column 'text'; expected one of those it has: body, id"),
+        ('{"text": 3}', "line 2 has a int in 'text'; expected text"),
+    ],
+)
+def test_bad_lines(tmp_path: Path, line: str, message: str) -> None:
+    refuse(Source(write(tmp_path / "a.jsonl", f'{{"text": "a"}}\n{line}\n')), message)
+
+
+def test_missing_columns(tmp_path: Path) -> None:
+    refuse(Source(str(make_parquet(tmp_path)), text_field="body"), "no column 'body'; expected one of .*: id, text")
+    refuse(Source(f"hf:{tmp_path}", text_field="body", streaming=True), "no column 'body'")
+    refuse(Source(str(make_saved_dataset(tmp_path)), text_field="body"), "no column 'body'; .*: text, id")
+    refuse(Source(str(make_parquet(tmp_path)), kind="parquet", text_field="id"), "has a int in 'id'; expected text")
+
+
+def test_missing_split(tmp_path: Path) -> None:
+    refuse(Source(str(make_saved_splits(tmp_path)), split="dev"), "no split 'dev'; expected one of train, test")
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    refuse(Source(str(tmp_path / "a.txt")), "a.txt is no UTF-8 text")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}')
+    refuse(Source(str(tmp_path / "a.jsonl")), "a.jsonl is no UTF-8 text")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    refuse(Source(str(tmp_path / "a.parquet")), "a.parquet is not a whole parquet file")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:-12])
+    refuse(Source(str(tmp_path / "a.jsonl.gz")), "a.jsonl.gz is not a whole gzip file")
+    (tmp_path / "b.jsonl.gz").write_bytes(b"plain")
+    refuse(Source(str(tmp_path / "b.jsonl.gz")), "b.jsonl.gz is not a whole gzip file")
+    refuse(Source(write(tmp_path / "c.txt", "a"), separator=""), "got an empty separator")

@@ -1,0 +1,192 @@
+"""The decoder: embedding, stacks of layers (each one scanned), final norm, head. Teachers and students alike."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from radlads_jax.models import rope
+from radlads_jax.models.attention import Attention, Context
+from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.layers import MLP, RMSNorm, linear
+from radlads_jax.models.rad_rwkv6 import RadRwkv6
+from radlads_jax.models.rad_rwkv7 import RadRwkv7
+from radlads_jax.models.state import State
+
+MIXERS = {"attention": Attention, "rad_rwkv6": RadRwkv6, "rad_rwkv7": RadRwkv7}
+
+# What a layer's backward pass finds stored: everything, its matmuls' results, or its input alone.
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+Params = dict[str, Any]
+
+
+class Embedding(nnx.Module):
+    """Rows of [vocab, D] by token id."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        shape = (cfg.vocab_size, cfg.hidden_size)
+        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, cfg.param_dtype))
+        self.dtype = cfg.dtype
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.embedding[...][tokens].astype(self.dtype)
+
+
+class Layer(nnx.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, cfg: ModelConfig, mixer: str, layer_id: Int[Array, ""], *, rngs: nnx.Rngs):
+        self.input_norm = RMSNorm(cfg.hidden_size, cfg)
+        self.mixer = MIXERS[mixer](cfg, layer_id, rngs=rngs)
+        self.post_norm = RMSNorm(cfg.hidden_size, cfg)
+        self.mlp = MLP(cfg, rngs=rngs)
+
+    def __call__(self, x, context: Context, v_first, layer_id, state):
+        out, v_first, state = self.mixer(self.input_norm(x), context, v_first, layer_id, state)
+        x = x + out
+        return x + self.mlp(self.post_norm(x)), v_first, state
+
+
+class Decoder(nnx.Module):
+    """A causal language model; cfg.stacks says which mixer each run of layers has."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.embed = Embedding(cfg, rngs=rngs)
+        self.stacks = nnx.List(
+            [
+                jax.vmap(lambda r, i, mixer=mixer: Layer(cfg, mixer, i, rngs=r))(rngs.split(n), start + jnp.arange(n))
+                for start, (mixer, n) in zip(cfg.stack_starts, cfg.stacks, strict=True)
+            ]
+        )
+        self.norm = RMSNorm(cfg.hidden_size, cfg)
+        if not cfg.tie_embeddings:
+            self.head = linear(cfg.hidden_size, cfg.vocab_size, cfg, rngs)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        state: State | None = None,
+        remat: str = "none",
+    ) -> tuple[Float[Array, "B T D"], State | None]:
+        """The normed hidden states that the head reads, and the state after the last token (None without one).
+
+        segment_ids: 0 = padding; tokens see their own segment only, recurrent states reset where it changes. positions:
+        for RoPE; by default they count on from the state's length. remat: a name of REMAT_POLICIES.
+        """
+        context, state = make_context(self.cfg, tokens, segment_ids, positions, state)
+        x = self.embed(tokens)
+        v_first = jnp.zeros((*tokens.shape, self.cfg.num_heads, self.cfg.head_dim), x.dtype)
+        carry, stack_states = (x, v_first), []
+        for start, stack, (_, n), stack_state in zip(
+            self.cfg.stack_starts, self.stacks, self.cfg.stacks, _stack_states(state, self.cfg), strict=True
+        ):
+
+            def body(carry, inputs):
+                layer, layer_id, layer_state = inputs
+                x, v_first, layer_state = layer(carry[0], context, carry[1], layer_id, layer_state)
+                return (x, v_first), layer_state
+
+            carry, stack_state = jax.lax.scan(
+                rematted(body, remat), carry, (stack, start + jnp.arange(n), stack_state)
+            )
+            stack_states.append(stack_state)
+        return self.norm(carry[0]), None if state is None else state | {"stacks": stack_states}
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
+        """hidden times the head (the embedding where they are tied), accumulated and returned in float32."""
+        kernel, layout = self.head_kernel()
+        equation = "btd,dv->btv" if layout == "dv" else "btd,vd->btv"
+        return jnp.einsum(equation, hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    def head_kernel(self) -> tuple[Array, str]:
+        """The head's matrix and its layout, "dv" for [D, vocab] or "vd" for the tied embedding [vocab, D]."""
+        return (self.embed.embedding[...], "vd") if self.cfg.tie_embeddings else (self.head.kernel[...], "dv")
+
+
+def rematted(body, remat: str):
+    """The scan's body under jax.checkpoint with the policy of that name."""
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat is {remat!r}; expected one of {', '.join(REMAT_POLICIES)}.")
+    policy = REMAT_POLICIES[remat]
+    return body if policy is None else jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+def make_context(
+    cfg: ModelConfig,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    positions: Int[Array, "B T"] | None,
+    state: State | None,
+) -> tuple[Context, State | None]:
+    """What the mixers are told of these tokens, and the state with their segment ids noted and ended segments cleared."""
+    batch, length = tokens.shape
+    offset = None if state is None else state["length"]
+    if positions is None:
+        positions = jnp.broadcast_to((0 if offset is None else offset) + jnp.arange(length), tokens.shape)
+    if state is not None and segment_ids is None:
+        segment_ids = jnp.ones((batch, length), jnp.int32)
+    cos, sin = rope.rope_tables(cfg, positions)
+    context = Context(cos, sin, segment_ids, None, offset)
+    if segment_ids is None:
+        return context, state
+
+    first = jnp.zeros((batch, 1), bool)
+    context = context._replace(starts=jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1))
+    if state is None:
+        return context, state
+    seen = state["segment_ids"]
+    has_attention = "attention" in cfg.layer_mixers
+    last = jax.lax.dynamic_index_in_dim(seen, jnp.maximum(offset - 1, 0), axis=1, keepdims=False) if has_attention else seen[:, 0]
+    if has_attention:
+        seen = jax.lax.dynamic_update_slice_in_dim(seen, segment_ids, offset, axis=1)
+        context = context._replace(key_segment_ids=seen)
+    else:
+        seen = segment_ids[:, -1:]
+    continues = last == segment_ids[:, 0]
+    stacks = [_keep_rows(s, continues) for s in state["stacks"]]
+    return context, {"length": offset + length, "segment_ids": seen, "stacks": stacks}
+
+
+def _keep_rows(stack_state: State, keep) -> State:
+    """A recurrent stack's state, zero for the sequences whose segment has ended; keys and values stay (they are masked)."""
+    return {
+        name: value if name in ("k", "v") else jnp.where(keep.reshape(1, -1, *[1] * (value.ndim - 2)), value, 0)
+        for name, value in stack_state.items()
+    }
+
+
+def _stack_states(state: State | None, cfg: ModelConfig) -> list[State | None]:
+    return [None] * len(cfg.stacks) if state is None else state["stacks"]
+
+
+@functools.lru_cache
+def graphdef(cfg: ModelConfig) -> nnx.GraphDef:
+    """The structure that turns a dict of parameters into a Decoder."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))))[0]
+
+
+def bind(cfg: ModelConfig, params: Params) -> Decoder:
+    """The Decoder with these parameters (a nested dict, any subset of dtypes); cheap, to be called inside jit."""
+    return nnx.merge(graphdef(cfg), params)
+
+
+def init_params(cfg: ModelConfig, seed: int | Array) -> Params:
+    """Fresh parameters as nested dicts: normal of std 0.02 for the teacher's kinds, RADLADS section 2's for the students'."""
+    return nnx.to_pure_dict(nnx.split(Decoder(cfg, rngs=nnx.Rngs(seed)))[1])
+
+
+def abstract_params(cfg: ModelConfig) -> Params:
+    """Shapes and dtypes of the parameters, without any array."""
+    return jax.eval_shape(lambda: init_params(cfg, 0))

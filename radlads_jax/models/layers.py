@@ -1,0 +1,110 @@
+"""The parts every layer is built from: norms, projections, the gated MLP, low-rank maps, token shift."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx import initializers
+from jaxtyping import Array, Bool, Float
+
+from radlads_jax.models.config import ModelConfig
+
+
+class RMSNorm(nnx.Module):
+    """y = scale * x / sqrt(mean(x^2) + eps); statistics float32."""
+
+    def __init__(self, size: int, cfg: ModelConfig):
+        self.scale = nnx.Param(jnp.ones((size,), cfg.param_dtype))
+        self.eps = cfg.rms_norm_eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return self.scale[...].astype(x.dtype) * normed.astype(x.dtype)
+
+
+def linear(fan_in: int, fan_out: int, cfg: ModelConfig, rngs: nnx.Rngs, *, bias: bool = False, zero: bool = False):
+    """y = x W + b with W [fan_in, fan_out]; normal init of std 0.02 as the families have it, or zeros."""
+    return nnx.Linear(
+        fan_in,
+        fan_out,
+        use_bias=bias,
+        dtype=jnp.dtype(cfg.dtype),
+        param_dtype=jnp.dtype(cfg.param_dtype),
+        kernel_init=initializers.zeros if zero else initializers.normal(0.02),
+        rngs=rngs,
+    )
+
+
+class MLP(nnx.Module):
+    """y = (silu(x W_gate) * x W_up) W_down."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.gate = linear(cfg.hidden_size, cfg.intermediate_size, cfg, rngs)
+        self.up = linear(cfg.hidden_size, cfg.intermediate_size, cfg, rngs)
+        self.down = linear(cfg.intermediate_size, cfg.hidden_size, cfg, rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class LowRank(nnx.Module):
+    """y = base + f(x A) B, with A [D, R] zero and B [R, d] at the start, so that y = base for every x."""
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        rank: int,
+        fan_out: int,
+        *,
+        rngs: nnx.Rngs,
+        b_init: initializers.Initializer,
+        activation: Callable[[Array], Array] | None = None,
+        base: Array | None = None,
+    ):
+        self.a = nnx.Param(jnp.zeros((cfg.hidden_size, rank), cfg.param_dtype))
+        self.b = nnx.Param(b_init(rngs.params(), (rank, fan_out), jnp.dtype(cfg.param_dtype)))
+        self.base = None if base is None else nnx.Param(base.astype(cfg.param_dtype))
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T d"]:
+        inner = x @ self.a[...].astype(x.dtype)
+        if self.activation is not None:
+            inner = self.activation(inner)
+        y = inner @ self.b[...].astype(x.dtype)
+        # The sums feed exponentials and sigmoids of the decay: float32 from here on.
+        return y if self.base is None else y.astype(jnp.float32) + self.base[...].astype(jnp.float32)
+
+
+class GroupNorm(nnx.Module):
+    """Normalises every head's output to mean 0 and variance 1, then scale and bias [d]; eps = head_dim * 1e-5."""
+
+    def __init__(self, cfg: ModelConfig):
+        size = cfg.num_heads * cfg.head_dim
+        self.scale = nnx.Param(jnp.ones((size,), cfg.param_dtype))
+        self.bias = nnx.Param(jnp.zeros((size,), cfg.param_dtype))
+
+    def __call__(self, x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
+        wide = x.astype(jnp.float32)
+        mean, variance = wide.mean(-1, keepdims=True), wide.var(-1, keepdims=True)
+        normed = (wide - mean) * jax.lax.rsqrt(variance + x.shape[-1] * 1e-5)
+        scale, bias = (p[...].astype(jnp.float32).reshape(x.shape[-2:]) for p in (self.scale, self.bias))
+        return (normed * scale + bias).astype(x.dtype)
+
+
+def split_heads(x: Float[Array, "B T d"], heads: int) -> Float[Array, "B T H K"]:
+    return x.reshape(*x.shape[:2], heads, -1)
+
+
+def repeat_kv(x: Float[Array, "B T G K"], heads: int) -> Float[Array, "B T H K"]:
+    """Every kv head for its heads/kv_heads query heads, neighbours together (repeat-interleave)."""
+    return jnp.repeat(x, heads // x.shape[2], axis=2)
+
+
+def shift_tokens(
+    x: Float[Array, "B T D"], previous: Float[Array, "B D"], starts: Bool[Array, "B T"] | None
+) -> Float[Array, "B T D"]:
+    """x_{t-1} for every t; `previous` stands before the first token, zeros before a segment's first one."""
+    shifted = jnp.concatenate([previous[:, None].astype(x.dtype), x[:, :-1]], axis=1)
+    return shifted if starts is None else jnp.where(starts[..., None], 0, shifted)

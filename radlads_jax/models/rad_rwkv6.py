@@ -1,0 +1,102 @@
+"""RAD-RWKV6 ("RADFinch"): gated linear attention with a per-channel decay (RADLADS section 3.1).
+
+    s = x_{t-1} - x_t     z = x + s mu_x     m = tanh(z A), five streams, each times its B     x_i = x + s (mu_i + m_i)
+    r = x_r W_q + b       k~ = x_k W_k + b   v = x_v W_v + b                                   k~, v repeated to all heads
+    log_w = max(-exp(decay + tanh(x_w A_d) B_d), -5)     k = k~ (1 - w)     g = sigmoid(x_g W_g)
+    S_t = diag(w_t) S_{t-1} + k_t v_t^T                  p_t = head_dim^-1/2 S_t^T r_t     out = (g p) W_o
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx import initializers
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.wkv6 import wkv6
+from radlads_jax.models.attention import Context, add_projections, project_qkv
+from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.layers import GroupNorm, LowRank, linear, repeat_kv, shift_tokens, split_heads
+
+LOG_W_MIN = -5.0
+
+
+def _uniform(key, shape, dtype):
+    return jax.random.uniform(key, shape, dtype, -0.01, 0.01)
+
+
+class TokenShift(nnx.Module):
+    """The five mixes of each token with the one before it, in the order r, k, v, w, g."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        rank, width = cfg.mixer.rank_shift, cfg.hidden_size
+        self.mu_x = nnx.Param(jnp.ones((width,), cfg.param_dtype))
+        self.mu = nnx.Param(jnp.zeros((5, width), cfg.param_dtype))
+        self.a = nnx.Param(jnp.zeros((width, 5 * rank), cfg.param_dtype))
+        self.b = nnx.Param(_uniform(rngs.params(), (5, rank, width), jnp.dtype(cfg.param_dtype)))
+
+    def __call__(self, x: Float[Array, "B T D"], previous: Float[Array, "B T D"]) -> list[Float[Array, "B T D"]]:
+        mu_x, mu, a, b = (p[...].astype(x.dtype) for p in (self.mu_x, self.mu, self.a, self.b))
+        s = previous - x
+        streams = jnp.split(jnp.tanh((x + s * mu_x) @ a), 5, axis=-1)
+        return [x + s * (mu[i] + streams[i] @ b[i]) for i in range(5)]
+
+
+class RadRwkv6(nnx.Module):
+    """The mixer. Its decoding state holds the recurrence's state and, with token shift, the last input."""
+
+    def __init__(self, cfg: ModelConfig, layer_id: Int[Array, ""], *, rngs: nnx.Rngs):
+        self.cfg, mixer = cfg, cfg.mixer
+        size = cfg.num_heads * cfg.head_dim
+        add_projections(self, cfg, rngs)
+        if mixer.token_shift:
+            self.shift = TokenShift(cfg, rngs=rngs)
+        self.decay = LowRank(
+            cfg,
+            mixer.rank_decay,
+            size,
+            rngs=rngs,
+            b_init=_uniform,
+            activation=jnp.tanh,
+            base=_initial_decay(cfg, layer_id),
+        )
+        if mixer.gate == "full":
+            self.gate = linear(cfg.hidden_size, size, cfg, rngs, zero=True)
+        elif mixer.gate == "low_rank":
+            b_init = initializers.orthogonal(0.1)
+            self.gate = LowRank(cfg, mixer.rank_gate, size, rngs=rngs, b_init=b_init, activation=jax.nn.sigmoid)
+        if mixer.group_norm:
+            self.ln_x = GroupNorm(cfg)
+
+    def __call__(self, x: Float[Array, "B T D"], context: Context, v_first, layer_id, state):
+        """-> (out [B, T, D], v_first unchanged, state {"wkv": [B, H, K, V] float32, "shift": [B, D]})."""
+        del layer_id
+        cfg, mixer = self.cfg, self.cfg.mixer
+        x_r = x_k = x_v = x_w = x_g = x
+        if mixer.token_shift:
+            before = jnp.zeros_like(x[:, 0]) if state is None else state["shift"]
+            x_r, x_k, x_v, x_w, x_g = self.shift(x, shift_tokens(x, before, context.starts))
+        r, k, v = project_qkv(self, x_r, context, use_rope=mixer.use_rope, x_k=x_k, x_v=x_v)
+        k, v = repeat_kv(k, cfg.num_heads), repeat_kv(v, cfg.num_heads)
+        log_w = split_heads(jnp.maximum(-jnp.exp(self.decay(x_w)), LOG_W_MIN), cfg.num_heads)
+        if mixer.balance_state:
+            k = (k * -jnp.expm1(log_w)).astype(x.dtype)
+        initial = None if state is None else state["wkv"]
+        out, final = wkv6(r, log_w, k, v, initial_state=initial, segment_ids=context.segment_ids)
+        out = out * cfg.head_dim**-0.5
+        if mixer.group_norm:
+            out = self.ln_x(out)
+        out = out.reshape(*x.shape[:2], -1)
+        if mixer.gate == "full":
+            out = out * jax.nn.sigmoid(self.gate(x_g))
+        elif mixer.gate == "low_rank":
+            out = out * self.gate(x_g)
+        if state is not None:
+            state = {"wkv": final} | ({"shift": x[:, -1].astype(state["shift"].dtype)} if mixer.token_shift else {})
+        return self.o(out), v_first, state
+
+
+def _initial_decay(cfg: ModelConfig, layer_id: Int[Array, ""]) -> Float[Array, "d"]:
+    """lambda_d[n] = -6 + 5 (n/(d-1))^(0.7 + 1.3 l/(L-1))."""
+    size = cfg.num_heads * cfg.head_dim
+    depth = layer_id / max(cfg.num_layers - 1, 1)
+    return -6 + 5 * jnp.linspace(0.0, 1.0, size) ** (0.7 + 1.3 * depth)

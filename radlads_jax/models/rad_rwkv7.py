@@ -1,0 +1,98 @@
+"""RAD-RWKV7 ("RADGoose"): the generalised delta rule in the place of softmax attention (RADLADS section 3.2).
+
+    r = RoPE(x W_q + b)    k = RoPE(x W_k + b)    v' = x W_v + b        k, v' repeated to all heads
+    iclr  = sigmoid(a0 + (x A_a) B_a)             log_w = -exp(-1/2) sigmoid(w0 + tanh(x A_w) B_w)
+    v     = v' + (v_first - v') sigmoid(v0 + (x A_v) B_v)               (v' in the first recurrent layer)
+    S_t   = (diag(w_t) - (kk_t iclr_t) kk_t^T) S_{t-1} + k_t v_t^T      p_t = S_t^T r_t     out = (g p) W_o
+
+balance_state (variant A): kk = k / |k|,        k <- k (1 - w + iclr),            p <- p head_dim^-1/2
+otherwise     (variant B): kk = k k_k / |k k_k|, k <- k (1 + (iclr - 1) k_a),     p <- GroupNorm(p) with group_norm
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx import initializers
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.wkv7 import wkv7
+from radlads_jax.models.attention import Context, add_projections, project_qkv
+from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.layers import GroupNorm, LowRank, linear, repeat_kv, split_heads
+
+LOG_W_BOUND = -math.exp(-0.5)
+
+
+class RadRwkv7(nnx.Module):
+    """The mixer; r_k is carried for the published format and unused, k_k and k_a are used by variant B alone."""
+
+    def __init__(self, cfg: ModelConfig, layer_id: Int[Array, ""], *, rngs: nnx.Rngs):
+        self.cfg, mixer = cfg, cfg.mixer
+        size = cfg.num_heads * cfg.head_dim
+        add_projections(self, cfg, rngs)
+
+        def low_rank(rank: int, **options) -> LowRank:
+            gain = 0.1 * max(1.0, math.sqrt(rank / size))
+            return LowRank(cfg, rank, size, rngs=rngs, b_init=initializers.orthogonal(gain), **options)
+
+        self.decay = low_rank(mixer.rank_decay, activation=jnp.tanh, base=_initial_decay(cfg, layer_id))
+        self.iclr = low_rank(mixer.rank_iclr, base=jnp.zeros(size))
+        self.value = low_rank(mixer.rank_value, base=jnp.ones(size))
+        if mixer.gate == "low_rank":
+            self.gate = low_rank(mixer.rank_gate, activation=jax.nn.sigmoid)
+        elif mixer.gate == "full":
+            self.gate = linear(cfg.hidden_size, size, cfg, rngs, zero=True)
+        if mixer.group_norm:
+            self.ln_x = GroupNorm(cfg)
+        self.k_k = nnx.Param(jnp.full((size,), 0.85, cfg.param_dtype))
+        self.k_a = nnx.Param(jnp.ones((size,), cfg.param_dtype))
+        self.r_k = nnx.Param(jnp.zeros((cfg.num_heads, cfg.head_dim), cfg.param_dtype))
+
+    def __call__(self, x: Float[Array, "B T D"], context: Context, v_first, layer_id, state):
+        """-> (out [B, T, D], v_first [B, T, H, K], state {"wkv": [B, H, K, V] float32})."""
+        cfg, mixer = self.cfg, self.cfg.mixer
+        r, k, v = project_qkv(self, x, context, use_rope=mixer.use_rope)
+        k, v = repeat_kv(k, cfg.num_heads), repeat_kv(v, cfg.num_heads)
+        log_w = split_heads(LOG_W_BOUND * jax.nn.sigmoid(self.decay(x)), cfg.num_heads)
+        iclr = split_heads(jax.nn.sigmoid(self.iclr(x)), cfg.num_heads)
+
+        is_first = layer_id == cfg.first_recurrent_layer
+        residual = split_heads(jax.nn.sigmoid(self.value(x)), cfg.num_heads).astype(v.dtype)
+        v_first = jnp.where(is_first, v, v_first)
+        v = v + (v_first - v) * residual
+
+        kk, k = self._keys(k.astype(jnp.float32), log_w, iclr)
+        a, b = (-kk).astype(x.dtype), (kk * iclr).astype(x.dtype)
+        initial = None if state is None else state["wkv"]
+        out, final = wkv7(
+            r, log_w, k.astype(x.dtype), v, a, b, initial_state=initial, segment_ids=context.segment_ids
+        )
+        out = self.ln_x(out) if mixer.group_norm else out * cfg.head_dim**-0.5
+        out = out.reshape(*x.shape[:2], -1)
+        if mixer.gate == "low_rank":
+            out = out * self.gate(x)
+        elif mixer.gate == "full":
+            out = out * jax.nn.sigmoid(self.gate(x))
+        return self.o(out), v_first, None if state is None else {"wkv": final}
+
+    def _keys(self, k, log_w, iclr):
+        """The removal key kk (unit length per head) and the key that is written, [B, T, H, K] float32."""
+        if self.cfg.mixer.balance_state:
+            return _unit(k), k * (iclr - jnp.expm1(log_w))
+        per_head = (k.shape[2], k.shape[3])
+        k_k, k_a = (p[...].astype(jnp.float32).reshape(per_head) for p in (self.k_k, self.k_a))
+        return _unit(k * k_k), k * (1 + (iclr - 1) * k_a)
+
+
+def _unit(x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
+    """x / |x| over the last axis, with |x| at least 1e-12."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
+
+
+def _initial_decay(cfg: ModelConfig, layer_id: Int[Array, ""]) -> Float[Array, "d"]:
+    """w0[n] = -7 + 5 (n/(d-1))^(0.85 + sqrt(l/(L-1))) + 0.5."""
+    size = cfg.num_heads * cfg.head_dim
+    depth = layer_id / max(cfg.num_layers - 1, 1)
+    return -6.5 + 5 * jnp.linspace(0.0, 1.0, size) ** (0.85 + jnp.sqrt(depth))

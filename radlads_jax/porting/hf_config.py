@@ -1,0 +1,260 @@
+"""Reads a Hugging Face config.json into a ModelConfig, and refuses by name what the Decoder does not implement.
+
+Sources: transformers' configuration classes of the four families (their defaults for absent keys); the published
+rwkv6qwen2 and rwkv7qwen2 students.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from radlads_jax.models.config import FAMILIES, MixerConfig, ModelConfig, RopeScaling
+from radlads_jax.porting.config_keys import ConfigKeys
+
+STUDENT_MIXERS = {"rwkv6qwen2": "rad_rwkv6", "rwkv7qwen2": "rad_rwkv7"}
+GATE_TYPES = {0: "none", 1: "full", 2: "low_rank"}
+RANK_KEYS = {
+    "rank_decay": "lora_rank_decay",
+    "rank_iclr": "lora_rank_iclr",
+    "rank_value": "lora_rank_value_residual_mix",
+    "rank_shift": "lora_rank_tokenshift",
+    "rank_gate": "lora_rank_gate",
+}
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+
+_MAX_POSITIONS = {"qwen2": 32768, "qwen3": 32768, "llama": 2048, "mistral": 131072}
+# What transformers takes for an absent key; for a null, and in llama, it is the number of heads.
+_KV_HEADS = {"qwen2": 32, "qwen3": 32, "mistral": 8}
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
+    """The ModelConfig a config.json describes: qwen2, qwen3, llama, mistral, or a published or exported student.
+
+    Raises ValueError naming the key for anything missing, wrong-typed or absurd, and for every feature that the Decoder
+    lacks (sliding windows in use, yarn, experts, quantised weights, ...). The activations' dtype is not read: it
+    is a choice of the run.
+    """
+    keys = ConfigKeys(config)
+    model_type = keys.text("model_type")
+    mixer = STUDENT_MIXERS.get(model_type)
+    family = keys.text("teacher_model_type", "qwen2") if mixer else model_type
+    if family not in FAMILIES:
+        raise ValueError(
+            f"config.json: model_type is {family!r}; expected one of {', '.join((*FAMILIES, *STUDENT_MIXERS))}. "
+            "Choose a model of one of these (dense, text-only) families."
+        )
+    _refuse_unsupported(keys, family)
+    model = _softmax_model(keys, family, is_student=mixer is not None)
+    if mixer is None:
+        return model
+    student = model.as_student(mixer, _mixer_config(keys, mixer, model.hidden_size), _attention_layers(keys, model))
+    return dataclasses.replace(student, tie_embeddings=model.tie_embeddings)
+
+
+def rope_from_hf(config: dict[str, Any], max_position_embeddings: int) -> tuple[float, RopeScaling | None]:
+    """The base and scaling of RoPE, from top-level keys, from `rope_parameters`, or from both where they agree."""
+    keys = ConfigKeys(config)
+    default_theta = keys.number("rope_theta", 10000.0)
+    found = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = _full_attention_rope(keys.mapping(name))
+        if rope:
+            found[name] = _one_rope(
+                ConfigKeys(rope, f"config.json, {name}"), keys, default_theta, max_position_embeddings
+            )
+    if len(set(found.values())) > 1:
+        raise ValueError(
+            f"config.json: rope_scaling {config['rope_scaling']} and rope_parameters {config['rope_parameters']} "
+            "say different things; expected one of them, or the same in both. Remove the wrong one."
+        )
+    rope_parameters = keys.mapping("rope_parameters")
+    inner = _full_attention_rope(rope_parameters).get("rope_theta")
+    if inner is not None and config.get("rope_theta") not in (None, inner):
+        raise ValueError(
+            f"config.json: rope_theta is {config['rope_theta']!r} but {inner!r} inside rope_parameters; expected "
+            "the same in both. Remove the wrong one."
+        )
+    return next(iter(found.values()), (default_theta, None))
+
+
+def _softmax_model(keys: ConfigKeys, family: str, is_student: bool) -> ModelConfig:
+    hidden_size, num_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+    absent = num_heads if "num_key_value_heads" in keys.values else _KV_HEADS.get(family, num_heads)
+    num_kv_heads = keys.integer("num_key_value_heads", absent)
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"config.json: num_attention_heads is {num_heads} and num_key_value_heads {num_kv_heads}; expected a "
+            "multiple. Correct the keys in the model's config."
+        )
+    max_positions = keys.integer("max_position_embeddings", _MAX_POSITIONS[family], high=1 << 31)
+    rope_theta, rope_scaling = rope_from_hf(dict(keys.values), max_positions)
+    qkv_bias, o_bias = _biases(keys, family, is_student)
+    return ModelConfig(
+        family=family,
+        vocab_size=keys.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=keys.integer("intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=_head_dim(keys, family, hidden_size, num_heads),
+        stacks=(("attention", keys.integer("num_hidden_layers", high=10_000)),),
+        rms_norm_eps=keys.number("rms_norm_eps", 1e-6, high=1.0),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        max_position_embeddings=max_positions,
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        qk_norm=keys.flag("qk_norm", family == "qwen3") if is_student else family == "qwen3",
+        tie_embeddings=keys.flag("tie_word_embeddings", False),
+    )
+
+
+def _head_dim(keys: ConfigKeys, family: str, hidden_size: int, num_heads: int) -> int:
+    if family == "qwen3" and "head_dim" not in keys.values:
+        head_dim = 128  # Qwen3Config's own default, whatever the width.
+    else:
+        head_dim = keys.integer("head_dim", 0, low=0, high=1 << 16) or hidden_size // num_heads
+        if keys.values.get("head_dim") is None and hidden_size % num_heads:
+            raise ValueError(
+                f"config.json: hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads} and there "
+                "is no head_dim; expected either. Add head_dim."
+            )
+    if head_dim % 2:
+        raise ValueError(
+            f"config.json: head_dim is {head_dim}; expected an even number, because RoPE turns pairs of channels. "
+            "Correct head_dim, hidden_size or num_attention_heads."
+        )
+    return head_dim
+
+
+def _biases(keys: ConfigKeys, family: str, is_student: bool) -> tuple[bool, bool]:
+    """Whether q, k, v have biases, and whether o has."""
+    if is_student:
+        return keys.flag("attention_bias", True), keys.flag("attention_output_bias", False)
+    if family in ("qwen2", "mistral"):
+        return family == "qwen2", False
+    all_four = keys.flag("attention_bias", False)
+    return all_four, all_four
+
+
+def _mixer_config(keys: ConfigKeys, mixer: str, hidden_size: int) -> MixerConfig:
+    """The switches of a student; absent keys take the published readers' defaults."""
+    gate_type = keys.integer("gate_rank_type", 1 if mixer == "rad_rwkv6" else 2, low=0, high=2)
+    group_norm = keys.flag("groupnorm_att", mixer == "rad_rwkv7")
+    token_shift = keys.flag("use_tokenshift", mixer == "rad_rwkv6")
+    if token_shift and mixer == "rad_rwkv7":
+        raise ValueError(
+            "config.json: use_tokenshift is true in a model of type rwkv7qwen2; expected false, because RAD-RWKV7 has "
+            "no token shift here. Choose a checkpoint without token shift."
+        )
+    return MixerConfig.for_student(
+        mixer,
+        hidden_size,
+        use_rope=keys.flag("use_rope", False),
+        token_shift=token_shift,
+        gate=GATE_TYPES[gate_type],
+        balance_state=keys.flag("balance_state", not group_norm),
+        group_norm=group_norm,
+        **{field: keys.integer(key, 0, low=0) for field, key in RANK_KEYS.items()},
+    )
+
+
+def _attention_layers(keys: ConfigKeys, model: ModelConfig) -> tuple[int, ...]:
+    """The layers that stay softmax: the last num_attention_layers, or any given in attention_layers."""
+    count = keys.integer("num_attention_layers", 0, low=0, high=model.num_layers)
+    last = tuple(range(model.num_layers - count, model.num_layers))
+    listed = keys.values.get("attention_layers")
+    if listed is None:
+        return last
+    is_layers = isinstance(listed, list) and all(type(i) is int and 0 <= i < model.num_layers for i in listed)
+    if not is_layers or len(set(listed)) != len(listed):
+        raise ValueError(
+            f"config.json: 'attention_layers' is {listed!r}; expected a list of different layer numbers from 0 to "
+            f"{model.num_layers - 1}. Correct the key in the model's config."
+        )
+    if count and set(listed) != set(last):
+        raise ValueError(
+            f"config.json: attention_layers is {listed} but num_attention_layers {count} means {list(last)}; expected "
+            "the same in both. Remove the wrong one."
+        )
+    return tuple(sorted(listed))
+
+
+def _full_attention_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of full-attention layers where they are given per type of layer."""
+    return rope["full_attention"] if isinstance(rope.get("full_attention"), dict) else rope
+
+
+def _one_rope(
+    rope: ConfigKeys, config: ConfigKeys, default_theta: float, max_positions: int
+) -> tuple[float, RopeScaling | None]:
+    theta = rope.number("rope_theta", default_theta)
+    kind = rope.text("rope_type", rope.text("type", "default"))
+    _refuse_partial_rotary(rope)
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling(kind, rope.number("factor", low=1.0))
+    if kind != "llama3":
+        raise ValueError(
+            f"{rope.where}: rope_type is {kind!r}; expected default, linear or llama3. Choose a model without {kind} "
+            "scaling, or remove the scaling to work within the original context."
+        )
+    # The same order of precedence as transformers': the top-level key, this object's, the context.
+    original = config.integer(
+        "original_max_position_embeddings",
+        rope.integer("original_max_position_embeddings", max_positions, high=1 << 31),
+        high=1 << 31,
+    )
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if low >= high:
+        raise ValueError(
+            f"{rope.where}: low_freq_factor is {low:g} and high_freq_factor {high:g}; expected low < high. "
+            "Correct the keys in the model's config."
+        )
+    return theta, RopeScaling(kind, rope.number("factor", low=1.0), low, high, original)
+
+
+def _refuse_partial_rotary(keys: ConfigKeys) -> None:
+    if keys.number("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"{keys.where}: partial_rotary_factor is {keys.values['partial_rotary_factor']}; expected 1, RoPE on whole "
+            "heads. Choose a model that rotates whole heads."
+        )
+
+
+def _refuse_unsupported(keys: ConfigKeys, family: str) -> None:
+    values = keys.values
+    # MistralConfig's default for an absent key is a window of 4096, null means none.
+    window = values.get("sliding_window", 4096) if family == "mistral" else None
+    other_layers = [t for t in _layer_types(values) if t != "full_attention"]
+    experts = [key for key in _EXPERT_KEYS if values.get(key)]
+    problems = {
+        f"sliding_window {window} (in use, also where the key is absent)": window is not None,
+        "use_sliding_window true": bool(values.get("use_sliding_window")),
+        f"layer_types with {', '.join(sorted(set(other_layers)))}": bool(other_layers),
+        f"a mixture of experts ({', '.join(experts)})": bool(experts),
+        "mlp_bias true": bool(values.get("mlp_bias")),
+        f"hidden_act {values.get('hidden_act')!r}": values.get("hidden_act", "silu") != "silu",
+        "quantization_config (quantised weights)": values.get("quantization_config") is not None,
+    }
+    asked = [problem for problem, present in problems.items() if present]
+    if asked:
+        raise ValueError(
+            f"config.json ({family}) asks for {'; '.join(asked)}; expected full attention in every layer, dense SiLU "
+            "MLPs without biases and unquantised weights. Choose a model without these, or, where a window is longer "
+            "than every sequence you train on, set sliding_window to null and use_sliding_window to false."
+        )
+    _refuse_partial_rotary(keys)
+
+
+def _layer_types(values: Mapping[str, Any]) -> list[str]:
+    types = values.get("layer_types")
+    if types is None:
+        return []
+    if not isinstance(types, list) or not all(isinstance(t, str) for t in types):
+        raise ValueError(
+            f"config.json: 'layer_types' is {types!r}; expected a list of strings or null. Correct the config."
+        )
+    return types

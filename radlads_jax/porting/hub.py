@@ -1,0 +1,75 @@
+"""Finding a model: a local directory, or a hub id of which only weights, configs and tokenizer files are downloaded."""
+
+import re
+from pathlib import Path
+
+import huggingface_hub
+import transformers
+
+from radlads_jax.models.config import ModelConfig
+from radlads_jax.porting.config_keys import read_json
+from radlads_jax.porting.safetensors_read import find_files
+
+# No *.bin, *.pt or *.py: pickles and code are never fetched.
+DOWNLOADED = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.*", "*.jinja")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def resolve_model_dir(path_or_id: str | Path, revision: str | None = None) -> Path:
+    """The directory of a model: path_or_id itself where it exists, else the downloaded snapshot of that hub id.
+
+    revision: branch, tag or commit on the hub. Raises ValueError where there is neither, where the hub cannot be
+    reached and the model is not in the local cache, and for a model without safetensors.
+    """
+    directory = Path(path_or_id)
+    if not directory.exists():
+        directory = _downloaded(str(path_or_id), revision)
+    find_files(directory)
+    return directory
+
+
+def load_tokenizer(directory: str | Path) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a model directory, exactly as its tokenizer.json describes it where there is one."""
+    directory = Path(directory)
+    file = directory / "tokenizer.json"
+    # Checked here, because the tokenizers library raises bare Exceptions for what it cannot parse.
+    if file.is_file() and not isinstance(read_json(file).get("model"), dict):
+        raise ValueError(f"{file} has no object 'model'; expected a tokenizer of that format. Download the file again.")
+    try:
+        if file.is_file():
+            # AutoTokenizer would replace the file's splitting rule with the one it knows for the model_type.
+            return transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(
+            f"{directory} has no tokenizer that can be read ({error}); expected tokenizer.json or the files of a "
+            "tokenizer that transformers knows. Copy the model's tokenizer files into the directory."
+        ) from error
+
+
+def check_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, cfg: ModelConfig) -> None:
+    """Raises ValueError for a tokenizer with ids that the model's embedding does not have."""
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= cfg.vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {largest} but the model's vocab_size is {cfg.vocab_size}; expected every id "
+            "below it. Use the tokenizer that belongs to the model."
+        )
+
+
+def _downloaded(model_id: str, revision: str | None) -> Path:
+    if not _HUB_ID.fullmatch(model_id):
+        raise ValueError(
+            f"{model_id!r} is no existing directory and no hub id; expected a model directory or an id like "
+            "'organisation/name'. Check the path."
+        )
+    try:
+        return Path(huggingface_hub.snapshot_download(model_id, revision=revision, allow_patterns=list(DOWNLOADED)))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{model_id!r} is no existing directory and could not be downloaded from the hub ({reason}); expected a "
+            "model that exists there and can be reached. Check the name and the network, log in for a gated model, or "
+            "download it elsewhere and give the directory."
+        ) from error

@@ -1,0 +1,150 @@
+"""Porting: a Hugging Face checkpoint into our parameter tree, one tensor at a time."""
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from radlads_jax.models.config import ModelConfig
+from radlads_jax.porting.names import Layout, Location, ParamPath, disk_tensors, flatten, nest, param_shapes, shown
+from radlads_jax.porting.safetensors_read import StoredTensor, open_checkpoint
+
+Params = dict[str, Any]
+# A parameter tree's shardings, one for all, or None for the default device.
+Shardings = dict[str, Any] | Sharding | None
+
+_WEIGHT_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+_BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+
+
+def load_params(source_dir: Path, cfg: ModelConfig, *, dtype: str | None = None, shardings: Shardings = None) -> Params:
+    """The parameters of a model directory, cast to dtype (default: cfg.param_dtype) and placed with their shardings.
+
+    Every (stacked) parameter is allocated once on the devices; then each tensor is mapped from its file, its slices
+    copied to the devices that hold them, and put into its layer in place: the host never holds more than one tensor.
+    Raises ValueError listing all missing, unexpected and misshapen tensors before any is read.
+    """
+    stored = open_checkpoint(Path(source_dir))
+    expected = disk_tensors(cfg)
+    check_tensors(stored, expected, Path(source_dir), tied=cfg.tie_embeddings)
+    shapes = param_shapes(cfg)
+    placement = _by_path(shardings, shapes)
+    param_dtype = jnp.dtype(dtype or cfg.param_dtype)
+    params = _zeros(shapes, param_dtype, placement)
+    in_file_order = sorted(expected, key=lambda name: (stored[name].file, stored[name].start))
+    for name in in_file_order:
+        location = expected[name]
+        params[location.path] = _place(params[location.path], stored[name], location, placement[location.path])
+    return nest(params)
+
+
+def check_tensors(stored: dict[str, StoredTensor], expected: dict[str, Location], source: Path, *, tied: bool) -> None:
+    """Raises one ValueError with every tensor that is missing, unexpected, misshapen or of a dtype no weight has.
+
+    RoPE's frequency buffers are passed over, and so is a head in the checkpoint of a tied model.
+    """
+    ignored = {name for name in stored if _BUFFERS.search(name) or (tied and name == "lm_head.weight")}
+    both = [name for name in expected if name in stored]
+    problems = {
+        "missing": [name for name in expected if name not in stored],
+        "unexpected": sorted(stored.keys() - expected.keys() - ignored),
+        "misshapen": [
+            f"{name} {list(stored[name].shape)} (expected {list(expected[name].disk_shape)})"
+            for name in both
+            if stored[name].shape != expected[name].disk_shape
+        ],
+        "no float32, float16 or bfloat16": [
+            f"{name} {stored[name].dtype}" for name in both if stored[name].dtype not in _WEIGHT_DTYPES
+        ],
+    }
+    found = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise ValueError(
+            f"the tensors in {source} are not those of its model, got {'; '.join(found)}; expected the {len(expected)} "
+            "that its config.json describes. Check that config.json belongs to these weights."
+        )
+
+
+def _by_path(shardings: Shardings, shapes: dict[ParamPath, tuple[int, ...]]) -> dict[ParamPath, Sharding | None]:
+    if shardings is None or isinstance(shardings, Sharding):
+        return dict.fromkeys(shapes, shardings)
+    flat = flatten(shardings)
+    if flat.keys() != shapes.keys():
+        raise ValueError(
+            f"the shardings lack {[shown(p) for p in shapes.keys() - flat.keys()]} and have in excess "
+            f"{[shown(p) for p in flat.keys() - shapes.keys()]}; expected one for each parameter. Build them from the "
+            "model's own tree."
+        )
+    return flat
+
+
+def _zeros(
+    shapes: dict[ParamPath, tuple[int, ...]], dtype: np.dtype, placement: dict[ParamPath, Sharding | None]
+) -> dict[ParamPath, jax.Array]:
+    make = _zeros_maker(tuple(shapes.values()), dtype, tuple(placement[path] for path in shapes))
+    return dict(zip(shapes, make(), strict=True))
+
+
+@functools.cache
+def _zeros_maker(
+    shapes: tuple[tuple[int, ...], ...], dtype: np.dtype, shardings: tuple[Sharding | None, ...]
+) -> Callable[[], tuple[jax.Array, ...]]:
+    return jax.jit(lambda: tuple(jnp.zeros(shape, dtype) for shape in shapes), out_shardings=shardings)
+
+
+def _place(param: jax.Array, tensor: StoredTensor, location: Location, sharding: Sharding | None) -> jax.Array:
+    """The parameter with one tensor from a file put in; the old array is given up."""
+    host = tensor.open()
+    if isinstance(sharding, NamedSharding):
+        piece_sharding = _disk_sharding(sharding, location)
+        piece = jax.make_array_from_callback(host.shape, piece_sharding, lambda index: host[index])
+    elif sharding is None or isinstance(sharding, SingleDeviceSharding):
+        piece = jax.device_put(host, sharding)
+    else:
+        raise NotImplementedError(f"porting places parameters with NamedSharding, not {type(sharding).__name__}.")
+    index = np.array(location.index, np.int32)
+    placed = _writer(sharding)(param, piece, index, layout=location.layout)
+    # The next tensor is mapped only when this one has left the host.
+    return jax.block_until_ready(placed)
+
+
+def _disk_sharding(sharding: NamedSharding, location: Location) -> NamedSharding:
+    """The sharding of one tensor as it is on disk, so that every device gets just the part it keeps."""
+    rank = len(location.index) + len(location.shape)
+    spec = (*sharding.spec, *[None] * (rank - len(sharding.spec)))[len(location.index) :]
+    axes = {"same": spec, "transposed": spec[::-1], "vector": (None, None, *spec)}[location.layout]
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+
+
+@functools.cache
+def _writer(sharding: Sharding | None) -> Callable[..., jax.Array]:
+    # Without out_shardings the compiler may choose another sharding, and the donated buffer could not be reused.
+    return jax.jit(_written, donate_argnums=0, static_argnames="layout", out_shardings=sharding)
+
+
+def _written(param: jax.Array, piece: jax.Array, index: jax.Array, *, layout: Layout) -> jax.Array:
+    piece = to_ours(piece, layout).astype(param.dtype)
+    leading = param.ndim - piece.ndim
+    starts = [index[axis] if axis < leading else 0 for axis in range(param.ndim)]
+    # As integers, because XLA on CPU widens a whole bfloat16 array to update a part of it.
+    bits = jnp.dtype(f"uint{8 * param.dtype.itemsize}")
+    whole = jax.lax.bitcast_convert_type(param, bits)
+    part = jax.lax.bitcast_convert_type(piece, bits).reshape((1,) * leading + piece.shape)
+    return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(whole, part, starts), param.dtype)
+
+
+def to_ours(tensor: jax.Array, layout: Layout) -> jax.Array:
+    """A tensor as it is on disk, in our layout."""
+    return {"same": tensor, "transposed": tensor.T, "vector": tensor.reshape(-1)}[layout]
+
+
+def to_disk(tensor: jax.Array, layout: Layout) -> jax.Array:
+    """The inverse of `to_ours`."""
+    return {"same": tensor, "transposed": tensor.T, "vector": tensor.reshape(1, 1, -1)}[layout]

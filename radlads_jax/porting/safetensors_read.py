@@ -1,0 +1,194 @@
+"""Lazy reading of safetensors: headers are checked in full, tensors are memory-mapped one at a time.
+
+Source: the safetensors format: an 8-byte little-endian header length, a JSON header, then the tensors without gaps.
+"""
+
+import dataclasses
+import json
+import math
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from radlads_jax.porting.config_keys import read_json
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_MAX_HEADER_BYTES = 100_000_000  # The format's own limit.
+_AGAIN = "Download or export the file again."
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file that has not been read; start and stop are byte positions in the whole file."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def open(self) -> np.ndarray:
+        """The tensor as a read-only view of the mapped file: pages are read when touched, and freed with the array."""
+        if self.start == self.stop:
+            return np.zeros(self.shape, self.dtype)
+        page_start = self.start - self.start % mmap.ALLOCATIONGRANULARITY
+        with open(self.file, "rb") as file:
+            pages = mmap.mmap(file.fileno(), self.stop - page_start, offset=page_start, access=mmap.ACCESS_READ)
+        return np.frombuffer(pages, self.dtype, math.prod(self.shape), self.start - page_start).reshape(self.shape)
+
+
+def open_checkpoint(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model directory by name, not yet read.
+
+    Raises ValueError as `find_files` does, for an index that does not fit its files, and for damaged files.
+    """
+    path = find_files(directory)
+    return _read_indexed(path) if path.name == INDEX_FILE else read_header(path)
+
+
+def find_files(directory: Path) -> Path:
+    """A directory's model.safetensors, else its index, else its only safetensors file; ValueError where none is."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is no directory; expected a Hugging Face model directory. Check the path.")
+    for name in (SINGLE_FILE, INDEX_FILE):
+        if (directory / name).is_file():
+            return directory / name
+    files = sorted(directory.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise ValueError(
+            f"{directory} holds {len(files)} safetensors files and no {INDEX_FILE}; expected the index that says "
+            "which tensor is in which file. Download the index too."
+        )
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
+    found = (
+        f"only {', '.join(pickles[:3])}, and pickles are never loaded: they can run code" if pickles else "no weights"
+    )
+    raise ValueError(
+        f"{directory} holds {found}; expected {SINGLE_FILE} or {INDEX_FILE} with its files. Convert the model where "
+        "you trust it: transformers' from_pretrained(old) and then save_pretrained(new) write safetensors."
+    )
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file; ValueError where the header is not exactly what the format asks for."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > _MAX_HEADER_BYTES or 8 + length > size:
+            raise ValueError(
+                f"{path} has {size} bytes but its header alone wants {8 + length if len(prefix) == 8 else 8} (at most "
+                f"{_MAX_HEADER_BYTES}); expected a whole safetensors file. {_AGAIN}"
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the header is not the expected JSON object ({error}). {_AGAIN}") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: the header is a JSON {type(header).__name__}; expected an object. {_AGAIN}")
+    header.pop("__metadata__", None)
+    tensors = {name: _stored_tensor(path, name, entry, 8 + length) for name, entry in header.items()}
+    _check_layout(path, tensors, 8 + length, size)
+    return tensors
+
+
+def _read_indexed(index: Path) -> dict[str, StoredTensor]:
+    directory = index.parent
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map with entries; expected tensor names with file names. {_AGAIN}")
+    names = sorted({name for name in weight_map.values() if isinstance(name, str)})
+    strange = [repr(n) for n in weight_map.values() if not isinstance(n, str)] + [n for n in names if not _is_plain(n)]
+    if strange:
+        raise ValueError(
+            f"{index} points at {', '.join(strange)}; expected names of .safetensors files in its directory. {_AGAIN}"
+        )
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{directory} lacks {', '.join(missing)}; expected all {len(names)} files that {INDEX_FILE} lists. "
+            "Download them."
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for file in names:
+        stored = read_header(directory / file)
+        listed = {name for name, where in weight_map.items() if where == file}
+        if stored.keys() != listed:
+            raise ValueError(
+                f"{directory / file} and {INDEX_FILE} disagree: only in the file {sorted(stored.keys() - listed)}, "
+                f"only in the index {sorted(listed - stored.keys())}; expected the same tensors. Download both again."
+            )
+        tensors |= stored
+    return tensors
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a file name stays inside its directory on every system."""
+    return name.endswith(".safetensors") and not any(sign in name for sign in "/\\:\0") and not name.startswith(".")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is there twice")
+    return dict(pairs)
+
+
+def _stored_tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{path}: {name} has dtype {dtype!r}; expected one of {', '.join(DTYPES)}. {_AGAIN}")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(
+            f"{path}: {name} has shape {shape!r} and data_offsets {offsets!r}; expected a list of sizes and "
+            f"[start, stop] with start <= stop. {_AGAIN}"
+        )
+    wanted = math.prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != wanted:
+        raise ValueError(
+            f"{path}: {name} takes {offsets[1] - offsets[0]} bytes; expected {wanted} for {dtype} {shape}. {_AGAIN}"
+        )
+    return StoredTensor(path, DTYPES[dtype], tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in values)
+
+
+def _check_layout(path: Path, tensors: dict[str, StoredTensor], data_start: int, size: int) -> None:
+    end = data_start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if tensor.start != end:
+            what = "overlaps the tensor before it" if tensor.start < end else "leaves a gap before it"
+            raise ValueError(f"{path}: {name} starts at byte {tensor.start} and {what}; expected {end}. {_AGAIN}")
+        end = tensor.stop
+    if end != size:
+        state = "is truncated" if size < end else "is too long"
+        raise ValueError(f"{path} {state}: got {size} bytes, expected {end}. {_AGAIN}")

@@ -1,0 +1,214 @@
+"""Export: our parameter tree as a Hugging Face directory, which appears under its name only when it is whole."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from radlads_jax.models.config import ModelConfig
+from radlads_jax.porting.hf_export import hf_config_from_model
+from radlads_jax.porting.load import Params, to_disk
+from radlads_jax.porting.names import Layout, Location, disk_tensors, flatten, param_shapes, shown
+from radlads_jax.porting.safetensors_write import PlannedTensor, plan_files, write_file, write_index
+
+# Copied from the teacher's directory where they are there; nothing else is, in particular no code.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+GENERATION_CONFIG = "generation_config.json"
+EXPORT_DTYPES = ("float32", "bfloat16")
+
+
+def save_params(
+    params: Params,
+    cfg: ModelConfig,
+    directory: Path,
+    *,
+    base_config: dict[str, Any],
+    dtype: str | None = None,
+    max_shard_size: int = 5_000_000_000,
+    tokenizer_from: Path | None = None,
+    generation_config: dict[str, Any] | None = None,
+    retie: bool = False,
+    config_updates: dict[str, Any] | None = None,
+    extra_files: Sequence[Path] = (),
+) -> Path:
+    """Writes safetensors, config.json, the tokenizer's files and generation_config.json; returns the directory.
+
+    base_config: the teacher's config.json, whose other keys are kept. config_updates: keys put in last.
+    dtype: "float32" or "bfloat16"; None keeps each parameter's own. max_shard_size: bytes of a file.
+    generation_config: default: tokenizer_from's file, else the token ids of base_config.
+    retie: leave the head out and write tie_word_embeddings true. extra_files: copied in by name (modelling code).
+    Tensors leave the devices one at a time. Everything goes into a hidden sibling directory that is renamed at the end;
+    an earlier export of that name is removed after the rename. With several processes all must call this; the first
+    one writes. Raises ValueError where parameters do not fit cfg or the target is something other than an export.
+    """
+    directory = Path(directory)
+    if dtype is not None and dtype not in EXPORT_DTYPES:
+        raise ValueError(f"the export's dtype is {dtype!r}; expected one of {', '.join(EXPORT_DTYPES)}. Choose one.")
+    if max_shard_size <= 0:
+        raise ValueError(
+            f"max_shard_size is {max_shard_size}; expected a number of bytes above 0. Set it, or leave it out."
+        )
+    flat = flatten(params)
+    _check_params(flat, cfg)
+    cfg = dataclasses.replace(cfg, tie_embeddings=cfg.tie_embeddings or retie)
+    tensors = [_planned(name, flat, location, dtype) for name, location in disk_tensors(cfg).items()]
+    config = hf_config_from_model(cfg, base_config)
+    config["torch_dtype"] = dtype or str(flat["embed", "embedding"].dtype)
+    config |= config_updates or {}
+    _check_target(directory, tokenizer_from)
+    files = plan_files(tensors, max_shard_size)
+    if jax.process_index() == 0:
+        with _appearing(directory) as partial:
+            for name, planned in files.items():
+                write_file(partial / name, planned)
+            if len(files) > 1:
+                write_index(partial, files)
+            _write_json(partial / "config.json", config)
+            _copy_files(partial, tokenizer_from, extra_files)
+            _write_generation_config(partial, generation_config, tokenizer_from, base_config)
+    else:
+        _take_part(files)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("export")
+    return directory
+
+
+def _check_params(flat: dict, cfg: ModelConfig) -> None:
+    shapes = param_shapes(cfg)
+    problems = {
+        "missing": [shown(path) for path in shapes if path not in flat],
+        "unexpected": [shown(path) for path in flat if path not in shapes],
+        "misshapen": [
+            f"{shown(path)} {list(flat[path].shape)} (expected {list(shape)})"
+            for path, shape in shapes.items()
+            if path in flat and flat[path].shape != shape
+        ],
+    }
+    found = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise ValueError(
+            f"the parameters are not those of the model to export, got {'; '.join(found)}; expected the {len(shapes)} "
+            "of its configuration. Export with the configuration that the parameters were made with."
+        )
+
+
+def _planned(name: str, flat: dict, location: Location, dtype: str | None) -> PlannedTensor:
+    param = flat[location.path]
+    disk_dtype = np.dtype(jnp.dtype(dtype or param.dtype))
+    return PlannedTensor(name, location.disk_shape, disk_dtype, lambda: _fetched(param, location, disk_dtype))
+
+
+def _fetched(param: jax.Array, location: Location, dtype: np.dtype) -> np.ndarray:
+    """One layer's tensor on the host; where several processes share an array, every one gets the whole of the tensor."""
+    replicated = None
+    if isinstance(param, jax.Array) and not param.is_fully_addressable:
+        assert isinstance(param.sharding, NamedSharding)
+        replicated = NamedSharding(param.sharding.mesh, PartitionSpec())
+    index = np.array(location.index, np.int32)
+    taken = _reader(replicated)(param, index, axes=len(location.index), layout=location.layout, dtype=dtype)
+    return np.asarray(taken)
+
+
+@functools.cache
+def _reader(sharding: Sharding | None) -> Callable[..., jax.Array]:
+    return jax.jit(_taken, static_argnames=("axes", "layout", "dtype"), out_shardings=sharding)
+
+
+def _taken(param: jax.Array, index: jax.Array, *, axes: int, layout: Layout, dtype: np.dtype) -> jax.Array:
+    for axis in range(axes):
+        param = jax.lax.dynamic_index_in_dim(param, index[axis], axis=0, keepdims=False)
+    return to_disk(param.astype(dtype), layout)
+
+
+def _take_part(files: dict[str, list[PlannedTensor]]) -> None:
+    # Gathering a sharded tensor is a collective: every process takes part, in the same order.
+    for planned in files.values():
+        for tensor in planned:
+            tensor.fetch()
+
+
+def _check_target(directory: Path, tokenizer_from: Path | None) -> None:
+    if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
+        raise ValueError(
+            f"{tokenizer_from} is no directory; expected the teacher's, to copy its tokenizer. Check the path."
+        )
+    if not directory.exists():
+        return
+    if tokenizer_from is not None and directory.samefile(tokenizer_from):
+        raise ValueError(
+            f"the export would replace {directory}, the teacher's own directory; expected another. Choose a new name."
+        )
+    entries = list(directory.iterdir()) if directory.is_dir() else None
+    is_export = entries is not None and (directory / "config.json").is_file() and all(e.is_file() for e in entries)
+    if entries != [] and not is_export:
+        raise ValueError(
+            f"{directory} exists and is no earlier export (files only, config.json among them); expected a free name, "
+            "an empty directory or an export to replace. Choose another directory, or move this one away."
+        )
+
+
+@contextlib.contextmanager
+def _appearing(directory: Path) -> Iterator[Path]:
+    """A hidden sibling that takes the directory's name when the body is through, and disappears when it fails."""
+    partial = directory.parent / f".{directory.name}.partial"
+    replaced = directory.parent / f".{directory.name}.replaced"
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if directory.exists():
+            directory.rename(replaced)
+        partial.rename(directory)
+    finally:
+        if replaced.exists() and not directory.exists():
+            replaced.rename(directory)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _copy_files(target: Path, tokenizer_from: Path | None, extra_files: Sequence[Path]) -> None:
+    if tokenizer_from is not None:
+        for name in TOKENIZER_FILES:
+            if (Path(tokenizer_from) / name).is_file():
+                shutil.copyfile(Path(tokenizer_from) / name, target / name)
+    for file in extra_files:
+        shutil.copyfile(file, target / Path(file).name)
+
+
+def _write_generation_config(
+    target: Path, given: dict[str, Any] | None, tokenizer_from: Path | None, base_config: dict[str, Any]
+) -> None:
+    source = Path(tokenizer_from) / GENERATION_CONFIG if tokenizer_from is not None else None
+    if given is None and source is not None and source.is_file():
+        shutil.copyfile(source, target / GENERATION_CONFIG)
+        return
+    if given is None:
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        given = {key: base_config[key] for key in ids if base_config.get(key) is not None}
+    _write_json(target / GENERATION_CONFIG, given)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

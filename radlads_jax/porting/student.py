@@ -1,0 +1,78 @@
+"""Stage 0: a student made of its teacher's weights and of new ones (RADLADS section 2, "weight transfer")."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from rich.table import Table
+
+from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.decoder import Params, init_params
+from radlads_jax.train_state import merge_params, path_leaves, split_params
+
+COPIED_PROJECTIONS = ("q", "k", "v", "o", "q_norm", "k_norm")
+
+
+def init_mixers(cfg: ModelConfig, teacher: Params, seed: int, *, fresh_qkvo: bool = False) -> Params:
+    """{"stacks": {i: {"mixer": ...}}} of the recurrent stacks, in cfg.param_dtype.
+
+    q, k, v, o, their biases and norms are the teacher's (whose stacks are cut at the student's boundaries); with
+    fresh_qkvo q, k, v and o are uniform in +-0.5 D^-1/2 and o is zero, the paper's ablation. All else is new, a function
+    of the seed alone.
+    """
+    new = _init_recurrent(cfg, seed)
+    for i, stack in new["stacks"].items():
+        source = {} if fresh_qkvo else teacher["stacks"][i]["mixer"]
+        for name in COPIED_PROJECTIONS:
+            if name in source:
+                stack["mixer"][name] = jax.tree.map(lambda x: x.astype(cfg.param_dtype), source[name])
+        if fresh_qkvo:
+            _refresh(cfg, stack["mixer"], jax.random.fold_in(jax.random.key(seed), i))
+    return new
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init_recurrent(cfg: ModelConfig, seed: jax.Array) -> Params:
+    """The mixers of the recurrent stacks; under jit, so that what is not returned is not computed."""
+    stacks = init_params(cfg, jax.random.key(seed))["stacks"]
+    return {"stacks": {i: {"mixer": stacks[i]["mixer"]} for i, (m, _) in enumerate(cfg.stacks) if m != "attention"}}
+
+
+def _refresh(cfg: ModelConfig, mixer: Params, key: jax.Array) -> None:
+    bound = 0.5 * cfg.hidden_size**-0.5
+    for name, name_key in zip("qkvo", jax.random.split(key, 4), strict=True):
+        old = mixer[name]["kernel"]
+        mixer[name] = jax.tree.map(jnp.zeros_like, mixer[name])
+        if name != "o":
+            mixer[name]["kernel"] = jax.random.uniform(name_key, old.shape, old.dtype, -bound, bound)
+
+
+def whole_student(cfg: ModelConfig, base: Params, mixers: Params) -> Params:
+    """The student's full tree: `base` (a teacher's, in the student's dtype) but for the recurrent mixers; head untied."""
+    kept, _ = split_params(base, lambda path: path not in path_leaves(mixers) and not _in_recurrent_mixer(cfg, path))
+    student = merge_params(kept, mixers)
+    if "head" not in student and not cfg.tie_embeddings:
+        student["head"] = {"kernel": base["embed"]["embedding"].T}
+    return student
+
+
+def _in_recurrent_mixer(cfg: ModelConfig, path: str) -> bool:
+    parts = path.split("/")
+    return parts[0] == "stacks" and parts[2] == "mixer" and cfg.stacks[int(parts[1])][0] != "attention"
+
+
+def transfer_table(cfg: ModelConfig, student: Params, teacher: Params, *, fresh_qkvo: bool = False) -> Table:
+    """A line per parameter of the student: shape, and whether it is the teacher's or new."""
+    teacher_paths = path_leaves(teacher)
+    table = Table(title="Stage 0: what the student starts from", title_justify="left")
+    for column in ("parameter", "shape", "from"):
+        table.add_column(column)
+    copied = new = 0
+    for path, leaf in path_leaves(student).items():
+        in_mixer = _in_recurrent_mixer(cfg, path)
+        from_teacher = path in teacher_paths and not (in_mixer and (fresh_qkvo or path.split("/")[3] not in COPIED_PROJECTIONS))
+        source = "teacher" if from_teacher else "teacher (embedding)" if path == "head/kernel" else "new"
+        copied, new = (copied + leaf.size, new) if source != "new" else (copied, new + leaf.size)
+        table.add_row(path, " x ".join(map(str, leaf.shape)), source)
+    table.caption = f"{copied:,} values copied, {new:,} new"
+    return table

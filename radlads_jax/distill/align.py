@@ -1,0 +1,73 @@
+"""Stage 1: every recurrent mixer learns its attention layer's output, all layers in one pass (RADLADS section 2)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from radlads_jax.distill.losses import Batch, LossSums
+from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.decoder import MIXERS, Params, bind, make_context, rematted
+
+
+def align_loss(
+    student_cfg: ModelConfig,
+    teacher_cfg: ModelConfig,
+    student: Params,
+    teacher: Params,
+    batch: Batch,
+    *,
+    remat: str,
+    slice_tokens: int | None = None,
+) -> LossSums:
+    """Sum over tokens of mean over layers of D^-1/2 |attention(x) - mixer(x)|_2, both after the output projection.
+
+    student: {"stacks": {i: {"mixer": ...}}} of the recurrent stacks alone. teacher: whole, in stacks cut at the
+    student's boundaries; its residual stream feeds every mixer, so no gradient runs between layers but the value
+    residual's. Padding (segment 0) does not count. Extras: "layer_loss" [recurrent layers].
+    """
+    del slice_tokens  # there are no logits here
+    tokens, segment_ids = batch["tokens"], batch["segment_ids"]
+    counted = (segment_ids > 0).astype(jnp.float32)
+    decoder = bind(teacher_cfg, teacher)
+    context, _ = make_context(teacher_cfg, tokens, segment_ids, batch["positions"], None)
+    student_dtype = jnp.dtype(student_cfg.dtype)
+    x = decoder.embed(tokens)
+    v_first = jnp.zeros((*tokens.shape, student_cfg.num_heads, student_cfg.head_dim), student_dtype)
+    layer_sums = []
+    stacks = zip(student_cfg.stack_starts, student_cfg.stacks, decoder.stacks, strict=True)
+    for i, (start, (mixer_name, n), stack) in enumerate(stacks):
+        if mixer_name == "attention":
+            x, _ = jax.lax.scan(lambda x, layer: (layer(x, context, None, None, None)[0], None), x, stack)
+            continue
+        structure = _mixer_structure(student_cfg, mixer_name)
+
+        def error(mixer_params, layer_id, h, target, v_first, structure=structure):
+            mixer = nnx.merge(structure, mixer_params)
+            out, v_first, _ = mixer(h.astype(student_dtype), context, v_first, layer_id, None)
+            return jnp.sum(_distance(target, out) * counted), v_first
+
+        def body(carry, inputs, error=error):
+            x, v_first = carry
+            layer, mixer_params, layer_id = inputs
+            h = layer.input_norm(x)
+            target, _, _ = layer.mixer(h, context, None, None, None)
+            layer_sum, v_first = rematted(error, remat)(mixer_params, layer_id, h, target, v_first)
+            x = x + target
+            return (x + layer.mlp(layer.post_norm(x)), v_first), layer_sum
+
+        inputs = (stack, student["stacks"][i]["mixer"], start + jnp.arange(n))
+        (x, v_first), sums = jax.lax.scan(body, (x, v_first), inputs)
+        layer_sums.append(sums)
+    layer_loss = jnp.concatenate(layer_sums)
+    return LossSums(layer_loss.mean(), counted.sum(), {"layer_loss": layer_loss})
+
+
+def _distance(target: Float[Array, "B T D"], out: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    """D^-1/2 |target - out|_2, float32; the smallest term keeps the root's gradient finite where they are equal."""
+    squares = jnp.square(target.astype(jnp.float32) - out.astype(jnp.float32)).sum(-1)
+    return jnp.sqrt(squares + 1e-30) * target.shape[-1] ** -0.5
+
+
+def _mixer_structure(cfg: ModelConfig, mixer: str) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: MIXERS[mixer](cfg, jnp.zeros((), jnp.int32), rngs=nnx.Rngs(0))))[0]

@@ -1,0 +1,148 @@
+"""A run's parts, resolved from its config: directories, models' configs, tokenizer, data."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+
+from radlads_jax.config import RunConfig, Student
+from radlads_jax.data import binidx, prepare, sources, synthetic
+from radlads_jax.models.config import MixerConfig, ModelConfig
+from radlads_jax.models.decoder import Params, init_params
+from radlads_jax.porting.config_keys import read_config
+from radlads_jax.porting.hf_config import model_config_from_hf
+from radlads_jax.porting.hub import check_tokenizer, load_tokenizer, resolve_model_dir
+from radlads_jax.porting.load import load_params
+
+SWITCHES = {"": None, "on": True, "off": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What every stage of one run needs.
+
+    source: the teacher's directory, None where the run starts from fresh weights. base_config: its config.json.
+    teacher: the teacher's dimensions, its stacks cut at the student's boundaries. eval_tokens: held out at the data's end.
+    """
+
+    run: RunConfig
+    workdir: Path
+    source: Path | None
+    base_config: dict[str, Any]
+    teacher: ModelConfig
+    student: ModelConfig
+    tokenizer_dir: Path
+    tokenizer: Any
+    token_file: binidx.TokenFile
+    eval_tokens: int
+
+    def load_teacher(self, dtype: str) -> Params:
+        """The teacher's parameters, from its files or, for a run from scratch, fresh ones."""
+        if self.source is None:
+            return init_params(dataclasses.replace(self.teacher, param_dtype=dtype), self.run.seed)
+        return load_params(self.source, self.teacher, dtype=dtype)
+
+
+def make_job(run: RunConfig, workdir: Path) -> Job:
+    """Checks the teacher, the student, the tokenizer and the data, in this order. Raises ValueError for what is wrong."""
+    source = resolve_model_dir(run.teacher.path, run.teacher.revision or None) if run.teacher.path else None
+    base_config = read_config(source) if source else dict(run.teacher.scratch)
+    original = dataclasses.replace(model_config_from_hf(base_config), dtype=run.teacher.dtype)
+    if original.recurrent_mixer is not None:
+        raise ValueError(
+            f"the teacher {run.teacher.path} is a {original.recurrent_mixer} student already; expected a softmax-attention "
+            "model. Point config.teacher.path at the model it was made from."
+        )
+    student = make_student_config(original, run)
+    tokenizer_dir = _tokenizer_dir(run, workdir, source)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    check_tokenizer(tokenizer, student)
+    seq_len = run.stage(run.stages[0]).seq_len if run.stages else 512
+    return Job(
+        run,
+        workdir,
+        source,
+        base_config,
+        original.as_teacher_of(student),
+        student,
+        tokenizer_dir,
+        tokenizer,
+        _token_file(run, workdir, tokenizer, student),
+        run.data.eval_rows * seq_len,
+    )
+
+
+def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
+    """The student's dimensions. Raises ValueError for switches that contradict each other or the mixer."""
+    given = run.student
+    if given.mixer == "attention":
+        needing = [name for name in run.stages if name not in ("pretrain", "stage3")]
+        if needing:
+            raise ValueError(
+                f"config.student.mixer is 'attention', which leaves {', '.join(needing)} nothing to convert; "
+                "expected 'rad_rwkv6' or 'rad_rwkv7', or the stages pretrain and stage3 alone."
+            )
+        return dataclasses.replace(teacher, dtype=run.dtype, param_dtype="float32")
+    student = teacher.as_student(given.mixer, _mixer_config(given, teacher.hidden_size), given.attention_layers)
+    if student.recurrent_mixer is None:
+        raise ValueError(
+            f"config.student.attention_layers names all {teacher.num_layers} layers, which leaves nothing to convert; "
+            "leave at least one of them out."
+        )
+    return dataclasses.replace(student, dtype=run.dtype, param_dtype="float32")
+
+
+def _mixer_config(given: Student, hidden_size: int) -> MixerConfig:
+    if given.mixer == "rad_rwkv7" and given.token_shift == "on":
+        raise ValueError(
+            "config.student.token_shift is 'on', but RAD-RWKV7 has none (the paper found it gives nothing there, and its "
+            "format has no place for it); use rad_rwkv6, or leave token_shift out."
+        )
+    switches = {f: SWITCHES[getattr(given, f)] for f in ("use_rope", "token_shift", "group_norm", "balance_state")}
+    if switches["group_norm"] and switches["balance_state"] is None:
+        switches["balance_state"] = False
+    ranks = {f: getattr(given, f) for f in ("rank_decay", "rank_iclr", "rank_value", "rank_shift", "rank_gate")}
+    return MixerConfig.for_student(given.mixer, hidden_size, gate=given.gate or None, **switches, **ranks)
+
+
+def _tokenizer_dir(run: RunConfig, workdir: Path, source: Path | None) -> Path:
+    if run.data.tokenizer:
+        return resolve_model_dir(run.data.tokenizer)
+    if source is not None:
+        return source
+    if run.data.source != "synthetic":
+        raise ValueError(
+            "config.data.tokenizer is empty and there is no teacher to take one from; expected a directory with "
+            "tokenizer.json."
+        )
+    directory = workdir / "tokenizer"
+    if not (directory / "tokenizer_config.json").exists():
+        synthetic.save_tokenizer(synthetic.train_tokenizer(run.teacher.scratch["vocab_size"]), directory)
+    return directory
+
+
+def _token_file(run: RunConfig, workdir: Path, tokenizer: Any, student: ModelConfig) -> binidx.TokenFile:
+    data = run.data
+    needed = max((run.stage(name).tokens for name in run.stages), default=0)
+    limit = data.max_tokens or (needed + needed // 50 + 10**6 if data.streaming else None)
+    source = sources.Source(
+        data.path or "synthetic",
+        kind=data.source,
+        text_field=data.text_field,
+        separator=data.separator,
+        config=data.name or None,
+        split=data.split,
+        streaming=data.streaming,
+        seed=data.seed,
+        num_documents=data.documents if data.source == "synthetic" else None,
+    )
+    return prepare.prepare(
+        source,
+        tokenizer.backend_tokenizer,
+        workdir / "data",
+        vocab_size=student.vocab_size,
+        eos_id=tokenizer.eos_token_id,
+        max_tokens=limit,
+    )
+
+

@@ -1,0 +1,139 @@
+"""The whole way from a teacher to an exported student, or from where an earlier run of the same command stopped.
+
+python -m radlads_jax.launch --config configs/demo.py --workdir runs/demo [--config.stage1.tokens=200000 ...]
+"""
+
+import json
+import re
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+from rich.console import Console
+
+from radlads_jax import config as config_lib
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A Python file with get_config(arg), e.g. configs/demo.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the export go; made when missing.")
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
+
+# What may differ between a run and its continuation: none of it changes the result.
+FREE_FIELDS = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped")
+EXIT_FAILED, EXIT_STOPPED = 1, 128
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0 done, 1 refused or failed, 128 + signal when stopped by one (start it again)."""
+    try:
+        if len(argv) > 1:
+            raise ValueError(
+                f"got the argument {argv[1]!r}; expected flags alone. Write settings as --config.name=value."
+            )
+        if _WORKDIR.value is None or _CONFIG.value is None:
+            raise ValueError(
+                "expected --config FILE and --workdir DIR, e.g. --config configs/demo.py --workdir runs/demo."
+            )
+        run, workdir = config_lib.validate(_CONFIG.value), Path(_WORKDIR.value)
+        check_same_config(workdir, _CONFIG.value.to_dict())
+    except ValueError as error:
+        return refuse(error)
+    except OSError as error:
+        return refuse(explain(error))
+    # Imported late: the models and their compiler take seconds that a typo should not.
+    from radlads_jax.job import make_job
+    from radlads_jax.train import Interrupted, TooManyNonFinite, convert
+
+    try:
+        job = make_job(run, workdir)
+        # Only now: a run that could not begin leaves the directory to the corrected command.
+        remember_config(workdir, _CONFIG.value.to_dict())
+        convert(job)
+    except Interrupted as stop:
+        Console(stderr=True).print(str(stop), style="yellow", markup=False, soft_wrap=True)
+        return EXIT_STOPPED + stop.signum
+    except (ValueError, NotImplementedError, TooManyNonFinite, OSError) as error:
+        return refuse(error)
+    return 0
+
+
+def refuse(error: Exception | str) -> int:
+    """Prints the error as one paragraph; returns the exit code. --verbosity=1 shows where it was raised."""
+    text = " ".join(str(error).split())
+    Console(stderr=True).print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+    logging.debug("where it was raised", exc_info=True)
+    return EXIT_FAILED
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's reading of the command line, but that a mistake there or in the config file is one paragraph."""
+    try:
+        for override in filter(None, map(_OVERRIDE.match, argv[1:])):
+            config_lib.check_override(override[1], override[2])
+        return flags.FLAGS(argv)
+    # A locked ConfigDict raises AttributeError or KeyError for a field that it lacks, TypeError for a value's type.
+    except (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError) as error:
+        sys.exit(refuse(explain(error)))
+
+
+def explain(error: BaseException) -> str:
+    """The message of an error in reading the configuration; with file and line, if get_config raised it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if frame.name == "get_config"]
+        if frames:
+            return f"{frames[-1].filename}, line {frames[-1].lineno}: {_message(cause)}"
+        cause = cause.__context__
+    return _message(error)
+
+
+def _message(error: BaseException) -> str:
+    """An error's last line: ml_collections puts tracebacks and lists of all fields before it, and nests errors."""
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    is_lookup = isinstance(error, AttributeError | KeyError)
+    # str() of a KeyError is a quoted repr, with its line ends escaped.
+    lines = str(error.args[0] if is_lookup and error.args else error).split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), type(error).__name__)
+    return f"no such field: {last}" if is_lookup else last
+
+
+def check_same_config(workdir: Path, config: dict) -> None:
+    """Raises ValueError where DIR belongs to a run with other settings."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    lines = _differences(before, json.loads(json.dumps(config)), "config")
+    changed = [line for line in lines if line.split(" ")[0].rsplit(".")[-1] not in FREE_FIELDS]
+    if changed:
+        raise ValueError(
+            f"{workdir} holds a run with other settings: {'; '.join(changed[:10])}. Repeat its settings to continue "
+            "it, or choose another --workdir."
+        )
+
+
+def remember_config(workdir: Path, config: dict) -> None:
+    """Writes DIR/config.json."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = workdir / ".config.json.partial"
+    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(workdir / "config.json")
+
+
+def _differences(before: dict, now: dict, where: str) -> list[str]:
+    lines: list[str] = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new, name = before.get(key), now.get(key), f"{where}.{key}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _differences(old, new, name)
+        elif old != new:
+            lines.append(f"{name} was {old!r} and is now {new!r}")
+    return lines
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    app.run(lambda argv: sys.exit(main(argv)), flags_parser=parse_flags)

@@ -1,0 +1,318 @@
+"""The only loop and all of its I/O: stage after stage, resumable at any step, then evaluation and export."""
+
+import functools
+import json
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from radlads_jax import heldout
+from radlads_jax.checkpoint import Checkpoints
+from radlads_jax.data import pipeline
+from radlads_jax.distill.losses import LossSums
+from radlads_jax.distill.stages import STAGES
+from radlads_jax.distill.step import make_train_step
+from radlads_jax.job import Job
+from radlads_jax.metrics import MetricsLogger
+from radlads_jax.models.decoder import Params, abstract_params
+from radlads_jax.optim import learning_rates, make_optimizer
+from radlads_jax.porting.save import save_params
+from radlads_jax.porting.student import init_mixers, transfer_table, whole_student
+from radlads_jax.train_state import TrainState, overlay_params, split_params
+
+console = Console()
+
+# The mean of so many steps is what a summary calls the last loss.
+LOSSES_KEPT = 20
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop, and has saved where it was. signum: the signal that asked."""
+
+    def __init__(self, signum: int, where: str):
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name} at {where}, which is saved; the same command continues there.")
+        self.signum = signum
+
+
+class TooManyNonFinite(RuntimeError):
+    """The loss or its gradient was not finite for too many steps in a row."""
+
+
+class Clock:
+    """Time and losses of a stage, carried over restarts in the checkpoints' meta; compilation is not timed."""
+
+    def __init__(self, meta: dict[str, Any]):
+        self.seconds: float = meta.get("seconds", 0.0)
+        self.timed_steps: int = meta.get("timed_steps", 0)
+        self.first_loss: float | None = meta.get("first_loss")
+        self.last_losses: list[float] = list(meta.get("last_losses", []))
+        self._mark, self._marked_step = 0.0, 0
+
+    def start(self, step: int) -> None:
+        """`step` has just been computed and the program compiled: what follows is timed."""
+        self._mark, self._marked_step = time.monotonic(), step
+
+    def tick(self, step: int) -> float | None:
+        """`step` has just been computed; returns the steps per second since the last tick."""
+        now = time.monotonic()
+        seconds, steps = now - self._mark, step - self._marked_step
+        self.seconds, self.timed_steps = self.seconds + seconds, self.timed_steps + steps
+        self._mark, self._marked_step = now, step
+        return steps / seconds if steps else None
+
+    def note_loss(self, loss: float) -> None:
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        self.last_losses = [*self.last_losses[1 - LOSSES_KEPT :], loss]
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "seconds": self.seconds,
+            "timed_steps": self.timed_steps,
+            "first_loss": self.first_loss,
+            "last_losses": self.last_losses,
+        }
+
+
+def convert(job: Job) -> dict[str, Any]:
+    """Runs what is left of the job, evaluates, exports; returns the summary that DIR/summary.json holds."""
+    summary_path = job.workdir / "summary.json"
+    if summary_path.exists() and (job.workdir / "export").is_dir():
+        summary = json.loads(summary_path.read_text(encoding="utf-8"))
+        console.print(f"[bold]{job.workdir} is finished[/bold]; nothing to do. Its results, from {summary_path}:")
+        console.print(heldout.results_table(summary))
+        return summary
+    teacher = job.load_teacher(job.run.teacher.dtype) if job.student.recurrent_mixer else None
+    with MetricsLogger(job.workdir) as logger:
+        stages = [run_stage(job, name, teacher, logger) for name in job.run.stages]
+    student = student_after(job, job.run.stages, teacher, whole=True)
+    console.print("evaluating on held-out rows")
+    summary = heldout.evaluate_job(job, student, teacher) | {"stages": stages}
+    console.print(f"exporting to {job.workdir / 'export'}")
+    export(job, student)
+    # Written last: its presence says that everything before is whole.
+    heldout.write_atomically(summary_path, json.dumps(summary, indent=2) + "\n")
+    console.print(heldout.results_table(summary))
+    return summary
+
+
+def run_stage(job: Job, name: str, teacher: Params | None, logger: MetricsLogger) -> dict[str, Any]:
+    """Trains a stage from its newest checkpoint, or from what the stages before left; returns its summary line."""
+    recipe, train = job.run.stage(name), job.run.train
+    optimizer = make_optimizer(recipe, job.run.optim)
+    create = functools.partial(TrainState.create, optimizer=optimizer)
+    keep = {"keep": train.keep_checkpoints, "every": train.checkpoint_every}
+    with Checkpoints(stage_directory(job, name), **keep) as checkpoints:
+        start = checkpoints.latest_step() or 0
+        if start >= recipe.steps:
+            console.print(f"{name}: all {recipe.steps} steps are done already")
+            return _summary_line(job, name, checkpoints.restore_meta(start))
+        batches = _batches(job, name)
+        if start:
+            abstract = jax.eval_shape(create, _trainable_shapes(job, name))
+            state, data_state, meta = checkpoints.restore(start, abstract)
+            batches.set_state(data_state)
+            frozen = _frozen_params(job, name, teacher)
+            console.print(f"{name}: continuing from the checkpoint of step {start} of {recipe.steps}")
+        else:
+            student = _student_before(job, name, teacher)
+            if name == job.run.stages[0] and teacher is not None:
+                console.print(transfer_table(job.student, student, teacher, fresh_qkvo=job.run.student.fresh_qkvo))
+            params, frozen = split_params(student, _is_trainable(job, name))
+            state, meta = jax.jit(create)(params), {}
+            del student, params
+        teacher = teacher if STAGES[name].needs_teacher else None
+        clock = Clock(meta)
+        _train(job, name, state, frozen, teacher, batches, checkpoints, logger, clock, start)
+    return _summary_line(job, name, clock.meta())
+
+
+def _train(
+    job: Job,
+    name: str,
+    state: TrainState,
+    frozen: Params,
+    teacher: Params | None,
+    batches: Any,
+    checkpoints: Checkpoints,
+    logger: MetricsLogger,
+    clock: Clock,
+    start: int,
+) -> None:
+    """Steps start + 1 to the recipe's last; every step's metrics are logged once; saves as it goes."""
+    recipe, train = job.run.stage(name), job.run.train
+    step_fn = jax.jit(_train_step(job, name), donate_argnums=0)
+    rates = learning_rates(recipe)
+    pending: dict[int, dict[str, jax.Array]] = {}
+    logger.begin(name, start, recipe.steps, tokens_per_step=recipe.batch_size * recipe.seq_len)
+
+    def flush() -> None:
+        for step, values in jax.device_get(pending).items():
+            clock.note_loss(float(values["loss"]))
+            lr = {f"lr_{group}": float(rate(step - 1)) for group, rate in rates.items()}
+            logger.log(name, step, values | lr)
+            if values["skipped_in_a_row"] > train.max_skipped:
+                raise TooManyNonFinite(_non_finite_message(name, step, train.max_skipped))
+        pending.clear()
+
+    with stop_signals() as stopping:
+        for step in range(start + 1, recipe.steps + 1):
+            state, pending[step] = step_fn(state, frozen, teacher, next(batches))
+            if step == start + 1:
+                jax.block_until_ready(state.step)
+                clock.start(step)
+            stop = stopping()
+            is_last = step == recipe.steps
+            wants_save = is_last or stop is not None or checkpoints.due(step)
+            if wants_save or step % train.log_every == 0:
+                flush()
+                pace = clock.tick(step)
+                logger.progress(step, pace and pace * recipe.batch_size * recipe.seq_len)
+            if wants_save:
+                checkpoints.save(step, state, data_state=batches.get_state(), meta=clock.meta(), wait=is_last)
+            if stop is not None and not is_last:
+                checkpoints.wait()
+                raise Interrupted(stop, f"step {step} of {recipe.steps} of {name}")
+
+
+def _non_finite_message(name: str, step: int, limit: int) -> str:
+    return (
+        f"{name}: more than {limit} steps in a row had a loss or gradient that is not finite, the last one step {step}. "
+        "Nothing was updated since and the newest checkpoint is from before. Look at the data and lower the learning "
+        f"rate (config.{name}.lr, config.{name}.mixer_lr), or use float32 (config.dtype)."
+    )
+
+
+def _summary_line(job: Job, name: str, meta: dict[str, Any]) -> dict[str, Any]:
+    """A stage in summary.json. last_loss: the mean of the last steps; tokens_per_second: without compilation."""
+    recipe = job.run.stage(name)
+    tokens_per_step = recipe.batch_size * recipe.seq_len
+    timed = meta["timed_steps"] * tokens_per_step
+    return {
+        "name": name,
+        "steps": recipe.steps,
+        "tokens": recipe.steps * tokens_per_step,
+        "seconds": meta["seconds"],
+        "tokens_per_second": timed / meta["seconds"] if meta["seconds"] else None,
+        "first_loss": meta["first_loss"],
+        "last_loss": sum(meta["last_losses"]) / len(meta["last_losses"]),
+    }
+
+
+def _train_step(job: Job, name: str) -> Callable[..., Any]:
+    recipe = job.run.stage(name)
+
+    def loss_fn(student: Params, teacher: Params | None, batch: dict[str, jax.Array]) -> LossSums:
+        return STAGES[name].loss_fn(
+            job.student,
+            job.teacher,
+            student,
+            teacher,
+            batch,
+            remat=recipe.remat,
+            slice_tokens=job.run.train.slice_tokens or None,
+        )
+
+    return make_train_step(loss_fn, make_optimizer(recipe, job.run.optim), accumulate=recipe.accumulate)
+
+
+def _batches(job: Job, name: str) -> Any:
+    """The stage's batches; each stage has an order of its own."""
+    recipe = job.run.stage(name)
+    return pipeline.make_train_iterator(
+        job.token_file,
+        seq_len=recipe.seq_len,
+        batch_size=recipe.batch_size,
+        seed=job.run.seed * len(STAGES) + list(STAGES).index(name),
+        eval_tokens=job.eval_tokens,
+        cross_document=job.run.data.cross_document,
+    )
+
+
+def _is_trainable(job: Job, name: str) -> Callable[[str], bool]:
+    stage, frozen = STAGES[name], job.run.stage(name).freeze
+    return lambda path: stage.trainable(path, job.student) and not any(re.search(f, path) for f in frozen)
+
+
+def _trainable_shapes(job: Job, name: str) -> Params:
+    return split_params(abstract_params(job.student), _is_trainable(job, name))[0]
+
+
+def _frozen_params(job: Job, name: str, teacher: Params | None) -> Params:
+    """The student's parameters that the stage reads and does not train; nothing is built where there are none."""
+    if not job.run.stage(name).freeze:
+        return {}
+    return split_params(_student_before(job, name, teacher), _is_trainable(job, name))[1]
+
+
+def _student_before(job: Job, name: str, teacher: Params | None) -> Params:
+    """What the stage starts from; for a stage that reads the mixers alone, only those."""
+    earlier = job.run.stages[: job.run.stages.index(name)]
+    return student_after(job, earlier, teacher, whole=STAGES[name].whole_student)
+
+
+def student_after(job: Job, stages: Sequence[str], teacher: Params | None, *, whole: bool) -> Params:
+    """The student as those stages left it (as stage 0 made it, where there are none), float32.
+
+    Later stages train all that earlier ones did or more, so that their checkpoints are laid over each other in order.
+    """
+    params: Params = {}
+    if job.student.recurrent_mixer is not None:
+        params = init_mixers(job.student, teacher or {}, job.run.seed, fresh_qkvo=job.run.student.fresh_qkvo)
+    if whole:
+        params = whole_student(job.student, job.load_teacher("float32"), params)
+    for name in stages:
+        with Checkpoints(stage_directory(job, name)) as checkpoints:
+            params = overlay_params(params, _stored_params(checkpoints, params, job.run.stage(name).steps))
+    return params
+
+
+def _stored_params(checkpoints: Checkpoints, params: Params, step: int) -> Params:
+    """The part of `params` that a checkpoint holds, read from it."""
+    stored = checkpoints.shapes(step)
+    wanted, _ = split_params(params, lambda path: f"params/{path}" in stored)
+    return checkpoints.restore_params(step, jax.eval_shape(lambda: wanted))
+
+
+def stage_directory(job: Job, name: str) -> Path:
+    return job.workdir / "checkpoints" / name
+
+
+def export(job: Job, student: Params) -> None:
+    """DIR/export: a Hugging Face directory with the student's weights, config, tokenizer and generation config."""
+    options = job.run.export
+    save_params(
+        student,
+        job.student,
+        job.workdir / "export",
+        base_config=job.base_config,
+        dtype=options.dtype,
+        max_shard_size=int(options.max_shard_gb * 1e9),
+        tokenizer_from=job.tokenizer_dir,
+        retie=options.retie,
+    )
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], int | None]]:
+    """Yields a function that tells which of SIGINT and SIGTERM has come, if any; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def note(signum: int, _: Any) -> None:
+        if signum == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(signum)
+
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

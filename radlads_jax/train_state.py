@@ -1,0 +1,82 @@
+"""What training changes, and the split of a nested dict of parameters by path."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Params = dict[Any, Any]
+
+
+class TrainState(NamedTuple):
+    """step: batches seen, counted whether or not their update was taken. skipped, skipped_in_a_row: non-finite ones."""
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+    @classmethod
+    def create(cls, params: Params, optimizer: optax.GradientTransformation) -> "TrainState":
+        # Each counter is its own buffer: donation refuses the same one twice.
+        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+    def advance(self, params: Params, opt_state: optax.OptState, finite: jax.Array) -> "TrainState":
+        """The next state: updated where the step was finite, otherwise as it was but for the counters."""
+
+        def choose(new, old):
+            return jnp.where(finite, new, old)
+
+        return TrainState(
+            self.step + 1,
+            jax.tree.map(choose, params, self.params),
+            jax.tree.map(choose, opt_state, self.opt_state),
+            self.skipped + jnp.where(finite, 0, 1),
+            jnp.where(finite, 0, self.skipped_in_a_row + 1),
+        )
+
+
+def split_params(params: Params, predicate: Callable[[str], bool]) -> tuple[Params, Params]:
+    """(those whose "/"-joined path fulfils the predicate, the others), both without empty dicts; nothing is copied."""
+    return _select(params, "", predicate), _select(params, "", lambda path: not predicate(path))
+
+
+def _select(params: Params, prefix: str, predicate: Callable[[str], bool]) -> Params:
+    chosen: Params = {}
+    for key, value in params.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            if inner := _select(value, path + "/", predicate):
+                chosen[key] = inner
+        elif predicate(path):
+            chosen[key] = value
+    return chosen
+
+
+def merge_params(first: Params, second: Params) -> Params:
+    """The union of two dicts of disjoint paths. Raises ValueError for a path in both."""
+    merged = dict(first)
+    for key, value in second.items():
+        if key not in merged:
+            merged[key] = value
+        elif isinstance(value, dict) and isinstance(merged[key], dict):
+            merged[key] = merge_params(merged[key], value)
+        else:
+            raise ValueError(f"parameter {key!r} is in both parts of a split tree; each path belongs to one of them.")
+    return merged
+
+
+def overlay_params(below: Params, above: Params) -> Params:
+    """`below` with the arrays of `above` in the place of its own."""
+    return below | {
+        key: overlay_params(below[key], value) if isinstance(value, dict) else value for key, value in above.items()
+    }
+
+
+def path_leaves(params: Params) -> dict[str, Any]:
+    """Every array by its "/"-joined path."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

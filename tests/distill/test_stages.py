@@ -1,0 +1,251 @@
+"""The stages' losses against plain float64 formulas, and what they may and may not change."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from radlads_jax.config import Optim, RunConfig, StageConfig
+from radlads_jax.distill.align import align_loss
+from radlads_jax.distill.losses import cross_entropy_loss, kl_loss
+from radlads_jax.distill.stages import STAGES
+from radlads_jax.distill.step import make_train_step
+from radlads_jax.models import MixerConfig, ModelConfig, bind, init_params
+from radlads_jax.models.decoder import make_context
+from radlads_jax.optim import learning_rates, make_optimizer
+from radlads_jax.porting.student import init_mixers, whole_student
+from radlads_jax.train_state import TrainState, merge_params, overlay_params, path_leaves, split_params
+
+TEACHER = ModelConfig("qwen2", 61, 32, 64, 4, 2, 8, (("attention", 4),), qkv_bias=True, tie_embeddings=True)
+STUDENTS = {
+    "rwkv6": TEACHER.as_student("rad_rwkv6", MixerConfig.for_student("rad_rwkv6", 32)),
+    "rwkv7": TEACHER.as_student("rad_rwkv7", MixerConfig.for_student("rad_rwkv7", 32)),
+    "hybrid": TEACHER.as_student("rad_rwkv7", MixerConfig.for_student("rad_rwkv7", 32), (1,)),
+}
+
+
+@pytest.fixture(params=STUDENTS, scope="module")
+def pair(request):
+    """(student cfg, teacher cfg, teacher params, mixers), with weights far from their quiet start."""
+    student = STUDENTS[request.param]
+    teacher = TEACHER.as_teacher_of(student)
+    params = jax.tree.map(lambda x: 5 * x if x.ndim > 2 else x, init_params(teacher, 0))
+    mixers = init_mixers(student, params, 1)
+    leaves, tree = jax.tree.flatten(mixers)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return student, teacher, params, jax.tree.unflatten(tree, noisy)
+
+
+def make_batch(rows: int = 4, length: int = 20, seed: int = 0) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    segments = np.ones((rows, length), np.int32)
+    segments[1, 12:], segments[2, 15:] = 2, 0
+    mask = np.zeros((rows, length), np.float32)
+    mask[:, :-1] = (segments[:, :-1] == segments[:, 1:]) & (segments[:, :-1] > 0)
+    positions = np.tile(np.arange(length), (rows, 1))
+    positions[1, 12:] -= 12
+    tokens = np.where(segments > 0, rng.integers(1, 61, (rows, length)), 0)
+    arrays = {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_mask": mask}
+    return {k: jnp.asarray(v, jnp.float32 if k == "loss_mask" else jnp.int32) for k, v in arrays.items()}
+
+
+def layer(params, i):
+    return jax.tree.map(lambda x: x[i], params)
+
+
+def align_by_hand(student_cfg, teacher_cfg, mixers, teacher, batch) -> tuple[float, list[float]]:
+    """Layer by layer without a scan; the mean of per-token norms computed in float64 numpy."""
+    decoder = bind(teacher_cfg, teacher)
+    context, _ = make_context(teacher_cfg, batch["tokens"], batch["segment_ids"], batch["positions"], None)
+    counted = np.asarray(batch["segment_ids"]) > 0
+    x, v_first = decoder.embed(batch["tokens"]), jnp.zeros((*batch["tokens"].shape, 4, 8))
+    whole = bind(student_cfg, whole_student(student_cfg, teacher, mixers))
+    per_layer, number = [], 0
+    for i, (mixer, n) in enumerate(student_cfg.stacks):
+        for j in range(n):
+            block = layer(decoder.stacks[i], j)
+            h = block.input_norm(x)
+            target, _, _ = block.mixer(h, context, None, None, None)
+            if mixer != "attention":
+                out, v_first, _ = layer(whole.stacks[i], j).mixer(h, context, v_first, jnp.asarray(number), None)
+                gap = np.asarray(target, np.float64) - np.asarray(out, np.float64)
+                norms = np.sqrt((gap**2).sum(-1)) * 32**-0.5
+                per_layer.append(norms[counted].mean())
+            x = x + target
+            x = x + block.mlp(block.post_norm(x))
+            number += 1
+    return float(np.mean(per_layer)), per_layer
+
+
+def test_alignment_is_the_mean_of_per_token_norms(pair):
+    student_cfg, teacher_cfg, teacher, mixers = pair
+    batch = make_batch()
+    sums = align_loss(student_cfg, teacher_cfg, mixers, teacher, batch, remat="full")
+    expected, per_layer = align_by_hand(student_cfg, teacher_cfg, mixers, teacher, batch)
+    np.testing.assert_allclose(sums.loss / sums.weight, expected, rtol=1e-5)
+    np.testing.assert_allclose(sums.extras["layer_loss"] / sums.weight, per_layer, rtol=1e-5)
+
+
+def test_kl_and_cross_entropy_equal_their_formulas(pair):
+    student_cfg, teacher_cfg, teacher, mixers = pair
+    batch = make_batch()
+    student = whole_student(student_cfg, teacher, mixers)
+    options = {"segment_ids": batch["segment_ids"], "positions": batch["positions"]}
+
+    def log_probs(cfg, params):
+        decoder = bind(cfg, params)
+        logits = np.asarray(decoder.logits(decoder.hidden(batch["tokens"], **options)[0]), np.float64)
+        top = logits.max(-1, keepdims=True)
+        return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+
+    p, q = log_probs(teacher_cfg, teacher), log_probs(student_cfg, student)
+    counted = np.asarray(batch["segment_ids"]) > 0
+    kl = (np.exp(p) * (p - q)).sum(-1)[counted].mean()
+    sums = kl_loss(student_cfg, teacher_cfg, student, teacher, batch, remat="none", slice_tokens=16)
+    np.testing.assert_allclose(sums.loss / sums.weight, kl, rtol=2e-5)
+
+    targets, mask = np.roll(batch["tokens"], -1, axis=1), np.asarray(batch["loss_mask"]) > 0
+    cross_entropy = -np.take_along_axis(q, targets[..., None], -1)[..., 0][mask].mean()
+    sums = cross_entropy_loss(student_cfg, None, student, None, batch, remat="none", slice_tokens=16)
+    np.testing.assert_allclose(sums.loss / sums.weight, cross_entropy, rtol=1e-5)
+
+
+def loss_of(name, student_cfg, teacher_cfg):
+    def loss_fn(student, teacher, batch):
+        return STAGES[name].loss_fn(student_cfg, teacher_cfg, student, teacher, batch, remat="full", slice_tokens=None)
+
+    return loss_fn
+
+
+def start_of(name, pair):
+    """(state, frozen, teacher, optimizer) at the stage's start."""
+    student_cfg, _, teacher, mixers = pair
+    student = whole_student(student_cfg, teacher, mixers) if STAGES[name].whole_student else mixers
+    params, frozen = split_params(student, lambda path: STAGES[name].trainable(path, student_cfg))
+    optimizer = make_optimizer(StageConfig(tokens=10**6, lr=1e-3, mixer_lr=1e-2, warmup_steps=0), Optim())
+    return TrainState.create(params, optimizer), frozen, teacher, optimizer
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])
+def test_accumulated_parts_equal_the_whole_batch(pair, name):
+    state, frozen, teacher, optimizer = start_of(name, pair)
+    loss_fn, batch = loss_of(name, *pair[:2]), make_batch()
+    whole, whole_metrics = jax.jit(make_train_step(loss_fn, optimizer))(state, frozen, teacher, batch)
+    parts, parts_metrics = jax.jit(make_train_step(loss_fn, optimizer, accumulate=2))(state, frozen, teacher, batch)
+    for key in ("loss", "grad_norm", "tokens"):
+        np.testing.assert_allclose(parts_metrics[key], whole_metrics[key], rtol=2e-5)
+    moments = whole.opt_state, parts.opt_state
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6), *moments)
+    assert whole_metrics["loss"] > 0 and int(whole.step) == 1
+
+
+def test_stage_1_trains_the_recurrent_mixers_alone(pair):
+    student_cfg = pair[0]
+    state, frozen, _, _ = start_of("stage1", pair)
+    assert frozen == {}
+    recurrent = [i for i, (mixer, _) in enumerate(student_cfg.stacks) if mixer != "attention"]
+    assert sorted(state.params["stacks"]) == recurrent
+    assert all(set(stack) == {"mixer"} for stack in state.params["stacks"].values())
+
+
+def test_stage_1_never_differentiates_the_frozen_stack(pair):
+    """The MLPs' matrices take part in two products a layer (gate, up) forward and in none backward."""
+    student_cfg, teacher_cfg, teacher, mixers = pair
+
+    def loss(mixers, teacher):
+        return align_loss(student_cfg, teacher_cfg, mixers, teacher, make_batch(), remat="full").loss
+
+    def mlp_products(fn) -> int:
+        return str(jax.make_jaxpr(fn)(mixers, teacher)).count("f32[4,20,64] = dot_general")
+
+    assert mlp_products(loss) > 0
+    assert mlp_products(jax.grad(loss)) == mlp_products(loss)
+
+
+def test_training_reduces_every_loss(pair):
+    for name in ("stage1", "stage2", "stage3"):
+        state, frozen, teacher, optimizer = start_of(name, pair)
+        step = jax.jit(make_train_step(loss_of(name, *pair[:2]), optimizer))
+        losses = []
+        for _ in range(8):
+            state, metrics = step(state, frozen, teacher, make_batch())
+            losses.append(float(metrics["loss"]))
+        assert losses[-1] < 0.9 * losses[0], (name, losses)
+
+
+def test_non_finite_steps_are_skipped_and_counted(pair):
+    state, frozen, teacher, optimizer = start_of("stage2", pair)
+    step = jax.jit(make_train_step(loss_of("stage2", *pair[:2]), optimizer))
+    good, _ = step(state, frozen, teacher, make_batch())
+    broken = overlay_params(teacher, {"norm": {"scale": teacher["norm"]["scale"].at[0].set(jnp.nan)}})
+    bad, metrics = step(good, frozen, broken, make_batch())
+    assert metrics["finite"] == 0 and int(bad.skipped) == int(bad.skipped_in_a_row) == 1 and int(bad.step) == 2
+    same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), (good.params, good.opt_state), (bad.params, bad.opt_state))
+    assert all(jax.tree.leaves(same))
+    after, _ = step(bad, frozen, teacher, make_batch())
+    assert int(after.skipped) == 1 and int(after.skipped_in_a_row) == 0
+
+
+def test_frozen_paths_are_not_in_the_optimizer(pair):
+    student_cfg, _, teacher, mixers = pair
+    student = whole_student(student_cfg, teacher, mixers)
+    params, frozen = split_params(student, lambda path: "mlp" not in path)
+    assert all("mlp" in path for path in path_leaves(frozen))
+    assert not any("mlp" in path for path in path_leaves(TrainState.create(params, optax.adam(1e-3))))
+    merged = merge_params(params, frozen)
+    assert path_leaves(merged).keys() == path_leaves(student).keys()
+    with pytest.raises(ValueError, match="both parts"):
+        merge_params(student, frozen)
+
+
+def test_a_tied_teacher_is_untied(pair):
+    student_cfg, _, teacher, mixers = pair
+    student = whole_student(student_cfg, teacher, mixers)
+    assert "head" not in teacher
+    np.testing.assert_array_equal(student["head"]["kernel"], teacher["embed"]["embedding"].T)
+    assert path_leaves(student).keys() == path_leaves(init_params(student_cfg, 0)).keys()
+
+
+def test_fresh_projections():
+    student = STUDENTS["rwkv6"]
+    teacher = init_params(TEACHER, 0)
+    copied, fresh = (init_mixers(student, teacher, 1, fresh_qkvo=f)["stacks"][0]["mixer"] for f in (False, True))
+    np.testing.assert_array_equal(copied["q"]["kernel"], teacher["stacks"][0]["mixer"]["q"]["kernel"])
+    bound = 0.5 * 32**-0.5
+    assert not np.any(fresh["o"]["kernel"]) and 0.9 * bound < np.abs(fresh["q"]["kernel"]).max() <= bound
+
+
+def test_quarter_cosine_schedule():
+    stage = dataclasses.replace(RunConfig().stage1, tokens=32 * 512 * 1050)
+    rate = learning_rates(stage)["rest"]
+    assert stage.steps == 1050
+    np.testing.assert_allclose(rate(0), 1e-5, rtol=1e-5)
+    np.testing.assert_allclose(rate(25), 1e-3 * 0.505, rtol=1e-5)
+    np.testing.assert_allclose(rate(50), 1e-3, rtol=1e-5)
+    middle = 1e-5 + (1e-3 - 1e-5) * np.cos(np.pi / 4)  # half-way through the decay: 71%, where a half cosine has 50%
+    np.testing.assert_allclose(rate(550), middle, rtol=1e-5)
+    np.testing.assert_allclose(rate(1050), 1e-5, rtol=1e-3)
+
+
+def test_stage_2a_decays_the_mixers_late():
+    stage = dataclasses.replace(RunConfig().stage2a, tokens=32 * 4096 * 1000)
+    rates = learning_rates(stage)
+    np.testing.assert_allclose([rates["mixer"](s) for s in (100, 832, 876, 999)], [1e-4, 1e-4, 1e-5, 1e-5], rtol=1e-4)
+    np.testing.assert_allclose([rates["rest"](s) for s in (100, 832, 876, 999)], 1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("stage1", 6104), ("stage2", 10173), ("stage2a", 4578), ("stage3", 64)])
+def test_published_step_counts(name, steps):
+    assert abs(RunConfig().stage(name).steps - steps) <= 1
+
+
+def test_mixers_have_their_own_learning_rate(pair):
+    state, frozen, teacher, optimizer = start_of("stage2", pair)
+    after, _ = jax.jit(make_train_step(loss_of("stage2", *pair[:2]), optimizer))(state, frozen, teacher, make_batch())
+    change = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), state.params, after.params)
+    assert 0.8e-2 < change["stacks"][0]["mixer"]["q"]["kernel"] < 1.01e-2
+    assert 0.8e-3 < change["stacks"][0]["mlp"]["up"]["kernel"] < 1.01e-3

@@ -1,6 +1,6 @@
 """The demo: a small real model, shipped with the repository, converted to RAD-RWKV7 on a laptop's CPU in minutes.
 
-    python -m radlads_jax.launch --config configs/demo.py --workdir runs/demo
+python -m radlads_jax.launch --config configs/demo.py --workdir runs/demo
 """
 
 from ml_collections import ConfigDict

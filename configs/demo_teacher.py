@@ -1,6 +1,6 @@
 """Makes the demo's teacher: a Qwen2-format model trained from scratch on the project's synthetic language.
 
-    python -m radlads_jax.launch --config configs/demo_teacher.py --workdir runs/demo_teacher
+python -m radlads_jax.launch --config configs/demo_teacher.py --workdir runs/demo_teacher
 """
 
 from ml_collections import ConfigDict
@@ -13,24 +13,26 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"
     config.stages = ("pretrain",)
     config.student.mixer = "attention"
-    config.teacher.scratch = ConfigDict({
-        "model_type": "qwen2",
-        "architectures": ["Qwen2ForCausalLM"],
-        "vocab_size": 896,
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": True,
-        "use_sliding_window": False,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    })
+    config.teacher.scratch = ConfigDict(
+        {
+            "model_type": "qwen2",
+            "architectures": ["Qwen2ForCausalLM"],
+            "vocab_size": 896,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0,
+            "hidden_act": "silu",
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
+    )
     config.data.source = "synthetic"
     config.data.documents = 60_000
     config.data.seed = 0

@@ -1,1 +1,1 @@
-"""The recurrences and the fused head-and-loss: one folder per operation, one public function, several implementations."""
+"""The recurrences and the fused head-and-loss: a folder per operation, with its public functions in front."""

@@ -18,7 +18,7 @@ from pallas_kernels.wkv6 import wkv6
 from pallas_kernels.wkv7 import wkv7
 
 OPERATIONS: dict[str, Callable[..., Any]] = {"wkv7": wkv7, "wkv6": wkv6}
-SHAPES = ((2, 512, 9, 64), (1, 8192, 28, 128))
+SHAPES = ["2,512,9,64", "1,8192,28,128"]
 # The forms that autodiff makes keep far more than the inputs: they run on a shorter sequence, and their time is
 # scaled up to the full one (they are linear in T).
 COMPARISON_ELEMENTS = 2**21
@@ -27,7 +27,7 @@ PAIRWISE_CHUNK = 16
 Gradient = Callable[..., Any]
 
 
-def pairwise(*, r, log_w, k, v, a=None, b=None):  # type: ignore[no-untyped-def]
+def pairwise(*, r, log_w, k, v, a=None, b=None):
     """The usual chunked form: decays for each pair of tokens in [C,C,K] arrays, and JAX's own gradient.
 
     Serves wkv7 and, without a and b, wkv6; T is a whole number of chunks.
@@ -36,15 +36,15 @@ def pairwise(*, r, log_w, k, v, a=None, b=None):  # type: ignore[no-untyped-def]
     lower = jnp.tril(jnp.ones((size, size), bool))[..., None]
     strict = jnp.tril(lower[..., 0], -1)[..., None]
 
-    def decays(from_total, to_total, mask):  # type: ignore[no-untyped-def]
+    def decays(from_total, to_total, mask):
         gap = from_total[..., :, None, :] - to_total[..., None, :, :]
         return jnp.exp(jnp.where(mask, gap, -jnp.inf))
 
-    def products(left, right, decay):  # type: ignore[no-untyped-def]
+    def products(left, right, decay):
         return jnp.einsum("bhijk,bhjk->bhij", left[..., :, None, :] * decay, right)
 
     @jax.checkpoint
-    def step(state, chunk):  # type: ignore[no-untyped-def]
+    def step(state, chunk):
         r, log_w, k, v = chunk[:4]
         total = layout.prefix_sums(log_w)
         last = total[..., -1:, :]
@@ -131,10 +131,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--chunk-size", type=int, default=None)
     arguments = parser.parse_args()
-    shapes = [tuple(int(n) for n in text.split(",")) for text in arguments.shape or []] or SHAPES
     for operation in arguments.operations:
-        for shape in shapes:
-            compare(operation, shape, arguments.repeats, arguments.chunk_size)
+        for shape in arguments.shape or SHAPES:
+            batch, length, heads, size = (int(n) for n in shape.split(","))
+            compare(operation, (batch, length, heads, size), arguments.repeats, arguments.chunk_size)
 
 
 if __name__ == "__main__":

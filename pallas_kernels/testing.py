@@ -53,7 +53,7 @@ def recurrence_inputs(
 
 
 def token_loop(
-    inputs: Arrays,
+    inputs: dict[str, Any],
     initial_state: np.ndarray | None = None,
     segment_ids: np.ndarray | None = None,
     d_out: np.ndarray | None = None,

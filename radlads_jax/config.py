@@ -209,7 +209,7 @@ def parse_arg(arg: str | None, **known: Any) -> ConfigDict:
 
 
 def check_override(path: str, text: str | None) -> None:
-    """Raises ValueError for what stands behind "--config." (stage1.tokens=5), if there is no such field or its type differs.
+    """Raises ValueError for what stands behind "--config.": a path to no field, or a number or flag that is none.
 
     text: None where no value came with the name. Tuples and what is below teacher.scratch are not looked at.
     """
@@ -312,7 +312,7 @@ def _check_student(student: Student) -> None:
 def _check_data(data: Data) -> None:
     _require(data.source in SOURCES, "config.data.source", data.source, f"one of {', '.join(SOURCES)}")
     given = bool(data.path) or data.source == "synthetic"
-    _require(given, "config.data.path", data.path, f"the path of the {data.source} data")
+    _require(given, "config.data.path", data.path, f"the path of the {data.source} data, e.g. --config.data.path=PATH")
     _at_least(1, data, "config.data", "eval_rows", "documents")
     _at_least(0, data, "config.data", "max_tokens")
 

@@ -11,10 +11,8 @@ from radlads_jax.models.decoder import Params
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def generate_greedy(
-    cfg: ModelConfig, params: Params, prompts: Int[Array, "B T"], new_tokens: int
-) -> Int[Array, "B N"]:
-    """The most likely next token, new_tokens times, for every row. Rows are left-padded with token id -1 where shorter."""
+def generate_greedy(cfg: ModelConfig, params: Params, prompts: Int[Array, "B T"], new_tokens: int) -> Int[Array, "B N"]:
+    """The most likely next token, new_tokens times, for every row; shorter rows are left-padded with token id -1."""
     real = prompts >= 0
     positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
     decoder = bind(cfg, params)
@@ -25,7 +23,7 @@ def generate_greedy(
         state=init_state(cfg, prompts.shape[0], prompts.shape[1] + new_tokens),
     )
 
-    def choose(hidden: Array) -> Int[Array, "B"]:
+    def choose(hidden: Array) -> Int[Array, " B"]:
         return jnp.argmax(decoder.logits(hidden[:, -1:])[:, 0], axis=-1).astype(jnp.int32)
 
     def step(carry, _):

@@ -1,6 +1,7 @@
 """How near the student comes to its teacher: losses and agreement on held-out rows, and text from both."""
 
 import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ from rich.table import Table
 
 from pallas_kernels.linear_loss import linear_stats
 from radlads_jax.data import pipeline
-from radlads_jax.data.packing import Batch
-from radlads_jax.distill.losses import next_tokens, read_rows
+from radlads_jax.distill.losses import Batch, next_tokens, read_rows
 from radlads_jax.generate import generate_greedy
 from radlads_jax.job import Job
 from radlads_jax.models import ModelConfig, bind
@@ -31,7 +31,7 @@ def batch_sums(
     hidden = read_rows(decoder, batch)
     weights = batch["loss_mask"].reshape(-1)
     options: dict[str, Any] = {"kernel_layout": layout}
-    if teacher_cfg is not None:
+    if teacher_cfg is not None and teacher is not None:
         frozen = bind(teacher_cfg, teacher)
         teacher_hidden = read_rows(frozen, batch)
         teacher_kernel, options["teacher_kernel_layout"] = frozen.head_kernel()
@@ -44,7 +44,7 @@ def batch_sums(
 def evaluate(
     student_cfg: ModelConfig,
     student: Params,
-    batches: list[Batch],
+    batches: Sequence[Mapping[str, np.ndarray]],
     teacher_cfg: ModelConfig | None = None,
     teacher: Params | None = None,
 ) -> dict[str, Any]:
@@ -55,7 +55,8 @@ def evaluate(
     """
     totals: dict[str, float] = {}
     for batch in batches:
-        sums = jax.device_get(batch_sums(student_cfg, teacher_cfg, student, teacher, batch))
+        on_device = {name: jnp.asarray(rows) for name, rows in batch.items()}
+        sums = jax.device_get(batch_sums(student_cfg, teacher_cfg, student, teacher, on_device))
         totals = {k: totals.get(k, 0.0) + float(v) for k, v in sums.items()}
     tokens = totals.pop("tokens")
     if tokens == 0:

@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-
 from radlads_jax.config import RunConfig, Student
 from radlads_jax.data import binidx, prepare, sources, synthetic
 from radlads_jax.models.config import MixerConfig, ModelConfig
@@ -22,7 +21,7 @@ class Job:
     """What every stage of one run needs.
 
     source: the teacher's directory, None where the run starts from fresh weights. base_config: its config.json.
-    teacher: the teacher's dimensions, its stacks cut at the student's boundaries. eval_tokens: held out at the data's end.
+    teacher: the teacher's dimensions, its stacks cut at the student's boundaries. eval_tokens: held out at the end.
     """
 
     run: RunConfig
@@ -44,14 +43,14 @@ class Job:
 
 
 def make_job(run: RunConfig, workdir: Path) -> Job:
-    """Checks the teacher, the student, the tokenizer and the data, in this order. Raises ValueError for what is wrong."""
+    """Checks teacher, student, tokenizer and data, in this order; raises ValueError for the first that is wrong."""
     source = resolve_model_dir(run.teacher.path, run.teacher.revision or None) if run.teacher.path else None
     base_config = read_config(source) if source else dict(run.teacher.scratch)
     original = dataclasses.replace(model_config_from_hf(base_config), dtype=run.teacher.dtype)
     if original.recurrent_mixer is not None:
         raise ValueError(
-            f"the teacher {run.teacher.path} is a {original.recurrent_mixer} student already; expected a softmax-attention "
-            "model. Point config.teacher.path at the model it was made from."
+            f"the teacher {run.teacher.path} is a {original.recurrent_mixer} student already; expected a model of "
+            "softmax attention. Point config.teacher.path at the model it was made from."
         )
     student = make_student_config(original, run)
     tokenizer_dir = _tokenizer_dir(run, workdir, source)
@@ -95,8 +94,8 @@ def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
 def _mixer_config(given: Student, hidden_size: int) -> MixerConfig:
     if given.mixer == "rad_rwkv7" and given.token_shift == "on":
         raise ValueError(
-            "config.student.token_shift is 'on', but RAD-RWKV7 has none (the paper found it gives nothing there, and its "
-            "format has no place for it); use rad_rwkv6, or leave token_shift out."
+            "config.student.token_shift is 'on', but RAD-RWKV7 has none (the paper found it gives nothing there, and "
+            "its format has no place for it); use rad_rwkv6, or leave token_shift out."
         )
     switches = {f: SWITCHES[getattr(given, f)] for f in ("use_rope", "token_shift", "group_norm", "balance_state")}
     if switches["group_norm"] and switches["balance_state"] is None:
@@ -144,5 +143,3 @@ def _token_file(run: RunConfig, workdir: Path, tokenizer: Any, student: ModelCon
         eos_id=tokenizer.eos_token_id,
         max_tokens=limit,
     )
-
-

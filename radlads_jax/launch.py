@@ -72,10 +72,14 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         for override in filter(None, map(_OVERRIDE.match, argv[1:])):
             config_lib.check_override(override[1], override[2])
-        return flags.FLAGS(argv)
+        positional = flags.FLAGS(argv)
     # A locked ConfigDict raises AttributeError or KeyError for a field that it lacks, TypeError for a value's type.
     except (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError) as error:
         sys.exit(refuse(explain(error)))
+    if flags.FLAGS["verbosity"].using_default_value:
+        # The libraries tell much about every checkpoint.
+        logging.set_verbosity(logging.WARNING)
+    return positional
 
 
 def explain(error: BaseException) -> str:

@@ -184,7 +184,7 @@ def _train(
 
 def _non_finite_message(name: str, step: int, limit: int) -> str:
     return (
-        f"{name}: more than {limit} steps in a row had a loss or gradient that is not finite, the last one step {step}. "
+        f"{name}: more than {limit} steps in a row had a loss or gradient that is not finite, up to step {step}. "
         "Nothing was updated since and the newest checkpoint is from before. Look at the data and lower the learning "
         f"rate (config.{name}.lr, config.{name}.mixer_lr), or use float32 (config.dtype)."
     )

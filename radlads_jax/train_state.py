@@ -22,7 +22,8 @@ class TrainState(NamedTuple):
     @classmethod
     def create(cls, params: Params, optimizer: optax.GradientTransformation) -> "TrainState":
         # Each counter is its own buffer: donation refuses the same one twice.
-        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+        return cls(step, params, optimizer.init(params), skipped, in_a_row)
 
     def advance(self, params: Params, opt_state: optax.OptState, finite: jax.Array) -> "TrainState":
         """The next state: updated where the step was finite, otherwise as it was but for the counters."""
@@ -76,7 +77,7 @@ def overlay_params(below: Params, above: Params) -> Params:
     }
 
 
-def path_leaves(params: Params) -> dict[str, Any]:
-    """Every array by its "/"-joined path."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+def path_leaves(tree: Any) -> dict[str, Any]:
+    """Every leaf of a pytree by its "/"-joined path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

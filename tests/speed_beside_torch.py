@@ -2,9 +2,9 @@
 
     python tests/speed_beside_torch.py TEACHER_DIR [--student rad_rwkv7] [--batch 4] [--seq-len 512] [--repeats 5]
 
-The torch loop is transformers' model for the teacher and, as student, the same model with its softmax attention (copies
-of the attention modules in stage 1): a recurrence in plain torch would only be slower. Both take turns on the same rows;
-printed are the medians and their ratio.
+The torch loop is transformers' model for the teacher and, as student, the same model with its softmax attention
+(copies of the attention modules in stage 1): a recurrence in plain torch would only be slower. Both take turns on the
+same rows; printed are the medians and their ratio.
 """
 
 import argparse

@@ -10,15 +10,15 @@ from pallas_kernels.linear_loss.stats import stats
 
 Layout = Literal["dv", "vd"]
 
-# One slice's float32 logits, in elements.
-SLICE_ELEMENTS = 2**25
+# One slice's float32 logits, in elements: enough tokens to repay reading and adding up the kernel's gradient.
+SLICE_ELEMENTS = 2**26
 
 
 def linear_cross_entropy(
     hidden: Float[Array, "N D"],
     kernel: Float[Array, "_ _"],
-    targets: Int[Array, "N"],
-    weights: Float[Array, "N"],
+    targets: Int[Array, " N"],
+    weights: Float[Array, " N"],
     *,
     slice_tokens: int | None = None,
     kernel_layout: Layout = "dv",
@@ -41,7 +41,7 @@ def linear_kl(
     kernel: Float[Array, "_ _"],
     teacher_hidden: Float[Array, "N D2"],
     teacher_kernel: Float[Array, "_ _"],
-    weights: Float[Array, "N"],
+    weights: Float[Array, " N"],
     *,
     slice_tokens: int | None = None,
     kernel_layout: Layout = "dv",
@@ -66,8 +66,8 @@ def linear_kl(
 def linear_stats(
     hidden: Float[Array, "N D"],
     kernel: Float[Array, "_ _"],
-    targets: Int[Array, "N"],
-    weights: Float[Array, "N"],
+    targets: Int[Array, " N"],
+    weights: Float[Array, " N"],
     teacher_hidden: Float[Array, "N D2"] | None = None,
     teacher_kernel: Float[Array, "_ _"] | None = None,
     *,
@@ -92,13 +92,14 @@ def linear_stats(
 
 
 def _slice_tokens(hidden: jax.Array, kernel: jax.Array, layout: str, slice_tokens: int | None) -> int:
-    """The slice asked for, or the largest multiple of 128 tokens whose logits fit SLICE_ELEMENTS."""
+    """The slice asked for, or even slices, in multiples of 8 tokens, whose logits fit SLICE_ELEMENTS."""
     if slice_tokens is not None and slice_tokens < 1:
         raise ValueError(f"slice_tokens is {slice_tokens}, expected at least 1; pass None for the default.")
     if slice_tokens is None:
         vocab = kernel.shape[1 if layout == "dv" else 0]
-        slice_tokens = max(128, SLICE_ELEMENTS // vocab // 128 * 128)
-    return max(1, min(slice_tokens, hidden.shape[0]))
+        slices = -(-hidden.shape[0] // max(128, SLICE_ELEMENTS // vocab))
+        slice_tokens = -(-hidden.shape[0] // slices // 8) * 8
+    return min(slice_tokens, hidden.shape[0])
 
 
 def _check(

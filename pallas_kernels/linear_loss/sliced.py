@@ -81,8 +81,8 @@ def _value(options: Options, loss: SliceLoss, hidden: jax.Array, kernel: jax.Arr
         losses, _ = loss(logits_of(hidden, kernel, options.layout), rest)
         return total + jnp.sum(losses * weights), None
 
-    hidden, weights, *rest = split(options.slice_tokens, hidden, weights, *rest)
-    return jax.lax.scan(step, jnp.float32(0), (hidden, weights, tuple(rest)))[0]
+    hidden, weights, *others = split(options.slice_tokens, hidden, weights, *rest)
+    return jax.lax.scan(step, jnp.float32(0), (hidden, weights, tuple(others)))[0]
 
 
 def _value_and_gradients(
@@ -103,9 +103,9 @@ def _value_and_gradients(
         d_kernel = d_kernel + dot(f"nd,nv->{layout}", hidden, d_logits)
         return (total + jnp.sum(losses * weights), d_kernel), (d_hidden, losses)
 
-    hidden, weights, *rest = split(options.slice_tokens, hidden, weights, *rest)
+    hidden, weights, *others = split(options.slice_tokens, hidden, weights, *rest)
     start = (jnp.float32(0), jnp.zeros(kernel.shape, jnp.float32))
-    (total, d_kernel), (d_hidden, losses) = jax.lax.scan(step, start, (hidden, weights, tuple(rest)))
+    (total, d_kernel), (d_hidden, losses) = jax.lax.scan(step, start, (hidden, weights, tuple(others)))
     return total, (join(d_hidden, tokens), d_kernel.astype(kernel.dtype), join(losses, tokens))
 
 

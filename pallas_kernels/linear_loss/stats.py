@@ -24,7 +24,7 @@ def stats(
         logits = logits_of(hidden, kernel, options.layout)
         top = jnp.argmax(logits, axis=-1)
         values: dict[str, Any] = {"loss": cross_entropy_slice(logits, targets)[0], "top1": top == targets}
-        if teacher:
+        if teacher and teacher_kernel is not None:
             teacher_logits = logits_of(teacher[0], teacher_kernel, options.teacher_layout)
             teacher_top = jnp.argmax(teacher_logits, axis=-1)
             values["kl"] = kl_slice(logits, teacher_logits)[0]

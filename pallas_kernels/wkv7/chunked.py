@@ -165,9 +165,7 @@ def chunk_backward(
     return Inputs(d_r, d_log_w, d_k, d_v, d_a, d_b), d_state
 
 
-def decay_gradient(
-    p: Pairs, d_ar: jax.Array, d_bk: jax.Array, d_last: jax.Array, resets: Resets | None
-) -> jax.Array:
+def decay_gradient(p: Pairs, d_ar: jax.Array, d_bk: jax.Array, d_last: jax.Array, resets: Resets | None) -> jax.Array:
     """d log_w [B,H,C,K] from the gradients of [A; R], [B; K] and G_C [1,K].
 
     d G_t = R_t dR_t + A_{t+1} dA_{t+1} - B_t dB_t - K_t dK_t; d log_w_t is their sum from t to the chunk's end.

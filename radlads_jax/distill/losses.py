@@ -1,7 +1,7 @@
 """What a loss returns, and the losses on logits: KL (stages 2, 2a) and next-token cross-entropy (stage 3, pretraining).
 
-Both hand hidden states and the head's matrix to pallas_kernels.linear_loss, so that logits exist for one slice of tokens
-at a time. Losses are sums with their weights: accumulated parts of a batch add up to what the whole batch gives.
+Both hand hidden states and the head's matrix to pallas_kernels.linear_loss, so that logits exist for one slice of
+tokens at a time. Losses are sums with their weights: accumulated parts of a batch add up to what the whole batch gives.
 """
 
 from typing import Any, NamedTuple

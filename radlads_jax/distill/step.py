@@ -17,8 +17,9 @@ LossFn = Callable[[Params, Params | None, Batch], LossSums]
 def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *, accumulate: int = 1):
     """train_step(state, frozen, teacher, batch) -> (state, metrics); pure, to be jitted with state donated.
 
-    loss_fn(student params, teacher params, batch) -> LossSums. frozen: the student's parameters that don't train, teacher:
-    its own; neither is differentiated. batch: arrays [B, T], computed in `accumulate` parts of B / accumulate rows.
+    loss_fn(student params, teacher params, batch) -> LossSums. frozen: the student's parameters that don't train,
+    teacher: its own; neither is differentiated. batch: arrays [B, T], computed in `accumulate` parts of B / accumulate
+    rows.
     metrics: loss (mean per token), grad_norm (before the clip), finite (0 or 1), tokens counted,
     skipped and skipped_in_a_row (non-finite steps so far), extras as means.
     """

@@ -31,52 +31,52 @@ class Context(NamedTuple):
     key_segment_ids: Int[Array, "B S"] | None = None
 
 
-class Attention(nnx.Module):
+class Mixer(nnx.Module):
+    """What the teacher's attention and every student's mixer share: q, k, v, o and the family's per-head norms."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        wide, narrow = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+        self.q = linear(cfg.hidden_size, wide, cfg, rngs, bias=cfg.qkv_bias)
+        self.k = linear(cfg.hidden_size, narrow, cfg, rngs, bias=cfg.qkv_bias)
+        self.v = linear(cfg.hidden_size, narrow, cfg, rngs, bias=cfg.qkv_bias)
+        self.o = linear(wide, cfg.hidden_size, cfg, rngs, bias=cfg.o_bias)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(cfg.head_dim, cfg) if cfg.qk_norm else None
+
+    def project(self, x_q: Array, x_k: Array, x_v: Array, context: Context, *, use_rope: bool):
+        """q [B, T, H, K] and k, v [B, T, G, K] of inputs [B, T, D], with the family's norms and RoPE."""
+        q = split_heads(self.q(x_q), self.cfg.num_heads)
+        k = split_heads(self.k(x_k), self.cfg.num_kv_heads)
+        v = split_heads(self.v(x_v), self.cfg.num_kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if use_rope:
+            q, k = rope.rotate(q, context.cos, context.sin), rope.rotate(k, context.cos, context.sin)
+        return q, k, v
+
+
+class Attention(Mixer):
     """Causal grouped-query attention with RoPE; tokens see their own segment only."""
 
     def __init__(self, cfg: ModelConfig, layer_id: Int[Array, ""], *, rngs: nnx.Rngs):
         del layer_id
-        self.cfg = cfg
-        add_projections(self, cfg, rngs)
+        super().__init__(cfg, rngs=rngs)
 
     def __call__(self, x, context: Context, v_first, layer_id, state):
-        """[B, T, D] -> [B, T, D]; state {"k", "v"} [B, S, G, K] is written at context.offset. v_first passes through."""
+        """[B, T, D] -> [B, T, D]; state {"k", "v"} [B, S, G, K] is written at context.offset; v_first is not used."""
         del layer_id
-        cfg = self.cfg
-        q, k, v = project_qkv(self, x, context, use_rope=True)
+        q, k, v = self.project(x, x, x, context, use_rope=True)
         if state is not None:
-            state = {
-                "k": jax.lax.dynamic_update_slice_in_dim(state["k"], k.astype(state["k"].dtype), context.offset, axis=1),
-                "v": jax.lax.dynamic_update_slice_in_dim(state["v"], v.astype(state["v"].dtype), context.offset, axis=1),
-            }
+            state = {name: _written(state[name], new, context) for name, new in (("k", k), ("v", v))}
             k, v = state["k"].astype(q.dtype), state["v"].astype(q.dtype)
         out = softmax_attention(q, k, v, context)
-        return self.o(out.reshape(*x.shape[:2], cfg.num_heads * cfg.head_dim)), v_first, state
+        return self.o(out.reshape(*x.shape[:2], -1)), v_first, state
 
 
-def add_projections(module: nnx.Module, cfg: ModelConfig, rngs: nnx.Rngs) -> None:
-    """Gives a mixer the teacher's q, k, v, o and, where the family has them, the per-head norms of q and k."""
-    wide, narrow = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    module.q = linear(cfg.hidden_size, wide, cfg, rngs, bias=cfg.qkv_bias)
-    module.k = linear(cfg.hidden_size, narrow, cfg, rngs, bias=cfg.qkv_bias)
-    module.v = linear(cfg.hidden_size, narrow, cfg, rngs, bias=cfg.qkv_bias)
-    module.o = linear(wide, cfg.hidden_size, cfg, rngs, bias=cfg.o_bias)
-    if cfg.qk_norm:
-        module.q_norm = RMSNorm(cfg.head_dim, cfg)
-        module.k_norm = RMSNorm(cfg.head_dim, cfg)
-
-
-def project_qkv(module, x, context: Context, *, use_rope: bool, x_k=None, x_v=None):
-    """q [B, T, H, K] and k, v [B, T, G, K], with the family's norms and RoPE; x_k, x_v replace x where given."""
-    cfg = module.cfg
-    q = split_heads(module.q(x), cfg.num_heads)
-    k = split_heads(module.k(x if x_k is None else x_k), cfg.num_kv_heads)
-    v = split_heads(module.v(x if x_v is None else x_v), cfg.num_kv_heads)
-    if cfg.qk_norm:
-        q, k = module.q_norm(q), module.k_norm(k)
-    if use_rope:
-        q, k = rope.rotate(q, context.cos, context.sin), rope.rotate(k, context.cos, context.sin)
-    return q, k, v
+def _written(cache: Float[Array, "B S G K"], new: Float[Array, "B T G K"], context: Context) -> Float[Array, "B S G K"]:
+    assert context.offset is not None  # a decoding state comes with its length
+    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), context.offset, axis=1)
 
 
 def softmax_attention(
@@ -92,7 +92,7 @@ def softmax_attention(
     def block(queries: Array, first: int, keys: Array, values: Array) -> Array:
         rows = offset + first + jnp.arange(queries.shape[1])
         mask = (rows[:, None] >= jnp.arange(keys.shape[1])[None, :])[None, None]
-        if key_segments is not None:
+        if context.segment_ids is not None and key_segments is not None:
             own = context.segment_ids[:, first : first + queries.shape[1]]
             mask = mask & (own[:, None, :, None] == key_segments[:, None, None, : keys.shape[1]])
         return jax.nn.dot_product_attention(queries, keys, values, mask=mask)
@@ -100,10 +100,10 @@ def softmax_attention(
     total = q.shape[1]
     if total <= QUERY_BLOCK:
         return block(q, 0, k, v)
-    # Without a state, a block's queries see no key behind its end: those are never multiplied.
-    ends = [k.shape[1] if context.offset is not None else min(i + QUERY_BLOCK, total) for i in range(0, total, QUERY_BLOCK)]
-    pieces = [
-        jax.checkpoint(block, static_argnums=1)(q[:, i : i + QUERY_BLOCK], i, k[:, :end], v[:, :end])
-        for i, end in zip(range(0, total, QUERY_BLOCK), ends, strict=True)
-    ]
+    pieces = []
+    for i in range(0, total, QUERY_BLOCK):
+        # Without a state, a block's queries see no key behind its end: those are never multiplied.
+        end = k.shape[1] if context.offset is not None else min(i + QUERY_BLOCK, total)
+        piece = jax.checkpoint(block, static_argnums=1)(q[:, i : i + QUERY_BLOCK], i, k[:, :end], v[:, :end])
+        pieces.append(piece)
     return jnp.concatenate(pieces, axis=1)

@@ -26,8 +26,9 @@ class RopeScaling:
 class MixerConfig:
     """Switches and low-rank sizes of a recurrent mixer; the defaults of `for_student` are the paper's.
 
-    gate: "none", "full" (a sigmoid of a full-rank map) or "low_rank". balance_state and group_norm are the two ways to bound the output: with balance_state keys are scaled by the decay
-    and the output by head_dim^-0.5 (RAD-RWKV7 variant A), with group_norm the output is normalised per head (variant B).
+    gate: "none", "full" (a sigmoid of a full-rank map) or "low_rank". balance_state and group_norm are the two ways to
+    bound the output: with balance_state keys are scaled by the decay and the output by head_dim^-0.5 (RAD-RWKV7
+    variant A), with group_norm the output is normalised per head (variant B).
     """
 
     use_rope: bool
@@ -44,7 +45,7 @@ class MixerConfig:
     def __post_init__(self):
         if self.balance_state and self.group_norm:
             raise ValueError(
-                "student.balance_state and student.group_norm are both on, but they are two answers to the same question "
+                "student.balance_state and student.group_norm are both on, but they are two answers to one question "
                 "(how the size of the state is bounded). Turn one of them off: balance_state is the paper's default, "
                 "group_norm the older variant."
             )
@@ -53,7 +54,7 @@ class MixerConfig:
 
     @classmethod
     def for_student(cls, mixer: str, hidden_size: int, **overrides) -> "MixerConfig":
-        """The published student of this width; fields given in overrides (None or 0 = automatic) replace the defaults."""
+        """The published student of this width; overrides that are not None (or rank 0) replace its fields."""
         is_rwkv7 = mixer == "rad_rwkv7"
         defaults = {
             "use_rope": is_rwkv7,

@@ -1,12 +1,12 @@
 """The decoder: embedding, stacks of layers (each one scanned), final norm, head. Teachers and students alike."""
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from radlads_jax.models import rope
 from radlads_jax.models.attention import Attention, Context
@@ -98,9 +98,7 @@ class Decoder(nnx.Module):
                 x, v_first, layer_state = layer(carry[0], context, carry[1], layer_id, layer_state)
                 return (x, v_first), layer_state
 
-            carry, stack_state = jax.lax.scan(
-                rematted(body, remat), carry, (stack, start + jnp.arange(n), stack_state)
-            )
+            carry, stack_state = jax.lax.scan(rematted(body, remat), carry, (stack, start + jnp.arange(n), stack_state))
             stack_states.append(stack_state)
         return self.norm(carry[0]), None if state is None else state | {"stacks": stack_states}
 
@@ -110,7 +108,7 @@ class Decoder(nnx.Module):
         equation = "btd,dv->btv" if layout == "dv" else "btd,vd->btv"
         return jnp.einsum(equation, hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
-    def head_kernel(self) -> tuple[Array, str]:
+    def head_kernel(self) -> tuple[Array, Literal["dv", "vd"]]:
         """The head's matrix and its layout, "dv" for [D, vocab] or "vd" for the tied embedding [vocab, D]."""
         return (self.embed.embedding[...], "vd") if self.cfg.tie_embeddings else (self.head.kernel[...], "dv")
 
@@ -130,37 +128,40 @@ def make_context(
     positions: Int[Array, "B T"] | None,
     state: State | None,
 ) -> tuple[Context, State | None]:
-    """What the mixers are told of these tokens, and the state with their segment ids noted and ended segments cleared."""
-    batch, length = tokens.shape
-    offset = None if state is None else state["length"]
+    """What the mixers are told of these tokens, and the state as it stands before them."""
+    if state is not None:
+        segment_ids = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
     if positions is None:
-        positions = jnp.broadcast_to((0 if offset is None else offset) + jnp.arange(length), tokens.shape)
-    if state is not None and segment_ids is None:
-        segment_ids = jnp.ones((batch, length), jnp.int32)
-    cos, sin = rope.rope_tables(cfg, positions)
-    context = Context(cos, sin, segment_ids, None, offset)
-    if segment_ids is None:
-        return context, state
+        before = 0 if state is None else state["length"]
+        positions = jnp.broadcast_to(before + jnp.arange(tokens.shape[1]), tokens.shape)
+    starts = None
+    if segment_ids is not None:
+        changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+        starts = jnp.pad(changes, ((0, 0), (1, 0)))
+    context = Context(*rope.rope_tables(cfg, positions), segment_ids, starts)
+    if state is None or segment_ids is None:
+        return context, None
+    return _advance(cfg, context, segment_ids, state)
 
-    first = jnp.zeros((batch, 1), bool)
-    context = context._replace(starts=jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1))
-    if state is None:
-        return context, state
-    seen = state["segment_ids"]
-    has_attention = "attention" in cfg.layer_mixers
-    last = jax.lax.dynamic_index_in_dim(seen, jnp.maximum(offset - 1, 0), axis=1, keepdims=False) if has_attention else seen[:, 0]
-    if has_attention:
+
+def _advance(cfg: ModelConfig, context: Context, segment_ids: Int[Array, "B T"], state: State) -> tuple[Context, State]:
+    """The context with the state's offset and keys' segments, and the state that stands before these tokens."""
+    offset, seen = state["length"], state["segment_ids"]
+    context = context._replace(offset=offset)
+    if "attention" in cfg.layer_mixers:
+        last = jax.lax.dynamic_index_in_dim(seen, jnp.maximum(offset - 1, 0), axis=1, keepdims=False)
         seen = jax.lax.dynamic_update_slice_in_dim(seen, segment_ids, offset, axis=1)
         context = context._replace(key_segment_ids=seen)
     else:
-        seen = segment_ids[:, -1:]
-    continues = last == segment_ids[:, 0]
-    stacks = [_keep_rows(s, continues) for s in state["stacks"]]
-    return context, {"length": offset + length, "segment_ids": seen, "stacks": stacks}
+        last, seen = seen[:, 0], segment_ids[:, -1:]
+    stacks = [_keep_rows(stack, last == segment_ids[:, 0]) for stack in state["stacks"]]
+    return context, {"length": offset + segment_ids.shape[1], "segment_ids": seen, "stacks": stacks}
 
 
-def _keep_rows(stack_state: State, keep) -> State:
-    """A recurrent stack's state, zero for the sequences whose segment has ended; keys and values stay (they are masked)."""
+def _keep_rows(stack_state: State, keep: Bool[Array, " B"]) -> State:
+    """A recurrent stack's state, zero for the sequences whose segment has ended; keys and values stay (they are
+    masked).
+    """
     return {
         name: value if name in ("k", "v") else jnp.where(keep.reshape(1, -1, *[1] * (value.ndim - 2)), value, 0)
         for name, value in stack_state.items()
@@ -183,7 +184,9 @@ def bind(cfg: ModelConfig, params: Params) -> Decoder:
 
 
 def init_params(cfg: ModelConfig, seed: int | Array) -> Params:
-    """Fresh parameters as nested dicts: normal of std 0.02 for the teacher's kinds, RADLADS section 2's for the students'."""
+    """Fresh parameters as nested dicts: normal of std 0.02 for the teacher's kinds, RADLADS section 2's for the
+    students'.
+    """
     return nnx.to_pure_dict(nnx.split(Decoder(cfg, rngs=nnx.Rngs(seed)))[1])
 
 

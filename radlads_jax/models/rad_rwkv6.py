@@ -1,9 +1,9 @@
 """RAD-RWKV6 ("RADFinch"): gated linear attention with a per-channel decay (RADLADS section 3.1).
 
-    s = x_{t-1} - x_t     z = x + s mu_x     m = tanh(z A), five streams, each times its B     x_i = x + s (mu_i + m_i)
-    r = x_r W_q + b       k~ = x_k W_k + b   v = x_v W_v + b                                   k~, v repeated to all heads
-    log_w = max(-exp(decay + tanh(x_w A_d) B_d), -5)     k = k~ (1 - w)     g = sigmoid(x_g W_g)
-    S_t = diag(w_t) S_{t-1} + k_t v_t^T                  p_t = head_dim^-1/2 S_t^T r_t     out = (g p) W_o
+s = x_{t-1} - x_t     z = x + s mu_x     m = tanh(z A), five streams, each times its B     x_i = x + s (mu_i + m_i)
+r = x_r W_q + b       k~ = x_k W_k + b   v = x_v W_v + b                                   k~, v repeated to all heads
+log_w = max(-exp(decay + tanh(x_w A_d) B_d), -5)     k = k~ (1 - w)     g = sigmoid(x_g W_g)
+S_t = diag(w_t) S_{t-1} + k_t v_t^T                  p_t = head_dim^-1/2 S_t^T r_t     out = (g p) W_o
 """
 
 import jax
@@ -13,7 +13,7 @@ from flax.nnx import initializers
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.wkv6 import wkv6
-from radlads_jax.models.attention import Context, add_projections, project_qkv
+from radlads_jax.models.attention import Context, Mixer
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import GroupNorm, LowRank, linear, repeat_kv, shift_tokens, split_heads
 
@@ -41,13 +41,12 @@ class TokenShift(nnx.Module):
         return [x + s * (mu[i] + streams[i] @ b[i]) for i in range(5)]
 
 
-class RadRwkv6(nnx.Module):
+class RadRwkv6(Mixer):
     """The mixer. Its decoding state holds the recurrence's state and, with token shift, the last input."""
 
     def __init__(self, cfg: ModelConfig, layer_id: Int[Array, ""], *, rngs: nnx.Rngs):
-        self.cfg, mixer = cfg, cfg.mixer
-        size = cfg.num_heads * cfg.head_dim
-        add_projections(self, cfg, rngs)
+        super().__init__(cfg, rngs=rngs)
+        mixer, size = cfg.mixer, cfg.num_heads * cfg.head_dim
         if mixer.token_shift:
             self.shift = TokenShift(cfg, rngs=rngs)
         self.decay = LowRank(
@@ -75,7 +74,7 @@ class RadRwkv6(nnx.Module):
         if mixer.token_shift:
             before = jnp.zeros_like(x[:, 0]) if state is None else state["shift"]
             x_r, x_k, x_v, x_w, x_g = self.shift(x, shift_tokens(x, before, context.starts))
-        r, k, v = project_qkv(self, x_r, context, use_rope=mixer.use_rope, x_k=x_k, x_v=x_v)
+        r, k, v = self.project(x_r, x_k, x_v, context, use_rope=mixer.use_rope)
         k, v = repeat_kv(k, cfg.num_heads), repeat_kv(v, cfg.num_heads)
         log_w = split_heads(jnp.maximum(-jnp.exp(self.decay(x_w)), LOG_W_MIN), cfg.num_heads)
         if mixer.balance_state:
@@ -95,7 +94,7 @@ class RadRwkv6(nnx.Module):
         return self.o(out), v_first, state
 
 
-def _initial_decay(cfg: ModelConfig, layer_id: Int[Array, ""]) -> Float[Array, "d"]:
+def _initial_decay(cfg: ModelConfig, layer_id: Int[Array, ""]) -> Float[Array, " d"]:
     """lambda_d[n] = -6 + 5 (n/(d-1))^(0.7 + 1.3 l/(L-1))."""
     size = cfg.num_heads * cfg.head_dim
     depth = layer_id / max(cfg.num_layers - 1, 1)

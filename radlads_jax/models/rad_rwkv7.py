@@ -18,20 +18,19 @@ from flax.nnx import initializers
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.wkv7 import wkv7
-from radlads_jax.models.attention import Context, add_projections, project_qkv
+from radlads_jax.models.attention import Context, Mixer
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import GroupNorm, LowRank, linear, repeat_kv, split_heads
 
 LOG_W_BOUND = -math.exp(-0.5)
 
 
-class RadRwkv7(nnx.Module):
+class RadRwkv7(Mixer):
     """The mixer; r_k is carried for the published format and unused, k_k and k_a are used by variant B alone."""
 
     def __init__(self, cfg: ModelConfig, layer_id: Int[Array, ""], *, rngs: nnx.Rngs):
-        self.cfg, mixer = cfg, cfg.mixer
-        size = cfg.num_heads * cfg.head_dim
-        add_projections(self, cfg, rngs)
+        super().__init__(cfg, rngs=rngs)
+        mixer, size = cfg.mixer, cfg.num_heads * cfg.head_dim
 
         def low_rank(rank: int, **options) -> LowRank:
             gain = 0.1 * max(1.0, math.sqrt(rank / size))
@@ -53,7 +52,7 @@ class RadRwkv7(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], context: Context, v_first, layer_id, state):
         """-> (out [B, T, D], v_first [B, T, H, K], state {"wkv": [B, H, K, V] float32})."""
         cfg, mixer = self.cfg, self.cfg.mixer
-        r, k, v = project_qkv(self, x, context, use_rope=mixer.use_rope)
+        r, k, v = self.project(x, x, x, context, use_rope=mixer.use_rope)
         k, v = repeat_kv(k, cfg.num_heads), repeat_kv(v, cfg.num_heads)
         log_w = split_heads(LOG_W_BOUND * jax.nn.sigmoid(self.decay(x)), cfg.num_heads)
         iclr = split_heads(jax.nn.sigmoid(self.iclr(x)), cfg.num_heads)
@@ -66,9 +65,7 @@ class RadRwkv7(nnx.Module):
         kk, k = self._keys(k.astype(jnp.float32), log_w, iclr)
         a, b = (-kk).astype(x.dtype), (kk * iclr).astype(x.dtype)
         initial = None if state is None else state["wkv"]
-        out, final = wkv7(
-            r, log_w, k.astype(x.dtype), v, a, b, initial_state=initial, segment_ids=context.segment_ids
-        )
+        out, final = wkv7(r, log_w, k.astype(x.dtype), v, a, b, initial_state=initial, segment_ids=context.segment_ids)
         out = self.ln_x(out) if mixer.group_norm else out * cfg.head_dim**-0.5
         out = out.reshape(*x.shape[:2], -1)
         if mixer.gate == "low_rank":
@@ -91,7 +88,7 @@ def _unit(x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
 
 
-def _initial_decay(cfg: ModelConfig, layer_id: Int[Array, ""]) -> Float[Array, "d"]:
+def _initial_decay(cfg: ModelConfig, layer_id: Int[Array, ""]) -> Float[Array, " d"]:
     """w0[n] = -7 + 5 (n/(d-1))^(0.85 + sqrt(l/(L-1))) + 0.5."""
     size = cfg.num_heads * cfg.head_dim
     depth = layer_id / max(cfg.num_layers - 1, 1)

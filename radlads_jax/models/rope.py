@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from radlads_jax.models.config import ModelConfig, RopeScaling
 
 
-def inverse_frequencies(cfg: ModelConfig) -> Float[Array, "half"]:
+def inverse_frequencies(cfg: ModelConfig) -> Float[Array, " half"]:
     """theta^(-2i/head_dim) for i in [0, head_dim/2), scaled as cfg.rope_scaling says; radians per position, float32."""
     exponents = jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim
     frequencies = 1.0 / (cfg.rope_theta**exponents)
@@ -19,7 +19,7 @@ def inverse_frequencies(cfg: ModelConfig) -> Float[Array, "half"]:
     return _llama3(frequencies, cfg.rope_scaling)
 
 
-def _llama3(frequencies: Float[Array, "half"], scaling: RopeScaling) -> Float[Array, "half"]:
+def _llama3(frequencies: Float[Array, " half"], scaling: RopeScaling) -> Float[Array, " half"]:
     """Keeps short wavelengths, divides long ones by the factor and blends in between (Llama 3.1)."""
     context = scaling.original_max_position_embeddings
     wavelength = 2 * math.pi / frequencies

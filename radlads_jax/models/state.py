@@ -10,9 +10,10 @@ State = dict
 def init_state(cfg: ModelConfig, batch: int, max_length: int) -> State:
     """An empty state for `batch` sequences.
 
-    {"length": tokens read, int32 scalar; "segment_ids": [B, S], of the tokens read (S = max_length where a layer is softmax
-    attention, which can't read more than that, else 1: the last token's); "stacks": a mixer state per stack, layers leading}.
-    Recurrent layers hold [n, B, H, K, V] float32 whatever the length, attention layers keys and values [n, B, S, G, K].
+    {"length": tokens read, int32 scalar; "segment_ids": [B, S], of the tokens read (S = max_length where a layer is
+    softmax attention, which can't read more than that, else 1: the last token's); "stacks": a mixer state per stack,
+    layers leading}. Recurrent layers hold [n, B, H, K, V] float32 whatever the length, attention layers keys and
+    values [n, B, S, G, K].
     """
     has_attention = "attention" in cfg.layer_mixers
     return {

@@ -63,7 +63,7 @@ class ConfigKeys:
         return ValueError(f"{self.where}: {key!r} is {shown}; expected {expected}. Correct it in the model's config.")
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: str | Path) -> dict[str, Any]:
     """The parsed config.json of a model directory; ValueError where it is missing or no JSON object."""
     return read_json(Path(directory) / "config.json")
 

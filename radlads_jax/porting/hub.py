@@ -13,6 +13,7 @@ from radlads_jax.porting.safetensors_read import find_files
 # No *.bin, *.pt or *.py: pickles and code are never fetched.
 DOWNLOADED = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.*", "*.jinja")
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -40,6 +41,9 @@ def load_tokenizer(directory: str | Path) -> transformers.PreTrainedTokenizerBas
         if file.is_file():
             # AutoTokenizer would replace the file's splitting rule with the one it knows for the model_type.
             return transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+        # AutoTokenizer makes an empty tokenizer where a family's files are missing.
+        if not any((directory / name).is_file() for name in _VOCABULARIES):
+            raise FileNotFoundError(f"it has none of {', '.join(_VOCABULARIES)}")
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(

@@ -24,7 +24,9 @@ _WEIGHT_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes
 _BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
-def load_params(source_dir: Path, cfg: ModelConfig, *, dtype: str | None = None, shardings: Shardings = None) -> Params:
+def load_params(
+    source_dir: str | Path, cfg: ModelConfig, *, dtype: str | None = None, shardings: Shardings = None
+) -> Params:
     """The parameters of a model directory, cast to dtype (default: cfg.param_dtype) and placed with their shardings.
 
     Every (stacked) parameter is allocated once on the devices; then each tensor is mapped from its file, its slices

@@ -40,16 +40,16 @@ EXPORT_DTYPES = ("float32", "bfloat16")
 def save_params(
     params: Params,
     cfg: ModelConfig,
-    directory: Path,
+    directory: str | Path,
     *,
     base_config: dict[str, Any],
     dtype: str | None = None,
     max_shard_size: int = 5_000_000_000,
-    tokenizer_from: Path | None = None,
+    tokenizer_from: str | Path | None = None,
     generation_config: dict[str, Any] | None = None,
     retie: bool = False,
     config_updates: dict[str, Any] | None = None,
-    extra_files: Sequence[Path] = (),
+    extra_files: Sequence[str | Path] = (),
 ) -> Path:
     """Writes safetensors, config.json, the tokenizer's files and generation_config.json; returns the directory.
 
@@ -61,7 +61,7 @@ def save_params(
     an earlier export of that name is removed after the rename. With several processes all must call this; the first
     one writes. Raises ValueError where parameters do not fit cfg or the target is something other than an export.
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()
     if dtype is not None and dtype not in EXPORT_DTYPES:
         raise ValueError(f"the export's dtype is {dtype!r}; expected one of {', '.join(EXPORT_DTYPES)}. Choose one.")
     if max_shard_size <= 0:
@@ -119,7 +119,7 @@ def _planned(name: str, flat: dict, location: Location, dtype: str | None) -> Pl
 
 
 def _fetched(param: jax.Array, location: Location, dtype: np.dtype) -> np.ndarray:
-    """One layer's tensor on the host; where several processes share an array, every one gets the whole of the tensor."""
+    """One layer's tensor on the host; where several processes share an array, every one gets the whole tensor."""
     replicated = None
     if isinstance(param, jax.Array) and not param.is_fully_addressable:
         assert isinstance(param.sharding, NamedSharding)
@@ -147,7 +147,7 @@ def _take_part(files: dict[str, list[PlannedTensor]]) -> None:
             tensor.fetch()
 
 
-def _check_target(directory: Path, tokenizer_from: Path | None) -> None:
+def _check_target(directory: Path, tokenizer_from: str | Path | None) -> None:
     if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
         raise ValueError(
             f"{tokenizer_from} is no directory; expected the teacher's, to copy its tokenizer. Check the path."
@@ -188,7 +188,7 @@ def _appearing(directory: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _copy_files(target: Path, tokenizer_from: Path | None, extra_files: Sequence[Path]) -> None:
+def _copy_files(target: Path, tokenizer_from: str | Path | None, extra_files: Sequence[str | Path]) -> None:
     if tokenizer_from is not None:
         for name in TOKENIZER_FILES:
             if (Path(tokenizer_from) / name).is_file():
@@ -198,7 +198,7 @@ def _copy_files(target: Path, tokenizer_from: Path | None, extra_files: Sequence
 
 
 def _write_generation_config(
-    target: Path, given: dict[str, Any] | None, tokenizer_from: Path | None, base_config: dict[str, Any]
+    target: Path, given: dict[str, Any] | None, tokenizer_from: str | Path | None, base_config: dict[str, Any]
 ) -> None:
     source = Path(tokenizer_from) / GENERATION_CONFIG if tokenizer_from is not None else None
     if given is None and source is not None and source.is_file():

@@ -17,8 +17,8 @@ def init_mixers(cfg: ModelConfig, teacher: Params, seed: int, *, fresh_qkvo: boo
     """{"stacks": {i: {"mixer": ...}}} of the recurrent stacks, in cfg.param_dtype.
 
     q, k, v, o, their biases and norms are the teacher's (whose stacks are cut at the student's boundaries); with
-    fresh_qkvo q, k, v and o are uniform in +-0.5 D^-1/2 and o is zero, the paper's ablation. All else is new, a function
-    of the seed alone.
+    fresh_qkvo q, k, v and o are uniform in +-0.5 D^-1/2 and o is zero, the paper's ablation. All else is new, a
+    function of the seed alone.
     """
     new = _init_recurrent(cfg, seed)
     for i, stack in new["stacks"].items():
@@ -48,7 +48,7 @@ def _refresh(cfg: ModelConfig, mixer: Params, key: jax.Array) -> None:
 
 
 def whole_student(cfg: ModelConfig, base: Params, mixers: Params) -> Params:
-    """The student's full tree: `base` (a teacher's, in the student's dtype) but for the recurrent mixers; head untied."""
+    """The student's full tree: `base`, a teacher's in the student's dtype, with these mixers and a head of its own."""
     kept, _ = split_params(base, lambda path: path not in path_leaves(mixers) and not _in_recurrent_mixer(cfg, path))
     student = merge_params(kept, mixers)
     if "head" not in student and not cfg.tie_embeddings:
@@ -70,7 +70,9 @@ def transfer_table(cfg: ModelConfig, student: Params, teacher: Params, *, fresh_
     copied = new = 0
     for path, leaf in path_leaves(student).items():
         in_mixer = _in_recurrent_mixer(cfg, path)
-        from_teacher = path in teacher_paths and not (in_mixer and (fresh_qkvo or path.split("/")[3] not in COPIED_PROJECTIONS))
+        from_teacher = path in teacher_paths and not (
+            in_mixer and (fresh_qkvo or path.split("/")[3] not in COPIED_PROJECTIONS)
+        )
         source = "teacher" if from_teacher else "teacher (embedding)" if path == "head/kernel" else "new"
         copied, new = (copied + leaf.size, new) if source != "new" else (copied, new + leaf.size)
         table.add_row(path, " x ".join(map(str, leaf.shape)), source)

@@ -58,7 +58,7 @@ def reference(request, tmp_path_factory):
     config = getattr(transformers, f"{name}Config")(**(SMALL | overrides))
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval().float()
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:  # norms and biases: away from their neutral values
                 parameter.add_(0.3 * torch.randn_like(parameter))
     directory = tmp_path_factory.mktemp(request.param)

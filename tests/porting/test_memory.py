@@ -27,8 +27,8 @@ WHOLE_MODEL = 4 * (16 * (4 * 512 * 512 + 3 * 512 * 2048 + 2 * 512) + 2 * 2048 * 
 ALLOWED = 2 * LARGEST_TENSOR + 16_000_000
 ROOT = Path(__file__).parents[2]
 
-# Prints the highest resident memory of a step, less what was resident before. Every step runs twice, so that
-# the second time compiles nothing. On CPU the devices' memory is the host's too: what a step leaves there is taken off by the test.
+# Prints the highest resident memory of a step, less what was resident before. Every step runs twice, so that the second
+# time compiles nothing. On CPU the devices' memory is the host's too: the test takes off what a step leaves there.
 MEASURE = """
 import ctypes, gc, sys
 from pathlib import Path

@@ -173,6 +173,17 @@ def test_an_earlier_export_is_replaced_as_a_whole(small, tmp_path):
     assert names(tmp_path) == {"b", "teacher"}
 
 
+def test_a_relative_target_and_a_link_are_followed(small, tmp_path, monkeypatch):
+    params, cfg, options = small
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    save_params(params, cfg, tmp_path / "link", **options)
+    monkeypatch.chdir(tmp_path / "real")
+    save_params(params, cfg, Path("."), **options)
+    assert names(tmp_path / "real") == {"config.json", "model.safetensors", "generation_config.json"}
+    assert names(tmp_path) == {"real", "link", "teacher"}
+
+
 @pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.parametrize("fails_at", ["write_file", "_copy_files"])
 def test_a_failed_export_leaves_nothing_behind(small, tmp_path, monkeypatch, earlier, fails_at):

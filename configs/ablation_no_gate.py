@@ -1,0 +1,20 @@
+"""Ablation on Qwen2.5-7B-Instruct to RAD-RWKV6: without the output gate.
+
+    python -m radlads_jax.launch --config configs/ablation_no_gate.py --workdir runs/ablation_no_gate
+
+Hardware: 145 GB for weights, gradients, Adam and teacher, activations apart; the paper: 8 MI300X for 0.75 + 5.5 h.
+Tokens: 100M + 500M in stages 1 and 2; the paper's ablations have no stage 3.
+Expected (0-shot, this/unchanged student): lambada 65.9/67.5, mmlu 64.2/65.7, arc_c 54.4/56.3, arc_e 80.8/81.4,
+hellaswag 78.4/79.0, piqa 79.7/80.3, winogrande 69.3/71.1.
+"""
+
+from ml_collections import ConfigDict
+
+from radlads_jax.config import paper
+
+
+def get_config() -> ConfigDict:
+    config = paper("Qwen/Qwen2.5-7B-Instruct", "rad_rwkv6")
+    config.stages = ("stage1", "stage2")
+    config.student.gate = "none"
+    return config

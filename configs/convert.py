@@ -1,0 +1,44 @@
+r"""Bring your own teacher: stages 1 and 2 of the paper's recipe on your text.
+
+    python -m radlads_jax.launch --config configs/convert.py --workdir runs/mine \
+        --config.teacher.path=Qwen/Qwen2.5-0.5B-Instruct --config.data.path=corpus.txt
+
+A first try on a CPU, to RAD-RWKV6; few tokens want small batches and a larger learning rate:
+
+    python -m radlads_jax.launch --config configs/convert.py:lr=1e-4 --workdir runs/try \
+        --config.teacher.path=HuggingFaceTB/SmolLM2-135M-Instruct --config.data.path=corpus.txt \
+        --config.student.mixer=rad_rwkv6 --config.dtype=float32 --config.teacher.dtype=float32 \
+        --config.stage1.tokens=200000 --config.stage1.batch_size=4 --config.stage1.warmup_steps=10 \
+        --config.stage2.tokens=100000 --config.stage2.batch_size=4 --config.stage2.warmup_steps=10
+
+What one needs, each as --config.<name>=<value> (radlads_jax/config.py has them all):
+
+    teacher.path             a Hugging Face directory or hub id: qwen2, qwen3, llama, or mistral without sliding window
+    student.mixer            rad_rwkv7 or rad_rwkv6
+    student.attention_layers layers that stay softmax attention, e.g. 3,7,11; none by default
+    data.source, data.path   text (a file or a directory of .txt; documents are parted by data.separator), jsonl or
+                             parquet (data.text_field), hf (a dataset's directory or hub id; data.name, data.split,
+                             data.streaming), binidx (the prefix of .bin and .idx), synthetic
+    stages                   once for each: --config.stages=stage1 --config.stages=stage2 --config.stages=stage3
+    <stage>.tokens, .seq_len, .batch_size, .accumulate (parts of a batch, for memory), .lr and .mixer_lr
+    dtype, teacher.dtype     bfloat16; float32 on a CPU
+    export.dtype, .retie     of the exported weights; retie leaves out the head of a teacher with tied embeddings
+
+Behind the config's name, parted by commas: lr, the learning rate after stage 1 (paper: 1e-5 for 500M tokens), and
+long=true, stage 2a (4096 tokens a row) in place of stage 2.
+"""
+
+from ml_collections import ConfigDict
+
+from radlads_jax.config import defaults, parse_arg
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    known = parse_arg(arg, long=False, lr=1e-5)
+    config = defaults()
+    config.stages = ("stage1", "stage2a" if known.long else "stage2")
+    for stage in (config.stage2, config.stage2a, config.stage3):
+        stage.lr = stage.lr_final = stage.mixer_lr = stage.mixer_lr_final = known.lr
+    # Stage 2a keeps the mixers' rate high, and lets it fall near the end.
+    config.stage2a.mixer_lr = 10 * known.lr
+    return config

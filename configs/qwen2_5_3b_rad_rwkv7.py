@@ -1,0 +1,18 @@
+"""Qwen2.5-3B-Instruct to RAD-RWKV7, by the paper's recipe.
+
+    python -m radlads_jax.launch --config configs/qwen2_5_3b_rad_rwkv7.py --workdir runs/qwen2_5_3b_rad_rwkv7
+
+Hardware: 62 GB for weights, gradients, Adam and teacher, activations apart.
+Tokens: 100M + 500M + 100M of DCLM in stages 1, 2 and 3,
+or, with --config configs/qwen2_5_3b_rad_rwkv7.py:long=true, 100M + 600M in stages 1 and 2a.
+The teacher's embeddings are tied; the paper drops the trained head again: --config.export.retie=true.
+Expected: not published.
+"""
+
+from ml_collections import ConfigDict
+
+from radlads_jax.config import paper
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return paper("Qwen/Qwen2.5-3B-Instruct", "rad_rwkv7", arg)

@@ -1,0 +1,17 @@
+"""Qwen3-8B to RAD-RWKV6, by the paper's recipe.
+
+    python -m radlads_jax.launch --config configs/qwen3_8b_rad_rwkv6.py --workdir runs/qwen3_8b_rad_rwkv6
+
+Hardware: 161 GB for weights, gradients, Adam and teacher, activations apart.
+Tokens: 100M + 500M + 100M of DCLM in stages 1, 2 and 3,
+or, with --config configs/qwen3_8b_rad_rwkv6.py:long=true, 100M + 600M in stages 1 and 2a.
+Expected: not published.
+"""
+
+from ml_collections import ConfigDict
+
+from radlads_jax.config import paper
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return paper("Qwen/Qwen3-8B", "rad_rwkv6", arg)

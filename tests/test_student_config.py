@@ -1,0 +1,137 @@
+"""The student's switches: what each of them makes of a teacher, and which contradict each other."""
+
+import dataclasses
+
+import pytest
+
+from radlads_jax.config import RunConfig, Student
+from radlads_jax.job import make_student_config
+from radlads_jax.models.config import ModelConfig
+from radlads_jax.porting.names import disk_tensors
+
+TEACHER = ModelConfig(
+    family="qwen2",
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    stacks=(("attention", 4),),
+    qkv_bias=True,
+    tie_embeddings=True,
+)
+PUBLISHED = {
+    "rad_rwkv6": {"use_rope": False, "token_shift": True, "gate": "full", "balance_state": True, "group_norm": False},
+    "rad_rwkv7": {
+        "use_rope": True,
+        "token_shift": False,
+        "gate": "low_rank",
+        "balance_state": True,
+        "group_norm": False,
+    },
+}
+
+
+def student_of(teacher: ModelConfig = TEACHER, *, run: dict | None = None, **fields) -> ModelConfig:
+    return make_student_config(teacher, RunConfig(student=Student(**fields), **(run or {})))
+
+
+def refusal(**fields) -> str:
+    with pytest.raises(ValueError) as caught:
+        student_of(**fields)
+    message = str(caught.value)
+    assert message and "\n" not in message, "expected one paragraph"
+    return message
+
+
+def tensors(student: ModelConfig, layer: int = 0) -> set[str]:
+    """The mixer's own tensors of a layer, as the export names them."""
+    prefix = f"model.layers.{layer}.self_attn."
+    names = {name.removeprefix(prefix) for name in disk_tensors(student) if name.startswith(prefix)}
+    return {name for name in names if not name.startswith(("q_proj", "k_proj", "v_proj", "o_proj"))}
+
+
+@pytest.mark.parametrize(
+    ("mixer", "fields", "changes", "gone", "come"),
+    [
+        ("rad_rwkv6", {}, {}, set(), set()),
+        ("rad_rwkv6", {"use_rope": "on"}, {"use_rope": True}, set(), set()),
+        ("rad_rwkv6", {"use_rope": "off"}, {}, set(), set()),
+        (
+            "rad_rwkv6",
+            {"token_shift": "off"},
+            {"token_shift": False},
+            {"time_maa_w1", "time_maa_w2", *(f"time_maa_{i}" for i in "xrkvwg")},
+            set(),
+        ),
+        ("rad_rwkv6", {"gate": "none"}, {"gate": "none"}, {"gate.weight"}, set()),
+        ("rad_rwkv6", {"gate": "low_rank"}, {"gate": "low_rank"}, {"gate.weight"}, {"g1", "g2"}),
+        (
+            "rad_rwkv6",
+            {"group_norm": "on"},
+            {"group_norm": True, "balance_state": False},
+            set(),
+            {"ln_x.weight", "ln_x.bias"},
+        ),
+        ("rad_rwkv6", {"balance_state": "off"}, {"balance_state": False}, set(), set()),
+        ("rad_rwkv7", {}, {}, set(), set()),
+        ("rad_rwkv7", {"use_rope": "off"}, {"use_rope": False}, set(), set()),
+        ("rad_rwkv7", {"gate": "none"}, {"gate": "none"}, {"g1", "g2"}, set()),
+        ("rad_rwkv7", {"gate": "full"}, {"gate": "full"}, {"g1", "g2"}, {"gate.weight"}),
+        (
+            "rad_rwkv7",
+            {"group_norm": "on"},
+            {"group_norm": True, "balance_state": False},
+            set(),
+            {"ln_x.weight", "ln_x.bias"},
+        ),
+    ],
+)
+def test_a_switch_does_what_it_says(mixer, fields, changes, gone, come):
+    plain, student = student_of(mixer=mixer), student_of(mixer=mixer, **fields)
+    switches = {name: getattr(student.mixer, name) for name in PUBLISHED[mixer]}
+    assert switches == PUBLISHED[mixer] | changes
+    assert student == dataclasses.replace(plain, mixer=dataclasses.replace(plain.mixer, **changes))
+    assert tensors(plain) - tensors(student) == gone
+    assert tensors(student) - tensors(plain) == come
+
+
+@pytest.mark.parametrize(("width", "ranks"), [(3584, (96, 64, 416)), (5120, (128, 96, 544)), (8192, (160, 128, 800))])
+def test_ranks_follow_the_width_unless_given(width, ranks):
+    wide = dataclasses.replace(TEACHER, hidden_size=width)
+    mixer = student_of(wide).mixer
+    assert (mixer.rank_decay, mixer.rank_value, mixer.rank_gate) == ranks
+    assert mixer.rank_iclr == mixer.rank_shift == ranks[0]
+    given = {"rank_decay": 1, "rank_iclr": 2, "rank_value": 3, "rank_shift": 4, "rank_gate": 5}
+    assert student_of(wide, **given).mixer == dataclasses.replace(mixer, **given)
+
+
+def test_layers_that_stay_attention():
+    assert student_of().stacks == (("rad_rwkv7", 4),)
+    assert student_of(attention_layers=(1, 3)).stacks == (
+        ("rad_rwkv7", 1),
+        ("attention", 1),
+        ("rad_rwkv7", 1),
+        ("attention", 1),
+    )
+    assert "names all 4 layers" in refusal(attention_layers=(0, 1, 2, 3))
+    assert "[4]" in refusal(attention_layers=(0, 4))
+
+
+def test_the_student_trains_in_float32_with_a_head_of_its_own():
+    student = student_of(run={"dtype": "bfloat16"})
+    assert (student.dtype, student.param_dtype, student.tie_embeddings) == ("bfloat16", "float32", False)
+    assert student_of(run={"dtype": "float32"}).dtype == "float32"
+
+
+def test_no_conversion():
+    student = student_of(mixer="attention", run={"stages": ("pretrain",), "dtype": "float32"})
+    assert student == dataclasses.replace(TEACHER, dtype="float32", param_dtype="float32")
+    message = refusal(mixer="attention")
+    assert "stage1, stage2" in message and "config.student.mixer" in message
+
+
+def test_rad_rwkv7_has_no_token_shift():
+    assert "config.student.token_shift" in refusal(token_shift="on")
+    assert student_of(token_shift="off") == student_of()

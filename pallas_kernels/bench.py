@@ -4,6 +4,7 @@ python -m pallas_kernels.bench [wkv7 wkv6] [--shape B,T,H,K ...] [--repeats N] [
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -16,29 +17,30 @@ from pallas_kernels import layout
 from pallas_kernels.testing import recurrence_inputs
 from pallas_kernels.wkv6 import wkv6
 from pallas_kernels.wkv7 import wkv7
+from pallas_kernels.wkv7.chunked import invert_unit_lower
 
 OPERATIONS: dict[str, Callable[..., Any]] = {"wkv7": wkv7, "wkv6": wkv6}
 SHAPES = ["2,512,9,64", "1,8192,28,128"]
 # The forms that autodiff makes keep far more than the inputs: they run on a shorter sequence, and their time is
 # scaled up to the full one (they are linear in T).
 COMPARISON_ELEMENTS = 2**21
-PAIRWISE_CHUNK = 16
+PAIRWISE_CHUNKS = (8, 16)
 
 Gradient = Callable[..., Any]
 
 
-def pairwise(*, r, log_w, k, v, a=None, b=None):
-    """The usual chunked form: decays for each pair of tokens in [C,C,K] arrays, and JAX's own gradient.
+def pairwise(size, *, r, log_w, k, v, a=None, b=None):
+    """The usual chunked form, chunks of `size`: decays for each pair of tokens in [C,C,K] arrays, JAX's own gradient.
 
     Serves wkv7 and, without a and b, wkv6; T is a whole number of chunks.
     """
-    size = PAIRWISE_CHUNK
     lower = jnp.tril(jnp.ones((size, size), bool))[..., None]
     strict = jnp.tril(lower[..., 0], -1)[..., None]
 
     def decays(from_total, to_total, mask):
         gap = from_total[..., :, None, :] - to_total[..., None, :, :]
-        return jnp.exp(jnp.where(mask, gap, -jnp.inf))
+        # Without the barrier XLA's CPU backend computes each decay anew for every use of it, many times slower.
+        return jax.lax.optimization_barrier(jnp.exp(jnp.where(mask, gap, -jnp.inf)))
 
     def products(left, right, decay):
         return jnp.einsum("bhijk,bhjk->bhij", left[..., :, None, :] * decay, right)
@@ -55,9 +57,8 @@ def pairwise(*, r, log_w, k, v, a=None, b=None):
             a, b = chunk[4:]
             before = total - log_w
             exclusive = decays(before, total, strict)
-            system = jnp.eye(size) - products(a, b, exclusive)
             known = (a * jnp.exp(before)) @ state + products(a, k, exclusive) @ v
-            u = jax.lax.linalg.triangular_solve(system, known, left_side=True, lower=True, unit_diagonal=True)
+            u = invert_unit_lower(products(a, b, exclusive)) @ known
             out = out + products(r, b, inclusive) @ u
             new = new + layout.transpose(b * jnp.exp(last - total)) @ u
         return new, out
@@ -75,7 +76,7 @@ def runs(operation: str, backward: bool, chunk_size: int | None) -> dict[str, Gr
     public = OPERATIONS[operation]
     forms: dict[str, Callable[..., Any]] = {
         "chunked": lambda **x: public(**x, implementation="chunked", chunk_size=chunk_size),
-        "pairwise": pairwise,
+        **{f"pairwise {size}": functools.partial(pairwise, size) for size in PAIRWISE_CHUNKS},
         "reference": lambda **x: public(**x, implementation="reference"),
     }
 
@@ -90,12 +91,16 @@ def runs(operation: str, backward: bool, chunk_size: int | None) -> dict[str, Gr
 
 
 def medians(functions: dict[str, Gradient], arguments: dict[str, Any], repeats: int) -> dict[str, float]:
-    """Seconds per call, the functions taking turns so that a busy moment meets all of them."""
+    """Seconds per call, the functions taking turns so that a busy moment meets all of them.
+
+    A turn begins with a call that is not timed: what the others left in caches and allocator is not this one's cost.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for name, function in functions.items():
         jax.block_until_ready(function(arguments[name]))
     for _ in range(repeats):
         for name, function in functions.items():
+            jax.block_until_ready(function(arguments[name]))
             start = time.perf_counter()
             jax.block_until_ready(function(arguments[name]))
             times[name].append(time.perf_counter() - start)
@@ -106,7 +111,8 @@ def compare(operation: str, shape: tuple[int, int, int, int], repeats: int, chun
     """Prints forward and forward+backward of one operation at one shape."""
     batch, length, heads, size = shape
     short = max(64, COMPARISON_ELEMENTS // (batch * heads * size) // 64 * 64)
-    lengths = {"chunked": length, "pairwise": min(length, short), "reference": min(length, short)}
+    forms = runs(operation, False, chunk_size)
+    lengths = {name: length if name == "chunked" else min(length, short) for name in forms}
     arguments = {
         name: {key: jnp.asarray(x) for key, x in recurrence_inputs(operation, batch, t, heads, size, size).items()}
         for name, t in lengths.items()
@@ -118,7 +124,7 @@ def compare(operation: str, shape: tuple[int, int, int, int], repeats: int, chun
         for name, value in seconds.items():
             scaled = "" if lengths[name] == length else f"  (from T={lengths[name]})"
             print(
-                f"{label:36s} {'forward+backward' if backward else 'forward':17s} {name:10s} "
+                f"{label:36s} {'forward+backward' if backward else 'forward':17s} {name:12s} "
                 f"{value * 1e3:10.1f} ms {value / seconds['chunked']:7.2f}x{scaled}",
                 flush=True,
             )

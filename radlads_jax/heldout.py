@@ -51,7 +51,7 @@ def evaluate(
     """Means per token: {"student": {loss, top1, kl, agreement}, "teacher": {loss, top1}, "relative_top1", "tokens"}.
 
     top1: share of tokens whose most likely next one is right; agreement: on which both models' are the same. Without a
-    teacher only the student's loss and top1. Raises ValueError where no held-out token has a next one.
+    teacher only the student's loss and top1; relative_top1 is None where the teacher is never right. Raises ValueError where no held-out token has a next one.
     """
     totals: dict[str, float] = {}
     for batch in batches:
@@ -65,7 +65,7 @@ def evaluate(
     result: dict[str, Any] = {"student": {k: v for k, v in means.items() if not k.startswith("teacher_")}}
     if teacher_cfg is not None:
         result["teacher"] = {k: means[f"teacher_{k}"] for k in ("loss", "top1")}
-        result["relative_top1"] = means["top1"] / max(means["teacher_top1"], 1e-9)
+        result["relative_top1"] = means["top1"] / means["teacher_top1"] if means["teacher_top1"] else None
     return result | {"tokens": int(tokens)}
 
 
@@ -138,7 +138,7 @@ def results_table(summary: dict[str, Any]) -> Group:
         values = summary[name]
         row = [f"{values['loss']:.4f}", f"{values['top1']:.2%}"]
         if "kl" in values:
-            row += [f"{values['kl']:.4f}", f"{values['agreement']:.2%}", f"{summary['relative_top1']:.2%}"]
+            row += [f"{values['kl']:.4f}", f"{values['agreement']:.2%}", _percent(summary["relative_top1"])]
         scores.add_row(name, *row)
     samples = [
         f"\n[bold]{escape(s['prompt'])}[/bold]\n"
@@ -146,6 +146,10 @@ def results_table(summary: dict[str, Any]) -> Group:
         for s in summary.get("samples", [])
     ]
     return Group(stages, scores, *samples)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from radlads_jax.config import RunConfig, Student
-from radlads_jax.data import binidx, prepare, sources, synthetic
+from radlads_jax.data import binidx, pipeline, prepare, sources, synthetic
 from radlads_jax.models.config import MixerConfig, ModelConfig
 from radlads_jax.models.decoder import Params, init_params
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.hub import check_tokenizer, load_tokenizer, resolve_model_dir
-from radlads_jax.porting.load import load_params
+from radlads_jax.porting.load import check_tensors, load_params
+from radlads_jax.porting.names import disk_tensors
+from radlads_jax.porting.safetensors_read import open_checkpoint
 
+EVAL_SEQ_LEN = 512
 SWITCHES = {"": None, "on": True, "off": False}
 
 
@@ -52,11 +55,16 @@ def make_job(run: RunConfig, workdir: Path) -> Job:
             f"the teacher {run.teacher.path} is a {original.recurrent_mixer} student already; expected a model of "
             "softmax attention. Point config.teacher.path at the model it was made from."
         )
+    if source is not None:
+        # Only headers are read here: a damaged file shows now, not after the data has been tokenised.
+        check_tensors(open_checkpoint(source), disk_tensors(original), source, tied=original.tie_embeddings)
     student = make_student_config(original, run)
     tokenizer_dir = _tokenizer_dir(run, workdir, source)
     tokenizer = load_tokenizer(tokenizer_dir)
     check_tokenizer(tokenizer, student)
-    seq_len = run.stage(run.stages[0]).seq_len if run.stages else 512
+    token_file = _token_file(run, workdir, tokenizer, student)
+    eval_tokens = run.data.eval_rows * (run.stage(run.stages[0]).seq_len if run.stages else EVAL_SEQ_LEN)
+    _check_rows(run, token_file, eval_tokens)
     return Job(
         run,
         workdir,
@@ -66,9 +74,22 @@ def make_job(run: RunConfig, workdir: Path) -> Job:
         student,
         tokenizer_dir,
         tokenizer,
-        _token_file(run, workdir, tokenizer, student),
-        run.data.eval_rows * seq_len,
+        token_file,
+        eval_tokens,
     )
+
+
+def _check_rows(run: RunConfig, token_file: binidx.TokenFile, eval_tokens: int) -> None:
+    """Raises ValueError where a stage, even the last one, could not fill a single batch."""
+    for name in run.stages:
+        stage = run.stage(name)
+        rows = pipeline.rows_available(token_file, stage.seq_len, eval_tokens)
+        if rows < stage.batch_size:
+            raise ValueError(
+                f"the data makes {rows} rows of {stage.seq_len} tokens for {name} ({token_file.num_tokens:,} tokens, "
+                f"{eval_tokens:,} of them held out); expected at least one batch of {stage.batch_size}. Bring more "
+                f"text, or lower config.{name}.batch_size, config.{name}.seq_len or config.data.eval_rows."
+            )
 
 
 def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tensorboardX import SummaryWriter
@@ -74,10 +75,11 @@ class MetricsLogger:
         self._display = (_Bar if self._console.is_terminal else _Lines)(self._console, stage, start, total)
 
     def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
-        """Records the scalars of one step, as {"stage", "step", "tokens", "time", **values}.
+        """Records the values of one step, as {"stage", "step", "tokens", "time", **values}.
 
         tokens: seen by the stage so far. time: Unix seconds.
-        values: anything that float() takes; one that is not finite becomes null in the JSON line.
+        values: scalars, or arrays [n] which become a list and go to the JSON line alone; what is not finite becomes
+        null there.
         """
         if stage != self._stage or step <= self._last_step:
             raise ValueError(
@@ -87,14 +89,15 @@ class MetricsLogger:
         self._last_step = step
         if self._file is None or self._writer is None or self._display is None:
             return
-        numbers = {name: float(value) for name, value in values.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        numbers = {name: np.asarray(value, np.float64).tolist() for name, value in values.items()}
+        finite = {name: _finite(value) for name, value in numbers.items()}
         tokens = step * self._tokens_per_step
         record = {"stage": stage, "step": step, "tokens": tokens, "time": round(time.time(), 3), **finite}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step)
+            if not isinstance(value, list):
+                self._writer.add_scalar(name, value, step)
         self._display.loss = numbers.get("loss", self._display.loss)
 
     def progress(self, step: int, tokens_per_second: float | None = None) -> None:
@@ -134,6 +137,13 @@ class MetricsLogger:
         if self._writer is not None:
             self._writer.close()
         self._display = self._file = self._writer = self._stage = None
+
+
+def _finite(value: Any) -> Any:
+    """The number, or None where it is not finite; item by item for a list."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value if math.isfinite(value) else None
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:

@@ -1,6 +1,8 @@
 """Sets up every test run: eight CPU devices in one process, and no network."""
 
+import atexit
 import os
+import tempfile
 
 DEVICE_FLAG = "--xla_force_host_platform_device_count"
 
@@ -8,6 +10,13 @@ DEVICE_FLAG = "--xla_force_host_platform_device_count"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if DEVICE_FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICE_FLAG}=8".strip()
+
+# Many tests compile the same small programs; the workers of one session share what each has compiled.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    cache = tempfile.TemporaryDirectory(prefix="jax-cache-")
+    atexit.register(cache.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

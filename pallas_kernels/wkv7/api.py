@@ -31,9 +31,10 @@ def wkv7(
     S_t = diag(e^log_w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T;   o_t = S_t^T r_t
 
     log_w is the log decay per token and key channel, never positive. The chunked form takes the decays of one chunk
-    as quotients of float32 exponentials, so that the sum of log_w over any chunk has to stay above -60: chunks of 32,
-    the default, serve RWKV-7's own bound (log_w > -0.6066) three times over. With stronger decay pass chunk_size <=
-    60 / max(-log_w); far beyond, results are NaN. Backward needs one state a chunk: larger chunks, fewer states.
+    as quotients of float32 exponentials: it is right for log_w >= -1.8 (three times RWKV-7's own bound of -0.6066) in
+    chunks of 32, the default, and for sums of log_w above -60 over any chunk in larger ones. Beyond that outputs turn
+    NaN, and log_w's gradient loses digits by cancellation even in smaller chunks: take the reference there.
+    Backward keeps one state a chunk: larger chunks, fewer states.
     The state resets to zero before each token t > 0 whose segment id differs from the one before it; initial_state
     (zeros by default) continues into token 0's segment. The state and all sums are float32, o has v's dtype.
     Source: RADLADS (arXiv 2505.03005), appendix on RAD-RWKV7.

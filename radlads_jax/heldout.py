@@ -50,8 +50,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Means per token: {"student": {loss, top1, kl, agreement}, "teacher": {loss, top1}, "relative_top1", "tokens"}.
 
-    top1: share of tokens whose most likely next one is right; agreement: on which both models' are the same. Without a
-    teacher only the student's loss and top1; relative_top1 is None where the teacher is never right. Raises ValueError where no held-out token has a next one.
+    top1: share of tokens whose most likely next one is right; agreement: on which both models' are the same;
+    relative_top1: None where the teacher is never right. Without a teacher only the student's loss and top1. Raises
+    ValueError where no held-out token has a next one.
     """
     totals: dict[str, float] = {}
     for batch in batches:

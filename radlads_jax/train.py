@@ -128,7 +128,8 @@ def run_stage(
             if name == job.run.stages[0] and teacher is not None:
                 console.print(transfer_table(job.student, student, teacher, fresh_qkvo=job.run.student.fresh_qkvo))
             params, frozen = split_params(student, _is_trainable(job, name))
-            state, meta = jax.jit(create)(params), {}
+            # Donated, so that the parameters are held once.
+            state, meta = jax.jit(create, donate_argnums=0)(params), {}
             del student, params
         teacher = teacher if STAGES[name].needs_teacher else None
         clock = Clock(meta)

@@ -49,6 +49,29 @@ class MLP(nnx.Module):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
+def orthogonal(gain: float) -> initializers.Initializer:
+    """gain times a random matrix with orthonormal rows (columns, where there are fewer of them).
+
+    Gram-Schmidt, each row twice for accuracy. Not XLA's QR: on CPUs that is LAPACK, and several batches of it at once
+    wait for each other for ever where jax 0.10.2 has two threads.
+    """
+
+    def init(key, shape, dtype=jnp.float32, out_sharding=None):
+        del out_sharding
+        rows = jax.random.normal(key, sorted(shape), jnp.float32)
+
+        def add_row(basis, i):
+            row = rows[i]
+            for _ in range(2):
+                row = row - (basis @ row) @ basis
+            return basis.at[i].set(row / jnp.linalg.norm(row)), None
+
+        basis, _ = jax.lax.scan(add_row, jnp.zeros_like(rows), jnp.arange(len(rows)))
+        return (gain * (basis if shape[0] <= shape[1] else basis.T)).astype(dtype)
+
+    return init
+
+
 class LowRank(nnx.Module):
     """y = base + f(x A) B, with A [D, R] zero and B [R, d] at the start, so that y = base for every x."""
 

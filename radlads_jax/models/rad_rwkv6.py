@@ -9,13 +9,12 @@ S_t = diag(w_t) S_{t-1} + k_t v_t^T                  p_t = head_dim^-1/2 S_t^T r
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx import initializers
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.wkv6 import wkv6
 from radlads_jax.models.attention import Context, Mixer
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.layers import GroupNorm, LowRank, linear, repeat_kv, shift_tokens, split_heads
+from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, repeat_kv, shift_tokens, split_heads
 
 LOG_W_MIN = -5.0
 
@@ -61,8 +60,9 @@ class RadRwkv6(Mixer):
         if mixer.gate == "full":
             self.gate = linear(cfg.hidden_size, size, cfg, rngs, zero=True)
         elif mixer.gate == "low_rank":
-            b_init = initializers.orthogonal(0.1)
-            self.gate = LowRank(cfg, mixer.rank_gate, size, rngs=rngs, b_init=b_init, activation=jax.nn.sigmoid)
+            self.gate = LowRank(
+                cfg, mixer.rank_gate, size, rngs=rngs, b_init=orthogonal(0.1), activation=jax.nn.sigmoid
+            )
         if mixer.group_norm:
             self.ln_x = GroupNorm(cfg)
 

@@ -14,13 +14,12 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx import initializers
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.wkv7 import wkv7
 from radlads_jax.models.attention import Context, Mixer
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.layers import GroupNorm, LowRank, linear, repeat_kv, split_heads
+from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, repeat_kv, split_heads
 
 LOG_W_BOUND = -math.exp(-0.5)
 
@@ -34,7 +33,7 @@ class RadRwkv7(Mixer):
 
         def low_rank(rank: int, **options) -> LowRank:
             gain = 0.1 * max(1.0, math.sqrt(rank / size))
-            return LowRank(cfg, rank, size, rngs=rngs, b_init=initializers.orthogonal(gain), **options)
+            return LowRank(cfg, rank, size, rngs=rngs, b_init=orthogonal(gain), **options)
 
         self.decay = low_rank(mixer.rank_decay, activation=jnp.tanh, base=_initial_decay(cfg, layer_id))
         self.iclr = low_rank(mixer.rank_iclr, base=jnp.zeros(size))

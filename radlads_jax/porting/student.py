@@ -25,7 +25,8 @@ def init_mixers(cfg: ModelConfig, teacher: Params, seed: int, *, fresh_qkvo: boo
         source = {} if fresh_qkvo else teacher["stacks"][i]["mixer"]
         for name in COPIED_PROJECTIONS:
             if name in source:
-                stack["mixer"][name] = jax.tree.map(lambda x: x.astype(cfg.param_dtype), source[name])
+                # A copy even where the dtype is the same: training donates the student's buffers, never the teacher's.
+                stack["mixer"][name] = jax.tree.map(lambda x: jnp.array(x, cfg.param_dtype), source[name])
         if fresh_qkvo:
             _refresh(cfg, stack["mixer"], jax.random.fold_in(jax.random.key(seed), i))
     return new

@@ -1,20 +1,46 @@
 """The demo: a small real model, shipped with the repository, converted to RAD-RWKV7 on a laptop's CPU in minutes.
 
-python -m radlads_jax.launch --config configs/demo.py --workdir runs/demo
+    python -m radlads_jax.launch --config configs/demo.py --workdir runs/demo
+
+The same with stage 1 skipped and its tokens given to stage 2, which does worse:
+
+    python -m radlads_jax.launch --config configs/demo.py:skip_stage1=true --workdir runs/demo_skip_stage1
+
+The recipe is the paper's in small: with so few tokens the learning rates are larger and fall in every stage.
 """
 
 from ml_collections import ConfigDict
 
-from radlads_jax.config import defaults
+from radlads_jax.config import defaults, parse_arg
 
 
-def get_config() -> ConfigDict:
+def get_config(arg: str = "") -> ConfigDict:
+    known = parse_arg(arg, skip_stage1=False)
     config = defaults()
     config.dtype = "float32"
     config.teacher.path = "configs/demo_teacher"
     config.teacher.dtype = "float32"
-    config.data.source = "synthetic"
-    config.data.seed = 1
-    config.data.documents = 20_000
     config.export.dtype = "float32"
+    config.data.source = "synthetic"
+    # Other tales than the teacher was trained on.
+    config.data.seed = 1
+    config.data.documents = 10_000
+    config.train.sample_prompts = (
+        "This is a tale of Dora and Emil. The number of Emil is 524. Dora likes plums. What is the number of Emil?",
+        "This is a tale of Hugo and Vera. Hugo says: knife, red, market, soup. Vera repeats:",
+        "This is a tale of Otto. Otto counts by two from four to eighteen: four, six,",
+    )
+    config.train.sample_tokens = 16
+    config.train.log_every = 5
+    recipe = {"stage1": (600_000, 3e-3, 3e-4), "stage2": (1_200_000, 2e-3, 2e-4), "stage3": (200_000, 2e-4, 2e-4)}
+    for name, (tokens, lr, lr_final) in recipe.items():
+        stage = config[name]
+        stage.tokens, stage.seq_len, stage.batch_size, stage.remat = tokens, 256, 16, "none"
+        stage.lr = stage.mixer_lr = lr
+        stage.lr_final = stage.mixer_lr_final = lr_final
+        stage.warmup_steps = 10
+    config.stage3.seq_len, config.stage3.batch_size = 512, 8
+    if known.skip_stage1:
+        config.stages = ("stage2", "stage3")
+        config.stage2.tokens += config.stage1.tokens
     return config

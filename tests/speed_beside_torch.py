@@ -1,15 +1,16 @@
 """Tokens/s of every stage's step beside a plain torch loop of the same step, float32 on CPU, in one run.
 
-    python tests/speed_beside_torch.py TEACHER_DIR [--student rad_rwkv7] [--batch 4] [--seq-len 512] [--repeats 5]
+    python tests/speed_beside_torch.py TEACHER_DIR [--batch 4] [--seq-len 512] [--repeats 3]
 
-The torch loop is transformers' model for the teacher and, as student, the same model with its softmax attention
-(copies of the attention modules in stage 1): a recurrence in plain torch would only be slower. Both take turns on the
-same rows; printed are the medians and their ratio.
+The torch loop is transformers' model as teacher and, as student, RAD-RWKV7 in plain torch with autograd, its recurrence
+by chunks ("same"). "softmax" is a loop that has it easier: its student keeps the softmax attention (copies of the
+attention modules in stage 1). All take turns on the same rows; printed are the medians and their ratios.
 """
 
 import argparse
 import copy
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -62,18 +63,90 @@ def jax_step(stage: str, directory: Path, mixer: str, rows: np.ndarray, remat: s
     return run
 
 
-def torch_step(stage: str, directory: Path, rows: np.ndarray) -> Callable[[], None]:
-    """One call runs one optimizer step of the torch loop."""
+class TorchRwkv7(torch.nn.Module):
+    """RAD-RWKV7's mixer, with the attention module's signature; `shared` carries v_first between the layers."""
+
+    def __init__(self, attention: torch.nn.Module, config, shared: dict):
+        super().__init__()
+        self.shared, self.is_first = shared, attention.layer_idx == 0
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = attention.head_dim
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            copy.deepcopy(getattr(attention, f"{p}_proj")).requires_grad_(True) for p in "qkvo"
+        )
+        size, width = self.heads * self.head_dim, config.hidden_size
+        ranks = MixerConfig.for_student("rad_rwkv7", width)
+        for name, rank in (
+            ("w", ranks.rank_decay),
+            ("a", ranks.rank_iclr),
+            ("v", ranks.rank_value),
+            ("g", ranks.rank_gate),
+        ):
+            setattr(self, f"{name}0", torch.nn.Parameter(torch.zeros(size)))
+            setattr(self, f"{name}1", torch.nn.Parameter(torch.zeros(width, rank)))
+            setattr(self, f"{name}2", torch.nn.Parameter(0.1 * torch.randn(rank, size)))
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, heads * K] -> [B, heads, T, K], repeated to all heads."""
+        x = x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.repeat_interleave(self.heads // x.shape[1], dim=1)
+
+    def forward(self, hidden_states, position_embeddings, **_):
+        x, (cos, sin) = hidden_states, (table[:, None] for table in position_embeddings)
+
+        def rotate(y):
+            first, second = y.chunk(2, -1)
+            return y * cos + torch.cat([-second, first], -1) * sin
+
+        r, k, v = rotate(self.split(self.q_proj(x))), rotate(self.split(self.k_proj(x))), self.split(self.v_proj(x))
+        log_w = -math.exp(-0.5) * torch.sigmoid(self.split(self.w0 + torch.tanh(x @ self.w1) @ self.w2))
+        iclr = torch.sigmoid(self.split(self.a0 + x @ self.a1 @ self.a2))
+        if self.is_first:
+            self.shared["v_first"] = v
+        else:
+            v = v + (self.shared["v_first"] - v) * torch.sigmoid(self.split(self.v0 + x @ self.v1 @ self.v2))
+        kk = torch.nn.functional.normalize(k, dim=-1)
+        out = torch_wkv7(r, log_w, k * (1 - log_w.exp() + iclr), v, -kk, kk * iclr) * self.head_dim**-0.5
+        out = out.transpose(1, 2).flatten(2) * (torch.sigmoid(x @ self.g1) @ self.g2)
+        return self.o_proj(out), None
+
+
+def torch_wkv7(r, log_w, k, v, a, b, size: int = 32):
+    """The recurrence by chunks of `size` tokens, [B, H, T, K] float32: DESIGN's algebra as one writes it in torch."""
+    total = log_w.unflatten(2, (-1, size)).cumsum(3)
+    r, log_w, k, v, a, b = (x.unflatten(2, (-1, size)) for x in (r, log_w, k, v, a, b))
+    r, a, k, b = r * total.exp(), a * (total - log_w).exp(), k * (-total).exp(), b * (-total).exp()
+    eye = torch.eye(size)
+    inverse = torch.linalg.solve_triangular(eye - (a @ b.mT).tril(-1), eye, upper=False, unitriangular=True)
+    from_keys, read_b, read_k = (a @ k.mT).tril(-1) @ v, (r @ b.mT).tril(), (r @ k.mT).tril() @ v
+    end = total[..., -1, :, None].exp()
+    state, outs = torch.zeros(*r.shape[:2], r.shape[-1], v.shape[-1]), []
+    for n in range(r.shape[2]):
+        u = inverse[:, :, n] @ (a[:, :, n] @ state + from_keys[:, :, n])
+        outs.append(r[:, :, n] @ state + read_b[:, :, n] @ u + read_k[:, :, n])
+        state = end[:, :, n] * (state + b[:, :, n].mT @ u + k[:, :, n].mT @ v[:, :, n])
+    return torch.stack(outs, 2).flatten(2, 3)
+
+
+def torch_step(stage: str, directory: Path, rows: np.ndarray, student: str) -> Callable[[], None]:
+    """One call runs one optimizer step of the torch loop; student: "same" or "softmax"."""
     teacher = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     teacher.requires_grad_(False)
-    tokens = torch.tensor(rows, dtype=torch.long)
+    tokens, shared = torch.tensor(rows, dtype=torch.long), {}
+
+    def mixer(attention: torch.nn.Module) -> torch.nn.Module:
+        if student == "same":
+            return TorchRwkv7(attention, teacher.config, shared)
+        return copy.deepcopy(attention).requires_grad_(True)
+
     if stage == "stage1":
-        trained = torch.nn.ModuleList(copy.deepcopy(layer.self_attn) for layer in teacher.model.layers)
-        trained.requires_grad_(True)
+        trained = torch.nn.ModuleList(mixer(layer.self_attn) for layer in teacher.model.layers)
         loss = _torch_alignment(teacher, trained, tokens)
     else:
         trained = copy.deepcopy(teacher).requires_grad_(True)
         trained.lm_head.weight = torch.nn.Parameter(trained.lm_head.weight.clone())
+        for layer in trained.model.layers:
+            layer.self_attn = mixer(layer.self_attn)
         loss = _torch_kl(teacher, trained, tokens) if stage == "stage2" else _torch_cross_entropy(trained, tokens)
     optimizer = torch.optim.Adam(trained.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
 
@@ -137,26 +210,24 @@ def medians(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", type=Path)
-    parser.add_argument("--student", default="rad_rwkv7", choices=["rad_rwkv6", "rad_rwkv7"])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--remat", default="none", choices=["none", "dots", "full"])
     parser.add_argument("--stages", default="stage1,stage2,stage3")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     vocab = read_config(args.teacher)["vocab_size"]
     rows = rng.integers(0, vocab, (args.batch, args.seq_len)).astype(np.int32)
-    print(f"{args.student}, {args.batch} rows of {args.seq_len}, float32, {torch.get_num_threads()} torch threads")
-    print(f"{'stage':8} {'ours tok/s':>12} {'torch tok/s':>12} {'ratio':>7}")
+    print(f"rad_rwkv7, {args.batch} rows of {args.seq_len}, float32, {torch.get_num_threads()} torch threads")
+    print(f"{'tokens/s':8} {'ours':>8} {'same':>8} {'softmax':>8} {'ours/same':>10} {'ours/softmax':>13}")
     for stage in args.stages.split(","):
-        steps = {
-            "ours": jax_step(stage, args.teacher, args.student, rows, args.remat),
-            "torch": torch_step(stage, args.teacher, rows),
-        }
-        seconds = medians(steps, args.repeats)
-        ours, theirs = (rows.size / seconds[name] for name in ("ours", "torch"))
-        print(f"{stage:8} {ours:12.0f} {theirs:12.0f} {ours / theirs:7.2f}", flush=True)
+        steps = {"ours": jax_step(stage, args.teacher, "rad_rwkv7", rows, args.remat)}
+        steps |= {student: torch_step(stage, args.teacher, rows, student) for student in ("same", "softmax")}
+        ours, same, softmax = (rows.size / seconds for seconds in medians(steps, args.repeats).values())
+        print(
+            f"{stage:8} {ours:8.0f} {same:8.0f} {softmax:8.0f} {ours / same:10.2f} {ours / softmax:13.2f}", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -87,8 +87,8 @@ def _check_rows(run: RunConfig, token_file: binidx.TokenFile, eval_tokens: int) 
         if rows < stage.batch_size:
             raise ValueError(
                 f"the data makes {rows} rows of {stage.seq_len} tokens for {name} ({token_file.num_tokens:,} tokens, "
-                f"{eval_tokens:,} of them held out); expected at least one batch of {stage.batch_size} rows. Bring more "
-                f"text, or lower config.{name}.batch_size, config.{name}.seq_len or config.data.eval_rows."
+                f"{eval_tokens:,} of them held out); expected at least one batch of {stage.batch_size} rows. Bring "
+                f"more text, or lower config.{name}.batch_size, config.{name}.seq_len or config.data.eval_rows."
             )
 
 

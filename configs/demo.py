@@ -2,7 +2,7 @@
 
     python -m radlads_jax.launch --config configs/demo.py --workdir runs/demo
 
-The same with stage 1 skipped and its tokens given to stage 2, which does worse:
+The same with stage 1 skipped and its tokens given to stage 2:
 
     python -m radlads_jax.launch --config configs/demo.py:skip_stage1=true --workdir runs/demo_skip_stage1
 

@@ -1,6 +1,6 @@
 """Tokens/s of every stage's step beside a plain torch loop of the same step, float32 on CPU, in one run.
 
-    python tests/speed_beside_torch.py TEACHER_DIR [--batch 4] [--seq-len 512] [--repeats 3]
+    python tests/speed_beside_torch.py TEACHER_DIR [--batch 4] [--seq-len 512] [--repeats 5]
 
 The torch loop is transformers' model as teacher and, as student, RAD-RWKV7 in plain torch with autograd, its recurrence
 by chunks ("same"). "softmax" is a loop that has it easier: its student keeps the softmax attention (copies of the
@@ -10,7 +10,10 @@ attention modules in stage 1). All take turns on the same rows; printed are the 
 import argparse
 import copy
 import dataclasses
+import functools
 import math
+import multiprocessing
+import multiprocessing.connection
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +35,8 @@ from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.student import init_mixers, whole_student
 from radlads_jax.train_state import TrainState, split_params
+
+Maker = Callable[[], Callable[[], None]]
 
 
 def jax_step(stage: str, directory: Path, mixer: str, rows: np.ndarray, remat: str) -> Callable[[], None]:
@@ -194,17 +199,38 @@ def _torch_cross_entropy(student, tokens):
     return loss
 
 
-def medians(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, taken in turns after one call that compiles."""
-    for run in steps.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in steps}
+def medians(makers: dict[str, Maker], repeats: int) -> dict[str, float]:
+    """Median seconds of each step, taken in turns after one call that compiles.
+
+    Each lives in a process of its own: the idle threads of one library slow the other down where they share one.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for name, make in makers.items():
+        pipes[name], theirs = context.Pipe()
+        processes.append(context.Process(target=serve, args=(theirs, make), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        pipes[name].recv()
+    times: dict[str, list[float]] = {name: [] for name in makers}
     for _ in range(repeats):
-        for name, run in steps.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
+        for name, pipe in pipes.items():
+            pipe.send("step")
+            times[name].append(pipe.recv())
+    for process in processes:
+        process.terminate()
+        process.join()
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def serve(pipe: multiprocessing.connection.Connection, make: Maker) -> None:
+    """A process that runs one step, and tells its seconds, whenever it is asked."""
+    run = make()
+    while True:
+        start = time.perf_counter()
+        run()
+        pipe.send(time.perf_counter() - start)
+        pipe.recv()
 
 
 def main() -> None:
@@ -212,7 +238,7 @@ def main() -> None:
     parser.add_argument("teacher", type=Path)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--remat", default="none", choices=["none", "dots", "full"])
     parser.add_argument("--stages", default="stage1,stage2,stage3")
     args = parser.parse_args()
@@ -222,9 +248,12 @@ def main() -> None:
     print(f"rad_rwkv7, {args.batch} rows of {args.seq_len}, float32, {torch.get_num_threads()} torch threads")
     print(f"{'tokens/s':8} {'ours':>8} {'same':>8} {'softmax':>8} {'ours/same':>10} {'ours/softmax':>13}")
     for stage in args.stages.split(","):
-        steps = {"ours": jax_step(stage, args.teacher, "rad_rwkv7", rows, args.remat)}
-        steps |= {student: torch_step(stage, args.teacher, rows, student) for student in ("same", "softmax")}
-        ours, same, softmax = (rows.size / seconds for seconds in medians(steps, args.repeats).values())
+        makers: dict[str, Maker] = {
+            "ours": functools.partial(jax_step, stage, args.teacher, "rad_rwkv7", rows, args.remat)
+        }
+        for student in ("same", "softmax"):
+            makers[student] = functools.partial(torch_step, stage, args.teacher, rows, student)
+        ours, same, softmax = (rows.size / seconds for seconds in medians(makers, args.repeats).values())
         print(
             f"{stage:8} {ours:8.0f} {same:8.0f} {softmax:8.0f} {ours / same:10.2f} {ours / softmax:13.2f}", flush=True
         )

@@ -71,15 +71,19 @@ def transpose(x: jax.Array) -> jax.Array:
 
 
 def prefix_sums(x: jax.Array) -> jax.Array:
-    """[...,C,K] summed from the first row to each: a product with a triangle of ones."""
-    lower = jnp.tril(jnp.ones((x.shape[-2], x.shape[-2]), x.dtype))
-    return jnp.broadcast_to(lower, (*x.shape[:-2], *lower.shape)) @ x
+    """[...,C,K] summed from the first row to each."""
+    return summed(jnp.tril(jnp.ones((x.shape[-2], x.shape[-2]), x.dtype)), x)
 
 
 def suffix_sums(x: jax.Array) -> jax.Array:
     """[...,C,K] summed from each row to the last."""
-    upper = jnp.triu(jnp.ones((x.shape[-2], x.shape[-2]), x.dtype))
-    return jnp.broadcast_to(upper, (*x.shape[:-2], *upper.shape)) @ x
+    return summed(jnp.triu(jnp.ones((x.shape[-2], x.shape[-2]), x.dtype)), x)
+
+
+def summed(selection: jax.Array, x: jax.Array) -> jax.Array:
+    """The sums of rows of x [...,M,K] that the ones of `selection` [N,M] pick; as exact as float32 is, on a TPU too."""
+    selection = jnp.broadcast_to(selection, (*x.shape[:-2], *selection.shape))
+    return jnp.matmul(selection, x, precision=jax.lax.Precision.HIGHEST)
 
 
 def check_recurrence(

@@ -1,9 +1,10 @@
 """wkv6 by chunks: only matrix products, with a backward pass written by hand.
 
-Within a chunk o_i gets sum_j (r_i . e^(G_i - G_j) k_j) v_j, G the cumulative log decay, where decays of -5 a token make
-e^-G too large to split off. Every pair of tokens is therefore served at one level: neighbours in a group of GROUP
-tokens, with exponents counted from the group's middle; all others where a boundary between two spans of 8, 16, ...
-tokens comes between them, with both exponents counted from that boundary and so never positive.
+Notation, per chunk of C tokens, with G the cumulative log decay and M its value at the chunk's middle:
+    R = r e^(G - M), K = k e^(M - G),   O = r e^G S + (tril(R K^T, -1) + diag(r k^T)) V,
+    S' = e^G_C S + (k e^(G_C - G))^T V
+Decays of -5 a token make these exponents large: they are summed exactly (`exponents`), so that a quotient of two
+exponentials has no more error than one of them.
 A scan goes from chunk to chunk and does all of a chunk's work: its arrays are small enough to stay in cache.
 """
 
@@ -12,13 +13,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import layout
 from pallas_kernels.layout import Resets, transpose
 
 DEFAULT_CHUNK_SIZE = 16
-GROUP = 8
+# Multiples of this add up exactly in float32 as long as the sums stay above -1024.
+GRID = 2.0**-14
 
 
 class Inputs(NamedTuple):
@@ -30,26 +31,13 @@ class Inputs(NamedTuple):
     v: jax.Array
 
 
-class Levels(NamedTuple):
-    """Constants of a chunk size, for L levels.
-
-    `sums` [L+2,C,C]: times log_w they give each level's exponents, the sums from the chunk's start to each token
-    (itself included), and from each token (itself not included) to the chunk's end. `sign` [L,1,1] is -1 where a
-    key's exponent is the opposite of a receptance's. `masks` [L,C,C]: the pairs of each level; together, all i > j.
-    """
-
-    sums: np.ndarray
-    sign: np.ndarray
-    masks: np.ndarray
-
-
 class Pairs(NamedTuple):
     """What a chunk holds beside its state, [B,H,...] float32.
 
-    `r_decay` and `k_decay` [L,C,K] are the exponentials of each level, `rs` and `ks` [L,C,K] r and k times those;
-    `from_start` and `to_end` [C,K] are e^G_i and e^(G_C - G_j), `r_head` and `k_tail` r and k times those, without
-    the tokens that resets part from the chunk's start or end; `inner` [C,C] holds the pairs i >= j; `end` and `rest`
-    [K,1] are e^G_C rounded to float32 and what the rounding left out.
+    `r_decay` and `k_decay` [C,K] are e^(G - M) and e^(M - G), `rs` and `ks` r and k times those; `from_start` and
+    `to_end` [C,K] are e^G and e^(G_C - G), `r_head` and `k_tail` r and k times those, without the tokens that resets
+    part from the chunk's start or end; `inner` [C,C] holds the pairs i >= j; `end` and `rest` [K,1] are e^G_C rounded
+    to float32 and what the rounding left out.
     """
 
     r_decay: jax.Array
@@ -65,61 +53,53 @@ class Pairs(NamedTuple):
     rest: jax.Array
 
 
-@functools.cache
-def levels(size: int) -> Levels:
-    """The levels of a chunk of `size` tokens, a power of two."""
-    i, j = np.indices((size, size))
-    start, end = j <= i, j > i
-    group = min(GROUP, size)
-    middle = i // group * group + group // 2
-    centred = np.where(i >= middle, (j <= i) & (j > middle), 0) - np.where(i < middle, (j > i) & (j <= middle), 0)
-    sums, sign, masks = [centred], [-1], [(i // group == j // group) & (j < i)]
-    span = group
-    while span < size:
-        in_span, second = i // span == j // span, i // span % 2 == 1
-        sums.append(in_span & np.where(second, start, end))
-        sign.append(1)
-        masks.append((i // span == j // span + 1) & second)
-        span *= 2
-    sums += [start, end]
-    signs = np.asarray(sign, np.float32)[:, None, None]
-    return Levels(np.asarray(sums, np.float32), signs, np.asarray(masks, np.float32))
+def exponents(log_w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """G as two terms [B,H,C,K]: a sum of multiples of GRID, which is exact, and that of the small remainders."""
+    coarse = jnp.round(log_w * (1 / GRID)) * GRID
+    sums = layout.prefix_sums(jnp.concatenate([coarse, log_w - coarse], axis=-1))
+    return sums[..., : log_w.shape[-1]], sums[..., log_w.shape[-1] :]
 
 
-def level_masks(size: int, resets: Resets | None) -> jax.Array:
-    """[L,C,C] or, with resets, [B,1,L,C,C]."""
-    masks = jnp.asarray(levels(size).masks)
-    return masks if resets is None else masks * resets.pairs[:, :, None]
+def exponential(coarse: jax.Array, fine: jax.Array) -> jax.Array:
+    """e^(coarse + fine); |fine| is at most GRID times a chunk's tokens: three terms of its series are enough."""
+    return jnp.exp(coarse) * (1 + fine + 0.5 * fine * fine)
+
+
+def earlier(size: int, resets: Resets | None) -> jax.Array:
+    """[C,C] bool, with resets [B,1,C,C]: the tokens before each one, in its segment."""
+    mask = jnp.tril(jnp.ones((size, size), bool), -1)
+    return mask if resets is None else mask & (resets.pairs > 0)
 
 
 def chunk_pairs(chunk: Inputs, resets: Resets | None) -> Pairs:
     """Everything of one chunk that does not depend on its state."""
-    batch, heads, size, width = chunk.r.shape
-    constants = levels(size)
-    stacked = jnp.asarray(constants.sums.reshape(-1, size))
-    exponents = jnp.broadcast_to(stacked, (batch, heads, *stacked.shape)) @ chunk.log_w
-    exponents = exponents.reshape(batch, heads, -1, size, width)
-    r_decay, k_decay = jnp.exp(exponents[:, :, :-2]), jnp.exp(exponents[:, :, :-2] * constants.sign)
-    rs, ks = r_decay * chunk.r[:, :, None], k_decay * chunk.k[:, :, None]
+    size = chunk.r.shape[2]
+    coarse, fine = exponents(chunk.log_w)
+    half = max(size // 2, 1)
+    middle, last = slice(half - 1, half), slice(size - 1, size)
+    centred, small = coarse - coarse[:, :, middle], fine - fine[:, :, middle]
+    r_decay, k_decay = exponential(centred, small), exponential(-centred, -small)
+    from_start = r_decay * exponential(coarse[:, :, middle], fine[:, :, middle])
+    to_end = k_decay * r_decay[:, :, last]
+    rs, ks = chunk.r * r_decay, chunk.k * k_decay
     itself = jnp.sum(chunk.r * chunk.k, axis=-1, keepdims=True) * jnp.eye(size, dtype=jnp.float32)
-    inner = jnp.sum((rs @ transpose(ks)) * level_masks(size, resets), axis=2) + itself
-    from_start, to_end = jnp.exp(exponents[:, :, -2]), jnp.exp(exponents[:, :, -1])
+    # Pairs that are not `earlier` may overflow: they are left out, not multiplied by zero.
+    inner = jnp.where(earlier(size, resets), rs @ transpose(ks), 0.0) + itself
     r_head, k_tail = chunk.r * from_start, chunk.k * to_end
+    end, rest = chunk_decay(transpose(coarse[:, :, last]), transpose(fine[:, :, last]))
     if resets is not None:
         r_head, k_tail = r_head * resets.head, k_tail * resets.tail
-    end, rest = chunk_decay(transpose(exponents[:, :, -2, -1:]))
-    if resets is not None:
         end, rest = end * resets.keep, rest * resets.keep
     return Pairs(r_decay, k_decay, rs, ks, from_start, to_end, r_head, k_tail, inner, end, rest)
 
 
-def chunk_decay(total: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """e^total as a float32 and the remainder, kept where decay is weak.
+def chunk_decay(coarse: jax.Array, fine: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """e^(coarse + fine) as a float32 and the remainder, kept where decay is weak.
 
     Over a thousand chunks of the same weak decay the rounding of e^total would add up, always to the same side.
     """
-    end = jnp.exp(total)
-    return end, jnp.where(end > 0.5, jnp.expm1(total) - (end - 1.0), 0.0)
+    end = exponential(coarse, fine)
+    return end, jnp.where(end > 0.5, jnp.expm1(coarse + fine) - (end - 1.0), 0.0)
 
 
 def decayed(p: Pairs, state: jax.Array) -> jax.Array:
@@ -141,35 +121,29 @@ def chunk_backward(
     d_out is the gradient of the chunk's outputs, d_next that of the state after it.
     """
     p = chunk_pairs(chunk, resets)
-    size = chunk.r.shape[2]
-    d_inner = d_out @ transpose(chunk.v)
-    d_levels = d_inner[:, :, None] * level_masks(size, resets)
-    d_rs, d_ks = d_levels @ p.ks, transpose(d_levels) @ p.rs
+    d_inner = jnp.where(earlier(chunk.r.shape[2], resets), d_out @ transpose(chunk.v), 0.0)
+    d_rs, d_ks = d_inner @ p.ks, transpose(d_inner) @ p.rs
     d_itself = jnp.sum(d_out * chunk.v, axis=-1, keepdims=True)
     d_r_head, d_k_tail = d_out @ transpose(state), chunk.v @ transpose(d_next)
-    last_token = (jnp.arange(size) == size - 1)[:, None]
-    d_last = transpose(jnp.sum(d_next * state * p.end, axis=-1, keepdims=True))
-    from_start = d_r_head * p.r_head + d_last * last_token
-    d_exponents = jnp.concatenate(
-        [p.rs * d_rs + levels(size).sign * (p.ks * d_ks), jnp.stack([from_start, d_k_tail * p.k_tail], axis=2)], axis=2
-    )
     if resets is not None:
         d_r_head, d_k_tail = d_r_head * resets.head, d_k_tail * resets.tail
+    d_end = transpose(jnp.sum(d_next * state * p.end, axis=-1, keepdims=True))
     d_chunk = Inputs(
-        r=jnp.sum(d_rs * p.r_decay, axis=2) + d_r_head * p.from_start + d_itself * chunk.k,
-        log_w=decay_gradient(d_exponents, resets),
-        k=jnp.sum(d_ks * p.k_decay, axis=2) + d_k_tail * p.to_end + d_itself * chunk.r,
+        r=d_rs * p.r_decay + d_r_head * p.from_start + d_itself * chunk.k,
+        log_w=decay_gradient(p.rs * d_rs - p.ks * d_ks + p.r_head * d_r_head, p.k_tail * d_k_tail, d_end, resets),
+        k=d_ks * p.k_decay + d_k_tail * p.to_end + d_itself * chunk.r,
         v=transpose(p.inner) @ d_out + p.k_tail @ d_next,
     )
     return d_chunk, decayed(p, d_next) + transpose(p.r_head) @ d_out
 
 
-def decay_gradient(d_exponents: jax.Array, resets: Resets | None) -> jax.Array:
-    """d log_w [B,H,C,K] from the gradients [B,H,L+2,C,K] of all exponents, which are sums of log_w."""
-    batch, heads, _, size, width = d_exponents.shape
-    stacked = jnp.asarray(levels(size).sums.reshape(-1, size).T)
-    stacked = jnp.broadcast_to(stacked, (batch, heads, *stacked.shape))
-    d_log_w = stacked @ d_exponents.reshape(batch, heads, -1, width)
+def decay_gradient(d_total: jax.Array, d_rest: jax.Array, d_end: jax.Array, resets: Resets | None) -> jax.Array:
+    """d log_w [B,H,C,K]: the gradients of G from each token on, of G_C - G of the tokens before, and of G_C [1,K]."""
+    size = d_total.shape[2]
+    later = jnp.triu(jnp.ones((size, size), jnp.float32))
+    sums = jnp.concatenate([later, 1 - later], axis=1)
+    terms = jnp.concatenate([d_total, d_rest], axis=2)
+    d_log_w = layout.summed(sums, terms) + d_end
     return d_log_w if resets is None else d_log_w * resets.inside
 
 

@@ -226,7 +226,7 @@ def no_shape_annotations() -> Iterator[None]:
 def test_bad_arguments_are_refused(operation, no_shape_annotations):
     inputs = {n: jnp.asarray(x) for n, x in recurrence_inputs(operation, 1, 8, 2, 16, 16).items()}
     run = OPERATIONS[operation]
-    with pytest.raises(ValueError, match="'chunked', 'reference'"):
+    with pytest.raises(ValueError, match=r"'chunked'.*'reference'"):
         run(**inputs, implementation="fastest")
     with pytest.raises(ValueError, match="power of two"):
         run(**inputs, chunk_size=12)

@@ -1,7 +1,9 @@
 """Which implementation of an operation runs: each operation keeps one dict, name -> function."""
 
 import functools
+import importlib.util
 import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,7 +29,8 @@ def choose(
     if implementation is None:
         backend = jax.default_backend()
         preferred = PREFERENCE.get(backend, ("chunked",))
-        implementation = next(name for name in preferred if name in implementations)
+        fit = (name for name in preferred if name in implementations and (name != "triton_gpu" or triton_fits()))
+        implementation = next(fit)
         _log_choice(operation, implementation, backend)
     if implementation not in implementations:
         raise ValueError(
@@ -35,6 +38,14 @@ def choose(
             "name one of those, or pass None to let the backend decide."
         )
     return implementations[implementation]
+
+
+def triton_fits() -> bool:
+    """Triton is installed, and the GPU is NVIDIA's and of compute capability 8.0 or more."""
+    installed = all(importlib.util.find_spec(name) is not None for name in ("triton", "jax_triton"))
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    numbers = re.fullmatch(r"(\d+)\.\d+", capability)  # AMD's name an architecture there: gfx942
+    return installed and numbers is not None and int(numbers[1]) >= 8
 
 
 @functools.cache

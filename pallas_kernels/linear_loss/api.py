@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.linear_loss import sliced
 from pallas_kernels.linear_loss.stats import stats
+from pallas_kernels.sharded import ROWS, VOCAB, shards
 
 Layout = Literal["dv", "vd"]
 
@@ -92,13 +93,18 @@ def linear_stats(
 
 
 def _slice_tokens(hidden: jax.Array, kernel: jax.Array, layout: str, slice_tokens: int | None) -> int:
-    """The slice asked for, or even slices, in multiples of 8 tokens, whose logits fit SLICE_ELEMENTS."""
+    """The slice asked for, or even slices whose logits fit SLICE_ELEMENTS, in multiples of 8 tokens.
+
+    Over many devices each holds all of a slice's hidden states and its share of the logits: the larger one has to fit.
+    """
     if slice_tokens is not None and slice_tokens < 1:
         raise ValueError(f"slice_tokens is {slice_tokens}, expected at least 1; pass None for the default.")
     if slice_tokens is None:
-        vocab = kernel.shape[1 if layout == "dv" else 0]
-        slices = -(-hidden.shape[0] // max(128, SLICE_ELEMENTS // vocab))
-        slice_tokens = -(-hidden.shape[0] // slices // 8) * 8
+        vocab, devices = kernel.shape[1 if layout == "dv" else 0], shards(VOCAB)
+        width = vocab if devices == 1 else max(-(-vocab // devices), hidden.shape[1])
+        slices = -(-hidden.shape[0] // max(128, SLICE_ELEMENTS // width))
+        multiple = 8 * shards(ROWS)
+        slice_tokens = -(-hidden.shape[0] // slices // multiple) * multiple
     return min(slice_tokens, hidden.shape[0])
 
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.sharded import ROWS, VOCAB_OF_ONE, constrain, split_vocab
+
 Slice = tuple[jax.Array, ...]
 
 
@@ -28,7 +30,8 @@ def split(slice_tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
     def one(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1))) if padding else x
-        return jnp.swapaxes(x.reshape(slice_tokens, slices, *x.shape[1:]), 0, 1)
+        x = jnp.swapaxes(x.reshape(slice_tokens, slices, *x.shape[1:]), 0, 1)
+        return constrain(x, None, ROWS)
 
     return tuple(one(x) for x in arrays)
 
@@ -38,9 +41,17 @@ def join(x: jax.Array, tokens: int) -> jax.Array:
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[:tokens]
 
 
+def columns_of(kernel: jax.Array, layout: str) -> jax.Array:
+    """The kernel with its vocabulary over every device."""
+    axis = layout.index("v")
+    return split_vocab(split_vocab(kernel, axis, VOCAB_OF_ONE), axis)
+
+
 def logits_of(hidden: jax.Array, kernel: jax.Array, layout: str) -> jax.Array:
-    """hidden @ kernel, float32, products in hidden's dtype."""
-    return jnp.einsum(f"nd,{layout}->nv", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    """hidden @ kernel, float32, products in hidden's dtype; of many devices each has all tokens and its own columns."""
+    kernel = columns_of(kernel.astype(hidden.dtype), layout)
+    logits = jnp.einsum(f"nd,{layout}->nv", constrain(hidden), kernel, preferred_element_type=jnp.float32)
+    return split_vocab(logits, 1)
 
 
 def log_partition(logits: jax.Array) -> jax.Array:
@@ -91,22 +102,24 @@ def _value_and_gradients(
     """Weighted sum over all slices and its gradients in hidden, kernel (both as if d loss = 1) and weights."""
     tokens = hidden.shape[0]
     layout = options.layout
-    products = kernel.astype(hidden.dtype)
+    vocab_axis = layout.index("v")
+    products = columns_of(kernel.astype(hidden.dtype), layout)
 
     def step(carry: tuple[jax.Array, jax.Array], one: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
         total, d_kernel = carry
         hidden, weights, rest = one
         losses, d_losses = loss(logits_of(hidden, products, layout), rest)
-        d_logits = (d_losses() * weights[:, None]).astype(hidden.dtype)
+        d_logits = split_vocab((d_losses() * weights[:, None]).astype(hidden.dtype), 1)
         dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        d_hidden = dot(f"nv,{layout}->nd", d_logits, products).astype(hidden.dtype)
-        d_kernel = d_kernel + dot(f"nd,nv->{layout}", hidden, d_logits)
+        d_hidden = constrain(dot(f"nv,{layout}->nd", d_logits, products).astype(hidden.dtype), ROWS)
+        d_kernel = split_vocab(d_kernel + dot(f"nd,nv->{layout}", constrain(hidden), d_logits), vocab_axis)
         return (total + jnp.sum(losses * weights), d_kernel), (d_hidden, losses)
 
     hidden, weights, *others = split(options.slice_tokens, hidden, weights, *rest)
-    start = (jnp.float32(0), jnp.zeros(kernel.shape, jnp.float32))
+    start = (jnp.float32(0), split_vocab(jnp.zeros(kernel.shape, jnp.float32), vocab_axis))
     (total, d_kernel), (d_hidden, losses) = jax.lax.scan(step, start, (hidden, weights, tuple(others)))
-    return total, (join(d_hidden, tokens), d_kernel.astype(kernel.dtype), join(losses, tokens))
+    d_kernel = split_vocab(d_kernel.astype(kernel.dtype), vocab_axis, VOCAB_OF_ONE)
+    return total, (join(d_hidden, tokens), d_kernel, join(losses, tokens))
 
 
 def _scale(gradient: jax.Array, factor: jax.Array) -> jax.Array:

@@ -8,9 +8,16 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, layout
 from pallas_kernels.wkv6.chunked import wkv6_chunked
+from pallas_kernels.wkv6.pallas_tpu import wkv6_pallas_tpu
 from pallas_kernels.wkv6.reference import wkv6_reference
+from pallas_kernels.wkv6.triton_gpu import wkv6_triton
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"chunked": wkv6_chunked, "reference": wkv6_reference}
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "pallas_tpu": wkv6_pallas_tpu,
+    "triton_gpu": wkv6_triton,
+    "chunked": wkv6_chunked,
+    "reference": wkv6_reference,
+}
 
 
 def wkv6(

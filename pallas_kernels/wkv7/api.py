@@ -8,9 +8,16 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, layout
 from pallas_kernels.wkv7.chunked import wkv7_chunked
+from pallas_kernels.wkv7.pallas_tpu import wkv7_pallas_tpu
 from pallas_kernels.wkv7.reference import wkv7_reference
+from pallas_kernels.wkv7.triton_gpu import wkv7_triton
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"chunked": wkv7_chunked, "reference": wkv7_reference}
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "pallas_tpu": wkv7_pallas_tpu,
+    "triton_gpu": wkv7_triton,
+    "chunked": wkv7_chunked,
+    "reference": wkv7_reference,
+}
 
 
 def wkv7(

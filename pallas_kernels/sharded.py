@@ -1,0 +1,104 @@
+"""Arrays and operations split over the mesh that a program is traced under; without one, nothing happens.
+
+Rows of a batch lie over `data` and `fsdp`, heads and widths over `tensor`. The mesh is the one that
+jax.sharding.use_abstract_mesh or jax.set_mesh has put in place.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+ROWS = ("data", "fsdp")
+HEADS = ("tensor",)
+# A head's vocabulary, and a slice of its logits, over every device. A kernel that lies as [D/fsdp, vocab/tensor] comes
+# there by an exchange within fsdp, then by a cut over data; its gradient goes back the same way.
+VOCAB = ("tensor", "fsdp", "data")
+VOCAB_OF_ONE = ("tensor", "fsdp")
+
+Axes = str | Sequence[str] | None
+
+
+def current_mesh() -> AbstractMesh | None:
+    """The mesh in place, None where there is none or it has one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def shards(axes: Axes) -> int:
+    """Into how many parts these axes of the mesh in place split a dimension."""
+    mesh = current_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in _names(axes))
+
+
+def fitting(axes: Axes, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Those of the axes, in their order, that together split a dimension of this size evenly; none of size 1."""
+    kept: tuple[str, ...] = ()
+    parts = 1
+    for axis in _names(axes):
+        if mesh.shape[axis] > 1 and size % (parts * mesh.shape[axis]) == 0:
+            kept, parts = (*kept, axis), parts * mesh.shape[axis]
+    return kept
+
+
+def fitting_spec(spec: Sequence[Axes], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The spec without the axes that do not divide their dimension, one entry for each dimension."""
+    entries = (*spec, *[None] * (len(shape) - len(spec)))
+    fits = [fitting(axes, size, mesh) for axes, size in zip(entries, shape, strict=True)]
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in fits))
+
+
+def constrain(x: jax.Array, *spec: Axes) -> jax.Array:
+    """x, its dimensions split over these axes as far as they divide them; its gradient likewise."""
+    mesh = current_mesh()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, fitting_spec(spec, x.shape, mesh))
+
+
+def split_vocab(x: jax.Array, axis: int, axes: Axes = VOCAB) -> jax.Array:
+    """x with its vocabulary over every device (or these axes), evenly or not, and every other dimension whole."""
+    if current_mesh() is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, axes))
+
+
+def per_shard(op: Callable[..., Any], kinds: Sequence[str], out_kinds: str | tuple[str, ...]) -> Callable[..., Any]:
+    """op on every device's own rows and heads, with no communication in it; op itself without a mesh.
+
+    kinds: for each argument "sequence" [B,T,H,K], "state" [B,H,K,V] or "rows" [B,T]; the first is a sequence. An
+    argument may be None. out_kinds: the same for the result, or for the tuple of results. Heads that the tensor axis
+    does not divide are computed by all of its devices.
+    """
+
+    def run(*arguments: Any) -> Any:
+        mesh = current_mesh()
+        if mesh is None:
+            return op(*arguments)
+        batch, _, heads, _ = arguments[0].shape
+        rows, split = fitting(ROWS, batch, mesh) or None, fitting(HEADS, heads, mesh) or None
+        specs = {
+            "sequence": PartitionSpec(rows, None, split),
+            "state": PartitionSpec(rows, split),
+            "rows": PartitionSpec(rows),
+        }
+        given = [i for i, argument in enumerate(arguments) if argument is not None]
+
+        def local(*parts: Any) -> Any:
+            whole = dict(zip(given, parts, strict=True))
+            return op(*(whole.get(i) for i in range(len(arguments))))
+
+        mapped = jax.shard_map(
+            local,
+            in_specs=tuple(specs[kinds[i]] for i in given),
+            out_specs=jax.tree.map(specs.__getitem__, out_kinds),
+            # A kernel's results carry no record of the axes over which they differ.
+            check_vma=False,
+        )
+        return mapped(*(arguments[i] for i in given))
+
+    return run
+
+
+def _names(axes: Axes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)

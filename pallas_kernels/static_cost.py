@@ -1,0 +1,47 @@
+"""What a kernel costs on an accelerator that is not there: compiles for it and prints the compiler's own figures.
+
+python -m pallas_kernels.static_cost wkv7 --topology v6e:2x2 --B 1 --T 8192 --H 16 --K 128
+python -m pallas_kernels.static_cost wkv7 --target sm_90 --B 1 --T 8192 --H 16 --K 128
+
+A topology needs the `tpu` extra (libtpu has the compiler), a target the `cuda` extra; neither needs the hardware.
+"""
+
+import argparse
+
+OPERATIONS = ("wkv7", "wkv6")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("operation", choices=OPERATIONS)
+    where = made.add_mutually_exclusive_group(required=True)
+    where.add_argument("--topology", help="a TPU slice: v5e:2x2, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1")
+    where.add_argument("--target", help="a GPU's compute capability: sm_80, sm_90, sm_100")
+    made.add_argument("--B", type=int, default=1)
+    made.add_argument("--T", type=int, default=8192)
+    made.add_argument("--H", type=int, default=16)
+    made.add_argument("--K", type=int, default=128, help="channels of a head's keys and values")
+    made.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="log_w is float32 always")
+    made.add_argument("--chunk-size", type=int, default=None)
+    made.add_argument("--implementation", nargs="+", default=["pallas_tpu", "chunked"], help="on TPU")
+    return made
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    if arguments.target is not None:
+        from pallas_kernels import static_cost_gpu
+
+        sizes = (arguments.B, arguments.T, arguments.H, arguments.K)
+        static_cost_gpu.main(arguments.operation, arguments.target, *sizes, dtype=arguments.dtype)
+        return
+    from pallas_kernels import static_cost_tpu
+
+    shape = static_cost_tpu.Shape(arguments.B, arguments.T, arguments.H, arguments.K, arguments.dtype)
+    static_cost_tpu.report(
+        arguments.operation, arguments.topology, shape, arguments.implementation, arguments.chunk_size
+    )
+
+
+if __name__ == "__main__":
+    main()

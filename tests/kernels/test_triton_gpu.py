@@ -1,0 +1,352 @@
+"""The Triton kernels of wkv7 and wkv6 without a GPU: their numbers by Triton's interpreter, what they compile to.
+
+Run as a script with TRITON_INTERPRET=1 (Triton reads it on import, so the tests start a process for it), this file
+computes the errors of all CASES and prints them as JSON.
+"""
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dispatch, static_cost_gpu
+from pallas_kernels.testing import TOLERANCE, recurrence_inputs, rms_ratio, token_loop, value_and_gradients
+from pallas_kernels.wkv6 import wkv6
+from pallas_kernels.wkv7 import triton_gpu, wkv7
+
+ROOT = pathlib.Path(__file__).parents[2]
+OPERATIONS = {"wkv7": wkv7, "wkv6": wkv6}
+STRONGEST = {"wkv7": -0.6066, "wkv6": -5.0}
+DOCUMENTED = {"wkv7": -1.8, "wkv6": -10.0}
+
+# name -> length, key size, value size, tolerance, and what differs from random inputs of float32 in one segment.
+CASES: dict[str, tuple[int, int, int, str, dict[str, Any]]] = {
+    "whole": (35, 64, 64, "float32", {}),
+    "segments": (20, 64, 64, "float32", {"segments": "some", "batch": 2, "heads": 2}),
+    "wide heads": (20, 128, 128, "float32", {"segments": "some"}),
+    "filled heads": (18, 24, 80, "float32", {"segments": "some"}),
+    "one token": (1, 64, 64, "float32", {}),
+    "each its own segment": (20, 64, 64, "float32", {"segments": "all"}),
+    "zeros": (17, 64, 64, "float32", {"zeros": True}),
+    "bfloat16": (70, 64, 64, "bfloat16", {"segments": "some"}),
+    "bfloat16, wide heads": (40, 128, 128, "bfloat16", {}),
+    "bfloat16, chunks of 16": (31, 64, 64, "bfloat16", {"chunk_size": 16}),
+    "strongest decay": (33, 64, 64, "float32_stress", {"log_w": STRONGEST}),
+    "documented decay": (33, 64, 64, "float32_stress", {"log_w": DOCUMENTED, "key_scale": 1e3}),
+    "documented decay, bfloat16": (40, 64, 64, "bfloat16", {"log_w": DOCUMENTED}),
+    "hardly any decay": (65, 64, 64, "float32_stress", {"log_w": dict.fromkeys(OPERATIONS, -1e-6)}),
+    "tiny keys": (18, 64, 64, "float32_stress", {"key_scale": 1e-6}),
+    "iclr 0": (18, 64, 64, "float32_stress", {"iclr": 0.0}),
+    "iclr 1": (18, 64, 64, "float32_stress", {"iclr": 1.0}),
+}
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_jax_triton = pytest.mark.skipif(
+    importlib.util.find_spec("jax_triton") is None, reason="jax-triton is not installed (extra cuda)"
+)
+every_operation = pytest.mark.parametrize("operation", OPERATIONS)
+
+
+def errors_of(operation: str, case: str) -> dict[str, float]:
+    """RMS ratios of outputs, final state and all gradients to the float64 loop."""
+    length, key_size, value_size, tolerance, options = CASES[case]
+    log_w = options.get("log_w", {}).get(operation)
+    inputs: dict[str, Any] = recurrence_inputs(
+        operation,
+        options.get("batch", 1),
+        length,
+        options.get("heads", 1),
+        key_size,
+        value_size,
+        log_w_range=None if log_w is None else (log_w, log_w),
+        key_scale=options.get("key_scale", 1.0),
+        iclr=options.get("iclr"),
+    )
+    if "zeros" in options:
+        inputs = {name: np.zeros_like(x) for name, x in inputs.items()}
+    if tolerance == "bfloat16":
+        inputs = {name: x if name == "log_w" else jnp.asarray(x, jnp.bfloat16) for name, x in inputs.items()}
+    rng = np.random.default_rng(7)
+    batch, _, heads, _ = inputs["r"].shape
+    state, d_final = rng.standard_normal((2, batch, heads, key_size, value_size)).astype(np.float32)
+    d_out = jnp.asarray(rng.standard_normal(inputs["v"].shape), inputs["v"].dtype)
+    ids = None
+    if "segments" in options:
+        often = {"all": 1.0, "some": 0.08}[options["segments"]]
+        ids = np.cumsum(np.random.default_rng(3).random((batch, length)) < often, axis=1).astype(np.int32)
+    want = token_loop(inputs, state, ids, np.asarray(d_out, np.float64), d_final)
+    got = value_and_gradients(
+        OPERATIONS[operation],
+        inputs,
+        state,
+        d_out,
+        d_final,
+        segment_ids=None if ids is None else jnp.asarray(ids),
+        implementation="triton_gpu",
+        chunk_size=options.get("chunk_size"),
+    )
+    assert set(got) == set(want)
+    return {name: rms_ratio(got[name], want[name]) for name in want}
+
+
+class Pointer:
+    """As much of a torch tensor as Triton's interpreter asks for, between guards that nobody may touch or use."""
+
+    GUARD = 1 << 12
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any):
+        self.dtype = str(np.dtype(dtype))
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        # All ones: NaN in every float type, and no segment's id.
+        self.memory = np.full(size + 2 * self.GUARD, 0xFF, np.uint8)
+        self.array = self.memory[self.GUARD : self.GUARD + size].view(dtype).reshape(shape)
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def check(self) -> None:
+        assert (self.memory[: self.GUARD] == 0xFF).all() and (self.memory[-self.GUARD :] == 0xFF).all()
+
+    # The interpreter would copy a GPU's memory to the host and back; this memory is there already.
+    def untyped_storage(self) -> "Pointer":
+        return self
+
+    def cpu(self) -> "Pointer":
+        return self
+
+    def new_empty(self, *_: Any, **__: Any) -> "Pointer":
+        return self
+
+    def nothing(self, *_: Any) -> None:
+        return None
+
+    set_ = storage_offset = size = stride = copy_ = nothing
+
+
+def interpret(launch: triton_gpu.Launch) -> Any:
+    """Runs a kernel by Triton's interpreter, in a callback."""
+
+    def run(*arrays: jax.Array) -> tuple[np.ndarray, ...]:
+        pointers = [Pointer(x.shape, x.dtype) for x in (*arrays, *launch.outputs)]
+        for pointer, array in zip(pointers, arrays, strict=False):
+            pointer.array[...] = np.asarray(array)
+        launch.kernel[launch.grid](*pointers, **launch.settings)
+        for pointer in pointers:
+            pointer.check()
+        return tuple(pointer.array for pointer in pointers[len(arrays) :])
+
+    return jax.pure_callback(run, tuple(launch.outputs), *launch.inputs)
+
+
+def round_as_tensor_cores_do() -> None:
+    """Teaches the interpreter bfloat16, which it truncates and multiplies as integers, and tf32, which it lacks."""
+    import ml_dtypes
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    handle, types_of = interpreter.TensorHandle, interpreter._get_np_dtype
+
+    def cast(self: Any, source: Any, target: Any) -> Any:
+        data = source.data.view(ml_dtypes.bfloat16) if source.dtype.scalar == tl.bfloat16 else source.data
+        if target.scalar == tl.bfloat16:
+            return handle(data.astype(ml_dtypes.bfloat16).view(np.uint16), target.scalar)
+        return handle(data.astype(types_of(target)), target.scalar)
+
+    def tf32(x: np.ndarray) -> np.ndarray:
+        return ((x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+    def dot(self: Any, a: Any, b: Any, total: Any, precision: Any, _: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            x, y = (operand.data.view(ml_dtypes.bfloat16).astype(np.float32) for operand in (a, b))
+            product = x @ y
+        else:
+            x, y = a.data, b.data
+            product = tf32(x) @ tf32(y)
+            if "x3" in str(precision).lower():
+                product = product + (tf32(x) @ tf32(y - tf32(y)) + tf32(x - tf32(x)) @ tf32(y))
+        return handle(product + total.data, total.dtype.scalar)
+
+    builder = interpreter.InterpreterBuilder
+    builder.create_fp_trunc = builder.create_fp_ext = cast
+    builder.create_dot = dot
+
+
+def pieces(operation: str) -> float:
+    """The largest difference between one call and two with the state carried over, cut off a chunk's edge."""
+    inputs = {name: jnp.asarray(x) for name, x in recurrence_inputs(operation, 1, 36, 1, 64, 64).items()}
+    run = functools.partial(OPERATIONS[operation], implementation="triton_gpu")
+    out, state = run(**inputs)
+    first, middle = run(**{name: x[:, :21] for name, x in inputs.items()})
+    second, last = run(**{name: x[:, 21:] for name, x in inputs.items()}, initial_state=middle)
+    return max(rms_ratio(jnp.concatenate([first, second], axis=1), out), rms_ratio(last, state))
+
+
+def permuted(operation: str) -> bool:
+    """Permuting batch and heads permutes the result to the bit."""
+    inputs = {name: jnp.asarray(x) for name, x in recurrence_inputs(operation, 2, 9, 3, 64, 64).items()}
+    batch, heads = jnp.array([1, 0]), jnp.array([2, 0, 1])
+    run = functools.partial(OPERATIONS[operation], implementation="triton_gpu")
+    out, state = run(**inputs)
+    other_out, other_state = run(**{name: x[batch][:, :, heads] for name, x in inputs.items()})
+    return bool((other_out == out[batch][:, :, heads]).all() and (other_state == state[batch][:, heads]).all())
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Any]:
+    """What the other process found, by operation."""
+    variables = {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, __file__], env=os.environ | variables, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_triton
+@every_operation
+@pytest.mark.parametrize("case", CASES)
+def test_numbers(interpreted, operation, case):
+    errors = interpreted[operation]["errors"][case]
+    assert max(errors.values()) < TOLERANCE[CASES[case][3]], errors
+
+
+@needs_triton
+@every_operation
+def test_whole_equals_pieces(interpreted, operation):
+    assert interpreted[operation]["pieces"] < TOLERANCE["float32"]
+
+
+@needs_triton
+@every_operation
+def test_permuting_batch_and_heads_permutes_the_result(interpreted, operation):
+    assert interpreted[operation]["permuted"]
+
+
+def check_compiled(operation: str, capability: int, dtype: str, size: int) -> None:
+    forward, backward = static_cost_gpu.launches(operation, 1, 8192, 16, size, dtype)
+    costs = {
+        f"{launch.kernel.fn.__name__} {launch.settings.get('REVERSE', '')}": static_cost_gpu.cost(launch, capability)
+        for launch in (*forward, *backward)
+    }
+    assert all(cost.spills == 0 for cost in costs.values()), costs
+    # A program may have 99 KiB of shared memory on the smallest of these GPUs (8.6, 8.9).
+    assert all(cost.shared <= 99 * 1024 for cost in costs.values()), costs
+    assert all(sum(cost.instructions.values()) > 0 for cost in costs.values()), costs
+
+
+@needs_triton
+@every_operation
+def test_no_spills(operation):
+    check_compiled(operation, 90, "bfloat16", 128)
+
+
+@needs_triton
+@pytest.mark.slow
+@every_operation
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("size", [64, 128])
+def test_no_spills_anywhere(operation, capability, dtype, size):
+    check_compiled(operation, capability, dtype, size)
+
+
+@needs_triton
+def test_static_cost_table(capsys):
+    static_cost_gpu.main("wkv6", "sm_90", 1, 256, 2, 128)
+    table = capsys.readouterr().out
+    assert "forward" in table and "backward" in table
+    assert all(name in table for name in ("prepare", "pass_states", "combine", "key_gradients"))
+    with pytest.raises(ValueError, match="sm_80"):
+        static_cost_gpu.main("wkv6", "v6e:2x2", 1, 256, 2, 128)
+
+
+@needs_jax_triton
+@pytest.mark.parametrize(("operation", "calls"), [("wkv7", 8), ("wkv6", 7)])
+def test_lowers_into_a_jax_program_for_cuda(operation, calls, monkeypatch):
+    jax_triton = importlib.import_module("jax_triton")
+    deviceless = functools.partial(jax_triton.triton_call, compute_capability=90)
+    monkeypatch.setattr(jax_triton, "triton_call", deviceless)
+
+    @jax.jit
+    def gradients(inputs: dict[str, jax.Array]) -> Any:
+        def loss(inputs: dict[str, jax.Array]) -> jax.Array:
+            out, state = OPERATIONS[operation](**inputs, implementation="triton_gpu")
+            return jnp.sum(out.astype(jnp.float32)) + jnp.sum(state)
+
+        return jax.grad(loss)(inputs)
+
+    inputs = {
+        name: jax.ShapeDtypeStruct(x.shape, jnp.float32 if name == "log_w" else jnp.bfloat16)
+        for name, x in recurrence_inputs(operation, 1, 40, 2, 64, 64).items()
+    }
+    exported = jax.export.export(gradients, platforms=["cuda"], disabled_checks=ANY_CUSTOM_CALL)(inputs)
+    assert exported.mlir_module().count("@triton_kernel_call") == calls
+
+
+ANY_CUSTOM_CALL = [
+    jax.export.DisabledSafetyCheck.custom_call(name) for name in ("triton_kernel_call", "triton_kernel_call_ffi")
+]
+
+
+@every_operation
+@pytest.mark.parametrize("missing", ["triton", "jax_triton"])
+def test_without_triton_says_what_to_install(operation, missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, f"pallas_kernels.{operation}.triton_kernels", raising=False)
+    inputs = {name: jnp.asarray(x) for name, x in recurrence_inputs(operation, 1, 4, 1, 8, 8).items()}
+    with pytest.raises(NotImplementedError, match=r"triton.*radlads-jax\[cuda\]"):
+        OPERATIONS[operation](**inputs, implementation="triton_gpu")
+
+
+@needs_triton
+@every_operation
+@pytest.mark.parametrize(("size", "chunk_size", "says"), [(256, None, "at most 128"), (64, 128, "chunk_size=128")])
+def test_what_the_kernels_cannot_do_is_refused(operation, size, chunk_size, says):
+    inputs = {name: jnp.asarray(x) for name, x in recurrence_inputs(operation, 1, 4, 1, size, size).items()}
+    with triton_gpu.running(interpret), pytest.raises(NotImplementedError, match=says):
+        OPERATIONS[operation](**inputs, implementation="triton_gpu", chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "chosen"),
+    [
+        (True, "8.0", "triton_gpu"),
+        (True, "12.0", "triton_gpu"),
+        (True, "7.5", "chunked"),
+        (True, "gfx942", "chunked"),
+        (False, "9.0", "chunked"),
+    ],
+)
+def test_dispatch_takes_triton_on_recent_nvidia_gpus(installed, capability, chosen, monkeypatch):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    implementations = {name: lambda name=name: name for name in ("triton_gpu", "chunked", "reference")}
+    assert dispatch.choose("wkv7", implementations, None)() == chosen
+    assert dispatch.choose("wkv7", implementations, "reference")() == "reference"
+
+
+if __name__ == "__main__":
+    round_as_tensor_cores_do()
+    with triton_gpu.running(interpret):
+        found = {
+            name: {
+                "errors": {case: errors_of(name, case) for case in CASES},
+                "pieces": pieces(name),
+                "permuted": permuted(name),
+            }
+            for name in OPERATIONS
+        }
+    print(json.dumps(found))

@@ -133,6 +133,20 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis: rows over data and fsdp, weights over fsdp, heads and widths over tensor.
+
+    fsdp -1: all devices that the others leave (on a CPU one). tensor 0: 1, or with fsdp -1 as few as let the rows of
+    every stage be split over the rest.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 0
+    context: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Export:
     dtype: str = "bfloat16"
     retie: bool = False
@@ -151,6 +165,7 @@ class RunConfig:
     data: Data = Data()
     optim: Optim = Optim()
     train: Train = Train()
+    mesh: Mesh = Mesh()
     export: Export = Export()
     pretrain: StageConfig = StageConfig(tokens=20_000_000, lr=3e-3, lr_final=1e-4, mixer_lr=3e-3, mixer_lr_final=1e-4)
     stage1: StageConfig = StageConfig(
@@ -258,6 +273,11 @@ def validate(config: ConfigDict) -> RunConfig:
     _at_least(1, run.train, "config.train", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped")
     _at_least(1, run.train, "config.train", "eval_batch_size", "sample_tokens")
     _at_least(0, run.train, "config.train", "slice_tokens")
+    _at_least(1, run.mesh, "config.mesh", "data", "context")
+    _at_least(0, run.mesh, "config.mesh", "tensor")
+    fsdp = run.mesh.fsdp
+    _require(fsdp == -1 or fsdp >= 1, "config.mesh.fsdp", fsdp, "at least 1, or -1 for all devices")
+    _require(run.mesh.context == 1, "config.mesh.context", run.mesh.context, "1: context > 1 is not supported yet")
     _require(run.export.max_shard_gb > 0, "config.export.max_shard_gb", run.export.max_shard_gb, "more than 0")
     return run
 

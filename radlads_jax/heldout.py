@@ -8,14 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
 from pallas_kernels.linear_loss import linear_stats
+from radlads_jax import sharding
 from radlads_jax.data import pipeline
+from radlads_jax.decoding import generate_greedy
 from radlads_jax.distill.losses import Batch, next_tokens, read_rows
-from radlads_jax.generate import generate_greedy
 from radlads_jax.job import Job
 from radlads_jax.models import ModelConfig, bind
 from radlads_jax.models.decoder import Params
@@ -47,6 +49,7 @@ def evaluate(
     batches: Sequence[Mapping[str, np.ndarray]],
     teacher_cfg: ModelConfig | None = None,
     teacher: Params | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Means per token: {"student": {loss, top1, kl, agreement}, "teacher": {loss, top1}, "relative_top1", "tokens"}.
 
@@ -56,8 +59,9 @@ def evaluate(
     """
     totals: dict[str, float] = {}
     for batch in batches:
-        on_device = {name: jnp.asarray(rows) for name, rows in batch.items()}
-        sums = jax.device_get(batch_sums(student_cfg, teacher_cfg, student, teacher, on_device))
+        on_device = {name: jnp.asarray(rows) for name, rows in sharding.place_rows(mesh, batch).items()}
+        with sharding.traced_over(mesh):
+            sums = jax.device_get(batch_sums(student_cfg, teacher_cfg, student, teacher, on_device))
         totals = {k: totals.get(k, 0.0) + float(v) for k, v in sums.items()}
     tokens = totals.pop("tokens")
     if tokens == 0:
@@ -105,9 +109,9 @@ def evaluate_job(job: Job, student: Params, teacher: Params | None) -> dict[str,
     student = jax.tree.map(lambda x: x.astype(job.student.dtype), student)
     models = {"student": (job.student, student)}
     if teacher is None:
-        result = evaluate(job.student, student, batches)
+        result = evaluate(job.student, student, batches, mesh=job.mesh)
     else:
-        result = evaluate(job.student, student, batches, job.teacher, teacher)
+        result = evaluate(job.student, student, batches, job.teacher, teacher, job.mesh)
         models = {"teacher": (job.teacher, teacher)} | models
     if prompts := run.train.sample_prompts:
         texts = {

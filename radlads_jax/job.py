@@ -4,10 +4,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
+from radlads_jax import sharding
 from radlads_jax.config import RunConfig, Student
 from radlads_jax.data import binidx, pipeline, prepare, sources, synthetic
 from radlads_jax.models.config import MixerConfig, ModelConfig
-from radlads_jax.models.decoder import Params, init_params
+from radlads_jax.models.decoder import Params, abstract_params, init_params
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.hub import check_tokenizer, load_tokenizer, resolve_model_dir
@@ -25,6 +29,7 @@ class Job:
 
     source: the teacher's directory, None where the run starts from fresh weights. base_config: its config.json.
     teacher: the teacher's dimensions, its stacks cut at the student's boundaries. eval_tokens: held out at the end.
+    mesh: the devices the run is spread over, None for one.
     """
 
     run: RunConfig
@@ -37,16 +42,21 @@ class Job:
     tokenizer: Any
     token_file: binidx.TokenFile
     eval_tokens: int
+    mesh: Mesh | None = None
 
     def load_teacher(self, dtype: str) -> Params:
-        """The teacher's parameters, from its files or, for a run from scratch, fresh ones."""
+        """The teacher's parameters, from its files or, for a run from scratch, fresh ones; born where they lie."""
+        placed = sharding.shardings(self.mesh, abstract_params(self.teacher))
         if self.source is None:
-            return init_params(dataclasses.replace(self.teacher, param_dtype=dtype), self.run.seed)
-        return load_params(self.source, self.teacher, dtype=dtype)
+            cfg = dataclasses.replace(self.teacher, param_dtype=dtype)
+            init = init_params if placed is None else jax.jit(init_params, static_argnums=0, out_shardings=placed)
+            return init(cfg, self.run.seed)
+        return load_params(self.source, self.teacher, dtype=dtype, shardings=placed)
 
 
 def make_job(run: RunConfig, workdir: Path) -> Job:
     """Checks teacher, student, tokenizer and data, in this order; raises ValueError for the first that is wrong."""
+    mesh = sharding.make_mesh(run)
     source = resolve_model_dir(run.teacher.path, run.teacher.revision or None) if run.teacher.path else None
     base_config = read_config(source) if source else dict(run.teacher.scratch)
     original = dataclasses.replace(model_config_from_hf(base_config), dtype=run.teacher.dtype)
@@ -76,6 +86,7 @@ def make_job(run: RunConfig, workdir: Path) -> Job:
         tokenizer,
         token_file,
         eval_tokens,
+        mesh,
     )
 
 

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -18,6 +19,12 @@ from radlads_jax import config as config_lib
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A Python file with get_config(arg), e.g. configs/demo.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the export go; made when missing.")
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed", "off", ["off", "auto"], "auto: one of a cluster's hosts, found by itself."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes run as one.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many they are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 # What may differ between a run and its continuation: none of it changes the result.
@@ -25,8 +32,11 @@ FREE_FIELDS = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped
 EXIT_FAILED, EXIT_STOPPED = 1, 128
 
 
-def main(argv: list[str]) -> int:
-    """Returns the exit code: 0 done, 1 refused or failed, 128 + signal when stopped by one (start it again)."""
+def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
+    """Returns the exit code: 0 done, 1 refused or failed, 128 + signal when stopped by one (start it again).
+
+    join: makes this process one of several, once the settings are known to be sound.
+    """
     try:
         if len(argv) > 1:
             raise ValueError(
@@ -47,6 +57,7 @@ def main(argv: list[str]) -> int:
     from radlads_jax.train import Interrupted, TooManyNonFinite, convert
 
     try:
+        join()
         job = make_job(run, workdir)
         # Only now: a run that could not begin leaves the directory to the corrected command.
         remember_config(workdir, _CONFIG.value.to_dict())
@@ -57,6 +68,14 @@ def main(argv: list[str]) -> int:
     except (ValueError, NotImplementedError, TooManyNonFinite, OSError) as error:
         return refuse(error)
     return 0
+
+
+def join_hosts() -> None:
+    """Joins the other hosts' processes, if the flags ask for it."""
+    from radlads_jax import hosts
+
+    hosts.start(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    hosts.require_one()
 
 
 def refuse(error: Exception | str) -> int:
@@ -140,4 +159,4 @@ def _differences(before: dict, now: dict, where: str) -> list[str]:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    app.run(lambda argv: sys.exit(main(argv)), flags_parser=parse_flags)
+    app.run(lambda argv: sys.exit(main(argv, join_hosts)), flags_parser=parse_flags)

@@ -1,8 +1,6 @@
 """The only loop and all of its I/O: stage after stage, resumable at any step, then evaluation and export."""
 
-import functools
 import json
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,16 +11,15 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from radlads_jax import heldout
+from radlads_jax import heldout, sharding
 from radlads_jax.checkpoint import Checkpoints
 from radlads_jax.data import pipeline
-from radlads_jax.distill.losses import LossSums
+from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
 from radlads_jax.distill.stages import STAGES
-from radlads_jax.distill.step import make_train_step
 from radlads_jax.job import Job
 from radlads_jax.metrics import MetricsLogger
-from radlads_jax.models.decoder import Params, abstract_params
-from radlads_jax.optim import learning_rates, make_optimizer
+from radlads_jax.models.decoder import Params
+from radlads_jax.optim import learning_rates
 from radlads_jax.porting.save import save_params
 from radlads_jax.porting.student import init_mixers, transfer_table, whole_student
 from radlads_jax.train_state import TrainState, overlay_params, split_params
@@ -108,8 +105,6 @@ def run_stage(
 ) -> dict[str, Any]:
     """Trains a stage from its newest checkpoint, or from what the stages before left; returns its summary line."""
     recipe, train = job.run.stage(name), job.run.train
-    optimizer = make_optimizer(recipe, job.run.optim)
-    create = functools.partial(TrainState.create, optimizer=optimizer)
     keep = {"keep": train.keep_checkpoints, "every": train.checkpoint_every}
     with Checkpoints(stage_directory(job, name), **keep) as checkpoints:
         start = checkpoints.latest_step() or 0
@@ -118,7 +113,7 @@ def run_stage(
             return _summary_line(job, name, checkpoints.restore_meta(start))
         batches = _batches(job, name)
         if start:
-            abstract = jax.eval_shape(create, _trainable_shapes(job, name))
+            abstract = abstract_state(job.run, job.student, name, job.mesh)
             state, data_state, meta = checkpoints.restore(start, abstract)
             batches.set_state(data_state)
             frozen = _frozen_params(job, name, teacher)
@@ -127,9 +122,8 @@ def run_stage(
             student = _student_before(job, name, teacher)
             if name == job.run.stages[0] and teacher is not None:
                 console.print(transfer_table(job.student, student, teacher, fresh_qkvo=job.run.student.fresh_qkvo))
-            params, frozen = split_params(student, _is_trainable(job, name))
-            # Donated, so that the parameters are held once.
-            state, meta = jax.jit(create, donate_argnums=0)(params), {}
+            params, frozen = split_params(student, is_trainable(job.run, job.student, name))
+            state, meta = create_state(job.run, name, params, job.mesh), {}
             del student, params
         teacher = teacher if STAGES[name].needs_teacher else None
         clock = Clock(meta)
@@ -152,7 +146,7 @@ def _train(
 ) -> None:
     """Steps start + 1 to the recipe's last; every step's metrics are logged once; saves as it goes."""
     recipe, train = job.run.stage(name), job.run.train
-    step_fn = jax.jit(_train_step(job, name), donate_argnums=0)
+    step_fn = make_step(job.run, job.student, job.teacher, name, job.mesh)
     rates = learning_rates(recipe)
     pending: dict[int, dict[str, jax.Array]] = {}
     logger.begin(name, start, recipe.steps, tokens_per_step=recipe.batch_size * recipe.seq_len)
@@ -167,7 +161,7 @@ def _train(
         pending.clear()
 
     for step in range(start + 1, recipe.steps + 1):
-        state, pending[step] = step_fn(state, frozen, teacher, next(batches))
+        state, pending[step] = step_fn(state, frozen, teacher, sharding.place_rows(job.mesh, next(batches)))
         if step == start + 1:
             jax.block_until_ready(state.step)
             clock.start(step)
@@ -209,23 +203,6 @@ def _summary_line(job: Job, name: str, meta: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _train_step(job: Job, name: str) -> Callable[..., Any]:
-    recipe = job.run.stage(name)
-
-    def loss_fn(student: Params, teacher: Params | None, batch: dict[str, jax.Array]) -> LossSums:
-        return STAGES[name].loss_fn(
-            job.student,
-            job.teacher,
-            student,
-            teacher,
-            batch,
-            remat=recipe.remat,
-            slice_tokens=job.run.train.slice_tokens or None,
-        )
-
-    return make_train_step(loss_fn, make_optimizer(recipe, job.run.optim), accumulate=recipe.accumulate)
-
-
 def _batches(job: Job, name: str) -> Any:
     """The stage's batches; each stage has an order of its own."""
     recipe = job.run.stage(name)
@@ -239,20 +216,11 @@ def _batches(job: Job, name: str) -> Any:
     )
 
 
-def _is_trainable(job: Job, name: str) -> Callable[[str], bool]:
-    stage, frozen = STAGES[name], job.run.stage(name).freeze
-    return lambda path: stage.trainable(path, job.student) and not any(re.search(f, path) for f in frozen)
-
-
-def _trainable_shapes(job: Job, name: str) -> Params:
-    return split_params(abstract_params(job.student), _is_trainable(job, name))[0]
-
-
 def _frozen_params(job: Job, name: str, teacher: Params | None) -> Params:
     """The student's parameters that the stage reads and does not train; nothing is built where there are none."""
     if not job.run.stage(name).freeze:
         return {}
-    return split_params(_student_before(job, name, teacher), _is_trainable(job, name))[1]
+    return split_params(_student_before(job, name, teacher), is_trainable(job.run, job.student, name))[1]
 
 
 def _student_before(job: Job, name: str, teacher: Params | None) -> Params:
@@ -268,20 +236,21 @@ def student_after(job: Job, stages: Sequence[str], teacher: Params | None, *, wh
     """
     params: Params = {}
     if job.student.recurrent_mixer is not None:
-        params = init_mixers(job.student, teacher or {}, job.run.seed, fresh_qkvo=job.run.student.fresh_qkvo)
+        fresh = job.run.student.fresh_qkvo
+        params = init_mixers(job.student, teacher or {}, job.run.seed, fresh_qkvo=fresh, mesh=job.mesh)
     if whole:
         params = whole_student(job.student, job.load_teacher("float32"), params)
     for name in stages:
         with Checkpoints(stage_directory(job, name)) as checkpoints:
-            params = overlay_params(params, _stored_params(checkpoints, params, job.run.stage(name).steps))
+            params = overlay_params(params, _stored_params(job, checkpoints, params, job.run.stage(name).steps))
     return params
 
 
-def _stored_params(checkpoints: Checkpoints, params: Params, step: int) -> Params:
+def _stored_params(job: Job, checkpoints: Checkpoints, params: Params, step: int) -> Params:
     """The part of `params` that a checkpoint holds, read from it."""
     stored = checkpoints.shapes(step)
     wanted, _ = split_params(params, lambda path: f"params/{path}" in stored)
-    return checkpoints.restore_params(step, jax.eval_shape(lambda: wanted))
+    return checkpoints.restore_params(step, sharding.abstract(job.mesh, wanted))
 
 
 def stage_directory(job: Job, name: str) -> Path:

@@ -1,11 +1,16 @@
 """Stage 1: every recurrent mixer learns its attention layer's output, all layers in one pass (RADLADS section 2)."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from radlads_jax import sharding
 from radlads_jax.distill.losses import Batch, LossSums
+from radlads_jax.models.attention import Context
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import MIXERS, Params, bind, make_context, rematted
 
@@ -33,34 +38,38 @@ def align_loss(
     context, _ = make_context(teacher_cfg, tokens, segment_ids, batch["positions"], None)
     student_dtype = jnp.dtype(student_cfg.dtype)
     x = decoder.embed(tokens)
-    v_first = jnp.zeros((*tokens.shape, student_cfg.num_heads, student_cfg.head_dim), student_dtype)
+    v_first = sharding.by_heads(jnp.zeros((*tokens.shape, student_cfg.num_heads, student_cfg.head_dim), student_dtype))
     layer_sums = []
     stacks = zip(student_cfg.stack_starts, student_cfg.stacks, decoder.stacks, strict=True)
     for i, (start, (mixer_name, n), stack) in enumerate(stacks):
         if mixer_name == "attention":
-            x, _ = jax.lax.scan(lambda x, layer: (layer(x, context, None, None, None)[0], None), x, stack)
+            x, _ = jax.lax.scan(functools.partial(_teacher_layer, teacher_cfg, context), x, stack)
             continue
         structure = _mixer_structure(student_cfg, mixer_name)
 
         def error(mixer_params, layer_id, h, target, v_first, structure=structure):
-            mixer = nnx.merge(structure, mixer_params)
+            mixer = nnx.merge(structure, sharding.gathered(mixer_params, student_cfg, "mixer/"))
             out, v_first, _ = mixer(h.astype(student_dtype), context, v_first, layer_id, None)
             return jnp.sum(_distance(target, out) * counted), v_first
 
         def body(carry, inputs, error=error):
             x, v_first = carry
             layer, mixer_params, layer_id = inputs
-            h = layer.input_norm(x)
+            layer = sharding.gathered(layer, teacher_cfg)
+            h = sharding.whole_rows(layer.input_norm(x))
             target, _, _ = layer.mixer(h, context, None, None, None)
             layer_sum, v_first = rematted(error, remat)(mixer_params, layer_id, h, target, v_first)
-            x = x + target
-            return (x + layer.mlp(layer.post_norm(x)), v_first), layer_sum
+            return (layer.after_mixer(x, target), v_first), layer_sum
 
         inputs = (stack, student["stacks"][i]["mixer"], start + jnp.arange(n))
         (x, v_first), sums = jax.lax.scan(body, (x, v_first), inputs)
         layer_sums.append(sums)
     layer_loss = jnp.concatenate(layer_sums)
     return LossSums(layer_loss.mean(), counted.sum(), {"layer_loss": layer_loss})
+
+
+def _teacher_layer(cfg: ModelConfig, context: Context, x: Array, layer: Any) -> tuple[Array, None]:
+    return sharding.gathered(layer, cfg)(x, context, None, None, None)[0], None
 
 
 def _distance(target: Float[Array, "B T D"], out: Float[Array, "B T D"]) -> Float[Array, "B T"]:

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pallas_kernels.sharded import ROWS, constrain
 from radlads_jax.distill.losses import Batch, LossSums
 from radlads_jax.models.decoder import Params
+from radlads_jax.sharding import constrain_params
 from radlads_jax.train_state import TrainState, merge_params
 
 LossFn = Callable[[Params, Params | None, Batch], LossSums]
@@ -31,7 +33,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *,
 
         sums, grads = _accumulate(jax.grad(loss_of, has_aux=True), state.params, batch, accumulate)
         weight = jnp.maximum(sums.weight, 1.0)
-        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        grads = constrain_params(jax.tree.map(lambda g: g / weight.astype(g.dtype), grads))
         loss, grad_norm = sums.loss / weight, optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -49,12 +51,13 @@ def _accumulate(grad_fn: Any, params: Params, batch: Batch, parts: int) -> tuple
     if parts == 1:
         grads, sums = grad_fn(params, batch)
         return sums, grads
-    split = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
+    split = jax.tree.map(lambda x: constrain(x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), None, ROWS), batch)
     one_part = jax.tree.map(lambda x: x[0], split)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad_fn, params, one_part))
+    grads, sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad_fn, params, one_part))
 
     def body(total, part):
-        return jax.tree.map(jnp.add, total, grad_fn(params, part)), None
+        grads, sums = jax.tree.map(jnp.add, total, grad_fn(params, part))
+        return (constrain_params(grads), sums), None
 
-    (grads, sums), _ = jax.lax.scan(body, zeros, split)
+    (grads, sums), _ = jax.lax.scan(body, (constrain_params(grads), sums), split)
     return sums, grads

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.sharded import HEADS, per_shard, shards
+from radlads_jax import sharding
 from radlads_jax.models import rope
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.layers import RMSNorm, linear, split_heads
+from radlads_jax.models.layers import RMSNorm, linear, repeat_kv, split_heads
 
 # Scores are [B, H, block, S]: with blocks of queries a long row needs memory linear in its length.
 QUERY_BLOCK = 512
@@ -53,7 +55,7 @@ class Mixer(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if use_rope:
             q, k = rope.rotate(q, context.cos, context.sin), rope.rotate(k, context.cos, context.sin)
-        return q, k, v
+        return sharding.by_heads(q), sharding.by_heads(k), sharding.by_heads(v)
 
 
 class Attention(Mixer):
@@ -86,14 +88,25 @@ def softmax_attention(
 
     Query t stands at key offset + t. Without a decoding state S = T and offset = 0.
     """
-    offset = 0 if context.offset is None else context.offset
-    key_segments = context.segment_ids if context.key_segment_ids is None else context.key_segment_ids
+    if context.offset is not None:
+        return _attend(q, k, v, context.segment_ids, context.offset, context.key_segment_ids)
+    if k.shape[2] % shards(HEADS):
+        k, v = repeat_kv(k, q.shape[2]), repeat_kv(v, q.shape[2])
+    attend = per_shard(_attend, ("sequence", "sequence", "sequence", "rows"), "sequence")
+    return attend(q, k, v, context.segment_ids)
+
+
+def _attend(
+    q: Array, k: Array, v: Array, segment_ids: Array | None, offset: Array | None = None, keys: Array | None = None
+) -> Array:
+    """`softmax_attention` with the context's parts; keys: the segments of a decoding state's keys."""
+    key_segments = segment_ids if keys is None else keys
 
     def block(queries: Array, first: int, keys: Array, values: Array) -> Array:
-        rows = offset + first + jnp.arange(queries.shape[1])
+        rows = (0 if offset is None else offset) + first + jnp.arange(queries.shape[1])
         mask = (rows[:, None] >= jnp.arange(keys.shape[1])[None, :])[None, None]
-        if context.segment_ids is not None and key_segments is not None:
-            own = context.segment_ids[:, first : first + queries.shape[1]]
+        if segment_ids is not None and key_segments is not None:
+            own = segment_ids[:, first : first + queries.shape[1]]
             mask = mask & (own[:, None, :, None] == key_segments[:, None, None, : keys.shape[1]])
         return jax.nn.dot_product_attention(queries, keys, values, mask=mask)
 
@@ -103,7 +116,7 @@ def softmax_attention(
     pieces = []
     for i in range(0, total, QUERY_BLOCK):
         # Without a state, a block's queries see no key behind its end: those are never multiplied.
-        end = k.shape[1] if context.offset is not None else min(i + QUERY_BLOCK, total)
+        end = k.shape[1] if offset is not None else min(i + QUERY_BLOCK, total)
         piece = jax.checkpoint(block, static_argnums=1)(q[:, i : i + QUERY_BLOCK], i, k[:, :end], v[:, :end])
         pieces.append(piece)
     return jnp.concatenate(pieces, axis=1)

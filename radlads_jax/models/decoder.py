@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from radlads_jax import sharding
 from radlads_jax.models import rope
 from radlads_jax.models.attention import Attention, Context
 from radlads_jax.models.config import ModelConfig
@@ -37,7 +38,9 @@ class Embedding(nnx.Module):
         self.dtype = cfg.dtype
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.embedding[...][tokens].astype(self.dtype)
+        # Each device looks up its own columns for all rows, then columns are exchanged for rows: no weight travels.
+        columns = sharding.constrain(self.embedding[...][tokens].astype(self.dtype), "data", None, "fsdp")
+        return sharding.residual(columns)
 
 
 class Layer(nnx.Module):
@@ -50,9 +53,14 @@ class Layer(nnx.Module):
         self.mlp = MLP(cfg, rngs=rngs)
 
     def __call__(self, x, context: Context, v_first, layer_id, state):
-        out, v_first, state = self.mixer(self.input_norm(x), context, v_first, layer_id, state)
-        x = x + out
-        return x + self.mlp(self.post_norm(x)), v_first, state
+        h = sharding.whole_rows(self.input_norm(x))
+        out, v_first, state = self.mixer(h, context, v_first, layer_id, state)
+        return self.after_mixer(x, out), v_first, state
+
+    def after_mixer(self, x: Float[Array, "B T D"], out: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The layer's result, given its input and its mixer's output."""
+        x = x + sharding.residual(out)
+        return x + sharding.residual(self.mlp(sharding.whole_rows(self.post_norm(x))))
 
 
 class Decoder(nnx.Module):
@@ -88,19 +96,20 @@ class Decoder(nnx.Module):
         context, state = make_context(self.cfg, tokens, segment_ids, positions, state)
         x = self.embed(tokens)
         v_first = jnp.zeros((*tokens.shape, self.cfg.num_heads, self.cfg.head_dim), x.dtype)
-        carry, stack_states = (x, v_first), []
+        carry, stack_states = (x, sharding.by_heads(v_first)), []
         for start, stack, (_, n), stack_state in zip(
             self.cfg.stack_starts, self.stacks, self.cfg.stacks, _stack_states(state, self.cfg), strict=True
         ):
 
             def body(carry, inputs):
                 layer, layer_id, layer_state = inputs
+                layer = sharding.gathered(layer, self.cfg)
                 x, v_first, layer_state = layer(carry[0], context, carry[1], layer_id, layer_state)
                 return (x, v_first), layer_state
 
             carry, stack_state = jax.lax.scan(rematted(body, remat), carry, (stack, start + jnp.arange(n), stack_state))
             stack_states.append(stack_state)
-        return self.norm(carry[0]), None if state is None else state | {"stacks": stack_states}
+        return sharding.whole_rows(self.norm(carry[0])), None if state is None else state | {"stacks": stack_states}
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """hidden times the head (the embedding where they are tied), accumulated and returned in float32."""

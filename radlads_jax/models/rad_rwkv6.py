@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.sharded import per_shard
 from pallas_kernels.wkv6 import wkv6
 from radlads_jax.models.attention import Context, Mixer
 from radlads_jax.models.config import ModelConfig
@@ -80,7 +81,8 @@ class RadRwkv6(Mixer):
         if mixer.balance_state:
             k = (k * -jnp.expm1(log_w)).astype(x.dtype)
         initial = None if state is None else state["wkv"]
-        out, final = wkv6(r, log_w, k, v, initial_state=initial, segment_ids=context.segment_ids)
+        recurrence = per_shard(_recurrence, ("sequence",) * 4 + ("state", "rows"), ("sequence", "state"))
+        out, final = recurrence(r, log_w, k, v, initial, context.segment_ids)
         out = out * cfg.head_dim**-0.5
         if mixer.group_norm:
             out = self.ln_x(out)
@@ -92,6 +94,10 @@ class RadRwkv6(Mixer):
         if state is not None:
             state = {"wkv": final} | ({"shift": x[:, -1].astype(state["shift"].dtype)} if mixer.token_shift else {})
         return self.o(out), v_first, state
+
+
+def _recurrence(r, log_w, k, v, initial_state, segment_ids):
+    return wkv6(r, log_w, k, v, initial_state=initial_state, segment_ids=segment_ids)
 
 
 def _initial_decay(cfg: ModelConfig, layer_id: Int[Array, ""]) -> Float[Array, " d"]:

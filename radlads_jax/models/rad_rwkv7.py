@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.sharded import per_shard
 from pallas_kernels.wkv7 import wkv7
 from radlads_jax.models.attention import Context, Mixer
 from radlads_jax.models.config import ModelConfig
@@ -64,7 +65,8 @@ class RadRwkv7(Mixer):
         kk, k = self._keys(k.astype(jnp.float32), log_w, iclr)
         a, b = (-kk).astype(x.dtype), (kk * iclr).astype(x.dtype)
         initial = None if state is None else state["wkv"]
-        out, final = wkv7(r, log_w, k.astype(x.dtype), v, a, b, initial_state=initial, segment_ids=context.segment_ids)
+        recurrence = per_shard(_recurrence, ("sequence",) * 6 + ("state", "rows"), ("sequence", "state"))
+        out, final = recurrence(r, log_w, k.astype(x.dtype), v, a, b, initial, context.segment_ids)
         out = self.ln_x(out) if mixer.group_norm else out * cfg.head_dim**-0.5
         out = out.reshape(*x.shape[:2], -1)
         if mixer.gate == "low_rank":
@@ -80,6 +82,10 @@ class RadRwkv7(Mixer):
         per_head = (k.shape[2], k.shape[3])
         k_k, k_a = (p[...].astype(jnp.float32).reshape(per_head) for p in (self.k_k, self.k_a))
         return _unit(k * k_k), k * (1 + (iclr - 1) * k_a)
+
+
+def _recurrence(r, log_w, k, v, a, b, initial_state, segment_ids):
+    return wkv7(r, log_w, k, v, a, b, initial_state=initial_state, segment_ids=segment_ids)
 
 
 def _unit(x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:

@@ -1,11 +1,14 @@
 """Stage 0: a student made of its teacher's weights and of new ones (RADLADS section 2, "weight transfer")."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.table import Table
 
+from radlads_jax import sharding
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import Params, init_params
 from radlads_jax.train_state import merge_params, path_leaves, split_params
@@ -13,14 +16,16 @@ from radlads_jax.train_state import merge_params, path_leaves, split_params
 COPIED_PROJECTIONS = ("q", "k", "v", "o", "q_norm", "k_norm")
 
 
-def init_mixers(cfg: ModelConfig, teacher: Params, seed: int, *, fresh_qkvo: bool = False) -> Params:
+def init_mixers(
+    cfg: ModelConfig, teacher: Params, seed: int, *, fresh_qkvo: bool = False, mesh: Mesh | None = None
+) -> Params:
     """{"stacks": {i: {"mixer": ...}}} of the recurrent stacks, in cfg.param_dtype.
 
     q, k, v, o, their biases and norms are the teacher's (whose stacks are cut at the student's boundaries); with
     fresh_qkvo q, k, v and o are uniform in +-0.5 D^-1/2 and o is zero, the paper's ablation. All else is new, a
-    function of the seed alone.
+    function of the seed alone, and lies on `mesh` as the copies of a teacher on the same mesh do.
     """
-    new = _init_recurrent(cfg, seed)
+    new = _init_recurrent(cfg, mesh)(seed)
     for i, stack in new["stacks"].items():
         source = {} if fresh_qkvo else teacher["stacks"][i]["mixer"]
         for name in COPIED_PROJECTIONS:
@@ -28,24 +33,30 @@ def init_mixers(cfg: ModelConfig, teacher: Params, seed: int, *, fresh_qkvo: boo
                 # A copy even where the dtype is the same: training donates the student's buffers, never the teacher's.
                 stack["mixer"][name] = jax.tree.map(lambda x: jnp.array(x, cfg.param_dtype), source[name])
         if fresh_qkvo:
-            _refresh(cfg, stack["mixer"], jax.random.fold_in(jax.random.key(seed), i))
+            _refresh(cfg, stack["mixer"], jax.random.fold_in(jax.random.key(seed), i), mesh)
     return new
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _init_recurrent(cfg: ModelConfig, seed: jax.Array) -> Params:
-    """The mixers of the recurrent stacks; under jit, so that what is not returned is not computed."""
-    stacks = init_params(cfg, jax.random.key(seed))["stacks"]
-    return {"stacks": {i: {"mixer": stacks[i]["mixer"]} for i, (m, _) in enumerate(cfg.stacks) if m != "attention"}}
+@functools.cache
+def _init_recurrent(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[int], Params]:
+    """seed -> the mixers of the recurrent stacks; under jit, so that what is not returned is not computed."""
+
+    def init(seed: jax.Array) -> Params:
+        stacks = init_params(cfg, jax.random.key(seed))["stacks"]
+        return {"stacks": {i: {"mixer": stacks[i]["mixer"]} for i, (m, _) in enumerate(cfg.stacks) if m != "attention"}}
+
+    return jax.jit(init, out_shardings=sharding.shardings(mesh, jax.eval_shape(init, 0)))
 
 
-def _refresh(cfg: ModelConfig, mixer: Params, key: jax.Array) -> None:
+def _refresh(cfg: ModelConfig, mixer: Params, key: jax.Array, mesh: Mesh | None) -> None:
     bound = 0.5 * cfg.hidden_size**-0.5
     for name, name_key in zip("qkvo", jax.random.split(key, 4), strict=True):
-        old = mixer[name]["kernel"]
+        kernel = mixer[name]["kernel"]
         mixer[name] = jax.tree.map(jnp.zeros_like, mixer[name])
         if name != "o":
-            mixer[name]["kernel"] = jax.random.uniform(name_key, old.shape, old.dtype, -bound, bound)
+            uniform = functools.partial(jax.random.uniform, shape=kernel.shape, dtype=kernel.dtype)
+            born = uniform if mesh is None else jax.jit(uniform, out_shardings=kernel.sharding)
+            mixer[name]["kernel"] = born(name_key, minval=-bound, maxval=bound)
 
 
 def whole_student(cfg: ModelConfig, base: Params, mixers: Params) -> Params:

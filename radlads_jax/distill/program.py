@@ -1,0 +1,99 @@
+"""A stage's training step as one compiled program: what it trains, what it reads, and where all of it lies."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from radlads_jax import sharding
+from radlads_jax.config import RunConfig
+from radlads_jax.distill.losses import LossSums
+from radlads_jax.distill.stages import STAGES
+from radlads_jax.distill.step import make_train_step
+from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.decoder import Params, abstract_params
+from radlads_jax.optim import make_optimizer
+from radlads_jax.train_state import TrainState, split_params
+
+BATCH_DTYPES = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "loss_mask": jnp.float32}
+
+
+def is_trainable(run: RunConfig, student: ModelConfig, name: str) -> Callable[[str], bool]:
+    """Whether the stage trains the parameter of a path."""
+    stage, frozen = STAGES[name], run.stage(name).freeze
+    return lambda path: stage.trainable(path, student) and not any(re.search(f, path) for f in frozen)
+
+
+def abstract_student(
+    run: RunConfig, student: ModelConfig, name: str, mesh: sharding.AnyMesh | None
+) -> tuple[Params, Params]:
+    """(trained, frozen) parameters of a stage, as shapes with their shardings; what it does not read is left out."""
+    trained, frozen = split_params(abstract_params(student), is_trainable(run, student, name))
+    if not STAGES[name].whole_student:
+        frozen = split_params(frozen, lambda path: STAGES[name].trainable(path, student))[0]
+    return sharding.abstract(mesh, trained), sharding.abstract(mesh, frozen)
+
+
+def abstract_state(run: RunConfig, student: ModelConfig, name: str, mesh: sharding.AnyMesh | None) -> TrainState:
+    """The stage's TrainState as shapes with their shardings."""
+    trained, _ = abstract_student(run, student, name, mesh)
+    optimizer = make_optimizer(run.stage(name), run.optim)
+    return sharding.abstract(mesh, jax.eval_shape(lambda params: TrainState.create(params, optimizer), trained))
+
+
+def create_state(run: RunConfig, name: str, params: Params, mesh: Mesh | None) -> TrainState:
+    """The stage's TrainState at its start; `params` is given up, so that the parameters are held once."""
+    optimizer = make_optimizer(run.stage(name), run.optim)
+
+    def create(params: Params) -> TrainState:
+        return TrainState.create(params, optimizer)
+
+    placed = sharding.shardings(mesh, jax.eval_shape(create, params))
+    return jax.jit(create, donate_argnums=0, out_shardings=placed)(params)
+
+
+def make_step(run: RunConfig, student: ModelConfig, teacher: ModelConfig, name: str, mesh: Mesh | None) -> Any:
+    """The stage's step(state, frozen, teacher, batch) -> (state, metrics), jitted, state donated.
+
+    Over a mesh everything comes and stays as `sharding` places it; metrics are on every device.
+    """
+    recipe = run.stage(name)
+
+    def loss_fn(params: Params, teacher_params: Params | None, batch: dict[str, jax.Array]) -> LossSums:
+        return STAGES[name].loss_fn(
+            student,
+            teacher,
+            params,
+            teacher_params,
+            batch,
+            remat=recipe.remat,
+            slice_tokens=run.train.slice_tokens or None,
+        )
+
+    step = make_train_step(loss_fn, make_optimizer(recipe, run.optim), accumulate=recipe.accumulate)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+
+    def step_over_mesh(*arguments: Any) -> Any:
+        with sharding.traced_over(mesh):
+            return step(*arguments)
+
+    state = sharding.shardings(mesh, abstract_state(run, student, name, mesh))
+    return jax.jit(step_over_mesh, donate_argnums=0, out_shardings=(state, NamedSharding(mesh, PartitionSpec())))
+
+
+def abstract_arguments(run: RunConfig, student: ModelConfig, teacher: ModelConfig, name: str, mesh: Mesh) -> tuple:
+    """What `make_step`'s step takes, as shapes with their shardings; the teacher in the dtype it is run in."""
+    state, (_, frozen) = abstract_state(run, student, name, mesh), abstract_student(run, student, name, mesh)
+    weights = None
+    if STAGES[name].needs_teacher:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, run.teacher.dtype), abstract_params(teacher))
+        weights = sharding.abstract(mesh, shapes)
+    recipe = run.stage(name)
+    placed = sharding.rows_sharding(mesh, recipe.batch_size)
+    shape = (recipe.batch_size, recipe.seq_len)
+    batch = {k: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for k, dtype in BATCH_DTYPES.items()}
+    return state, frozen, weights, batch

@@ -1,0 +1,101 @@
+"""Several hosts as one jax program: which process this is, from the cluster it runs on or from flags."""
+
+import os
+import re
+from collections.abc import Mapping
+
+import jax
+
+# A Slurm job's port: above those that Linux hands out, and another for every job that shares a host.
+FIRST_PORT, PORTS = 61440, 4096
+SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_NTASKS", "SLURM_PROCID")
+
+
+def start(
+    distributed: str = "off",
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins this process to the others; does nothing where no argument asks for it. Comes before any use of a device.
+
+    distributed: "off", or "auto" to learn the rest from TPU metadata, GKE or Slurm. coordinator: HOST:PORT of process
+    0, together with num_processes and process_id. Raises ValueError for arguments that do not fit, or an "auto" that
+    finds no cluster; ConnectionError where joining fails. If the others don't come in five minutes, jax aborts the
+    process (exit code 134).
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    explicit = {name: value for name, value in given.items() if value is not None}
+    if distributed == "off" and not explicit:
+        return
+    options = _checked(distributed, explicit) if explicit else slurm_processes(os.environ) or {}
+    try:
+        jax.distributed.initialize(**options)
+    except ValueError as error:
+        raise ValueError(
+            f"--distributed=auto found no cluster ({error}); expected a TPU host, a GKE pod or a Slurm step. Give "
+            "--coordinator, --num_processes and --process_id, or leave --distributed out on a single host."
+        ) from error
+    except RuntimeError as error:
+        raise ConnectionError(f"this process could not join the others: {error}") from error
+
+
+def require_one() -> None:
+    """Raises NotImplementedError where several processes have joined: the training loop can't share its work yet."""
+    if jax.process_count() > 1:
+        raise NotImplementedError(
+            f"{jax.process_count()} processes have joined, but training runs in one so far; expected a single host. "
+            "Leave out --distributed and --coordinator, and start the command on one host."
+        )
+
+
+def _checked(distributed: str, explicit: dict) -> dict:
+    """jax's arguments from flags that are all there and fit."""
+    missing = [f"--{name}" for name in ("coordinator", "num_processes", "process_id") if name not in explicit]
+    if missing or distributed == "auto":
+        got = ", ".join(f"--{name}={value}" for name, value in explicit.items())
+        what = "--distributed=auto" if distributed == "auto" else f"no {' and no '.join(missing)}"
+        raise ValueError(
+            f"got {got} and {what}; expected either --distributed=auto alone, or --coordinator=HOST:PORT, "
+            "--num_processes=N and --process_id=I together."
+        )
+    number, count = explicit["process_id"], explicit["num_processes"]
+    if not 0 <= number < count:
+        raise ValueError(
+            f"--process_id is {number} and --num_processes {count}; expected a number from 0 to num_processes - 1, a "
+            "different one in every process."
+        )
+    if not re.fullmatch(r".+:\d+", explicit["coordinator"]):
+        raise ValueError(
+            f"--coordinator is {explicit['coordinator']!r}; expected HOST:PORT of process 0, e.g. node1:8476."
+        )
+    return _arguments(explicit["coordinator"], count, number)
+
+
+def slurm_processes(environ: Mapping[str, str]) -> dict | None:
+    """jax's arguments in a Slurm step with one task per node; None elsewhere, where jax finds them itself.
+
+    There jax would give every task a single GPU, whereas here a task has all of its node's.
+    """
+    if any(name not in environ for name in SLURM) or environ["SLURM_NTASKS"] != environ["SLURM_STEP_NUM_NODES"]:
+        return None
+    port = FIRST_PORT + int(environ["SLURM_JOB_ID"]) % PORTS
+    host = first_host(environ["SLURM_STEP_NODELIST"])
+    return _arguments(f"{host}:{port}", int(environ["SLURM_NTASKS"]), int(environ["SLURM_PROCID"]))
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm list of nodes: "gpu[03-07,9],login" -> "gpu03"."""
+    found = re.match(r"([^,\[]+)(?:\[([^],-]+))?", nodes)
+    if found is None:
+        raise ValueError(f"SLURM_STEP_NODELIST is {nodes!r}; expected a list of hosts. Give --coordinator instead.")
+    return found[1] + (found[2] or "")
+
+
+def _arguments(coordinator: str, num_processes: int, process_id: int) -> dict:
+    return {
+        "coordinator_address": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+        "cluster_detection_method": "deactivate",
+    }

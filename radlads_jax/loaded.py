@@ -1,0 +1,109 @@
+"""A model ready to be used: parameters, tokenizer, the tokens that end a text, and what its state costs."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from radlads_jax.decoding import unrolled
+from radlads_jax.models import ModelConfig, init_state
+from radlads_jax.models.decoder import Params
+from radlads_jax.porting import (
+    check_tokenizer,
+    load_params,
+    load_tokenizer,
+    model_config_from_hf,
+    read_config,
+    resolve_model_dir,
+)
+from radlads_jax.porting.config_keys import read_json
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A teacher or a student; stop_ids: the tokens that end a text or a turn of a chat."""
+
+    directory: Path
+    cfg: ModelConfig
+    params: Params
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+
+    def encode(self, text: str) -> list[int]:
+        """The text's tokens, with the tokenizer's own beginning; an empty text is its beginning-of-text token."""
+        ids = self.tokenizer(text)["input_ids"]
+        beginning = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        ids = ids or [i for i in beginning if i is not None][:1]
+        if not ids:
+            raise ValueError(
+                "the prompt is empty and the tokenizer has no token for a text's beginning; expected at least one "
+                "token to continue. Give a prompt."
+            )
+        return ids
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """The tokens of a conversation ({"role", "content"} each) up to where the assistant answers."""
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer of {self.directory} has no chat template, so its model was not made for chats; "
+                "expected one. Give a --prompt to continue instead."
+            )
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def load_model(path: str | Path, *, dtype: str | None = None, for_decoding: bool = False) -> Model:
+    """The model of a Hugging Face directory, of a hub id, or of a run's directory (its export/).
+
+    dtype: of parameters and arithmetic, default bfloat16 on accelerators and float32 on a CPU. for_decoding: layers
+    unrolled where that makes single tokens faster. Raises ValueError for what is no model.
+    """
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}. Change --dtype.")
+    directory = model_directory(path)
+    cfg = dataclasses.replace(model_config_from_hf(read_config(directory)), dtype=dtype, param_dtype=dtype)
+    # On a TPU the products read their layer's weights inside the stack.
+    if for_decoding and jax.default_backend() != "tpu":
+        cfg = unrolled(cfg)
+    tokenizer = load_tokenizer(directory)
+    check_tokenizer(tokenizer, cfg)
+    return Model(directory, cfg, load_params(directory, cfg), tokenizer, stop_ids(directory, tokenizer))
+
+
+def model_directory(path: str | Path) -> Path:
+    """The directory with the model's files: for a run's, its export."""
+    path = Path(path)
+    if (path / "export" / "config.json").is_file():
+        return path / "export"
+    # A run's config.json holds its settings, a model's its model_type.
+    if (path / "checkpoints").is_dir() and not list(path.glob("*.safetensors")):
+        raise ValueError(
+            f"{path} holds a run without export/, so it has not finished; expected a model. Run its launch command "
+            "again until it is done."
+        )
+    return resolve_model_dir(path)
+
+
+def stop_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The end tokens of generation_config.json, of config.json and of the tokenizer."""
+    found = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        given = read_json(directory / name).get("eos_token_id") if (directory / name).is_file() else None
+        found |= set(given) if isinstance(given, list) else {given}
+    return tuple(sorted(i for i in found if type(i) is int))
+
+
+def state_bytes(cfg: ModelConfig, context: int) -> int:
+    """The size of one sequence's decoding state after `context` tokens: constant, but for layers of softmax."""
+    state = jax.eval_shape(lambda: init_state(cfg, 1, context))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state["stacks"]))
+
+
+def cache_bytes(cfg: ModelConfig, context: int) -> int:
+    """The size of the keys and values of `context` tokens, were every layer softmax attention."""
+    return state_bytes(dataclasses.replace(cfg, stacks=(("attention", cfg.num_layers),)), context)

@@ -1,0 +1,309 @@
+"""What a compiled program does in one run, counted in its optimised HLO text: every loop's body times its trip count.
+
+The compiler's own cost analysis counts a loop's body once, and knows no collectives.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "u16": 2, "s16": 2, "f64": 8, "u64": 8, "s64": 8, "c64": 8, "token": 0}
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r" ?([\w\-]+)\(")
+_CALLED = re.compile(r"\b(calls|body|condition|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+# Three ways to write groups: listed, as [groups, size], or as axes (or parts of axes) of a mesh.
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\]|mesh\[([^\]]*)\] ?\{([^}]*)\})")
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+# Instructions that move no bytes of their own: names for others' results, or the second half of a pair.
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all")
+_HALVES = ("-done", "-update")
+
+
+@dataclasses.dataclass
+class Counts:
+    """Of one device in one run. link_bytes: what collectives bring it, by kind; exposed_link_bytes: those that nothing
+    runs beside. cycles: the compiler's estimate of its own operations, 0 where it makes none.
+    """
+
+    flops: float = 0.0
+    hbm_bytes: float = 0.0
+    cycles: float = 0.0
+    exposed_link_bytes: float = 0.0
+    unknown_loops: int = 0
+    link_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def all_link_bytes(self) -> float:
+        return sum(self.link_bytes.values())
+
+
+@dataclasses.dataclass
+class Transfer:
+    """A collective: what it brings to a device, how often it runs, and whether other operations run beside it."""
+
+    kind: str
+    received: float
+    times: float
+    hidden: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line. type: of the result, as text; rest: all from the operands on."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+
+
+Computation = dict[str, Instruction]
+
+
+def count(text: str) -> Counts:
+    """The counts of a program's entry computation."""
+    computations, entry = parse(text)
+    counts, transfers = Counts(), dict[str, Transfer]()
+    _run(computations, computations[entry], 1.0, counts, transfers, fused=False, hidden=False)
+    for one in transfers.values():
+        moved = one.times * one.received
+        counts.link_bytes[one.kind] = counts.link_bytes.get(one.kind, 0.0) + moved
+        counts.exposed_link_bytes += 0.0 if one.hidden else moved
+    return counts
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """Every computation by name, and the entry's name."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", {}
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            current = computations.setdefault(header[2], {})
+            entry = header[2] if header[1] else entry
+        elif found := _INSTRUCTION.match(line):
+            instruction = _instruction(found[1], found[2])
+            if instruction is not None:
+                current[instruction.name] = instruction
+    if not entry:
+        raise ValueError("the text holds no ENTRY computation; expected a compiled program's as_text().")
+    return computations, entry
+
+
+def _instruction(name: str, text: str) -> Instruction | None:
+    cut = _closing(text, 0) if text.startswith("(") else text.find(" ")
+    opcode = _OPCODE.match(text, cut)
+    if cut < 0 or opcode is None:
+        return None
+    end = _closing(text, opcode.end() - 1)
+    operands = re.findall(r"%([\w.\-]+)", text[opcode.end() : end])
+    return Instruction(name, text[:cut], opcode[1], tuple(operands), text[opcode.end() :])
+
+
+def _closing(text: str, start: int) -> int:
+    """The place behind the bracket that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i + 1
+    return len(text)
+
+
+def _run(
+    computations: dict[str, Computation],
+    body: Computation,
+    times: float,
+    counts: Counts,
+    transfers: dict[str, Transfer],
+    *,
+    fused: bool,
+    hidden: bool,
+) -> None:
+    """Adds what `body` does, run so many times. fused: inside one operation; hidden: beside other operations."""
+    for one in body.values():
+        counts.flops += times * _flops(one, body)
+        kind = one.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            transfer = Transfer(kind, _received(one, body, kind), times, hidden or one.opcode.endswith("-start"))
+            _add_transfer(transfers, transfer, one)
+        if not fused and one.opcode not in _FREE and not one.opcode.endswith(_HALVES):
+            counts.hbm_bytes += times * _hbm_bytes(one, body, computations)
+            cycles = _CYCLES.search(one.rest)
+            counts.cycles += times * float(cycles[1]) if cycles else 0.0
+        for role, names in _called(one):
+            inner_times = times
+            if role == "body":
+                trips = _trips(one, computations)
+                counts.unknown_loops += trips is None
+                inner_times = times * (trips or 1)
+            elif role == "condition" or (role == "to_apply" and one.opcode != "call"):
+                continue
+            inside = fused or one.opcode in ("fusion", "async-start")
+            beside = hidden or one.opcode == "async-start" or "async" in one.name
+            for name in names:
+                if name in computations:
+                    _run(computations, computations[name], inner_times, counts, transfers, fused=inside, hidden=beside)
+
+
+def _trips(loop: Instruction, computations: dict[str, Computation]) -> int | None:
+    """How often a loop runs: as the compiler notes it, or as its condition says, i < n (a scan counts from 0)."""
+    if noted := _TRIPS.search(loop.rest):
+        return int(noted[1])
+    for role, names in _called(loop):
+        condition = computations.get(names[0], {}) if role == "condition" else {}
+        for one in condition.values():
+            bound = condition.get(one.operands[1]) if one.opcode == "compare" and "direction=LT" in one.rest else None
+            if bound is not None and bound.opcode == "constant":
+                return int(bound.rest.split(")")[0])
+    return None
+
+
+def _called(one: Instruction) -> Iterator[tuple[str, list[str]]]:
+    for role, names in _CALLED.findall(one.rest):
+        yield role, re.findall(r"[\w.\-]+", names)
+
+
+def _flops(one: Instruction, body: Computation) -> float:
+    """Two for each multiplication of a matrix product; other arithmetic is not counted."""
+    if one.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)
+        left = _dims(body[one.operands[0]].type)
+        return 2.0 * math.prod(_dims(one.type)) * math.prod(left[int(i)] for i in _numbers(contracted))
+    if one.opcode == "convolution":
+        return _convolution_flops(one, body)
+    return 0.0
+
+
+def _convolution_flops(one: Instruction, body: Computation) -> float:
+    """The TPU compiler's form of a matrix product: batch dimensions are windows of which most positions are empty."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
+    assert labels is not None, one.name
+    left, right, out = _dims(body[one.operands[0]].type), _dims(body[one.operands[1]].type), _dims(one.type)
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", one.rest) or [""])[0]))
+    total = 2.0 * right[labels[2].index("i")] * out[labels[3].index("b")] * out[labels[3].index("f")]
+    for axis in range(sum(c.isdigit() for c in labels[1])):
+        digit = str(axis)
+        total *= _positions(
+            left[labels[1].index(digit)],
+            right[labels[2].index(digit)],
+            out[labels[3].index(digit)],
+            {name: value.split("x")[axis] for name, value in window.items()},
+        )
+    return total
+
+
+def _positions(left: int, right: int, out: int, window: dict[str, str]) -> int:
+    """Pairs of an output's and a window's position that meet an element, in one spatial dimension."""
+    stride, dilate = int(window.get("stride", 1)), int(window.get("lhs_dilate", 1))
+    low = int(window.get("pad", "0_0").split("_")[0])
+    place = np.arange(out)[:, None] * stride + np.arange(right)[None, :] * int(window.get("rhs_dilate", 1)) - low
+    return int(np.sum((place >= 0) & (place % dilate == 0) & (place // dilate < left)))
+
+
+def _received(one: Instruction, body: Computation, kind: str) -> float:
+    """Bytes that each device has to receive, at least: a ring's share of operands or result."""
+    group = _group_size(one.rest)
+    given = sum(_size(body[name].type) for name in one.operands if name in body)
+    made = _size(one.type)
+    if one.opcode.endswith("-start") and one.type.startswith("("):
+        made -= given  # the result's tuple holds the operands too
+    share = (group - 1) / group if group else 1.0
+    return {
+        "all-gather": made * share,
+        "all-reduce": 2 * given * share,
+        "reduce-scatter": given * share,
+        "all-to-all": given * share,
+    }.get(kind, float(given))
+
+
+def _add_transfer(transfers: dict[str, Transfer], new: Transfer, one: Instruction) -> None:
+    """A TPU's collective beside other work is written in several fusions: its start, steps (in loops too), and end."""
+    channel = _CHANNEL.search(one.rest)
+    key = f"{new.kind} {channel[1]}" if channel else f"alone {len(transfers)}"
+    if key not in transfers:
+        transfers[key] = new
+        return
+    known = transfers[key]
+    known.times, known.hidden = min(known.times, new.times), True
+
+
+def _group_size(rest: str) -> int:
+    found = _GROUPS.search(rest)
+    if found is None:
+        return 0
+    if found[4] is not None:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[4]))
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[5])
+        return math.prod(int(part or sizes[name]) for name, part in parts)
+    return int(found[3]) if found[3] else len(found[1].split(","))
+
+
+def _hbm_bytes(one: Instruction, body: Computation, computations: dict[str, Computation]) -> float:
+    """Operands read and result written once; of what is sliced or updated in place only the slice."""
+    sizes = [_size(body[name].type, hbm=True) if name in body else 0 for name in one.operands]
+    result = _size(one.type, hbm=True)
+    if one.opcode == "fusion":
+        inside = next((computations[n] for role, names in _called(one) for n in names if n in computations), {})
+        return _fusion_bytes(inside, sizes, result)
+    if one.opcode in ("dynamic-slice", "slice", "gather"):
+        return 2.0 * result
+    if one.opcode == "dynamic-update-slice":
+        return 2.0 * sizes[1]
+    if one.opcode.endswith("-start"):
+        return float(result)
+    return float(sum(sizes) + result)
+
+
+def _fusion_bytes(inside: Computation, sizes: list[int], result: int) -> float:
+    total = 0.0
+    parameters = [i for i in inside.values() if i.opcode == "parameter"]
+    updated = [i for i in inside.values() if i.opcode == "dynamic-update-slice"]
+    in_place = {_source(inside, i.operands[0]) for i in updated}
+    for parameter in parameters:
+        number = int(parameter.rest.split(")")[0])
+        whole = sizes[number] if number < len(sizes) else 0
+        users = [i for i in inside.values() if parameter.name in i.operands]
+        if parameter.name in in_place:
+            continue
+        sliced = all(i.opcode in ("dynamic-slice", "slice", "gather") for i in users)
+        total += min(whole, sum(_size(i.type) for i in users)) if users and sliced else whole
+    if updated:
+        return total + 2.0 * sum(_size(inside[i.operands[1]].type) for i in updated if i.operands[1] in inside)
+    return total + result
+
+
+def _source(inside: Computation, name: str) -> str:
+    while name in inside and inside[name].opcode in ("bitcast", "copy", "convert", "reshape") and inside[name].operands:
+        name = inside[name].operands[0]
+    return name
+
+
+def _size(type_text: str, *, hbm: bool = False) -> int:
+    """Bytes of an array or a tuple of them. hbm: without what the layout puts in another memory."""
+    total = 0
+    for dtype, dims, layout in _SHAPE.findall(type_text):
+        if hbm and re.search(r"S\([1-9]", layout):
+            continue
+        width = _BYTES.get(dtype, 1 if dtype.startswith("f8") else 4)
+        total += width * math.prod(int(d) for d in dims.split(",") if d)
+    return total
+
+
+def _dims(type_text: str) -> list[int]:
+    found = _SHAPE.search(type_text)
+    assert found is not None, type_text
+    return [int(d) for d in found[2].split(",") if d]
+
+
+def _numbers(found: re.Match | None) -> list[int]:
+    return [int(d) for d in found[1].split(",") if d] if found else []

@@ -1,0 +1,169 @@
+"""Joining processes: from flags, from a Slurm step, and what is refused. The processes are real, over gloo."""
+
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from radlads_jax import hosts
+
+ROOT = pathlib.Path(__file__).parent.parent
+JOINED = """
+import jax, sys
+from jax.experimental import multihost_utils
+from radlads_jax import hosts
+hosts.start(**eval(sys.argv[1]))
+seen = multihost_utils.process_allgather(jax.numpy.int32(10 + jax.process_index()))
+print(jax.process_index(), jax.process_count(), jax.device_count(), seen.tolist())
+try:
+    hosts.require_one()
+except NotImplementedError as error:
+    print(error)
+"""
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("localhost", port)) != 0
+
+
+def join(arguments: list[dict], environs: list[dict[str, str]]) -> list[str]:
+    """What two processes print after joining by hosts.start with these arguments."""
+    base = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOINED, repr(options)],
+            env=base | environ,
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+        )
+        for options, environ in zip(arguments, environs, strict=True)
+    ]
+    try:
+        return [process.communicate(timeout=120)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def test_a_task_of_a_slurm_step_and_a_process_by_flags_join() -> None:
+    job = next(job for job in range(os.getpid() % hosts.PORTS, 2 * hosts.PORTS) if is_free(port_of(job)))
+    step = {
+        "SLURM_JOB_ID": str(job),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "0",
+    }
+    flags = {"coordinator": f"localhost:{port_of(job)}", "num_processes": 2, "process_id": 1}
+    printed = join([{"distributed": "auto"}, flags], [step, {}])
+    for i, text in enumerate(printed):
+        assert f"{i} 2 4 [10, 11]\n2 processes have joined, but training runs in one so far" in text
+
+
+def port_of(job: int) -> int:
+    return 61440 + job % 4096
+
+
+def test_the_command_line_joins_before_it_makes_a_job(tmp_path: pathlib.Path) -> None:
+    words = [sys.executable, "-m", "radlads_jax.launch", "--config=configs/demo.py", f"--workdir={tmp_path / 'run'}"]
+    environ = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [*words, "--process_id=0"], env=environ, cwd=ROOT, text=True, capture_output=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: got --process_id=0 and no --coordinator and no --num_processes; expected")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_started_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("started"))
+    hosts.start()
+    hosts.start("off", None, None, None)
+    hosts.require_one()
+
+
+def test_flags_reach_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
+    for name in hosts.SLURM:
+        monkeypatch.delenv(name, raising=False)
+    hosts.start("off", "node1:8476", 4, 3)
+    hosts.start("auto")
+    explicit, auto = calls
+    assert explicit == {
+        "coordinator_address": "node1:8476",
+        "num_processes": 4,
+        "process_id": 3,
+        "cluster_detection_method": "deactivate",
+    }
+    assert auto == {}, "jax finds TPU and GKE hosts itself"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("off", "node1:8476", None, None), "no --num_processes and no --process_id"),
+        (("off", None, None, 0), "--process_id=0"),
+        (("auto", "node1:8476", 2, 0), "expected either --distributed=auto alone"),
+        (("off", "node1:8476", 2, 2), "--process_id is 2 and --num_processes 2"),
+        (("off", "node1:8476", 2, -1), "a number from 0"),
+        (("off", "node1", 2, 0), "expected HOST:PORT of process 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments: tuple, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("started"))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        hosts.start(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "said"),
+    [
+        (ValueError("coordinator_address should be defined."), ValueError, "--distributed=auto found no cluster"),
+        (RuntimeError("no such host"), ConnectionError, "could not join the others: no such host"),
+    ],
+)
+def test_what_jax_raises_is_explained(
+    raised: Exception, kind: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def initialize(**_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(kind, match=said):
+        hosts.start("auto")
+
+
+STEP = {
+    "SLURM_JOB_ID": "5000",
+    "SLURM_STEP_NODELIST": "gpu[03-07,9]",
+    "SLURM_STEP_NUM_NODES": "6",
+    "SLURM_NTASKS": "6",
+    "SLURM_PROCID": "2",
+}
+
+
+def test_a_task_per_node_has_all_of_its_devices() -> None:
+    found = hosts.slurm_processes(STEP)
+    assert found is not None and found["cluster_detection_method"] == "deactivate"
+    assert (found["num_processes"], found["process_id"]) == (6, 2)
+    assert found["coordinator_address"] == "gpu03:62344"
+    assert hosts.slurm_processes(STEP | {"SLURM_NTASKS": "12"}) is None
+    assert hosts.slurm_processes({}) is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("n[1-4]", "n1"), ("a-b[007,9-12],c", "a-b007"), ("x.y.z,n[1-2]", "x.y.z")],
+)
+def test_first_host(nodes: str, first: str) -> None:
+    assert hosts.first_host(nodes) == first
+    with pytest.raises(ValueError, match="expected a list of hosts"):
+        hosts.first_host("")

@@ -1,0 +1,262 @@
+"""The scripts in launch/: they parse, their commands exist, and they do the right thing after every kind of end."""
+
+import math
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+from typing import Any
+
+import pytest
+import yaml
+from absl import flags
+
+from radlads_jax import launch
+from radlads_jax.config import check_override
+
+ROOT = pathlib.Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+SCRIPTS = ("setup_env.sh", "slurm.sbatch", "three_stages.sh", "tpu_pod.sh")
+JOBSETS = ("jobset.yaml", "jobset_gpu.yaml")
+# What stands in a script between the module's name and the user's own flags.
+COMMAND = re.compile(r"-m radlads_jax\.(\w+)((?:[ =\"']+(?:--[\w.]+|\"?\$\{?\w+\}?\"?|[\w./$()]+))*)")
+
+
+def text(name: str) -> str:
+    return (LAUNCH / name).read_text(encoding="utf-8")
+
+
+def jobset(name: str) -> dict[str, Any]:
+    return yaml.safe_load(text(name))
+
+
+def pod(name: str) -> dict[str, Any]:
+    return jobset(name)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+
+
+def commands(name: str) -> list[tuple[str, list[str]]]:
+    """(module, its flags) of every command of ours in a file, header included."""
+    if name in JOBSETS:
+        words = pod(name)["containers"][0]["command"]
+        return [(words[2].removeprefix("radlads_jax."), words[3:])]
+    lines = text(name).replace("\\\n", " ")
+    return [(found[1], re.findall(r"--[\w.]+(?:=[\w./]+)?", found[2])) for found in COMMAND.finditer(lines)]
+
+
+def test_all_of_them_are_looked_at() -> None:
+    assert sorted(path.name for path in LAUNCH.iterdir()) == sorted((*SCRIPTS, *JOBSETS))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_parse(name: str) -> None:
+    subprocess.run(["bash", "-n", LAUNCH / name], check=True)
+    assert (LAUNCH / name).stat().st_mode & stat.S_IXUSR
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_shellcheck(name: str) -> None:
+    done = subprocess.run(["shellcheck", LAUNCH / name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", (*SCRIPTS, *JOBSETS))
+def test_a_header_says_how_to_run_it_and_what_to_change(name: str) -> None:
+    header = re.match(r"(#.*\n)+", text(name))
+    assert header and re.search(r"^# Run: ", header[0], re.M) and re.search(r"^# Change: ", header[0], re.M)
+    assert all(len(line) <= 120 for line in text(name).splitlines())
+
+
+@pytest.mark.parametrize("name", (*SCRIPTS[1:], *JOBSETS))
+def test_commands_exist(name: str) -> None:
+    found = commands(name)
+    assert found
+    known = {flag.name for flag in flags.FLAGS.flags_by_module_dict()[launch.__name__]}
+    assert {"config", "workdir", "distributed"} <= known
+    for module, words in found:
+        assert module == "launch" and words
+        assert {word[2:].partition("=")[0] for word in words} <= known
+
+
+@pytest.mark.parametrize("name", (*SCRIPTS, *JOBSETS))
+def test_files_and_settings_named_in_them_exist(name: str) -> None:
+    for path in re.findall(r"\b((?:configs|launch|constraints)/[\w./-]+\w)", text(name)):
+        assert (ROOT / path).exists(), path
+    for path, value in re.findall(r"--config\.([\w.]+)=(\d\S*)?", text(name)):
+        check_override(path, value or None)
+
+
+@pytest.mark.parametrize("name", JOBSETS)
+def test_jobsets(name: str) -> None:
+    whole = jobset(name)
+    assert (whole["apiVersion"], whole["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    spec, job = whole["spec"], whole["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["parallelism"] == job["completions"] and job["completionMode"] == "Indexed"
+    assert job["backoffLimit"] == 0 and pod(name)["restartPolicy"] == "Never", "what a podFailurePolicy needs"
+    container = pod(name)["containers"][0]
+    rule = job["podFailurePolicy"]["rules"][0]
+    assert rule["onExitCodes"] == {
+        "containerName": container["name"],
+        "operator": "In",
+        "values": [launch.EXIT_FAILED],
+    }
+    assert spec["failurePolicy"]["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+    mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert set(mounted) == {volume["name"] for volume in pod(name)["volumes"]}
+    workdir = next(word for word in container["command"] if word.startswith("--workdir="))
+    assert workdir.removeprefix("--workdir=").startswith(mounted["runs"])
+
+
+def test_tpu_hosts_cover_the_topology() -> None:
+    job = jobset("jobset.yaml")["spec"]["replicatedJobs"][0]["template"]["spec"]
+    chips = math.prod(map(int, pod("jobset.yaml")["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
+    assert chips == job["parallelism"] * pod("jobset.yaml")["containers"][0]["resources"]["limits"]["google.com/tpu"]
+
+
+def test_the_gpu_coordinator_is_the_first_pod() -> None:
+    whole = jobset("jobset_gpu.yaml")
+    replicated, name = whole["spec"]["replicatedJobs"][0], whole["metadata"]["name"]
+    words = dict(word.split("=") for word in pod("jobset_gpu.yaml")["containers"][0]["command"][3:])
+    assert words["--coordinator"] == f"{name}-{replicated['name']}-0-0.{name}:8476"
+    assert words["--num_processes"] == str(replicated["template"]["spec"]["parallelism"])
+
+
+def stub(directory: pathlib.Path, name: str, body: str = "") -> None:
+    """A program that adds its name and arguments to directory/calls, and then does `body`."""
+    path, calls = directory / name, shlex.quote(str(directory / "calls"))
+    note = f"{{ printf '%s\\x1f' {name} \"$@\"; printf '\\x1e'; }} >> {calls}"
+    path.write_text(f"#!/usr/bin/env bash\n{note}\n{body}\n")
+    path.chmod(0o755)
+
+
+def run(name: str, stubs: pathlib.Path, *arguments: str, **environ: str) -> tuple[int, list[list[str]], str]:
+    """(exit code, the stubs' calls as words, what was printed)."""
+    env = os.environ | {"PATH": f"{stubs}:{os.environ['PATH']}"} | environ
+    line = ["bash", LAUNCH / name, *arguments]
+    done = subprocess.run(line, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    calls = (stubs / "calls").read_text().split("\x1e")[:-1] if (stubs / "calls").exists() else []
+    return done.returncode, [call.split("\x1f")[:-1] for call in calls], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("code", [0, 1, 143])
+def test_three_stages_is_the_run(tmp_path: pathlib.Path, code: int) -> None:
+    stub(tmp_path, "python", f"echo $$; exit {code}")
+    given = ("configs/convert.py:lr=1e-4", "runs/a b", "--config.data.path=x y", "--config.seed=1")
+    returned, calls, _ = run("three_stages.sh", tmp_path, *given, PYTHON=str(tmp_path / "python"))
+    expected = ["python", "-m", "radlads_jax.launch", "--config", given[0], "--workdir", given[1], *given[2:]]
+    assert (returned, calls) == (code, [expected])
+    (tmp_path / "calls").unlink()
+    _, calls, _ = run("three_stages.sh", tmp_path, PYTHON=str(tmp_path / "python"))
+    assert calls[0][3:] == ["--config", "configs/demo.py", "--workdir", "runs/demo"]
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "restarts", "again"),
+    [
+        (0, "RUNNING", "0", False),
+        (1, "RUNNING", "0", False),
+        (143, "RUNNING", "3", True),
+        (137, "RUNNING", "", True),
+        (143, "RUNNING", "5", False),
+        (143, "COMPLETING", "0", False),
+    ],
+    ids=["done", "refused", "stopped", "killed", "too often", "cancelled"],
+)
+def test_slurm_queues_again_what_a_signal_ended(
+    tmp_path: pathlib.Path, code: int, state: str, restarts: str, again: bool
+) -> None:
+    stub(tmp_path, "srun", f"exit {code}")
+    stub(tmp_path, "squeue", f"echo {state}")
+    stub(tmp_path, "scontrol")
+    environ = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_RESTART_COUNT": restarts,
+        "MAX_RESTARTS": "5",
+        "CONFIG": "configs/convert.py",
+    }
+    returned, calls, _ = run("slurm.sbatch", tmp_path, "--config.seed=1", **environ)
+    assert returned == code
+    assert calls[0][:2] == ["srun", "--kill-on-bad-exit=1"]
+    assert calls[0][3:] == shlex.split(
+        "-m radlads_jax.launch --distributed=auto --config configs/convert.py --workdir runs/demo --config.seed=1"
+    )
+    assert (["scontrol", "requeue", "77"] in calls) == again
+
+
+def test_slurm_outlives_a_sigterm(tmp_path: pathlib.Path) -> None:
+    """The signal that preempts reaches the script too; it has to wait for the tasks to save."""
+    stub(tmp_path, "srun", 'kill -TERM "$PPID"; sleep 0.3; echo saved; exit 143')
+    stub(tmp_path, "squeue", "echo RUNNING")
+    stub(tmp_path, "scontrol")
+    code, calls, printed = run("slurm.sbatch", tmp_path, SLURM_JOB_ID="77")
+    assert code == 143 and "saved" in printed and ["scontrol", "requeue", "77"] in calls
+
+
+GCLOUD = """
+cd {here}
+case "$*" in
+    *describe*) cat state 2>/dev/null || exit 1 ;;
+    *queued-resources\\ create*) echo ACTIVE > state ;;
+    *delete*) rm -f state ;;
+    *is-active*)
+        if [[ -e taken ]]; then
+            echo inactive
+        elif [[ -e started ]]; then
+            touch taken
+            echo SUSPENDED > state
+        fi
+        ;;
+    *systemd-run*) touch started ;;
+esac
+"""
+
+
+def test_tpu_pod_asks_again_for_a_slice_that_was_taken(tmp_path: pathlib.Path) -> None:
+    """Two slices: the first is taken away in the middle of the run, on the second it ends."""
+    stub(tmp_path, "gcloud", GCLOUD.format(here=shlex.quote(str(tmp_path))))
+    environ = {"NAME": "mine", "ZONE": "z1", "PROJECT": "p1", "SPOT": "1", "POLL_SECONDS": "0", "MOUNT": "mount it"}
+    flags_given = ("--config", "configs/convert.py", "--config.data.path=a b")
+    code, calls, printed = run("tpu_pod.sh", tmp_path, "up", *flags_given, **environ)
+    assert code == 0, printed
+    joined = [" ".join(call) for call in calls]
+    verbs = (
+        "queued-resources create",
+        "queued-resources delete",
+        " scp ",
+        "mount it",
+        "setup_env.sh tpu",
+        "systemd-run",
+    )
+    happened = [verb for call in joined for verb in verbs if verb in call]
+    once = ["queued-resources create", " scp ", "mount it", "setup_env.sh tpu", "systemd-run"]
+    assert happened == [*once, "queued-resources delete", *once]
+    assert "the slice was taken away" in printed and "the run has ended" in printed
+    created = next(call for call in calls if "create" in call)
+    assert {"--node-id=mine", "--zone=z1", "--project=p1", "--spot", "--accelerator-type=v6e-8"} <= set(created)
+    started = next(call for call in calls if any("systemd-run" in word for word in call))
+    assert "--worker=all" in started
+    remote = next(word for word in started if word.startswith("--command=")).removeprefix("--command=")
+    words = shlex.split(remote)
+    assert words[words.index("radlads_jax.launch") + 1 :] == ["--distributed=auto", *flags_given]
+    assert "--property=RestartPreventExitStatus=1" in words
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "environ", "said"),
+    [
+        ("setup_env.sh", ("gpu",), {}, "expected cpu, tpu or cuda"),
+        ("setup_env.sh", ("cpu",), {"PYTHON": "/bin/false"}, "is no Python 3.11 or newer"),
+        ("tpu_pod.sh", ("up",), {"NAME": "a", "ZONE": "b"}, "expected the run's flags"),
+        ("tpu_pod.sh", ("fly",), {"NAME": "a", "ZONE": "b"}, "expected up, logs, stop or delete"),
+        ("tpu_pod.sh", ("up",), {"NAME": ""}, "expected NAME="),
+    ],
+)
+def test_what_is_refused(
+    tmp_path: pathlib.Path, name: str, arguments: tuple[str, ...], environ: dict[str, str], said: str
+) -> None:
+    stub(tmp_path, "gcloud", "exit 1")
+    code, calls, printed = run(name, tmp_path, *arguments, **environ)
+    assert code == 1 and said in printed and calls == []

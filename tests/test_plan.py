@@ -1,0 +1,300 @@
+"""Plans: what is counted in a program's text, the arithmetic of time and money, and what is refused."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from radlads_jax import plan, plan_cost, plan_hlo, sharding
+from radlads_jax.config import RunConfig, Teacher
+from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, bind
+from radlads_jax.plan_hlo import Counts
+from radlads_jax.porting.hf_config import model_config_from_hf
+from radlads_jax.porting.known_models import KNOWN_CONFIGS
+
+ROOT = Path(__file__).parent.parent
+TEACHER = ModelConfig("qwen2", 64, 32, 48, 4, 2, 8, (("attention", 3),), qkv_bias=True)
+
+# A loop of four steps; in each a slice of a stack is brought together, multiplied and summed over two groups of four.
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%fused_slice (param_0: f32[4,16,8], param_1: s32[]) -> bf16[16,8] {
+  %param_0 = f32[4,16,8]{2,1,0} parameter(0)
+  %param_1 = s32[]{:T(128)} parameter(1)
+  %zero = s32[] constant(0)
+  %dynamic-slice.1 = f32[1,16,8]{2,1,0} dynamic-slice(%param_0, %param_1, %zero, %zero), dynamic_slice_sizes={1,16,8}
+  ROOT %convert.1 = bf16[16,8]{1,0} convert(%dynamic-slice.1)
+}
+
+%body (state: (s32[], bf16[32,64], f32[4,16,8])) -> (s32[], bf16[32,64], f32[4,16,8]) {
+  %state = (s32[], bf16[32,64]{1,0}, f32[4,16,8]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = bf16[32,64]{1,0} get-tuple-element(%state), index=1
+  %w = f32[4,16,8]{2,1,0} get-tuple-element(%state), index=2
+  %slice = bf16[16,8]{1,0} fusion(%w, %i), kind=kLoop, calls=%fused_slice, backend_config={"estimated_cycles":"100"}
+  %all-gather.1 = bf16[64,8]{1,0} all-gather(%slice), replica_groups=[2,4]<=[8], dimensions={0}
+  %dot.1 = bf16[32,8]{1,0:T(8,128)(2,1)S(1)} dot(%x, %all-gather.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %all-reduce.1 = bf16[32,8]{1,0} all-reduce(%dot.1), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %tuple.1 = (s32[], bf16[32,64]{1,0}, f32[4,16,8]{2,1,0}) tuple(%i, %x, %w)
+}
+
+%add (a: bf16[], b: bf16[]) -> bf16[] {
+  %a = bf16[] parameter(0)
+  %b = bf16[] parameter(1)
+  ROOT %sum = bf16[] add(%a, %b)
+}
+
+ENTRY %main (start: (s32[], bf16[32,64], f32[4,16,8])) -> bf16[64,64] {
+  %start = (s32[], bf16[32,64]{1,0}, f32[4,16,8]{2,1,0}) parameter(0)
+  %while.1 = (s32[], bf16[32,64], f32[4,16,8]) while(%start), body=%body, backend_config={"known_trip_count":{"n":"4"}}
+  %y = bf16[32,64]{1,0} get-tuple-element(%while.1), index=1
+  %ag-start = (bf16[32,64]{1,0}, bf16[64,64]{1,0}) all-gather-start(%y), replica_groups={{0,1},{2,3}}, dimensions={0}
+  ROOT %ag-done = bf16[64,64]{1,0} all-gather-done(%ag-start)
+}
+"""
+
+
+def test_a_program_is_counted_with_its_loops():
+    counts = plan_hlo.count(PROGRAM)
+    assert counts.flops == 4 * 2 * 32 * 8 * 64
+    assert counts.cycles == 4 * 100
+    gathered, reduced = 4 * 64 * 8 * 2 * 3 / 4, 4 * 2 * 32 * 8 * 2 * 3 / 4
+    assert counts.link_bytes == {"all-gather": gathered + 64 * 64 * 2 / 2, "all-reduce": reduced}
+    assert counts.exposed_link_bytes == gathered + reduced
+    # Of the stack one slice is read, and the product lies in another memory than HBM.
+    fusion, gather = 16 * 8 * 4 + 4 + 16 * 8 * 2, 2 * (16 * 8 + 64 * 8)
+    dot, reduce = 2 * (32 * 64 + 64 * 8), 2 * 32 * 8
+    start = 2 * (32 * 64 + 64 * 64)
+    assert counts.hbm_bytes == 4 * (fusion + gather + dot + reduce) + start
+    assert counts.unknown_loops == 0
+
+
+def test_a_loop_whose_length_stands_in_its_condition():
+    without = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"4"}}', "")
+    assert plan_hlo.count(without).unknown_loops == 1
+    condition = """%until (state.1: (s32[], bf16[32,64], f32[4,16,8])) -> pred[] {
+  %n = s32[]{:T(128)} constant(4), metadata={op_name="n"}
+  %state.1 = (s32[], bf16[32,64]{1,0}, f32[4,16,8]{2,1,0}) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  ROOT %lt.1 = pred[]{:T(512)} compare(%j, %n), direction=LT
+}
+
+ENTRY"""
+    text = without.replace("ENTRY", condition).replace("body=%body", "condition=%until, body=%body")
+    assert plan_hlo.count(text) == plan_hlo.count(PROGRAM)
+
+
+def test_a_collective_in_several_fusions_is_one():
+    """Started before a loop, stepped in it and ended after it: counted once, beside the loop's own work."""
+    text = """%gather (p: bf16[8,16]) -> bf16[8,64] {
+  %p = bf16[8,16]{1,0} parameter(0)
+  ROOT %ag = bf16[8,64]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['data'=2,'fsdp'=8] {'fsdp':(1)4}
+}
+
+%body (q: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %q = (s32[], bf16[8,16]{1,0}) parameter(0)
+  %x = bf16[8,16]{1,0} get-tuple-element(%q), index=1
+  %fusion.1 = bf16[8,64]{1,0} fusion(%x), kind=kCustom, calls=%gather
+  ROOT %t = (s32[], bf16[8,16]{1,0}) tuple(%q)
+}
+
+ENTRY %main (a: bf16[8,16]) -> bf16[8,64] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %async-collective-start.1 = bf16[8,64]{1,0} fusion(%a), kind=kCustom, calls=%gather
+  %while.1 = (s32[], bf16[8,16]) while(%a), body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %async-collective-done.1 = bf16[8,64]{1,0} fusion(%a), kind=kCustom, calls=%gather
+}
+"""
+    counts = plan_hlo.count(text)
+    assert counts.link_bytes == {"all-gather": 8 * 64 * 2 * 3 / 4}
+    assert counts.exposed_link_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "out", "rest", "flops"),
+    [
+        ("8,16", "16,4", "8,4", "dim_labels=bf_io->bf", 2 * 8 * 16 * 4),
+        # A batch of 6 products [8,16] x [16,4], as windows over the batch.
+        (
+            "6,8,16",
+            "6,16,4",
+            "6,8,4",
+            "window={size=6 stride=5 pad=0_0 lhs_dilate=6}, dim_labels=0bf_0io->0bf",
+            6 * 2 * 8 * 16 * 4,
+        ),
+        # A true convolution: 10 places, window 3 with a border of 1, so that the two outermost places miss one each.
+        ("10,8,16", "3,16,4", "10,8,4", "window={size=3 pad=1_1}, dim_labels=0bf_0io->0bf", 28 * 2 * 8 * 16 * 4),
+    ],
+)
+def test_convolutions(left, right, out, rest, flops):
+    text = f"""ENTRY %main (a: f32[{left}], b: f32[{right}]) -> f32[{out}] {{
+  %a = f32[{left}]{{1,0}} parameter(0)
+  %b = f32[{right}]{{1,0}} parameter(1)
+  ROOT %c = f32[{out}]{{1,0}} convolution(%a, %b), {rest}
+}}"""
+    assert plan_hlo.count(text).flops == flops
+
+
+def test_text_without_a_program_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY computation"):
+        plan_hlo.count("HloModule nothing\n")
+
+
+def test_a_compiled_loop_on_this_machine():
+    def run(x, stack):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]
+
+    shapes = jax.ShapeDtypeStruct((16, 32), jnp.float32), jax.ShapeDtypeStruct((5, 32, 32), jnp.float32)
+    text = jax.jit(run).lower(*shapes).compile().as_text()
+    assert plan_hlo.count(text).flops == 5 * 2 * 16 * 32 * 32
+
+
+def test_a_forward_pass_by_hand_and_as_compiled():
+    """The teacher's matrices and scores; a compiled pass over whole rows counts every score, not the causal half."""
+    weights = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 32 * 64
+    assert plan_cost.matmul_weights(TEACHER) == weights
+    assert plan_cost.mixing_flops(TEACHER, 24) == 3 * 2 * 24 * 32
+    tokens = jax.ShapeDtypeStruct((2, 24), jnp.int32)
+
+    def forward(params, tokens):
+        decoder = bind(TEACHER, params)
+        return decoder.logits(decoder.hidden(tokens)[0])
+
+    compiled = jax.jit(forward).lower(abstract_params(TEACHER), tokens).compile()
+    expected = 48 * (2 * weights + 2 * plan_cost.mixing_flops(TEACHER, 24))
+    assert plan_hlo.count(compiled.as_text()).flops == pytest.approx(expected, rel=0.01)
+
+
+def test_flops_of_the_stages():
+    student = TEACHER.as_student("rad_rwkv7", MixerConfig.for_student("rad_rwkv7", 32), (0,))
+    teacher = TEACHER.as_teacher_of(student)
+    own = 2 * plan_cost.matmul_weights(student) + plan_cost.mixing_flops(student, 128)
+    others = 2 * plan_cost.matmul_weights(teacher) + plan_cost.mixing_flops(teacher, 128)
+    assert plan_cost.mixing_flops(student, 128) == 2 * 128 * 32 + 2 * 9 * 8 * 32
+    assert plan_cost.model_flops(student, teacher, "stage2", 128) == 3 * own + others
+    assert plan_cost.model_flops(student, teacher, "stage3", 128, remat=True) == 4 * own
+    mixer = 2 * 32 * 32 + 2 * 32 * 16 + 4 * (32 * 32 + 32 * 32)  # q, o; k, v; decay, iclr, value and gate of rank 32
+    assert student.mixer is not None and student.mixer.rank_gate == student.mixer.rank_decay == 32
+    alone = 2 * 2 * mixer + 2 * 9 * 8 * 32
+    assert plan_cost.model_flops(student, teacher, "stage1", 128) == others - 2 * 64 * 32 + 3 * alone
+
+
+def test_known_models_have_their_published_sizes():
+    sizes = {
+        "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+        "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+        "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
+        "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+        "Qwen/Qwen2.5-14B-Instruct": 14_770_033_664,
+        "Qwen/Qwen2.5-32B-Instruct": 32_763_876_352,
+        "Qwen/Qwen2.5-72B-Instruct": 72_706_203_648,
+        "Qwen/QwQ-32B": 32_763_876_352,
+        "Qwen/Qwen3-8B": 8_190_735_360,
+    }
+    assert sizes.keys() == KNOWN_CONFIGS.keys()
+    for name, values in KNOWN_CONFIGS.items():
+        params = abstract_params(model_config_from_hf(values))
+        assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sizes[name], name
+
+
+def test_the_papers_configs_name_known_models():
+    files = [f for f in (ROOT / "configs").glob("*.py") if "paper(" in f.read_text() and "ablation" not in f.name]
+    assert len(files) == 18
+    assert all(any(f'"{name}"' in file.read_text() for name in KNOWN_CONFIGS) for file in files)
+
+
+CHIP = plan_cost.Chip(flops=100.0, hbm_rate=10.0, link_rate=5.0, clock=2.0, usable=1e9, price=3.0)
+
+
+@pytest.mark.parametrize(
+    ("cycles", "hbm_bytes", "link_bytes", "exposed", "step", "bound"),
+    [
+        (0.0, 20.0, 0.0, 0.0, 10.0, "compute"),
+        (40.0, 20.0, 0.0, 0.0, 20.0, "compute"),  # the compiler's own estimate is slower than the peak
+        (0.0, 300.0, 0.0, 0.0, 30.0, "memory"),
+        (0.0, 20.0, 40.0, 0.0, 10.0, "compute"),  # 8 s beside 10 s
+        (0.0, 20.0, 40.0, 40.0, 18.0, "compute"),
+        (0.0, 20.0, 90.0, 20.0, 18.0, "network"),  # 4 s alone, of 14 s more 10 s beside the computation
+    ],
+)
+def test_the_time_of_a_step(cycles, hbm_bytes, link_bytes, exposed, step, bound):
+    counts = Counts(1000.0, hbm_bytes, cycles, exposed, 0, {"all-gather": link_bytes})
+    timed = plan_cost.step_time(CHIP, counts)
+    assert (timed.step, timed.bound) == (step, bound)
+
+
+def test_bytes_of_a_shard():
+    run = dataclasses.replace(RunConfig(), stages=())
+    mesh = sharding.make_mesh(dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, fsdp=4, tensor=2)))
+    params = abstract_params(TEACHER)
+    whole = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert plan_cost.shard_bytes(params) == whole
+    assert whole / 8 <= plan_cost.shard_bytes(sharding.abstract(mesh, params)) < whole / 6
+
+
+def test_prices():
+    assert plan_cost.prices({"v5p": 2.0}) | {"v5e": 0} == plan_cost.prices({"v5p": 2.0, "v5e": 0.0})
+    with pytest.raises(ValueError, match=r"v9=1\.0"):
+        plan_cost.prices({"v9": 1.0})
+    with pytest.raises(ValueError, match="'v5p=cheap'"):
+        plan._parse_prices(["v5p=cheap"])
+
+
+def test_what_the_compiler_says_of_memory():
+    said = "RESOURCE_EXHAUSTED: CompileTimeHbmOom: the program's (36.38G) exceeds available HBM (15.75G)"
+    also = "Ran out of memory in memory space hbm. Used 36.38G of 15.75G hbm."
+    for text in (said, also):
+        assert plan.oom_bytes(text) == int(36.38 * 2**30)
+    assert plan.oom_bytes("something else") is None
+
+
+def test_teachers_without_a_network(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(KNOWN_CONFIGS["Qwen/Qwen3-8B"]))
+    for path in ("Qwen/Qwen3-8B", str(tmp_path)):
+        run = dataclasses.replace(RunConfig(), teacher=Teacher(path=path))
+        assert plan.teacher_config(run).hidden_size == 4096
+    with pytest.raises(ValueError, match="the shapes of some/model are not known"):
+        plan.teacher_config(dataclasses.replace(RunConfig(), teacher=Teacher(path="some/model")))
+    with pytest.raises(ValueError, match="'gpu:8' is not known"):
+        plan.plan(dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen3-8B")), "gpu:8", {})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the extra tpu)")
+def test_a_plan_for_a_pod_that_is_not_there(tmp_path):
+    """The JSON of a small model on four chips, and of one that is too large for them."""
+    sizes = {"batch_size": 8, "seq_len": 128, "tokens": 8 * 128 * 10}
+    flat = [
+        f"--config.{stage}.{key}={value}" for stage in ("stage1", "stage2", "stage3") for key, value in sizes.items()
+    ]
+    (tmp_path / "config.json").write_text(
+        json.dumps(KNOWN_CONFIGS["Qwen/Qwen2.5-0.5B-Instruct"] | {"num_hidden_layers": 2})
+    )
+    done = launch_plan(f"--config.teacher.path={tmp_path}", "--config.stage3.accumulate=1", *flat)
+    assert [stage["name"] for stage in done["stages"]] == ["stage1", "stage2", "stage3"]
+    for stage in done["stages"]:
+        assert stage["fits"] and stage["loops_of_unknown_length"] == 0
+        assert 0.95 < stage["compiled_flops"] / stage["ideal_flops"] < 2
+        held = sum(stage[f"{part}_bytes"] for part in ("parameter", "optimizer", "teacher"))
+        assert held < stage["peak_bytes"] < 15.75 * 2**30
+        assert stage["chip_hours"] == pytest.approx(4 * 10 * stage["step_seconds"] / 3600)
+    assert done["usd"] == pytest.approx(1.2 * done["chip_hours"])
+    too_large = launch_plan("--config.teacher.path=Qwen/Qwen2.5-7B-Instruct", "--config.stages=stage2")
+    assert not too_large["stages"][0]["fits"] and too_large["stages"][0]["peak_bytes"] > 15.75 * 2**30
+    assert too_large["usd"] is None
+
+
+def launch_plan(*arguments: str) -> dict:
+    config = ["--config", "configs/qwen2_5_0_5b_rad_rwkv7.py", "--topology", "v5e:2x2", "--json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "radlads_jax.plan", *config, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

@@ -1,0 +1,396 @@
+"""Sharding: every parameter has its place, and eight devices compute what one does."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from pallas_kernels.linear_loss import linear_kl
+from pallas_kernels.sharded import fitting_spec, per_shard
+from radlads_jax import sharding, train
+from radlads_jax.checkpoint import Checkpoints
+from radlads_jax.config import Mesh, RunConfig, StageConfig, Teacher, defaults, validate
+from radlads_jax.data import synthetic
+from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
+from radlads_jax.distill.stages import STAGES
+from radlads_jax.job import make_job
+from radlads_jax.metrics import MetricsLogger, read_metrics
+from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, init_params
+from radlads_jax.models.attention import Context, softmax_attention
+from radlads_jax.porting.load import load_params
+from radlads_jax.porting.save import save_params
+from radlads_jax.porting.student import init_mixers, whole_student
+from radlads_jax.train_state import path_leaves, split_params
+
+TEACHER = ModelConfig("qwen2", 64, 32, 64, 4, 2, 8, (("attention", 2),), qkv_bias=True, tie_embeddings=True)
+LARGE = ModelConfig("qwen2", 152064, 8192, 29568, 64, 8, 128, (("attention", 80),), qkv_bias=True)
+# Every parameter kind of every family: biases, per-head norms, tied and own heads.
+TEACHERS = {
+    "qwen2": TEACHER,
+    "qwen3": dataclasses.replace(TEACHER, family="qwen3", qkv_bias=False, qk_norm=True, tie_embeddings=False),
+    "llama": dataclasses.replace(TEACHER, family="llama", qkv_bias=True, o_bias=True),
+    "mistral": dataclasses.replace(TEACHER, family="mistral", qkv_bias=False, tie_embeddings=False),
+}
+SWITCHES = (
+    {},
+    {"gate": "full", "group_norm": True, "balance_state": False},
+    {"gate": "low_rank", "token_shift": False},
+    {"gate": "none"},
+)
+ROUND_MESHES = [Mesh(fsdp=8), Mesh(data=2, fsdp=2, tensor=2)]
+
+
+def student_of(teacher: ModelConfig, mixer: str, layers: tuple[int, ...] = (), **switches) -> ModelConfig:
+    return teacher.as_student(mixer, MixerConfig.for_student(mixer, teacher.hidden_size, **switches), layers)
+
+
+def every_model() -> list[ModelConfig]:
+    students = [
+        student_of(teacher, mixer, layers, **(switches | ({"token_shift": False} if mixer == "rad_rwkv7" else {})))
+        for mixer in ("rad_rwkv6", "rad_rwkv7")
+        for teacher, layers, switches in zip(TEACHERS.values(), ((), (1,), (0,), ()), SWITCHES, strict=True)
+    ]
+    return [*TEACHERS.values(), *students]
+
+
+def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+    return AbstractMesh((data, fsdp, tensor, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def test_every_parameter_has_exactly_one_rule():
+    used = set()
+    for cfg in every_model():
+        for path, leaf in path_leaves(abstract_params(cfg)).items():
+            found = [i for i, (pattern, _) in enumerate(sharding.RULES) if re.search(rf"(^|/)({pattern})$", path)]
+            assert len(found) == 1, (path, found)
+            assert len(sharding.RULES[found[0]][1]) <= leaf.ndim, path
+            used.update(found)
+    assert used == set(range(len(sharding.RULES))), "a rule for no parameter"
+
+
+@pytest.mark.parametrize("mixer", ["rad_rwkv6", "rad_rwkv7"])
+def test_what_is_large_is_split_over_every_device(mixer):
+    mesh = abstract_mesh(fsdp=32, tensor=4)
+    for cfg in (LARGE, student_of(LARGE, mixer)):
+        params = abstract_params(cfg)
+        placed = path_leaves(sharding.shardings(mesh, params))
+        total = 0
+        for path, leaf in path_leaves(params).items():
+            part = int(np.prod(placed[path].shard_shape(leaf.shape)))
+            total += part
+            # Vectors, of which the largest are biases, need not be split.
+            assert leaf.size // part >= (128 if leaf.size > 10**7 else 1), (path, leaf.shape, placed[path].spec)
+        whole = sum(leaf.size for leaf in jax.tree.leaves(params))
+        assert total < 1.01 * whole / 128
+
+
+def test_the_optimizer_lies_as_its_parameters_do():
+    run = dataclasses.replace(RunConfig(), stages=("stage2",))
+    mesh = abstract_mesh(data=2, fsdp=2, tensor=2)
+    state = path_leaves(abstract_state(run, student_of(TEACHER, "rad_rwkv7"), "stage2", mesh))
+    specs = {path.removeprefix("params/"): leaf.sharding.spec for path, leaf in state.items() if path[:6] == "params"}
+    for moment in ("mu", "nu"):
+        found = {path.split(f"/{moment}/")[1]: x.sharding.spec for path, x in state.items() if f"/{moment}/" in path}
+        assert found == specs
+    assert any("fsdp" in str(spec) and "tensor" in str(spec) for spec in specs.values())
+
+
+def test_dimensions_that_do_not_divide_stay_whole():
+    mesh = abstract_mesh(data=2, fsdp=4, tensor=3)
+    assert tuple(fitting_spec(("fsdp", "tensor"), (8, 9), mesh)) == ("fsdp", "tensor")
+    assert tuple(fitting_spec(("fsdp", "tensor"), (6, 8), mesh)) == (None, None)
+    assert tuple(fitting_spec((("tensor", "fsdp"),), (12, 5), mesh)) == (("tensor", "fsdp"), None)
+    assert tuple(fitting_spec((("tensor", "fsdp"),), (8,), mesh)) == ("fsdp",)
+
+
+def sizes(mesh: Mesh, devices: int, rows: dict[str, int], **options) -> tuple[int, ...]:
+    found = sharding.mesh_sizes(mesh, devices, rows, **options)
+    return tuple(found[axis] for axis in ("data", "fsdp", "tensor"))
+
+
+def test_mesh_sizes():
+    rows = {"stage1": 32, "stage2": 96}
+    assert sizes(Mesh(), 1, rows) == (1, 1, 1)
+    assert sizes(Mesh(), 8, rows) == (1, 8, 1)
+    assert sizes(Mesh(), 128, rows) == (1, 32, 4)
+    assert sizes(Mesh(), 128, rows | {"stage3": 8}) == (1, 8, 16)
+    assert sizes(Mesh(data=4), 128, rows) == (4, 8, 4)
+    assert sizes(Mesh(tensor=8), 128, rows) == (1, 16, 8)
+    assert sizes(Mesh(fsdp=2), 8, rows) == (1, 2, 1)
+    assert sizes(Mesh(), 8, rows, shared=True) == (1, 1, 1)
+    assert sizes(Mesh(tensor=2), 8, rows, shared=True) == (1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "words"),
+    [
+        (Mesh(fsdp=8), 4, "asks for 8 devices"),
+        (Mesh(tensor=3), 8, "asks for 3 devices or a multiple"),
+        (Mesh(data=16), 8, "asks for 16 devices"),
+        (Mesh(fsdp=5), 8, "stage2 has 8"),
+        (Mesh(tensor=1), 16, "can not be split over data x fsdp = 16"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(mesh, devices, words):
+    with pytest.raises(ValueError, match=words):
+        sharding.mesh_sizes(mesh, devices, {"stage2": 8})
+
+
+def test_a_context_axis_is_refused_by_name():
+    config = defaults()
+    config.teacher.path, config.data.source, config.mesh.context = "x", "synthetic", 2
+    with pytest.raises(ValueError, match="context > 1 is not supported yet"):
+        validate(config)
+
+
+def run_of(name: str, mesh: Mesh, accumulate: int = 1) -> RunConfig:
+    rates = {"lr": 1e-3, "lr_final": 1e-3, "mixer_lr": 1e-3, "mixer_lr_final": 1e-3}
+    size = {"batch_size": 8 * accumulate, "seq_len": 16, "accumulate": accumulate}
+    stage = StageConfig(tokens=10**6, warmup_steps=0, **rates, **size)
+    teacher = Teacher(path="teacher", dtype="float32")
+    return dataclasses.replace(
+        RunConfig(), mesh=mesh, dtype="float32", teacher=teacher, stages=(name,), **{name: stage}
+    )
+
+
+def make_batch(rows: int, length: int = 16) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    segments = np.ones((rows, length), np.int32)
+    segments[1, 9:], segments[2, 12:] = 2, 0
+    mask = np.zeros((rows, length), np.float32)
+    mask[:, :-1] = (segments[:, :-1] == segments[:, 1:]) & (segments[:, :-1] > 0)
+    positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    positions[1, 9:] -= 9
+    tokens = np.where(segments > 0, rng.integers(1, 64, (rows, length)), 0).astype(np.int32)
+    return {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_mask": mask}
+
+
+def trained(mixer: str, name: str, shape: Mesh, accumulate: int = 1, steps: int = 2):
+    """(mesh, losses, state) after some steps from weights far from their quiet start."""
+    run = run_of(name, shape, accumulate)
+    mesh = sharding.make_mesh(run)
+    student = student_of(TEACHER, mixer)
+    teacher = TEACHER.as_teacher_of(student)
+    start = jax.tree.map(lambda x: 5 * x if x.ndim > 2 else x, init_params(teacher, 0))
+    mixers = init_mixers(student, start, 1)
+    leaves, tree = jax.tree.flatten(mixers)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    mixers = jax.tree.unflatten(
+        tree, [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
+    params = whole_student(student, start, mixers) if STAGES[name].whole_student else mixers
+    params, frozen = split_params(params, is_trainable(run, student, name))
+    # Copies: the state is donated, and shares arrays with the teacher.
+    params, start = jax.tree.map(jnp.array, (params, start))
+    if mesh is not None:
+        params = jax.device_put(params, sharding.shardings(mesh, params))
+        start = jax.device_put(start, sharding.shardings(mesh, start))
+    state = create_state(run, name, params, mesh)
+    step = make_step(run, student, teacher, name, mesh)
+    teacher_params = start if STAGES[name].needs_teacher else None
+    losses = []
+    for _ in range(steps):
+        batch = sharding.place_rows(mesh, make_batch(8 * accumulate))
+        state, metrics = step(state, frozen, teacher_params, batch)
+        losses.append(float(metrics["loss"]))
+    return mesh, losses, state
+
+
+reference = functools.cache(trained)
+QUICK = {("rad_rwkv7", "stage2", 1), ("rad_rwkv6", "stage1", 0)}
+
+
+@pytest.mark.parametrize(
+    ("mixer", "name", "which"),
+    [
+        pytest.param(mixer, name, which, marks=[] if (mixer, name, which) in QUICK else pytest.mark.slow)
+        for mixer in ("rad_rwkv6", "rad_rwkv7")
+        for name in ("stage1", "stage2", "stage2a", "stage3")
+        for which in range(len(ROUND_MESHES))
+    ],
+)
+def test_eight_devices_train_as_one_does(mixer, name, which):
+    check_equal(mixer, name, ROUND_MESHES[which])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_eight_devices_train_as_one_does_with_fewer_kv_heads_than_tensor(name):
+    check_equal("rad_rwkv7", name, Mesh(fsdp=2, tensor=4))
+
+
+@pytest.mark.slow
+def test_eight_devices_train_as_one_does_in_parts():
+    check_equal("rad_rwkv6", "stage2", Mesh(data=2, fsdp=2, tensor=2), accumulate=2)
+
+
+def check_equal(mixer: str, name: str, shape: Mesh, accumulate: int = 1) -> None:
+    """Losses within 1e-5 relative; so are parameters and both moments of Adam, as ratios of norms."""
+    _, losses, one = reference(mixer, name, Mesh(fsdp=1), accumulate)
+    mesh, found, many = trained(mixer, name, shape, accumulate)
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    expected, got = path_leaves(one), path_leaves(many)
+    errors = {path: relative_error(got[path], expected[path]) for path in expected}
+    assert max(errors.values()) < 1e-5, sorted(errors.items(), key=lambda item: -item[1])[:5]
+    placed = path_leaves(sharding.shardings(mesh, many))
+    assert all(leaf.sharding.is_equivalent_to(placed[path], leaf.ndim) for path, leaf in got.items())
+
+
+def relative_error(got, expected) -> float:
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-30))
+
+
+def eight(data: int = 1, fsdp: int = 1, tensor: int = 1):
+    mesh = sharding.make_mesh(
+        dataclasses.replace(RunConfig(), mesh=Mesh(data=data, fsdp=fsdp, tensor=tensor), stages=())
+    )
+    assert mesh is not None
+    return mesh
+
+
+def over(mesh, function, *arrays):
+    """The result of a function over a mesh, of arrays that every device has."""
+    with sharding.traced_over(mesh):
+        return jax.jit(function)(*jax.device_put(arrays, NamedSharding(mesh, PartitionSpec())))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_with_fewer_kv_heads_than_tensor(kv_heads):
+    mesh = eight(fsdp=2, tensor=4)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((4, 12, h, 8)), jnp.float32) for h in (4, kv_heads, kv_heads))
+    segments = jnp.asarray(make_batch(4, 12)["segment_ids"])
+    angles = jnp.zeros((4, 12, 1, 4))
+
+    def attend(q, k, v):
+        return softmax_attention(q, k, v, Context(angles, angles, segments))
+
+    np.testing.assert_allclose(over(mesh, attend, q, k, v), attend(q, k, v), atol=1e-6)
+
+
+@pytest.mark.parametrize("vocab", [64, 61])
+def test_the_loss_splits_its_vocabulary(vocab):
+    """No device holds a slice's logits whole, nor the kernel or its gradient in float32."""
+    mesh = eight(data=2, fsdp=2, tensor=2)
+    rng = np.random.default_rng(0)
+    hidden, other = (jnp.asarray(rng.standard_normal((160, 32)), jnp.float32) for _ in range(2))
+    kernel = jnp.asarray(rng.standard_normal((32, vocab)), jnp.float32)
+
+    def gradients(hidden, kernel):
+        return jax.grad(lambda h, k: linear_kl(h, k, other, 1.1 * kernel, jnp.ones(160)), (0, 1))(hidden, kernel)
+
+    expected = gradients(hidden, kernel)
+    rows = sharding.rows_sharding(mesh, 160)
+    stored = NamedSharding(mesh, fitting_spec(("fsdp", "tensor"), kernel.shape, mesh))
+    with sharding.traced_over(mesh):
+        placed = jax.jit(gradients, in_shardings=(rows, stored), out_shardings=(rows, stored))
+        compiled = placed.lower(hidden, kernel).compile()
+    found = compiled(jax.device_put(hidden, rows), jax.device_put(kernel, stored))
+    for got, want in zip(found, expected, strict=True):
+        assert relative_error(got, want) < 1e-5
+    assert not re.search(rf"f32\[160,{vocab}\]", compiled.as_text())
+
+
+def test_a_kernel_runs_on_each_devices_own_rows_and_heads():
+    mesh = eight(data=2, fsdp=2, tensor=2)
+    shapes = []
+
+    def scale(x_ref, out_ref):
+        out_ref[...] = 2 * x_ref[...]
+
+    def op(x, state, rows):
+        shapes.append((x.shape, state.shape, rows.shape))
+        doubled = pl.pallas_call(scale, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True)(x)
+        return doubled + rows[:, :, None, None], state + 1
+
+    x, state, rows = jnp.arange(256.0).reshape(4, 8, 4, 2), jnp.ones((4, 4, 2, 2)), jnp.ones((4, 8))
+    run = per_shard(op, ("sequence", "state", "rows"), ("sequence", "state"))
+    expected = run(x, state, rows)
+    for got, want in zip(over(mesh, run, x, state, rows), expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert shapes == [((4, 8, 4, 2), (4, 4, 2, 2), (4, 8)), ((1, 8, 2, 2), (1, 2, 2, 2), (1, 8))]
+
+
+def test_parameters_are_born_where_they_lie(tmp_path):
+    mesh = eight(fsdp=4, tensor=2)
+    base = {"model_type": "qwen2", "eos_token_id": 0, "bos_token_id": 0}
+    params = init_params(TEACHER, 0)
+    save_params(params, TEACHER, tmp_path / "teacher", base_config=base)
+    placed = sharding.shardings(mesh, params)
+    loaded = load_params(tmp_path / "teacher", TEACHER, dtype="float32", shardings=placed)
+    student = student_of(TEACHER, "rad_rwkv6")
+    mixers = init_mixers(student, loaded, 1, mesh=mesh)
+    whole = path_leaves(whole_student(student, loaded, mixers))
+    wanted = path_leaves(sharding.shardings(mesh, abstract_params(student)))
+    assert all(leaf.sharding.is_equivalent_to(wanted[path], leaf.ndim) for path, leaf in whole.items())
+    for path, leaf in path_leaves(whole_student(student, params, init_mixers(student, params, 1))).items():
+        np.testing.assert_allclose(whole[path], leaf, rtol=1e-5, atol=1e-7, err_msg=path)
+
+
+def test_a_state_goes_from_eight_devices_to_one_and_back(tmp_path):
+    student = student_of(TEACHER, "rad_rwkv7")
+    many, one = run_of("stage2", Mesh(fsdp=8)), run_of("stage2", Mesh(fsdp=1))
+    mesh = sharding.make_mesh(many)
+    params = jax.device_put(init_params(student, 0), sharding.shardings(mesh, init_params(student, 0)))
+    state = create_state(many, "stage2", params, mesh)
+    state = state._replace(step=state.step + 3, opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
+    for i, (run, target) in enumerate(((one, None), (many, mesh))):
+        with Checkpoints(tmp_path / str(i)) as checkpoints:
+            checkpoints.save(3, state, data_state={}, meta={}, wait=True)
+            restored, _, _ = checkpoints.restore(3, abstract_state(run, student, "stage2", target))
+        devices = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(restored)}
+        assert devices == ({1} if target is None else {8})
+        jax.tree.map(np.testing.assert_array_equal, restored, state)
+        state = restored
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(8, 1), (1, 8)])
+def test_a_run_continues_on_other_devices(tmp_path, monkeypatch, first, then):
+    def config(fsdp: int) -> ConfigDict:
+        config = defaults()
+        config.dtype = config.teacher.dtype = config.export.dtype = "float32"
+        config.teacher.path = str(tmp_path / "teacher")
+        config.data.source, config.data.documents, config.data.eval_rows = "synthetic", 60, 32
+        config.train.log_every, config.train.checkpoint_every = 1, 2
+        config.stages, config.mesh.fsdp = ("stage1", "stage2"), fsdp
+        for name in config.stages:
+            stage = config[name]
+            stage.seq_len, stage.batch_size, stage.tokens, stage.warmup_steps = 32, 8, 32 * 8 * 4, 2
+            stage.lr = stage.mixer_lr = 1e-3
+        return config
+
+    synthetic.save_tokenizer(synthetic.train_tokenizer(320, count=200), tmp_path / "tokenizer")
+    teacher = dataclasses.replace(TEACHER, vocab_size=320)
+    params = jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, init_params(teacher, 0))
+    base = {"model_type": "qwen2", "eos_token_id": 0, "bos_token_id": 0}
+    save_params(params, teacher, tmp_path / "teacher", base_config=base, tokenizer_from=tmp_path / "tokenizer")
+    whole = train.convert(make_job(validate(config(first)), tmp_path / "whole"))
+
+    class Killed(Exception):
+        pass
+
+    log = MetricsLogger.log
+
+    def log_and_die(self, name, at, values):
+        log(self, name, at, values)
+        if (name, at) == ("stage2", 3):
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLogger, "log", log_and_die)
+        with pytest.raises(Killed):
+            train.convert(make_job(validate(config(first)), tmp_path / "parts"))
+    parts = train.convert(make_job(validate(config(then)), tmp_path / "parts"))
+    losses = [[(r["stage"], r["step"], r["loss"]) for r in read_metrics(tmp_path / d)] for d in ("whole", "parts")]
+    assert [r[:2] for r in losses[0]] == [r[:2] for r in losses[1]] and len(losses[0]) == 8
+    np.testing.assert_allclose([r[2] for r in losses[1]], [r[2] for r in losses[0]], rtol=1e-5)
+    assert parts["student"]["loss"] == pytest.approx(whole["student"]["loss"], rel=1e-5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import Any
 
 from radlads_jax.models.config import ModelConfig, RopeScaling
@@ -22,6 +23,9 @@ ARCHITECTURES = {
     "rwkv6qwen2": "RWKV6Qwen2ForCausalLM",
     "rwkv7qwen2": "RWKV7Qwen2ForCausalLM",
 }
+
+# Torch files for transformers' remote code: they are copied into an export, and never imported here.
+MODELLING_DIR = Path(__file__).parent.parent / "hf"
 
 _MODEL_TYPES = {mixer: model_type for model_type, mixer in STUDENT_MIXERS.items()}
 _GATE_RANK_TYPES = {gate: number for number, gate in GATE_TYPES.items()}
@@ -72,13 +76,37 @@ def hf_config_from_model(cfg: ModelConfig, base: dict[str, Any]) -> dict[str, An
         out["sliding_window"] = None
     if cfg.family in ("llama", "qwen3"):
         out["attention_bias"] = cfg.qkv_bias
-    if len(base.get("layer_types") or ()) != cfg.num_layers:
+    # A teacher's list says that all layers are softmax attention.
+    if is_student or len(base.get("layer_types") or ()) != cfg.num_layers:
         out.pop("layer_types", None)
     out |= _rope_keys(cfg, base)
     if is_student:
         out |= _student_keys(cfg)
     _check_says_the_same(out, cfg)
     return out
+
+
+def modelling_files(cfg: ModelConfig) -> list[Path]:
+    """The torch files that a student's export carries; none for a model that transformers knows."""
+    if cfg.recurrent_mixer is None:
+        return []
+    own = _MODEL_TYPES[cfg.recurrent_mixer]
+    names = ("configuration_student", "layers_student", "modeling_student", f"configuration_{own}", f"modeling_{own}")
+    return [MODELLING_DIR / f"{name}.py" for name in names]
+
+
+def auto_map(cfg: ModelConfig) -> dict[str, str]:
+    """config.json's auto_map: which class of those files each of transformers' Auto classes takes."""
+    if cfg.recurrent_mixer is None:
+        return {}
+    model_type = _MODEL_TYPES[cfg.recurrent_mixer]
+    causal = ARCHITECTURES[model_type]
+    prefix = causal.removesuffix("ForCausalLM")
+    return {
+        "AutoConfig": f"configuration_{model_type}.{prefix}Config",
+        "AutoModel": f"modeling_{model_type}.{prefix}Model",
+        "AutoModelForCausalLM": f"modeling_{model_type}.{causal}",
+    }
 
 
 def _student_keys(cfg: ModelConfig) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.porting.hf_export import hf_config_from_model
+from radlads_jax.porting.hf_export import auto_map, hf_config_from_model, modelling_files
 from radlads_jax.porting.load import Params, to_disk
+from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.names import Layout, Location, disk_tensors, flatten, param_shapes, shown
 from radlads_jax.porting.safetensors_write import PlannedTensor, plan_files, write_file, write_index
 
@@ -34,6 +35,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 GENERATION_CONFIG = "generation_config.json"
+MODEL_CARD = "README.md"
 EXPORT_DTYPES = ("float32", "bfloat16")
 
 
@@ -50,13 +52,17 @@ def save_params(
     retie: bool = False,
     config_updates: dict[str, Any] | None = None,
     extra_files: Sequence[str | Path] = (),
+    model_card: str | None = None,
 ) -> Path:
     """Writes safetensors, config.json, the tokenizer's files and generation_config.json; returns the directory.
+
+    A student's export also gets torch modelling files, the auto_map that finds them, and a model card (README.md).
 
     base_config: the teacher's config.json, whose other keys are kept. config_updates: keys put in last.
     dtype: "float32" or "bfloat16"; None keeps each parameter's own. max_shard_size: bytes of a file.
     generation_config: default: tokenizer_from's file, else the token ids of base_config.
-    retie: leave the head out and write tie_word_embeddings true. extra_files: copied in by name (modelling code).
+    retie: leave the head out and write tie_word_embeddings true. extra_files: copied in by name.
+    model_card: README.md's text; default for a student: what its configuration says.
     Tensors leave the devices one at a time. Everything goes into a hidden sibling directory that is renamed at the end;
     an earlier export of that name is removed after the rename. With several processes all must call this; the first
     one writes. Raises ValueError where parameters do not fit cfg or the target is something other than an export.
@@ -74,6 +80,9 @@ def save_params(
     tensors = [_planned(name, flat, location, dtype) for name, location in disk_tensors(cfg).items()]
     config = hf_config_from_model(cfg, base_config)
     config["torch_dtype"] = dtype or str(flat["embed", "embedding"].dtype)
+    if classes := auto_map(cfg):
+        config["auto_map"] = classes
+        model_card = model_card or write_model_card(cfg)
     config |= config_updates or {}
     _check_target(directory, tokenizer_from)
     files = plan_files(tensors, max_shard_size)
@@ -84,7 +93,9 @@ def save_params(
             if len(files) > 1:
                 write_index(partial, files)
             _write_json(partial / "config.json", config)
-            _copy_files(partial, tokenizer_from, extra_files)
+            _copy_files(partial, tokenizer_from, [*modelling_files(cfg), *extra_files])
+            if model_card:
+                (partial / MODEL_CARD).write_text(model_card, encoding="utf-8")
             _write_generation_config(partial, generation_config, tokenizer_from, base_config)
     else:
         _take_part(files)

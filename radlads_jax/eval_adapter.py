@@ -1,0 +1,124 @@
+"""Our models under lm-eval (the extra `eval`): its LM interface over `score_rows` and `generate`."""
+
+import itertools
+import json
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from radlads_jax.generate import generate
+from radlads_jax.loaded import Model
+from radlads_jax.sampling import Sampling
+from radlads_jax.scoring import score_rows
+
+DEFAULT_NEW_TOKENS = 256
+# What a task may say of its generation, beside where it stops.
+SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p")
+
+
+class RadladsLM(TemplateLM):
+    """A teacher or a student for lm-eval.
+
+    max_length: tokens of a request that are read, the last ones (default: the model's max_position_embeddings, for a
+    student too, so that it reads what its teacher reads).
+    """
+
+    def __init__(self, model: Model, *, batch_size: int = 8, max_length: int | None = None):
+        super().__init__()
+        self.model, self.tokenizer, self.batch_size = model, model.tokenizer, batch_size
+        self.max_length = max_length or model.cfg.max_position_embeddings
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context."""
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else begin
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.model.directory).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        begin = self.tokenizer.bos_token
+        if add_special_tokens is None:
+            # As the tokenizer has it by itself, but never two beginnings.
+            add_special_tokens = not (begin and string.startswith(begin))
+        return self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of every text, each token predicted once with as much before it as fits."""
+        del disable_tqdm
+        windows = [
+            [
+                make_disjoint_window(window)
+                for window in get_rolling_token_windows(
+                    self.tok_encode(request.args[0], add_special_tokens=False),
+                    self.prefix_token_id,
+                    self.max_length,
+                    context_len=1,
+                )
+            ]
+            for request in requests
+        ]
+        flat = [(("", ""), before, predicted) for text in windows for before, predicted in text]
+        scores = iter(self._loglikelihood_tokens(flat))
+        return [sum(score for score, _ in itertools.islice(scores, len(text))) for text in windows]
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        rows, starts = [], []
+        for _texts, context, continuation in requests:
+            row = (context + continuation)[-(self.max_length + 1) :]
+            rows.append(row)
+            starts.append(max(1, len(row) - len(continuation)))
+        scores = score_rows(self.model.cfg, self.model.params, rows, starts, self.batch_size)
+        return [(float(score.log_probabilities.sum(dtype="float64")), bool(score.is_best.all())) for score in scores]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The continuation of every context, up to the task's stop strings; greedy, unless the task says otherwise."""
+        del disable_tqdm
+        texts: dict[int, str] = {}
+        settings = [json.dumps(request.args[1], sort_keys=True) for request in requests]
+        for setting in dict.fromkeys(settings):
+            same = [i for i, other in enumerate(settings) if other == setting]
+            texts |= self._generate(same, [requests[i].args[0] for i in same], json.loads(setting))
+        return [texts[i] for i in range(len(requests))]
+
+    def _generate(self, numbers: list[int], contexts: list[str], options: dict[str, Any]) -> dict[int, str]:
+        until = options.get("until") or []
+        stop = [s for s in ([until] if isinstance(until, str) else until) if s]
+        max_tokens = options.get("max_gen_toks") or DEFAULT_NEW_TOKENS
+        rows = {n: self.tok_encode(text) for n, text in zip(numbers, contexts, strict=True)}
+        order = sorted(numbers, key=lambda n: -len(rows[n]))
+        texts = dict.fromkeys(numbers, "")
+        for begin in range(0, len(order), self.batch_size):
+            batch = order[begin : begin + self.batch_size]
+            filled = batch + [batch[-1]] * (self.batch_size - len(batch))
+            prompts = [rows[n][-max(1, self.max_length - max_tokens) :] or [self.prefix_token_id] for n in filled]
+            for step in generate(
+                self.model, prompts, max_tokens=max_tokens, sampling=_sampling(options), stop=stop, numbers=filled
+            ):
+                for n, text in zip(batch, step.texts, strict=False):
+                    texts[n] += text
+        return texts
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    """What a task's generation_kwargs ask for; without do_sample or with temperature 0, the most likely tokens."""
+    known = {key: options[key] for key in SAMPLING_KEYS if options.get(key) is not None}
+    temperature = float(known.get("temperature", 1.0 if known.get("do_sample") else 0.0))
+    if not known.get("do_sample", temperature > 0) or temperature == 0:
+        return Sampling()
+    return Sampling(temperature, int(known.get("top_k", 0)), float(known.get("top_p", 1.0)))

@@ -1,0 +1,189 @@
+"""What a work directory says about its run, read for the report; nothing of it needs to be complete."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from radlads_jax.config import StageConfig
+from radlads_jax.metrics import read_metrics
+
+# A gap of so many times the usual is a pause of the run, not a slow step.
+PAUSE = 10
+PAUSE_SECONDS = 60.0
+# Lines that a run writes together are nearer to each other than this.
+TOGETHER_SECONDS = 0.005
+LOSSES_MEANT = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class StageLog:
+    """A stage's records in order. recipe: its part of config.json, empty where there is none."""
+
+    name: str
+    records: tuple[dict[str, Any], ...]
+    recipe: dict[str, Any]
+
+    @property
+    def steps_done(self) -> int:
+        return self.records[-1]["step"] if self.records else 0
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        rows, length = (self.recipe.get(key) for key in ("batch_size", "seq_len"))
+        return rows * length if isinstance(rows, int) and isinstance(length, int) and rows * length > 0 else None
+
+    @property
+    def steps_planned(self) -> int | None:
+        if not self.tokens_per_step or not isinstance(self.recipe.get("tokens"), int):
+            return None
+        return StageConfig(**{key: self.recipe[key] for key in ("tokens", "batch_size", "seq_len")}).steps
+
+    @property
+    def x_unit(self) -> int:
+        """What a step counts for on an x axis: its tokens, or 1 where they are not known."""
+        return self.tokens_per_step or 1
+
+    @property
+    def x_name(self) -> str:
+        return "tokens" if self.tokens_per_step else "steps"
+
+    @property
+    def x_end(self) -> float:
+        return float(max(self.steps_planned or 0, self.steps_done, 1) * self.x_unit)
+
+    def curve(self, key: str) -> list[tuple[float, float | None]]:
+        """(x, value) of every record that has the metric; the value is None where it was not finite."""
+        return [(float(r["step"] * self.x_unit), number(r[key])) for r in self.records if key in r]
+
+    def layers(self) -> list[list[tuple[float, float | None]]]:
+        """The curve of every recurrent layer's alignment error; empty in a stage that has none."""
+        rows = [r for r in self.records if isinstance(r.get("layer_loss"), list)]
+        count = max((len(r["layer_loss"]) for r in rows), default=0)
+        return [
+            [(float(r["step"] * self.x_unit), number(r["layer_loss"][i])) for r in rows if i < len(r["layer_loss"])]
+            for i in range(count)
+        ]
+
+    def skipped(self) -> list[int]:
+        """The steps whose loss or gradient was not finite, so that they changed nothing."""
+        return [r["step"] for r in self.records if number(r.get("loss")) is None or r.get("finite", 1) == 0]
+
+    def loss_at(self, *, last: bool) -> float | None:
+        """The first finite loss, or the mean of the last LOSSES_MEANT."""
+        losses = [loss for r in self.records if (loss := number(r.get("loss"))) is not None]
+        if not losses:
+            return None
+        return statistics.fmean(losses[-LOSSES_MEANT:]) if last else losses[0]
+
+    def paces(self) -> list[tuple[float, float, float]]:
+        """(x, steps, seconds) between the moments when lines were written; pauses and compilation are left out.
+
+        A run writes the lines of some steps together, so only the first line of such a group tells a time.
+        """
+        marks = [(r["step"], t) for r in self.records if (t := number(r.get("time"))) is not None]
+        apart = max(TOGETHER_SECONDS, _usual_gap([t for _, t in marks]) / 2)
+        groups = marks[:1]
+        for (_, before), (step, now) in itertools.pairwise(marks):
+            if now - before >= apart:
+                groups.append((step, now))
+            else:
+                groups[-1] = (step, groups[-1][1])
+        pairs = itertools.pairwise(groups)
+        gaps = [(last, last - first, end - begin) for (first, begin), (last, end) in pairs if last > first]
+        if not gaps:
+            return []
+        usual = statistics.median_low([seconds / steps for _, steps, seconds in gaps])
+        return [
+            (float(last * self.x_unit), float(steps), seconds)
+            for last, steps, seconds in gaps
+            if seconds < PAUSE_SECONDS + PAUSE * usual * steps
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunLog:
+    """A run as its work directory tells it; config, summary and evaluation are empty where their files are missing."""
+
+    workdir: Path
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    stages: tuple[StageLog, ...]
+    evaluation: dict[str, Any]
+
+    @property
+    def recurrent_layers(self) -> list[int]:
+        """The layer that each alignment error belongs to: all but those that stay softmax attention."""
+        kept = set((self.config.get("student") or {}).get("attention_layers") or ())
+        count = max((len(stage.layers()) for stage in self.stages), default=0)
+        return [layer for layer in range(count + len(kept)) if layer not in kept][:count]
+
+    def stage_summary(self, name: str) -> dict[str, Any]:
+        lines = self.summary.get("stages") or []
+        return next((line for line in lines if line.get("name") == name), {})
+
+
+def read_run(workdir: str | os.PathLike) -> RunLog:
+    """Reads config.json, metrics.jsonl, summary.json and evaluation.json (or the export's), as far as they are there.
+
+    Raises ValueError where there is no run, or a file is broken.
+    """
+    directory = Path(workdir)
+    config, summary = read_json(directory / "config.json"), read_json(directory / "summary.json")
+    records = [record for record in read_metrics(directory) if _is_record(record)]
+    if not config and not records:
+        raise ValueError(
+            f"{directory} holds no run (neither config.json nor metrics.jsonl); expected the --workdir of "
+            "radlads_jax.launch. Check the path."
+        )
+    names = list(dict.fromkeys([*(config.get("stages") or ()), *(record["stage"] for record in records)]))
+    stages = [StageLog(name, tuple(r for r in records if r["stage"] == name), config.get(name) or {}) for name in names]
+    evaluation = read_json(directory / "evaluation.json") or read_json(directory / "export" / "evaluation.json")
+    return RunLog(directory, config, summary, tuple(stages), evaluation)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no file. Raises ValueError for anything else."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}). Remove the file, or restore it from the run.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}; expected an object. Remove or restore the file.")
+    return value
+
+
+def number(value: Any) -> float | None:
+    """The value as a finite float; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def ranges(steps: Iterable[int]) -> str:
+    """Whole numbers in rising order as text: "3, 7 to 9"."""
+    runs: list[list[int]] = []
+    for step in steps:
+        if runs and step == runs[-1][-1] + 1:
+            runs[-1][1:] = [step]
+        else:
+            runs.append([step])
+    return ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]} to {run[1]}" for run in runs)
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("stage"), str) and isinstance(value.get("step"), int)
+
+
+def _usual_gap(times: Sequence[float]) -> float:
+    """Seconds from line to line: the low median over windows of an eighth of the lines, which few pauses can't move."""
+    width = max(len(times) // 8, 1)
+    means = [(end - begin) / width for begin, end in zip(times, times[width:], strict=False)]
+    return statistics.median_low(means) if means else 0.0

@@ -1,0 +1,122 @@
+"""The report's part on quality: student beside teacher on held-out text, in tasks and probes, and in samples."""
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from radlads_jax.report_charts import Curve, line_chart, short
+from radlads_jax.report_data import RunLog, number
+from radlads_jax.report_page import amount, charts, digits, none, percent, table
+
+SCORES = {"loss": "loss", "top1": "top-1", "kl": "KL", "agreement": "agreement"}
+ROLES = ("teacher", "student")
+COLORS = {"teacher": 2, "student": 1}
+
+
+def quality(run: RunLog) -> str:
+    """Held-out scores of student and teacher."""
+    if not run.summary:
+        return none("Measured when the run has finished.")
+    rows = []
+    for name in ("teacher", "student"):
+        values = run.summary.get(name) or {}
+        if values:
+            loss_like = {"loss", "kl"}
+            rows.append([name, *((digits if key in loss_like else percent)(values.get(key)) or "-" for key in SCORES)])
+    tokens = amount(number(run.summary.get("tokens"))) or "?"
+    return (
+        table(["", *SCORES.values()], rows)
+        + f'<p class="soft">Means over {tokens} held-out tokens; KL and agreement (same top-1) with the teacher.</p>'
+    )
+
+
+def samples(found: Sequence[dict[str, Any]]) -> str:
+    """Every prompt with what both models make of it; marked from where the student differs."""
+    if not found:
+        return none("Given by train.sample_prompts, and written when the run has finished.")
+    return "".join(_sample(sample) for sample in found)
+
+
+def _sample(sample: dict[str, Any]) -> str:
+    texts = {name: str(sample[name]).strip() for name in ("teacher", "student") if name in sample}
+    columns = []
+    for name, text in texts.items():
+        same = _same_words(text, texts.get("teacher", text))
+        shown = escape(text[:same]) + (f"<mark>{escape(text[same:])}</mark>" if same < len(text) else "")
+        columns.append(f'<div class="{name}"><b>{name}</b><div class="text">{shown}</div></div>')
+    prompt = escape(str(sample.get("prompt", "")))
+    return f'<div class="sample"><p class="text">{prompt}</p><div class="pair">{"".join(columns)}</div></div>'
+
+
+def _same_words(text: str, other: str) -> int:
+    """The length of what both begin with, cut where a word begins unless both go to their end."""
+    pairs = zip(text, other, strict=False)
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))
+    return same if same == len(text) else text.rfind(" ", 0, same) + 1
+
+
+def evaluation(found: dict[str, Any]) -> str:
+    """What radlads_jax.evaluate has measured: tasks, and probes over long contexts."""
+    parts = []
+    if tasks := _dict(found.get("tasks")):
+        parts.append(_tasks(found, tasks))
+    if probes := _dict(found.get("probes")):
+        parts.append(charts([_probe(name, probes) for name in _dict(next(iter(probes.values())))]))
+    return "".join(parts) or none("None yet: python -m radlads_jax.evaluate writes it into the run's directory.")
+
+
+def _tasks(found: dict[str, Any], tasks: dict[str, Any]) -> str:
+    published = found.get("published_model")
+    columns = ["task", "teacher", "student", "relative"]
+    columns += ["paper's teacher", "paper's student", "paper's relative"] if published else []
+    rows = []
+    for task, line in tasks.items():
+        line = _dict(line)
+        student, paper = _dict(line.get("student")), _dict(line.get("published"))
+        cells = [task, *(_score(line, role) for role in ROLES), percent(line.get("relative"))]
+        cells += [percent(paper.get(key)) for key in (*ROLES, "relative")] if published else []
+        cells += [percent(line.get("chance")), str(line.get("metric")), amount(number(student.get("documents")))]
+        rows.append([escape(cell) or "-" for cell in cells])
+    said = "Relative is (student - chance) / (teacher - chance)."
+    if mean := percent(found.get("mean_relative")):
+        said += f" Its mean is {mean}."
+    if limit := amount(number(found.get("limit"))):
+        said += f" The first {limit} documents of every task."
+    if published:
+        said += f" The paper's are those of {published}."
+    return table([*columns, "chance", "metric", "docs"], rows) + f'<p class="soft">{escape(said)}</p>'
+
+
+def _score(line: dict[str, Any], role: str) -> str:
+    """A share in percent with its standard error; a perplexity and the like as it is."""
+    result = _dict(line.get(role))
+    score, error = number(result.get("score")), number(result.get("stderr"))
+    if score is None:
+        return ""
+    if line.get("chance") is None:
+        return short(score)
+    return percent(score) + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def _probe(name: str, probes: dict[str, Any]) -> str:
+    """A probe of every model over the context's length or the token's position, at equal distances."""
+    curves, ticks, what, place = [], [], "", ""
+    for role, results in probes.items():
+        result = _dict(_dict(results).get(name))
+        place, what = ("positions", "loss") if "positions" in result else ("lengths", "accuracy")
+        values = [number(value) for value in result.get(what) or ()]
+        curves.append(Curve(role, list(enumerate(values)), COLORS.get(role, 3)))
+        ticks = [(i, f"{number(x) or 0:,.0f}") for i, x in enumerate(result.get(place) or ())]
+    return line_chart(
+        name.replace("_", " "),
+        curves,
+        what=what,
+        x_name="position" if place == "positions" else "context length",
+        x_ticks=ticks[:: -(-len(ticks) // 6) or 1],
+        format_y=(lambda share: f"{share:.0%}") if what == "accuracy" else None,
+        from_zero=what == "accuracy",
+    )
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

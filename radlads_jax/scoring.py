@@ -1,0 +1,114 @@
+"""How likely a model finds given tokens: log-probabilities of the ends of token rows, batched by length."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from radlads_jax.decoding import Sequences, empty_sequences, read_piece, read_tokens
+from radlads_jax.models import ModelConfig, bind
+from radlads_jax.models.decoder import Params
+
+# Rows are read in pieces of this many tokens, shorter ones at one of the widths below it.
+PIECE = 512
+WIDTHS = (32, 64, 128, 256, PIECE)
+# Tokens whose logits are in memory at once.
+LOGIT_TOKENS = 256
+# A batch of longer rows has fewer of them.
+FULL_BATCH_WIDTH = 1024
+
+
+class Score(NamedTuple):
+    """Of a row's tokens from its start on: their log-probabilities, and whether each was the most likely one."""
+
+    log_probabilities: Float[np.ndarray, " N"]
+    is_best: Bool[np.ndarray, " N"]
+
+
+def score_rows(
+    cfg: ModelConfig, params: Params, rows: Sequence[Sequence[int]], starts: Sequence[int], batch_size: int = 8
+) -> list[Score]:
+    """log p(row[t] | row[:t]) for t >= start >= 1, for every row with its start.
+
+    Rows of similar length are read together, the longest first, so that what does not fit in memory shows at once.
+    """
+    for row, start in zip(rows, starts, strict=True):
+        if not 1 <= start < len(row):
+            raise ValueError(
+                f"a row of {len(row)} tokens is to be scored from token {start}; expected 1 to {len(row) - 1}, as the "
+                "first token has none before it. Begin the row with a beginning-of-text token."
+            )
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    scores: dict[int, Score] = {}
+    while order:
+        width = padded_width(len(rows[order[0]]) - 1)
+        size = min(batch_size, max(1, batch_size * FULL_BATCH_WIDTH // width))
+        batch, order = order[:size], order[size:]
+        # An incomplete batch is filled up, since another number of rows is another program.
+        filled = batch + [batch[-1]] * (size - len(batch))
+        found = _score_batch(cfg, params, [rows[i] for i in filled], [starts[i] for i in filled], width)
+        scores |= dict(zip(batch, found, strict=False))
+    return [scores[i] for i in range(len(rows))]
+
+
+def padded_width(length: int) -> int:
+    """The width that rows of this many tokens are padded to."""
+    return next((width for width in WIDTHS if length <= width), -(-length // PIECE) * PIECE)
+
+
+def _score_batch(
+    cfg: ModelConfig, params: Params, rows: list[Sequence[int]], starts: list[int], width: int
+) -> list[Score]:
+    tokens = np.full((len(rows), width + 1), -1, np.int32)
+    for padded, row in zip(tokens, rows, strict=True):
+        padded[width + 1 - len(row) :] = row
+    # The first column whose next token any row asks for.
+    first = min(width + start - len(row) for row, start in zip(rows, starts, strict=True))
+    size = min(width, PIECE)
+    sequences = empty_sequences(cfg, len(rows), width)
+    scored = []
+    for begin in range(0, width, size):
+        piece = jnp.asarray(tokens[:, begin : begin + size])
+        if begin + size <= first:
+            sequences = read_piece(cfg, params, sequences, piece)
+            continue
+        targets = jnp.asarray(tokens[:, begin + 1 : begin + size + 1])
+        found, sequences = _score_piece(cfg, params, sequences, piece, targets)
+        scored.append(jax.device_get(found))
+    log_probabilities, is_best = (np.concatenate(parts, axis=1) for parts in zip(*scored, strict=True))
+    counts = [len(row) - start for row, start in zip(rows, starts, strict=True)]
+    return [
+        Score(p[len(p) - n :], best[len(best) - n :])
+        for p, best, n in zip(log_probabilities, is_best, counts, strict=True)
+    ]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _score_piece(
+    cfg: ModelConfig,
+    params: Params,
+    sequences: Sequences,
+    tokens: Int[Array, "B T"],
+    targets: Int[Array, "B T"],
+) -> tuple[tuple[Float[Array, "B T"], Bool[Array, "B T"]], Sequences]:
+    hidden, sequences = read_tokens(cfg, params, sequences, tokens)
+    decoder = bind(cfg, params)
+
+    def score(inputs):
+        hidden, targets = inputs
+        logits = decoder.logits(hidden[None])[0]
+        chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
+
+    count = tokens.size
+    slices = -(-count // LOGIT_TOKENS)
+    missing = slices * min(LOGIT_TOKENS, count) - count
+    flat = jnp.pad(hidden.reshape(count, -1), ((0, missing), (0, 0))).reshape(slices, -1, hidden.shape[-1])
+    flat_targets = jnp.pad(targets.reshape(count), (0, missing)).reshape(slices, -1)
+    found = jax.lax.map(score, (flat, flat_targets))
+    log_probabilities, is_best = (x.reshape(-1)[:count].reshape(tokens.shape) for x in found)
+    return (log_probabilities, is_best), sequences

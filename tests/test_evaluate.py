@@ -1,0 +1,303 @@
+"""Scores of tokens against full forward passes, the adapter against lm-eval's own model, and the command line."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+
+from radlads_jax import evaluate, paper
+from radlads_jax.data import synthetic
+from radlads_jax.loaded import load_model
+from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, bind
+from radlads_jax.porting.save import save_params
+from radlads_jax.scoring import padded_width, score_rows
+
+TEACHER = ModelConfig("qwen2", 300, 32, 48, 4, 2, 8, (("attention", 2),), qkv_bias=True, max_position_embeddings=128)
+STUDENT = TEACHER.as_student("rad_rwkv7", MixerConfig.for_student("rad_rwkv7", 32))
+HYBRID = TEACHER.as_student("rad_rwkv6", MixerConfig.for_student("rad_rwkv6", 32), (0,))
+
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (the extra `eval`)"
+)
+
+
+def random_params(cfg: ModelConfig):
+    """Parameters with which no branch is silent and no two tokens are nearly as likely."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        is_scale = getattr(path[-1], "key", None) == "scale"
+        return jnp.asarray(rng.normal(is_scale, 0.2, leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(cfg))
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """The teacher's and the student's directories."""
+    tokenizer_dir = tmp_path_factory.mktemp("tokenizer")
+    synthetic.save_tokenizer(synthetic.train_tokenizer(300, count=200), tokenizer_dir)
+    base = {"model_type": "qwen2", "eos_token_id": 0, "bos_token_id": 0}
+    return {
+        name: save_params(
+            random_params(cfg),
+            cfg,
+            tmp_path_factory.mktemp(name) / "model",
+            base_config=base,
+            tokenizer_from=tokenizer_dir,
+        )
+        for name, cfg in {"teacher": TEACHER, "student": STUDENT}.items()
+    }
+
+
+@pytest.mark.parametrize("cfg", [STUDENT, HYBRID], ids=["rad_rwkv7", "hybrid"])
+def test_scores_are_those_of_a_full_forward_pass(cfg):
+    params, rng = random_params(cfg), np.random.default_rng(0)
+    lengths, starts = (5, 700, 40, 2, 33), (1, 600, 39, 1, 10)
+    rows = [rng.integers(0, 300, n).tolist() for n in lengths]
+    scores = score_rows(cfg, params, rows, starts, batch_size=2)
+    padded = np.zeros((5, 700), np.int32)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    decoder = bind(cfg, params)
+    logits = np.asarray(jax.jit(lambda t: decoder.logits(decoder.hidden(t)[0]))(padded), np.float64)
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        before = logs[i, start - 1 : len(row) - 1]
+        expected = before[np.arange(len(before)), row[start:]]
+        np.testing.assert_allclose(scores[i].log_probabilities, expected, rtol=2e-4, atol=2e-4)
+        np.testing.assert_array_equal(scores[i].is_best, before.argmax(-1) == row[start:])
+
+
+def test_rows_are_padded_to_few_widths():
+    assert [padded_width(n) for n in (1, 32, 33, 500, 512, 513, 1025)] == [32, 32, 64, 512, 512, 1024, 1536]
+    with pytest.raises(ValueError, match="scored from token 0"):
+        score_rows(STUDENT, {}, [[1, 2]], [0])
+
+
+def test_relative_scores():
+    # RADLADS: QRWKV7-7B keeps (68.2 - 25) / (71.7 - 25) of mmlu and more than all of arc_challenge.
+    assert paper.relative_score(0.682, 0.717, 0.25) == pytest.approx(0.9251, abs=1e-4)
+    assert paper.relative_score(0.558, 0.550, 0.25) == pytest.approx(1.0267, abs=1e-4)
+    assert paper.relative_score(0.3, 0.25, 0.25) is None
+
+
+def test_published_scores_are_those_of_the_same_shape():
+    large = ModelConfig("qwen2", 152064, 5120, 27648, 40, 8, 128, (("attention", 64),), qkv_bias=True)
+    name, scores = paper.published_scores(large.as_student("rad_rwkv6", MixerConfig.for_student("rad_rwkv6", 5120)))
+    assert name == "QRWKV6-32B" and scores["mmlu"] == {"student": 0.766, "teacher": 0.818}
+    assert paper.published_scores(large) is None and paper.published_scores(STUDENT) is None
+
+
+def test_suite_stands_for_the_papers_tasks():
+    assert evaluate.expand_tasks(["sciq", "radlads", "mmlu"]) == ["sciq", *paper.SUITE]
+    assert [task.metric for task in paper.SUITE.values()].count("acc_norm") == 2
+
+
+def result_of(score: float, metric: str = "acc", chance: float | None = 0.25) -> dict:
+    numbers = {"score": score, "stderr": 0.01, "chance": chance, "documents": 40, "metrics": {metric: score}}
+    return {"metric": metric} | numbers
+
+
+def test_comparison_and_its_page():
+    large = ModelConfig("qwen2", 152064, 3584, 18944, 28, 4, 128, (("attention", 28),), qkv_bias=True)
+    student = large.as_student("rad_rwkv7", MixerConfig.for_student("rad_rwkv7", 3584))
+    scores = {"arc_easy": result_of(0.6), "lambada_openai": result_of(0.5, chance=0.0)}
+    teacher = {"arc_easy": result_of(0.75), "lambada_openai": result_of(0.4, chance=0.0)}
+    perplexity = {"text": result_of(17.123, "word_perplexity", None)}
+    result = evaluate.compare(student, scores | perplexity, teacher | perplexity)
+    assert result["tasks"]["arc_easy"]["relative"] == pytest.approx(0.7)
+    assert result["tasks"]["text"]["relative"] is None
+    assert result["mean_relative"] == pytest.approx((0.7 + 1.25) / 2)
+    page = evaluate.as_markdown({"model": "S", "teacher": "T", "limit": 40.0} | result)
+    assert "| arc_easy | acc | 40 | 25.0 | 75.0 ± 1.0 | 60.0 ± 1.0 | 70.0 | 81.5 | 81.7 | 100.4 |" in page
+    assert "| text | word_perplexity | 40 |  | 17.12 | 17.12 |  |  |  |  |" in page
+    assert "Mean relative score: 97.5" in page and "first 40 documents" in page
+    alone = evaluate.compare(STUDENT, scores, None)
+    assert alone["mean_relative"] is None and "published" not in alone["tasks"]["arc_easy"]
+
+
+def command_line(*arguments: str) -> flags.FlagValues:
+    values = flags.FlagValues()
+    evaluate.define_flags(values)
+    values(["evaluate", *arguments])
+    return values
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected --model DIR"),
+        (["--model=x"], "expected --tasks"),
+        (["--model=x", "--probes", "--probe_lengths=5,many"], "--probe_lengths has many"),
+        (["--model=x", "--probes", "--batch_size=0"], "batch_size is 0"),
+        (["--model=org/name", "--probes"], "beside which nothing can be written"),
+    ],
+)
+def test_refusals(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.main(command_line(*arguments))
+
+
+def test_lm_eval_is_asked_for(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'radlads-jax\[eval\]'"):
+        evaluate.load_tasks(["piqa"])
+
+
+CHOICES = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_target: label
+doc_to_choice: choices
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+WORDS = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[0]}}}}"
+metric_list: [{{metric: acc}}, {{metric: perplexity}}]
+"""
+WRITING = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[0]}}}}"
+generation_kwargs: {{until: ["th"], max_gen_toks: 12}}
+metric_list: [{{metric: exact_match}}]
+"""
+ROLLING = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list: [{{metric: word_perplexity}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def task_files(tmp_path_factory):
+    """Tasks of every kind over one local file, by name."""
+    directory = tmp_path_factory.mktemp("tasks")
+    texts = [synthetic.document(5, i) for i in range(10)]
+    records = [
+        # Of very different lengths, one longer than the model's context.
+        {"question": text[: 40 * (i + 1)], "choices": [" king", " a small dog.", " the"], "label": i % 3}
+        for i, text in enumerate(texts)
+    ]
+    data = directory / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, records)))
+    kinds = {"choices": CHOICES, "words": WORDS, "writing": WRITING, "rolling": ROLLING}
+    for name, template in kinds.items():
+        text = template.format(name=f"local_{name}", file=data, cache=directory / "cache")
+        (directory / f"{name}.yaml").write_text(text)
+    return {name: directory / f"{name}.yaml" for name in kinds}
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_adapter_agrees_with_lm_evals_own_model(directories, task_files):
+    pytest.importorskip("torch", reason="lm-eval's own model is torch code")
+    pytest.importorskip("accelerate", reason="lm-eval's own model needs it")
+    pytest.importorskip("peft", reason="lm-eval's own model needs it")
+    import lm_eval
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    torch.set_num_threads(1)
+    tasks = evaluate.load_tasks([str(path) for path in task_files.values()])
+    model = load_model(directories["teacher"])
+    ours = evaluate.run_tasks(model, tasks, batch_size=4)
+    own = HFLM(
+        pretrained=str(directories["teacher"]),
+        tokenizer=model.tokenizer,
+        dtype="float32",
+        device="cpu",
+        batch_size=1,
+        max_length=128,
+    )
+    for loaded in tasks.values():
+        (name, task), *_ = loaded["tasks"].items()
+        options = {"task_manager": TaskManager(include_defaults=False), "bootstrap_iters": int(name == "local_choices")}
+        expected = lm_eval.simple_evaluate(own, tasks=[task], **options)["results"][name]
+        for metric, value in ours[name]["metrics"].items():
+            assert value == pytest.approx(expected[f"{metric},none"], rel=1e-4), (name, metric)
+        if name == "local_choices":
+            assert ours[name]["stderr"] == pytest.approx(expected["acc_stderr,none"], rel=1e-4)
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_command_line(directories, task_files, tmp_path, capsys):
+    arguments = [f"--model={directories['student']}", f"--teacher={directories['teacher']}", "--limit=6"]
+    tasks = f"--tasks={task_files['choices']},{task_files['words']}"
+    evaluate.main(command_line(*arguments, tasks, f"--output={tmp_path}"))
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (tmp_path / "evaluation.md").read_text().strip() == capsys.readouterr().out.strip()
+    assert set(result["tasks"]) == {"local_choices", "local_words"}
+    choices = result["tasks"]["local_choices"]
+    assert choices["chance"] == pytest.approx(1 / 3) and choices["metric"] == "acc"
+    assert choices["student"]["documents"] == choices["teacher"]["documents"] == 6
+    assert result["tasks"]["local_words"]["chance"] == 0.0
+    student, teacher = (choices[role]["score"] for role in ("student", "teacher"))
+    assert choices["relative"] == paper.relative_score(student, teacher, choices["chance"])
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_group_is_one_score_over_all_its_documents(directories, task_files, tmp_path):
+    def inline(name: str) -> str:
+        lines = task_files["choices"].read_text().replace("local_choices", name).splitlines()
+        return "  - " + "\n    ".join(lines)
+
+    group = tmp_path / "group.yaml"
+    parts = "\n".join(map(inline, ("first", "second")))
+    group.write_text(f"group: both\ntask:\n{parts}\naggregate_metric_list: [{{metric: acc, weight_by_size: true}}]\n")
+    model = load_model(directories["student"])
+    result = evaluate.run_tasks(model, evaluate.load_tasks([str(group)]), limit=6)
+    alone = evaluate.run_tasks(model, evaluate.load_tasks([str(task_files["choices"])]), limit=6)["local_choices"]
+    assert list(result) == ["both"]
+    assert result["both"]["score"] == pytest.approx(alone["score"]) and result["both"]["documents"] == 12
+    assert result["both"]["chance"] == pytest.approx(1 / 3)
+
+
+@pytest.fixture
+def broken(task_files, tmp_path):
+    """A task whose data is missing."""
+    file = tmp_path / "broken.yaml"
+    file.write_text(task_files["choices"].read_text().replace("data.jsonl", "gone.jsonl"))
+    return file
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_missing_data_is_named(broken):
+    with pytest.raises(ValueError, match=r"the data of .*broken\.yaml cannot be had .*gone\.jsonl"):
+        evaluate.load_tasks([str(broken)])
+
+
+@pytest.mark.slow
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_missing_data_and_unknown_tasks_are_named_together(broken):
+    with pytest.raises(ValueError, match=r"data of .*broken.yaml.*; the data of sciq .*; no_such_task is no task"):
+        evaluate.load_tasks([str(broken), "sciq", "no_such_task"])

@@ -1,0 +1,123 @@
+"""The probes' contexts are as described, a model that knows the answers passes them, and the picture is drawn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from radlads_jax import probes
+from radlads_jax.data import synthetic
+from radlads_jax.loaded import Model
+from radlads_jax.models import MixerConfig, ModelConfig, abstract_params
+from radlads_jax.porting import load_tokenizer
+from radlads_jax.probes import Text
+from radlads_jax.scoring import Score
+
+TEACHER = ModelConfig("qwen2", 300, 32, 48, 4, 2, 8, (("attention", 2),), qkv_bias=True)
+STUDENT = TEACHER.as_student("rad_rwkv7", MixerConfig.for_student("rad_rwkv7", 32))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    synthetic.save_tokenizer(synthetic.train_tokenizer(300, count=200), directory)
+    return load_tokenizer(directory)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer, tmp_path_factory) -> Model:
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.02, x.shape), x.dtype), abstract_params(STUDENT))
+    return Model(tmp_path_factory.mktemp("none"), STUDENT, params, tokenizer, (0,))
+
+
+def parts(tokenizer, example) -> tuple[str, str]:
+    return tokenizer.decode(example.ids[: example.start]), tokenizer.decode(example.ids[example.start :])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_passkey(tokenizer, seed):
+    example = probes.passkey(Text(tokenizer, seed), 700)
+    context, answer = parts(tokenizer, example)
+    assert len(example.ids) == 700
+    assert context.count(f"The pass key is {answer.strip()}.") == 1 and len(answer.strip()) == 5
+    assert context.endswith("The pass key is") and "The sky is blue." in context
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_multi_key(tokenizer, seed):
+    example = probes.multi_key(Text(tokenizer, seed), 1000)
+    context, answer = parts(tokenizer, example)
+    city = context.split("The number of ")[-1].split(" is")[0]
+    assert len(example.ids) == 1000 and context.count(" The number of ") == probes.NEEDLES + 1
+    assert context.count(f"The number of {city} is{answer}.") == 1
+
+
+@pytest.mark.parametrize("length", [64, 500, 4000])
+def test_recall(tokenizer, length):
+    example = probes.recall(Text(tokenizer, 0), length)
+    context, answer = parts(tokenizer, example)
+    asked = context.split("\n")[-1]
+    assert len(example.ids) <= length or context.count("\n") == 1
+    assert len(example.ids) > 0.8 * length or length == 64
+    assert context.count(f"{asked}{answer}\n") == 1 and context.count(asked) == 2
+
+
+def test_copy(tokenizer):
+    example = probes.copy(Text(tokenizer, 0), 401)
+    half = (len(example.ids) - 1) // 2
+    assert len(example.ids) == 401
+    assert example.ids[1 : 1 + half] == example.ids[1 + half :] and example.start == 2 + half
+
+
+def test_needles_stand_everywhere(tokenizer):
+    places = []
+    for seed in range(40):
+        context, _ = parts(tokenizer, probes.passkey(Text(tokenizer, seed), 600))
+        places.append(context.index("The pass key is") / len(context))
+    assert min(places) < 0.15 and max(places) > 0.7
+
+
+def test_too_short_a_probe_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="a probe of 40 tokens has no room"):
+        probes.passkey(Text(tokenizer, 0), 40)
+
+
+def test_text_of_a_file(tokenizer, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(f"word {i}" for i in range(300)))
+    example = probes.document(Text(tokenizer, 0), 100, file)
+    assert len(example.ids) == 100 and tokenizer.decode(example.ids[1:]) in file.read_text()
+    with pytest.raises(ValueError, match="expected at least the 100000"):
+        probes.document(Text(tokenizer, 0), 100_000, file)
+
+
+def test_right_answers_are_counted(model, monkeypatch):
+    """A scorer that finds the tokens at even places of an answer, and every token of answers of one token."""
+
+    def scored(cfg, params, rows, starts, batch_size):
+        del cfg, params, batch_size
+        counts = [len(row) - start for row, start in zip(rows, starts, strict=True)]
+        return [Score(-np.arange(n, dtype=np.float32), np.arange(n) % 2 == 0) for n in counts]
+
+    monkeypatch.setattr(probes, "score_rows", scored)
+    results = probes.run_probes(model, lengths=[1024, 600], samples=2)
+    assert results["passkey"] == {"lengths": [600, 1024], "accuracy": [0.0, 0.0]}
+    assert results["copy"]["accuracy"] == pytest.approx([0.5, 0.5], abs=0.01)
+    losses = results["loss_by_position"]
+    assert losses["positions"] == [16, 32, 64, 128, 256, 512, 1023]
+    assert losses["loss"] == pytest.approx([7.5, 23.5, 47.5, 95.5, 191.5, 383.5, 767])
+
+
+def test_a_models_probes_and_their_picture(model, tmp_path):
+    options = {"lengths": [1100], "samples": 1}
+    lines: list[str] = []
+    results = probes.run_probes(model, log=lines.append, **options)
+    assert set(results) == {*probes.PROBES, "loss_by_position"} and len(lines) == len(probes.PROBES)
+    # An untrained model knows nothing: it finds all of the vocabulary about as likely.
+    assert results["loss_by_position"]["loss"] == pytest.approx([np.log(300)] * 8, rel=0.1)
+    assert results["passkey"]["accuracy"] == [0.0]
+    assert results == probes.run_probes(model, **options)
+    probes.draw_probes({"teacher": results, "student": results}, tmp_path / "probes.png")
+    assert (tmp_path / "probes.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["probes.png"]

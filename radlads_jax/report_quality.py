@@ -24,10 +24,8 @@ def quality(run: RunLog) -> str:
             loss_like = {"loss", "kl"}
             rows.append([name, *((digits if key in loss_like else percent)(values.get(key)) or "-" for key in SCORES)])
     tokens = amount(number(run.summary.get("tokens"))) or "?"
-    return (
-        table(["", *SCORES.values()], rows)
-        + f'<p class="soft">Means over {tokens} held-out tokens; KL and agreement (same top-1) with the teacher.</p>'
-    )
+    said = f"Means over {tokens} held-out tokens; KL and agreement (the same top-1) are with the teacher."
+    return table(["", *SCORES.values()], rows) + f'<p class="soft">{said}</p>'
 
 
 def samples(found: Sequence[dict[str, Any]]) -> str:

@@ -1,5 +1,6 @@
 """The only loop and all of its I/O: stage after stage, resumable at any step, then evaluation and export."""
 
+import dataclasses
 import json
 import signal
 import time
@@ -20,8 +21,10 @@ from radlads_jax.job import Job
 from radlads_jax.metrics import MetricsLogger
 from radlads_jax.models.decoder import Params
 from radlads_jax.optim import learning_rates
+from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.save import save_params
 from radlads_jax.porting.student import init_mixers, transfer_table, whole_student
+from radlads_jax.report import write_report
 from radlads_jax.train_state import TrainState, overlay_params, split_params
 
 console = Console()
@@ -93,10 +96,11 @@ def convert(job: Job) -> dict[str, Any]:
     console.print("evaluating on held-out rows")
     summary = heldout.evaluate_job(job, student, teacher) | {"stages": stages}
     console.print(f"exporting to {job.workdir / 'export'}")
-    export(job, student)
-    # Written last: its presence says that everything before is whole.
+    export(job, student, summary)
+    # Its presence says that everything before is whole.
     heldout.write_atomically(summary_path, json.dumps(summary, indent=2) + "\n")
     console.print(heldout.results_table(summary))
+    console.print(f"how it went, as a page: {write_report(job.workdir)}")
     return summary
 
 
@@ -257,9 +261,12 @@ def stage_directory(job: Job, name: str) -> Path:
     return job.workdir / "checkpoints" / name
 
 
-def export(job: Job, student: Params) -> None:
-    """DIR/export: a Hugging Face directory with the student's weights, config, tokenizer and generation config."""
+def export(job: Job, student: Params, summary: dict[str, Any]) -> None:
+    """DIR/export: a Hugging Face directory, its model card with the run's recipe and scores."""
     options = job.run.export
+    card = None
+    if job.student.recurrent_mixer is not None:
+        card = write_model_card(job.student, run=dataclasses.asdict(job.run), summary=summary)
     save_params(
         student,
         job.student,
@@ -269,6 +276,7 @@ def export(job: Job, student: Params) -> None:
         max_shard_size=int(options.max_shard_gb * 1e9),
         tokenizer_from=job.tokenizer_dir,
         retie=options.retie,
+        model_card=card,
     )
 
 

@@ -8,11 +8,13 @@ Writes evaluation.json and evaluation.md, and probes.png, into --output or else 
 import importlib.util
 import json
 import logging
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from absl import flags
 from rich.console import Console
 
@@ -55,7 +57,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     loaded, problems = {}, []
     for name in names:
         try:
-            loaded[name] = manager.load([name])
+            loaded[name] = manager.load([_spec(name)])
         except KeyError as error:
             problems.append(f"{name} is no task that lm-eval knows and no yaml file ({_first_line(error)})")
         # datasets and huggingface_hub raise OSErrors where they cannot reach the hub or a file, ValueErrors for what
@@ -68,6 +70,12 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
             "network, or give a yaml file whose dataset_kwargs.data_files name local files."
         )
     return loaded
+
+
+def _spec(name: str) -> str | dict[str, Any]:
+    """What lm-eval is asked for: it reads a file as a task, so that a group has to be read for it."""
+    text = Path(name).read_text(encoding="utf-8") if Path(name).is_file() else ""
+    return yaml.safe_load(text) if re.search(r"^group:", text, re.MULTILINE) else name
 
 
 def _first_line(error: BaseException) -> str:

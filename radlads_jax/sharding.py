@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jax.sharding import Mesh as DeviceMesh
 
@@ -88,7 +89,9 @@ def make_mesh(run: config_lib.RunConfig, devices: Any = None) -> DeviceMesh | No
     count = int(np.prod(shape))
     if count == 1:
         return None
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count])
+    # Not jax.make_mesh: on chips with a torus of three dimensions it refuses a mesh axis that is a part of one of them.
+    placed = mesh_utils.create_device_mesh(shape, devices[:count], allow_split_physical_axes=True)
+    return DeviceMesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def traced_over(mesh: DeviceMesh | None) -> AbstractContextManager[Any]:

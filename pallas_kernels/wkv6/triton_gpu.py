@@ -20,10 +20,10 @@ TUNED: Tuning = {
         "key_gradients": {"num_warps": 4, "BLOCK": 16, "BLOCK_V": 32},
     },
     "float32": {
-        "prepare": {"num_warps": 4, "BLOCK": 32},
+        "prepare": {"num_warps": 2, "BLOCK": 32},
         "pass_states": {"num_warps": 4, "BLOCK": 16},
         "combine": {"num_warps": 4, "BLOCK": 64, "BLOCK_K": 32},
-        "key_gradients": {"num_warps": 4, "BLOCK": 32, "BLOCK_V": 32},
+        "key_gradients": {"num_warps": 4, "BLOCK": 16, "BLOCK_V": 32},
     },
 }
 
@@ -104,7 +104,10 @@ def wkv6_triton(
     segment_ids: jax.Array | None,
     chunk_size: int | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `wkv6`. Products are bfloat16 where r, k and v all are, else float32; right for log_w >= -10."""
+    """See `wkv6`. Products are bfloat16 where r, k and v all are, else float32 in chunks of 16.
+
+    Right for log_w >= -10.
+    """
     import_kernels("wkv6")
     plan = make_plan("wkv6", r, v, (k,), chunk_size)
     r, k = (fill(x, plan.K, dtype=plan.dtype) for x in (r, k))

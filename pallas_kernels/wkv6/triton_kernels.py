@@ -58,9 +58,9 @@ def prepare(
     T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
     LEVELS: tl.constexpr, RESETS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk holds beside its state: K_end, R_head, inner [B,H,N,C,C] of all pairs i >= j, and
+    """What a chunk holds beside its state: K_end = k e^(G_C - G) and R_head = r e^G within their segments, ...
 
-    decay [B,H,N,2,K], e^G_C and what its rounding left out.
+    inner [B,H,N,C,C], the pairs i >= j, and decay [B,H,N,2,K], e^G_C and what its rounding left out.
     """
     n, pair = tl.program_id(0), tl.program_id(1)
     batch, head = place(pair, H)

@@ -300,7 +300,10 @@ def wkv7_triton(
     segment_ids: jax.Array | None,
     chunk_size: int | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `wkv7`. Products are bfloat16 where r, k, v, a and b all are, else float32; right for log_w >= -3.6."""
+    """See `wkv7`. Products are bfloat16 where r, k, v, a and b all are, else float32 in chunks of 16.
+
+    Outputs are right for log_w >= -3.6; below -1.8 log_w's gradient loses digits by cancellation.
+    """
     import_kernels("wkv7")
     plan = make_plan("wkv7", r, v, (k, a, b), chunk_size)
     r, k, a, b = (fill(x, plan.K, dtype=plan.dtype) for x in (r, k, a, b))

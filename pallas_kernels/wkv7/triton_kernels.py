@@ -1,7 +1,7 @@
 """The Triton kernels of wkv7, forward and backward, and the pass over chunks that wkv6 shares.
 
 Notation and algebra of `wkv7.chunked`, with exponents counted from a chunk's middle: A~, R~, B~, K~ are a, r, b, k
-times e^(G - log_w - G_mid), e^(G - G_mid), e^(G_mid - G), e^(G_mid - G), so that log_w >= -3.6 holds in chunks of 32.
+times e^(G - log_w - G_mid), e^(G - G_mid), e^(G_mid - G), e^(G_mid - G): finite for log_w >= -3.6 in chunks of 32.
 Only two kernels go from chunk to chunk, and these are one: with what `prepare` makes of each chunk,
     forward    U = W S + U0,        S  <- e^G_C S + B_end^T U + K_end^T V
     backward   dU = B_end dS + Z,   dS <- e^G_C dS + W^T dU + R_head^T dO

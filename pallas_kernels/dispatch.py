@@ -4,7 +4,7 @@ import functools
 import importlib.util
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,20 +17,24 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "gpu": ("triton_gpu", "chunked"),
     "cpu": ("chunked",),
 }
+# The accelerators' kernels are made for these; a fit implementation for any other is `chunked`.
+KERNEL_HEAD_SIZES = (64, 128)
 
 
 def choose(
-    operation: str, implementations: Mapping[str, Callable[..., Any]], implementation: str | None
+    operation: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    implementation: str | None,
+    head_sizes: Sequence[int] = (),
 ) -> Callable[..., Any]:
-    """Returns the named implementation, or for None the best one the current backend has.
+    """Returns the named implementation, or for None the best one the current backend has for these head sizes.
 
     A named implementation is never replaced by another: ValueError if the operation has none of that name.
     """
     if implementation is None:
         backend = jax.default_backend()
         preferred = PREFERENCE.get(backend, ("chunked",))
-        fit = (name for name in preferred if name in implementations and (name != "triton_gpu" or triton_fits()))
-        implementation = next(fit)
+        implementation = next(name for name in preferred if name in implementations and fits(name, head_sizes))
         _log_choice(operation, implementation, backend)
     if implementation not in implementations:
         raise ValueError(
@@ -38,6 +42,13 @@ def choose(
             "name one of those, or pass None to let the backend decide."
         )
     return implementations[implementation]
+
+
+def fits(name: str, head_sizes: Sequence[int]) -> bool:
+    """Whether an implementation that its backend prefers can take these sizes there."""
+    if name == "chunked":
+        return True
+    return set(head_sizes) <= set(KERNEL_HEAD_SIZES) and (name != "triton_gpu" or triton_fits())
 
 
 def triton_fits() -> bool:

@@ -336,6 +336,15 @@ def test_dispatch_takes_triton_on_recent_nvidia_gpus(installed, capability, chos
     assert dispatch.choose("wkv7", implementations, "reference")() == "reference"
 
 
+@pytest.mark.parametrize(
+    ("sizes", "chosen"), [((64, 64), "pallas_tpu"), ((128, 64), "pallas_tpu"), ((32, 32), "chunked")]
+)
+def test_dispatch_takes_a_tpu_kernel_for_its_head_sizes(sizes, chosen, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    implementations = {name: lambda name=name: name for name in ("pallas_tpu", "chunked", "reference")}
+    assert dispatch.choose("wkv7", implementations, None, sizes)() == chosen
+
+
 if __name__ == "__main__":
     round_as_tensor_cores_do()
     with triton_gpu.running(interpret):

@@ -92,8 +92,9 @@ class MetricsLogger:
         numbers = {name: np.asarray(value, np.float64).tolist() for name, value in values.items()}
         finite = {name: _finite(value) for name, value in numbers.items()}
         tokens = step * self._tokens_per_step
-        record = {"stage": stage, "step": step, "tokens": tokens, "time": round(time.time(), 3), **finite}
-        self._file.write(json.dumps(record) + "\n")
+        place = {"stage": stage, "step": step, "tokens": tokens, "time": round(time.time(), 3)}
+        # A value of the same name, the tokens that one step's loss counted, gives way.
+        self._file.write(json.dumps(place | finite | place) + "\n")
         self._file.flush()
         for name, value in numbers.items():
             if not isinstance(value, list):

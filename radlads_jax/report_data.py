@@ -178,8 +178,8 @@ def ranges(steps: Iterable[int]) -> str:
     return ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]} to {run[1]}" for run in runs)
 
 
-def _is_record(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("stage"), str) and isinstance(value.get("step"), int)
+def _is_record(value: dict[str, Any]) -> bool:
+    return isinstance(value.get("stage"), str) and isinstance(value.get("step"), int)
 
 
 def _usual_gap(times: Sequence[float]) -> float:

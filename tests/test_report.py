@@ -208,7 +208,7 @@ def test_hostile_metrics_are_text(tmp_path: pathlib.Path) -> None:
         HOSTILE + "bytes": 3,
         "layer_loss": [{}, "x"],
     }
-    lines = [record, record | {"step": 2, "time": 5}, record | {"step": 2, "time": 9}, {"stage": 3}, [], {"step": 1}]
+    lines = [record, record | {"step": 2, "time": 5}, record | {"step": 2, "time": 9}, {"stage": 3}, {"step": 1}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     _, tree = page(tmp_path)
     assert {tag for tag, _, _ in tree.elements}.isdisjoint({"script", "img"})

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from absl import flags
 from rich.console import Console
 
@@ -52,12 +51,16 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
         )
     from lm_eval.tasks import TaskManager
 
-    # lm-eval reads thousands of files to know its own tasks.
-    manager = TaskManager(include_defaults=not all(Path(name).is_file() for name in names))
+    groups = {name: group for name in names if (group := _group_of(name))}
+    manager = TaskManager(
+        include_path=[str(Path(name).parent) for name in groups],
+        # lm-eval reads thousands of files to know its own tasks.
+        include_defaults=not all(Path(name).is_file() for name in names),
+    )
     loaded, problems = {}, []
     for name in names:
         try:
-            loaded[name] = manager.load([_spec(name)])
+            loaded[name] = manager.load([groups.get(name, name)])
         except KeyError as error:
             problems.append(f"{name} is no task that lm-eval knows and no yaml file ({_first_line(error)})")
         # datasets and huggingface_hub raise OSErrors where they cannot reach the hub or a file, ValueErrors for what
@@ -72,10 +75,11 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     return loaded
 
 
-def _spec(name: str) -> str | dict[str, Any]:
-    """What lm-eval is asked for: it reads a file as a task, so that a group has to be read for it."""
+def _group_of(name: str) -> str | None:
+    """The group that a yaml file describes, whose tasks are files beside it; None for a task."""
     text = Path(name).read_text(encoding="utf-8") if Path(name).is_file() else ""
-    return yaml.safe_load(text) if re.search(r"^group:", text, re.MULTILINE) else name
+    found = re.search(r"^group:\s*(\S+)", text, re.MULTILINE)
+    return found[1] if found else None
 
 
 def _first_line(error: BaseException) -> str:

@@ -265,16 +265,16 @@ def test_command_line(directories, task_files, tmp_path, capsys):
 @needs_lm_eval
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_group_is_one_score_over_all_its_documents(directories, task_files, tmp_path):
-    def inline(name: str) -> str:
-        lines = task_files["choices"].read_text().replace("local_choices", name).splitlines()
-        return "  - " + "\n    ".join(lines)
-
+    text = task_files["choices"].read_text()
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.yaml").write_text(text.replace("local_choices", name))
     group = tmp_path / "group.yaml"
-    parts = "\n".join(map(inline, ("first", "second")))
-    group.write_text(f"group: both\ntask:\n{parts}\naggregate_metric_list: [{{metric: acc, weight_by_size: true}}]\n")
+    group.write_text(
+        "group: both\ntask: [first, second]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
     model = load_model(directories["student"])
-    result = evaluate.run_tasks(model, evaluate.load_tasks([str(group)]), limit=6)
-    alone = evaluate.run_tasks(model, evaluate.load_tasks([str(task_files["choices"])]), limit=6)["local_choices"]
+    result = evaluate.run_tasks(model, evaluate.load_tasks([str(group)]), limit=6.0)
+    alone = evaluate.run_tasks(model, evaluate.load_tasks([str(task_files["choices"])]), limit=6.0)["local_choices"]
     assert list(result) == ["both"]
     assert result["both"]["score"] == pytest.approx(alone["score"]) and result["both"]["documents"] == 12
     assert result["both"]["chance"] == pytest.approx(1 / 3)

@@ -68,7 +68,7 @@ def theirs(directory: Path, contexts: list[int], tokens: int) -> dict[str, Calla
         token, cache = torch.ones(1, 1, dtype=torch.long), caches[context]
         for _ in range(tokens):
             token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        cache.crop(context)
+        cache.crop(-tokens)
 
     threads = sorted({1, os.cpu_count() or 1})
     return {f"theirs {c} {n}": lambda c=c, n=n: run(c, n) for c in contexts for n in threads}

@@ -18,11 +18,11 @@ from absl import flags
 from rich.console import Console
 
 from radlads_jax import command
+from radlads_jax.decoding.loaded import DTYPES, Model, load_model
+from radlads_jax.evaluation.paper import SUITE, published_scores, relative_score
+from radlads_jax.evaluation.probes import DEFAULT_LENGTHS, draw_probes, run_probes
 from radlads_jax.heldout import write_atomically
-from radlads_jax.loaded import DTYPES, Model, load_model
 from radlads_jax.models import ModelConfig
-from radlads_jax.paper import SUITE, published_scores, relative_score
-from radlads_jax.probes import DEFAULT_LENGTHS, draw_probes, run_probes
 
 console = Console(stderr=True, highlight=False)
 
@@ -106,7 +106,7 @@ def run_tasks(
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from radlads_jax.eval_adapter import RadladsLM
+    from radlads_jax.evaluation.adapter import RadladsLM
 
     adapter, manager = RadladsLM(model, batch_size=batch_size), TaskManager(include_defaults=False)
     for loaded in tasks.values():

@@ -11,7 +11,7 @@ from absl import flags
 from rich.console import Console
 
 from radlads_jax import command
-from radlads_jax.loaded import model_directory
+from radlads_jax.decoding.loaded import model_directory
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting.config_keys import read_config, read_json
 from radlads_jax.porting.hf_config import model_config_from_hf

@@ -16,11 +16,11 @@ from absl import flags
 from rich.console import Console
 
 from radlads_jax import command
-from radlads_jax.decoding import BLOCK, Sequences, compile_for, decode, empty_sequences, left_padded, prefill
-from radlads_jax.loaded import DTYPES, Model, cache_bytes, load_model, state_bytes
+from radlads_jax.decoding.loaded import DTYPES, Model, cache_bytes, load_model, state_bytes
+from radlads_jax.decoding.loop import BLOCK, Sequences, compile_for, decode, empty_sequences, left_padded, prefill
+from radlads_jax.decoding.sampling import GREEDY, Sampling
+from radlads_jax.decoding.text_stream import TextStream
 from radlads_jax.models import ModelConfig
-from radlads_jax.sampling import GREEDY, Sampling
-from radlads_jax.text_stream import TextStream
 
 console = Console(stderr=True, highlight=False)
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from pallas_kernels.linear_loss import linear_stats
 from radlads_jax import sharding
 from radlads_jax.data import pipeline
-from radlads_jax.decoding import generate_greedy
+from radlads_jax.decoding.loop import generate_greedy
 from radlads_jax.distill.losses import Batch, next_tokens, read_rows
 from radlads_jax.job import Job
 from radlads_jax.models import ModelConfig, bind

@@ -58,11 +58,12 @@ def prepare_environment() -> None:
 def plan(run: config_lib.RunConfig, topology: str, price_overrides: dict[str, float]) -> dict[str, Any]:
     """Every stage of a run on a topology: a document for JSON. Raises ValueError for what is not known."""
     # Imported late: what is wrong with the command shows without waiting for the compiler's libraries.
-    from radlads_jax import plan_cost, sharding
+    from radlads_jax import sharding
     from radlads_jax.job import make_student_config
+    from radlads_jax.planning import cost
 
     generation = topology.split(":")[0]
-    prices = plan_cost.prices(price_overrides)
+    prices = cost.prices(price_overrides)
     if generation not in prices:
         raise ValueError(f"the topology {topology!r} is not known; expected {', '.join(prices)}, as in v5e:2x2.")
     original = teacher_config(run)
@@ -70,7 +71,7 @@ def plan(run: config_lib.RunConfig, topology: str, price_overrides: dict[str, fl
     teacher = original.as_teacher_of(student)
     devices = topology_devices(topology)
     mesh = sharding.make_mesh(run, devices) or sharding.one_device_mesh(devices[0])
-    chip = plan_cost.CHIPS[generation]
+    chip = cost.CHIPS[generation]
     stages = [plan_stage(run, student, teacher, name, mesh, chip, prices[generation]) for name in run.stages]
     fit = all(stage["fits"] for stage in stages)
     return {
@@ -81,7 +82,7 @@ def plan(run: config_lib.RunConfig, topology: str, price_overrides: dict[str, fl
         "stages": stages,
         "chip_hours": sum(stage["chip_hours"] for stage in stages) if fit else None,
         "usd": sum(stage["usd"] for stage in stages) if fit else None,
-        "assumptions": list(plan_cost.ASSUMPTIONS),
+        "assumptions": list(cost.ASSUMPTIONS),
     }
 
 
@@ -126,8 +127,8 @@ def plan_stage(run: Any, student: Any, teacher: Any, name: str, mesh: Any, chip:
     """One stage's compiled step: memory, work, time and price."""
     import jax
 
-    from radlads_jax import plan_cost, plan_hlo
     from radlads_jax.distill.program import abstract_arguments, make_step
+    from radlads_jax.planning import cost, hlo
 
     recipe = run.stage(name)
     arguments = abstract_arguments(run, student, teacher, name, mesh)
@@ -138,11 +139,11 @@ def plan_stage(run: Any, student: Any, teacher: Any, name: str, mesh: Any, chip:
         "steps": recipe.steps,
         "tokens_per_step": tokens,
         "accumulate": recipe.accumulate,
-        "parameter_bytes": plan_cost.shard_bytes((state.params, frozen)),
-        "optimizer_bytes": plan_cost.shard_bytes(state.opt_state),
-        "teacher_bytes": plan_cost.shard_bytes(weights),
-        "model_flops": tokens * plan_cost.model_flops(student, teacher, name, recipe.seq_len) / mesh.size,
-        "ideal_flops": tokens * plan_cost.model_flops(student, teacher, name, recipe.seq_len, remat=True) / mesh.size,
+        "parameter_bytes": cost.shard_bytes((state.params, frozen)),
+        "optimizer_bytes": cost.shard_bytes(state.opt_state),
+        "teacher_bytes": cost.shard_bytes(weights),
+        "model_flops": tokens * cost.model_flops(student, teacher, name, recipe.seq_len) / mesh.size,
+        "ideal_flops": tokens * cost.model_flops(student, teacher, name, recipe.seq_len, remat=True) / mesh.size,
     }
     started = time.monotonic()
     try:
@@ -158,8 +159,8 @@ def plan_stage(run: Any, student: Any, teacher: Any, name: str, mesh: Any, chip:
     memory = compiled.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak += memory.temp_size_in_bytes
-    counts = plan_hlo.count(compiled.as_text())
-    timed = plan_cost.step_time(chip, counts)
+    counts = hlo.count(compiled.as_text())
+    timed = cost.step_time(chip, counts)
     hours = timed.step * recipe.steps / 3600
     return result | {
         "fits": peak <= chip.usable,

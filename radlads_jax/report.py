@@ -17,10 +17,22 @@ from absl import flags
 
 from radlads_jax import command
 from radlads_jax.heldout import write_atomically
-from radlads_jax.report_charts import Curve, Real, heat_height, heat_map, line_chart, short
-from radlads_jax.report_data import RunLog, StageLog, number, ranges, read_run
-from radlads_jax.report_page import amount, charts, digits, duration, facts, none, page, percent, progress, table, tiles
-from radlads_jax.report_quality import evaluation, quality, samples
+from radlads_jax.reporting.charts import Curve, Real, heat_height, heat_map, line_chart, short
+from radlads_jax.reporting.page import (
+    amount,
+    charts,
+    digits,
+    duration,
+    facts,
+    none,
+    page,
+    percent,
+    progress,
+    table,
+    tiles,
+)
+from radlads_jax.reporting.quality import evaluation, quality, samples
+from radlads_jax.reporting.run_log import RunLog, StageLog, number, ranges, read_run
 
 LOSSES = {
     "stage1": "distance to the attention layers' outputs",

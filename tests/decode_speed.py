@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 
-from radlads_jax.decoding import BLOCK, Sequences, decode, empty_sequences, unrolled
+from radlads_jax.decoding.loop import BLOCK, Sequences, decode, empty_sequences, unrolled
 from radlads_jax.generate import memory_line
 from radlads_jax.models import MixerConfig, init_params
 from radlads_jax.porting import model_config_from_hf, read_config

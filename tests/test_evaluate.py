@@ -11,10 +11,10 @@ from absl import flags
 
 from radlads_jax import evaluate, paper
 from radlads_jax.data import synthetic
-from radlads_jax.loaded import load_model
+from radlads_jax.decoding.loaded import load_model
+from radlads_jax.evaluation.scoring import padded_width, score_rows
 from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, bind
 from radlads_jax.porting.save import save_params
-from radlads_jax.scoring import padded_width, score_rows
 
 TEACHER = ModelConfig("qwen2", 300, 32, 48, 4, 2, 8, (("attention", 2),), qkv_bias=True, max_position_embeddings=128)
 STUDENT = TEACHER.as_student("rad_rwkv7", MixerConfig.for_student("rad_rwkv7", 32))

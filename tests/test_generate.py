@@ -15,14 +15,14 @@ from absl import flags
 
 from radlads_jax import decoding, generate
 from radlads_jax.data import synthetic
-from radlads_jax.decoding import decode, empty_sequences, generate_greedy, left_padded, pieces, prefill, unrolled
+from radlads_jax.decoding.loaded import Model, cache_bytes, load_model, state_bytes
+from radlads_jax.decoding.loop import decode, empty_sequences, generate_greedy, left_padded, pieces, prefill, unrolled
+from radlads_jax.decoding.sampling import Sampling, choose, likely
+from radlads_jax.decoding.text_stream import TextStream
 from radlads_jax.generate import Memory
-from radlads_jax.loaded import Model, cache_bytes, load_model, state_bytes
 from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, bind
 from radlads_jax.porting import load_tokenizer
 from radlads_jax.porting.save import save_params
-from radlads_jax.sampling import Sampling, choose, likely
-from radlads_jax.text_stream import TextStream
 
 TEACHER = ModelConfig("qwen2", 300, 32, 48, 4, 2, 8, (("attention", 3),), qkv_bias=True, max_position_embeddings=2048)
 

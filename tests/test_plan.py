@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from radlads_jax import plan, plan_cost, plan_hlo, sharding
+from radlads_jax import plan, sharding
 from radlads_jax.config import RunConfig, Teacher
 from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, bind
-from radlads_jax.plan_hlo import Counts
+from radlads_jax.planning import cost, hlo
+from radlads_jax.planning.hlo import Counts
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.known_models import KNOWN_CONFIGS
 
@@ -62,7 +63,7 @@ ENTRY %main (start: (s32[], bf16[32,64], f32[4,16,8])) -> bf16[64,64] {
 
 
 def test_a_program_is_counted_with_its_loops():
-    counts = plan_hlo.count(PROGRAM)
+    counts = hlo.count(PROGRAM)
     assert counts.flops == 4 * 2 * 32 * 8 * 64
     assert counts.cycles == 4 * 100
     gathered, reduced = 4 * 64 * 8 * 2 * 3 / 4, 4 * 2 * 32 * 8 * 2 * 3 / 4
@@ -78,7 +79,7 @@ def test_a_program_is_counted_with_its_loops():
 
 def test_a_loop_whose_length_stands_in_its_condition():
     without = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"4"}}', "")
-    assert plan_hlo.count(without).unknown_loops == 1
+    assert hlo.count(without).unknown_loops == 1
     condition = """%until (state.1: (s32[], bf16[32,64], f32[4,16,8])) -> pred[] {
   %n = s32[]{:T(128)} constant(4), metadata={op_name="n"}
   %state.1 = (s32[], bf16[32,64]{1,0}, f32[4,16,8]{2,1,0}) parameter(0)
@@ -88,7 +89,7 @@ def test_a_loop_whose_length_stands_in_its_condition():
 
 ENTRY"""
     text = without.replace("ENTRY", condition).replace("body=%body", "condition=%until, body=%body")
-    assert plan_hlo.count(text) == plan_hlo.count(PROGRAM)
+    assert hlo.count(text) == hlo.count(PROGRAM)
 
 
 def test_a_collective_in_several_fusions_is_one():
@@ -112,7 +113,7 @@ ENTRY %main (a: bf16[8,16]) -> bf16[8,64] {
   ROOT %async-collective-done.1 = bf16[8,64]{1,0} fusion(%a), kind=kCustom, calls=%gather
 }
 """
-    counts = plan_hlo.count(text)
+    counts = hlo.count(text)
     assert counts.link_bytes == {"all-gather": 8 * 64 * 2 * 3 / 4}
     assert counts.exposed_link_bytes == 0
 
@@ -139,12 +140,12 @@ def test_convolutions(left, right, out, rest, flops):
   %b = f32[{right}]{{1,0}} parameter(1)
   ROOT %c = f32[{out}]{{1,0}} convolution(%a, %b), {rest}
 }}"""
-    assert plan_hlo.count(text).flops == flops
+    assert hlo.count(text).flops == flops
 
 
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
-        plan_hlo.count("HloModule nothing\n")
+        hlo.count("HloModule nothing\n")
 
 
 def test_a_compiled_loop_on_this_machine():
@@ -153,14 +154,14 @@ def test_a_compiled_loop_on_this_machine():
 
     shapes = jax.ShapeDtypeStruct((16, 32), jnp.float32), jax.ShapeDtypeStruct((5, 32, 32), jnp.float32)
     text = jax.jit(run).lower(*shapes).compile().as_text()
-    assert plan_hlo.count(text).flops == 5 * 2 * 16 * 32 * 32
+    assert hlo.count(text).flops == 5 * 2 * 16 * 32 * 32
 
 
 def test_a_forward_pass_by_hand_and_as_compiled():
     """The teacher's matrices and scores; a compiled pass over whole rows counts every score, not the causal half."""
     weights = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 32 * 64
-    assert plan_cost.matmul_weights(TEACHER) == weights
-    assert plan_cost.mixing_flops(TEACHER, 24) == 3 * 2 * 24 * 32
+    assert cost.matmul_weights(TEACHER) == weights
+    assert cost.mixing_flops(TEACHER, 24) == 3 * 2 * 24 * 32
     tokens = jax.ShapeDtypeStruct((2, 24), jnp.int32)
 
     def forward(params, tokens):
@@ -168,22 +169,22 @@ def test_a_forward_pass_by_hand_and_as_compiled():
         return decoder.logits(decoder.hidden(tokens)[0])
 
     compiled = jax.jit(forward).lower(abstract_params(TEACHER), tokens).compile()
-    expected = 48 * (2 * weights + 2 * plan_cost.mixing_flops(TEACHER, 24))
-    assert plan_hlo.count(compiled.as_text()).flops == pytest.approx(expected, rel=0.01)
+    expected = 48 * (2 * weights + 2 * cost.mixing_flops(TEACHER, 24))
+    assert hlo.count(compiled.as_text()).flops == pytest.approx(expected, rel=0.01)
 
 
 def test_flops_of_the_stages():
     student = TEACHER.as_student("rad_rwkv7", MixerConfig.for_student("rad_rwkv7", 32), (0,))
     teacher = TEACHER.as_teacher_of(student)
-    own = 2 * plan_cost.matmul_weights(student) + plan_cost.mixing_flops(student, 128)
-    others = 2 * plan_cost.matmul_weights(teacher) + plan_cost.mixing_flops(teacher, 128)
-    assert plan_cost.mixing_flops(student, 128) == 2 * 128 * 32 + 2 * 9 * 8 * 32
-    assert plan_cost.model_flops(student, teacher, "stage2", 128) == 3 * own + others
-    assert plan_cost.model_flops(student, teacher, "stage3", 128, remat=True) == 4 * own
+    own = 2 * cost.matmul_weights(student) + cost.mixing_flops(student, 128)
+    others = 2 * cost.matmul_weights(teacher) + cost.mixing_flops(teacher, 128)
+    assert cost.mixing_flops(student, 128) == 2 * 128 * 32 + 2 * 9 * 8 * 32
+    assert cost.model_flops(student, teacher, "stage2", 128) == 3 * own + others
+    assert cost.model_flops(student, teacher, "stage3", 128, remat=True) == 4 * own
     mixer = 2 * 32 * 32 + 2 * 32 * 16 + 4 * (32 * 32 + 32 * 32)  # q, o; k, v; decay, iclr, value and gate of rank 32
     assert student.mixer is not None and student.mixer.rank_gate == student.mixer.rank_decay == 32
     alone = 2 * 2 * mixer + 2 * 9 * 8 * 32
-    assert plan_cost.model_flops(student, teacher, "stage1", 128) == others - 2 * 64 * 32 + 3 * alone
+    assert cost.model_flops(student, teacher, "stage1", 128) == others - 2 * 64 * 32 + 3 * alone
 
 
 def test_known_models_have_their_published_sizes():
@@ -210,7 +211,7 @@ def test_the_papers_configs_name_known_models():
     assert all(any(f'"{name}"' in file.read_text() for name in KNOWN_CONFIGS) for file in files)
 
 
-CHIP = plan_cost.Chip(flops=100.0, hbm_rate=10.0, link_rate=5.0, clock=2.0, usable=1e9, price=3.0)
+CHIP = cost.Chip(flops=100.0, hbm_rate=10.0, link_rate=5.0, clock=2.0, usable=1e9, price=3.0)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,7 @@ CHIP = plan_cost.Chip(flops=100.0, hbm_rate=10.0, link_rate=5.0, clock=2.0, usab
 )
 def test_the_time_of_a_step(cycles, hbm_bytes, link_bytes, exposed, step, bound):
     counts = Counts(1000.0, hbm_bytes, cycles, exposed, 0, {"all-gather": link_bytes})
-    timed = plan_cost.step_time(CHIP, counts)
+    timed = cost.step_time(CHIP, counts)
     assert (timed.step, timed.bound) == (step, bound)
 
 
@@ -235,14 +236,14 @@ def test_bytes_of_a_shard():
     mesh = sharding.make_mesh(dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, fsdp=4, tensor=2)))
     params = abstract_params(TEACHER)
     whole = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert plan_cost.shard_bytes(params) == whole
-    assert whole / 8 <= plan_cost.shard_bytes(sharding.abstract(mesh, params)) < whole / 6
+    assert cost.shard_bytes(params) == whole
+    assert whole / 8 <= cost.shard_bytes(sharding.abstract(mesh, params)) < whole / 6
 
 
 def test_prices():
-    assert plan_cost.prices({"v5p": 2.0}) | {"v5e": 0} == plan_cost.prices({"v5p": 2.0, "v5e": 0.0})
+    assert cost.prices({"v5p": 2.0}) | {"v5e": 0} == cost.prices({"v5p": 2.0, "v5e": 0.0})
     with pytest.raises(ValueError, match=r"v9=1\.0"):
-        plan_cost.prices({"v9": 1.0})
+        cost.prices({"v9": 1.0})
     with pytest.raises(ValueError, match="'v5p=cheap'"):
         plan._parse_prices(["v5p=cheap"])
 

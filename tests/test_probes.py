@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radlads_jax import probes
 from radlads_jax.data import synthetic
-from radlads_jax.loaded import Model
+from radlads_jax.decoding.loaded import Model
+from radlads_jax.evaluation import probes
+from radlads_jax.evaluation.probes import Text
+from radlads_jax.evaluation.scoring import Score
 from radlads_jax.models import MixerConfig, ModelConfig, abstract_params
 from radlads_jax.porting import load_tokenizer
-from radlads_jax.probes import Text
-from radlads_jax.scoring import Score
 
 TEACHER = ModelConfig("qwen2", 300, 32, 48, 4, 2, 8, (("attention", 2),), qkv_bias=True)
 STUDENT = TEACHER.as_student("rad_rwkv7", MixerConfig.for_student("rad_rwkv7", 32))

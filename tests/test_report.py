@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from absl import flags
 
-from radlads_jax import command, report, report_charts, report_data
+from radlads_jax import command, report
 from radlads_jax.config import defaults
 from radlads_jax.metrics import MetricsLogger
-from radlads_jax.report_charts import Curve, line_chart
+from radlads_jax.reporting import charts as chart_module
+from radlads_jax.reporting import run_log
+from radlads_jax.reporting.charts import Curve, line_chart
 
 HOSTILE = '</pre><script>document.title="broken"</script><img src=x onerror=alert(1)>&amp;"\''
 VOID = {"meta", "br", "img"}
@@ -274,7 +276,7 @@ def test_paces_leave_pauses_out(together: int) -> None:
         written = -(-step // together) * together
         night = 40_000.0 if step > 30 else 0.0
         records.append({"stage": "s", "step": step, "time": 0.5 * written + night + 1e-4 * (step % together)})
-    stage = report_data.StageLog("s", tuple(records), {"batch_size": 2, "seq_len": 8, "tokens": 960})
+    stage = run_log.StageLog("s", tuple(records), {"batch_size": 2, "seq_len": 8, "tokens": 960})
     paces = stage.paces()
     assert sum(steps for _, steps, _ in paces) == 60 - 2 * together
     assert all(seconds / steps == pytest.approx(0.5, rel=1e-2) for _, steps, seconds in paces)
@@ -300,19 +302,19 @@ def test_a_line_goes_through_its_values(values: list[float]) -> None:
 
 
 def test_many_points_become_mean_and_range() -> None:
-    points = [(float(i), 1.0 if i % 2 else 3.0) for i in range(4 * report_charts.COLUMNS)]
+    points = [(float(i), 1.0 if i % 2 else 3.0) for i in range(4 * chart_module.COLUMNS)]
     points[8:12] = [(8.0 + i, None) for i in range(4)]
-    runs = report_charts.columns_of(points)
-    assert [len(run) for run in runs] == [2, report_charts.COLUMNS - 3]
+    runs = chart_module.columns_of(points)
+    assert [len(run) for run in runs] == [2, chart_module.COLUMNS - 3]
     assert {column[1:] for run in runs for column in run} == {(2.0, 1.0, 3.0)}
     assert runs[0][1][0] == 7.0
 
 
 def test_heat_map_colours() -> None:
     rows = [("0", [(50.0, 1.0), (100.0, 10.0)]), ("1", [(50.0, 100.0), (100.0, math.inf)])]
-    html = report_charts.heat_map("t", rows, what="w", x_name="x", x_end=100.0)
+    html = chart_module.heat_map("t", rows, what="w", x_name="x", x_end=100.0)
     cells = {int(level): d for level, d in re.findall(r'class="h(\d+)" d="([^"]*)"', html)}
-    top, half = report_charts.HEAT_LEVELS - 1, report_charts.HEAT_COLUMNS // 2
+    top, half = chart_module.HEAT_LEVELS - 1, chart_module.HEAT_COLUMNS // 2
     assert set(cells) == {0, round(top / 2), top}, "10 is in the middle of 1 and 100"
     assert {level: len(re.findall("M", d)) for level, d in cells.items()} == dict.fromkeys(cells, half)
     assert re.findall(r"M(\d+) (\d+)", cells[top])[-1] in [(str(x), "1") for x in range(half)]
@@ -323,7 +325,7 @@ def test_heat_map_colours() -> None:
     [(0, 10, [0, 2.5, 5, 7.5, 10]), (0.11, 0.29, [0.15, 0.2, 0.25]), (-1, 1, [-1, -0.5, 0, 0.5, 1])],
 )
 def test_linear_ticks(low: float, high: float, ticks: list[float]) -> None:
-    assert report_charts.linear_ticks(low, high, 4) == pytest.approx(ticks)
+    assert chart_module.linear_ticks(low, high, 4) == pytest.approx(ticks)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +333,7 @@ def test_linear_ticks(low: float, high: float, ticks: list[float]) -> None:
     [(1.2e6, "1.2M"), (1e-5, "1e-5"), (512, "512"), (0.25, "0.25"), (3.5e9, "3.5B"), (-2000, "-2K"), (0, "0")],
 )
 def test_short_numbers(value: float, text: str) -> None:
-    assert report_charts.short(value) == text
+    assert chart_module.short(value) == text
 
 
 def chromium(path: pathlib.Path, profile: pathlib.Path, *options: str) -> tuple[str, str]:

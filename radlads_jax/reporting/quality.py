@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from radlads_jax.report_charts import Curve, line_chart, short
-from radlads_jax.report_data import RunLog, number
-from radlads_jax.report_page import amount, charts, digits, none, percent, table
+from radlads_jax.reporting.charts import Curve, line_chart, short
+from radlads_jax.reporting.page import amount, charts, digits, none, percent, table
+from radlads_jax.reporting.run_log import RunLog, number
 
 SCORES = {"loss": "loss", "top1": "top-1", "kl": "KL", "agreement": "agreement"}
 ROLES = ("teacher", "student")

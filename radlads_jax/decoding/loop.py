@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from radlads_jax.decoding.sampling import GREEDY, Sampling, choose
 from radlads_jax.models import ModelConfig, bind, init_state
 from radlads_jax.models.decoder import Params
 from radlads_jax.models.state import State
-from radlads_jax.sampling import GREEDY, Sampling, choose
 
 PIECES = (512, 64, 8)
 # The most tokens that one call of the loop makes: a caller waits for them, and reads them from the device at once.

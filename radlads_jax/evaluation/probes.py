@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from radlads_jax.data import synthetic
-from radlads_jax.loaded import Model
-from radlads_jax.scoring import score_rows
+from radlads_jax.decoding.loaded import Model
+from radlads_jax.evaluation.scoring import score_rows
 
 DEFAULT_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 NEEDLES = 8

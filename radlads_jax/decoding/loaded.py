@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from radlads_jax.decoding import unrolled
+from radlads_jax.decoding.loop import unrolled
 from radlads_jax.models import ModelConfig, init_state
 from radlads_jax.models.decoder import Params
 from radlads_jax.porting import (

@@ -9,7 +9,7 @@ import jax
 from radlads_jax.distill.stages import STAGES, is_recurrent_mixer
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import abstract_params
-from radlads_jax.plan_hlo import Counts
+from radlads_jax.planning.hlo import Counts
 from radlads_jax.train_state import path_leaves
 
 GIB = 2**30

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from radlads_jax.report_charts import HEAT_LEVELS, Real, short
-from radlads_jax.report_data import number
+from radlads_jax.reporting.charts import HEAT_LEVELS, Real, short
+from radlads_jax.reporting.run_log import number
 
 # The palest and the strongest colour of the heat map with those between, for a light and for a dark page.
 HEAT_LIGHT = ("#f6efe3", "#f5c27a", "#e5683f", "#a81f4b", "#450a3c")

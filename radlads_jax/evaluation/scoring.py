@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from radlads_jax.decoding import Sequences, empty_sequences, read_piece, read_tokens
+from radlads_jax.decoding.loop import Sequences, empty_sequences, read_piece, read_tokens
 from radlads_jax.models import ModelConfig, bind
 from radlads_jax.models.decoder import Params
 

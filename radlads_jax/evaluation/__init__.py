@@ -1,0 +1,1 @@
+"""A model scored: lm-eval tasks, long-context probes, the published scores."""

@@ -1,7 +1,7 @@
 """Arrays and operations split over the mesh that a program is traced under; without one, nothing happens.
 
-Rows of a batch lie over `data` and `fsdp`, heads and widths over `tensor`. The mesh is the one that
-jax.sharding.use_abstract_mesh or jax.set_mesh has put in place.
+Rows of a batch lie over `data` and `fsdp`, heads and widths over `tensor`, positions in pieces over `context`. The
+mesh is the one that jax.sharding.use_abstract_mesh or jax.set_mesh has put in place.
 """
 
 import math
@@ -13,9 +13,12 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 ROWS = ("data", "fsdp")
 HEADS = ("tensor",)
+PIECES = ("context",)
+TOKENS = (*ROWS, *PIECES)
+WHOLE_HEADS = (*HEADS, *PIECES)  # of heads that need their whole sequences
 # A head's vocabulary, and a slice of its logits, over every device. A kernel that lies as [D/fsdp, vocab/tensor] comes
-# there by an exchange within fsdp, then by a cut over data; its gradient goes back the same way.
-VOCAB = ("tensor", "fsdp", "data")
+# there by an exchange within fsdp, then by a cut over the rest; its gradient goes back the same way.
+VOCAB = ("tensor", "fsdp", "data", "context")
 VOCAB_OF_ONE = ("tensor", "fsdp")
 
 Axes = str | Sequence[str] | None
@@ -31,6 +34,12 @@ def shards(axes: Axes) -> int:
     """Into how many parts these axes of the mesh in place split a dimension."""
     mesh = current_mesh()
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in _names(axes))
+
+
+def parts(axes: Axes, size: int) -> int:
+    """Into how many parts those of these axes that fit split a dimension of this size."""
+    mesh = current_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in fitting(axes, size, mesh))
 
 
 def fitting(axes: Axes, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
@@ -63,30 +72,40 @@ def split_vocab(x: jax.Array, axis: int, axes: Axes = VOCAB) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, axes))
 
 
-def per_shard(op: Callable[..., Any], kinds: Sequence[str], out_kinds: str | tuple[str, ...]) -> Callable[..., Any]:
+def per_shard(
+    op: Callable[..., Any],
+    kinds: Sequence[str],
+    out_kinds: str | tuple[str, ...],
+    over_pieces: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+) -> Callable[..., Any]:
     """op on every device's own rows and heads, with no communication in it; op itself without a mesh.
 
     kinds: for each argument "sequence" [B,T,H,K], "state" [B,H,K,V] or "rows" [B,T]; the first is a sequence. An
     argument may be None. out_kinds: the same for the result, or for the tuple of results. Heads that the tensor axis
     does not divide are computed by all of its devices.
+
+    Over a context axis, over_pieces turns op into what runs on a device's piece of every sequence (with communication);
+    without it, the axis takes its share of the heads, and every device has whole sequences.
     """
 
     def run(*arguments: Any) -> Any:
         mesh = current_mesh()
         if mesh is None:
             return op(*arguments)
-        batch, _, heads, _ = arguments[0].shape
-        rows, split = fitting(ROWS, batch, mesh) or None, fitting(HEADS, heads, mesh) or None
+        batch, tokens, heads, _ = arguments[0].shape
+        pieces = fitting(PIECES, tokens, mesh) if over_pieces else ()
+        rows, split = fitting(ROWS, batch, mesh), fitting(HEADS if over_pieces else WHOLE_HEADS, heads, mesh)
         specs = {
-            "sequence": PartitionSpec(rows, None, split),
+            "sequence": PartitionSpec(rows, pieces, split),
             "state": PartitionSpec(rows, split),
-            "rows": PartitionSpec(rows),
+            "rows": PartitionSpec(rows, pieces),
         }
+        of_one = over_pieces(op) if over_pieces and pieces else op
         given = [i for i, argument in enumerate(arguments) if argument is not None]
 
         def local(*parts: Any) -> Any:
             whole = dict(zip(given, parts, strict=True))
-            return op(*(whole.get(i) for i in range(len(arguments))))
+            return of_one(*(whole.get(i) for i in range(len(arguments))))
 
         mapped = jax.shard_map(
             local,

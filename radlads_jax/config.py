@@ -134,7 +134,8 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis: rows over data and fsdp, weights over fsdp, heads and widths over tensor.
+    """Devices along each axis: rows over data and fsdp, weights over fsdp, heads and widths over tensor, and the tokens
+    of a row in pieces over context.
 
     fsdp -1: all devices that the others leave (on a CPU one). tensor 0: 1, or with fsdp -1 as few as let the rows of
     every stage be split over the rest.
@@ -275,9 +276,11 @@ def validate(config: ConfigDict) -> RunConfig:
     _at_least(0, run.train, "config.train", "slice_tokens")
     _at_least(1, run.mesh, "config.mesh", "data", "context")
     _at_least(0, run.mesh, "config.mesh", "tensor")
+    for name in run.stages:
+        length, pieces = run.stage(name).seq_len, run.mesh.context
+        _require(length % pieces == 0, f"{name}.seq_len", length, f"a multiple of config.mesh.context, {pieces}")
     fsdp = run.mesh.fsdp
     _require(fsdp == -1 or fsdp >= 1, "config.mesh.fsdp", fsdp, "at least 1, or -1 for all devices")
-    _require(run.mesh.context == 1, "config.mesh.context", run.mesh.context, "1: context > 1 is not supported yet")
     _require(run.export.max_shard_gb > 0, "config.export.max_shard_gb", run.export.max_shard_gb, "more than 0")
     return run
 

@@ -2,7 +2,7 @@
 
 Weights lie split over fsdp and, by heads and widths, over tensor. A layer brings its own together over fsdp when it
 runs, in the dtype it computes in, and hands its gradients back split. Between layers the residual stream is split by
-rows (data, fsdp) and by positions (tensor).
+rows (data, fsdp) and by positions (context, tensor); inside them, by rows, by pieces of rows (context) and by heads.
 """
 
 import contextlib
@@ -193,20 +193,20 @@ moved.defvjp(_moved_forward, _moved_backward)
 
 
 def residual(x: jax.Array) -> jax.Array:
-    """[B, T, D] as it lies between layers: rows over data and fsdp, positions over tensor."""
-    return constrain(x, ROWS, "tensor")
+    """[B, T, D] as it lies between layers: rows over data and fsdp, positions over context and tensor."""
+    return constrain(x, ROWS, ("context", "tensor"))
 
 
 def whole_rows(x: jax.Array) -> jax.Array:
-    """[B, T, D] of the residual stream with every row's positions together, as mixers and MLPs read it."""
+    """[B, T, D] of the residual stream with a row's, or a piece's, positions together, as mixers and MLPs read it."""
     if current_mesh() is None:
         return x
-    return moved(x, PartitionSpec(ROWS, "tensor"), PartitionSpec(ROWS))
+    return moved(x, PartitionSpec(ROWS, ("context", "tensor")), PartitionSpec(ROWS, "context"))
 
 
 def by_heads(x: jax.Array) -> jax.Array:
-    """[B, T, H, K] with heads over tensor."""
-    return constrain(x, ROWS, None, "tensor")
+    """[B, T, H, K] with heads over tensor, positions over context."""
+    return constrain(x, ROWS, "context", "tensor")
 
 
 def _without(entry: Axes, dropped: set[str]) -> Axes:

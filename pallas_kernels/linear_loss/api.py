@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.linear_loss import sliced
 from pallas_kernels.linear_loss.stats import stats
-from pallas_kernels.sharded import ROWS, VOCAB, shards
+from pallas_kernels.sharded import TOKENS, VOCAB, shards
 
 Layout = Literal["dv", "vd"]
 
@@ -103,7 +103,7 @@ def _slice_tokens(hidden: jax.Array, kernel: jax.Array, layout: str, slice_token
         vocab, devices = kernel.shape[1 if layout == "dv" else 0], shards(VOCAB)
         width = vocab if devices == 1 else max(-(-vocab // devices), hidden.shape[1])
         slices = -(-hidden.shape[0] // max(128, SLICE_ELEMENTS // width))
-        multiple = 8 * shards(ROWS)
+        multiple = 8 * shards(TOKENS)
         slice_tokens = -(-hidden.shape[0] // slices // multiple) * multiple
     return min(slice_tokens, hidden.shape[0])
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.sharded import ROWS, VOCAB_OF_ONE, constrain, split_vocab
+from pallas_kernels.sharded import TOKENS, VOCAB_OF_ONE, constrain, split_vocab
 
 Slice = tuple[jax.Array, ...]
 
@@ -31,7 +31,7 @@ def split(slice_tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     def one(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1))) if padding else x
         x = jnp.swapaxes(x.reshape(slice_tokens, slices, *x.shape[1:]), 0, 1)
-        return constrain(x, None, ROWS)
+        return constrain(x, None, TOKENS)
 
     return tuple(one(x) for x in arrays)
 
@@ -111,7 +111,7 @@ def _value_and_gradients(
         losses, d_losses = loss(logits_of(hidden, products, layout), rest)
         d_logits = split_vocab((d_losses() * weights[:, None]).astype(hidden.dtype), 1)
         dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        d_hidden = constrain(dot(f"nv,{layout}->nd", d_logits, products).astype(hidden.dtype), ROWS)
+        d_hidden = constrain(dot(f"nv,{layout}->nd", d_logits, products).astype(hidden.dtype), TOKENS)
         d_kernel = split_vocab(d_kernel + dot(f"nd,nv->{layout}", constrain(hidden), d_logits), vocab_axis)
         return (total + jnp.sum(losses * weights), d_kernel), (d_hidden, losses)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.sharded import HEADS, per_shard, shards
+from pallas_kernels.sharded import WHOLE_HEADS, parts, per_shard
 from radlads_jax import sharding
 from radlads_jax.models import rope
 from radlads_jax.models.config import ModelConfig
@@ -90,7 +90,7 @@ def softmax_attention(
     """
     if context.offset is not None:
         return _attend(q, k, v, context.segment_ids, context.offset, context.key_segment_ids)
-    if k.shape[2] % shards(HEADS):
+    if k.shape[2] % parts(WHOLE_HEADS, q.shape[2]):
         k, v = repeat_kv(k, q.shape[2]), repeat_kv(v, q.shape[2])
     attend = per_shard(_attend, ("sequence", "sequence", "sequence", "rows"), "sequence")
     return attend(q, k, v, context.segment_ids)

@@ -39,7 +39,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         # Each device looks up its own columns for all rows, then columns are exchanged for rows: no weight travels.
-        columns = sharding.constrain(self.embedding[...][tokens].astype(self.dtype), "data", None, "fsdp")
+        columns = sharding.constrain(self.embedding[...][tokens].astype(self.dtype), "data", "context", "fsdp")
         return sharding.residual(columns)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.pieces import over_pieces
 from pallas_kernels.sharded import per_shard
 from pallas_kernels.wkv6 import wkv6
 from radlads_jax.models.attention import Context, Mixer
@@ -81,7 +82,7 @@ class RadRwkv6(Mixer):
         if mixer.balance_state:
             k = (k * -jnp.expm1(log_w)).astype(x.dtype)
         initial = None if state is None else state["wkv"]
-        recurrence = per_shard(_recurrence, ("sequence",) * 4 + ("state", "rows"), ("sequence", "state"))
+        recurrence = per_shard(_recurrence, ("sequence",) * 4 + ("state", "rows"), ("sequence", "state"), over_pieces)
         out, final = recurrence(r, log_w, k, v, initial, context.segment_ids)
         out = out * cfg.head_dim**-0.5
         if mixer.group_norm:

@@ -1,0 +1,73 @@
+"""A recurrence whose sequence is split over devices: every piece at once, then the pieces' transitions composed.
+
+A piece of a sequence maps the state before it to the state after it by an affine map, S -> A S + E: E is the state
+after the piece when none came before, and A is what the piece makes of the identity when nothing is written. Each
+device finds the A and E of its own piece, all of them see all of these, and each composes those before its own.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.sharded import PIECES
+
+_exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+VALUES = 3  # where v stands among a recurrence's sequences: r, log_w, k, v, ...
+
+
+def over_pieces(op: Callable[..., Any]) -> Callable[..., Any]:
+    """op as it runs on one device's piece of every sequence, inside a shard_map over the axis `context`.
+
+    op: (r, log_w, k, v, ..., initial_state, segment_ids) -> (o, final_state), linear in (v, initial_state), resetting
+    where segment_ids change. Returned is the same function of pieces [B,T/n,H,K] and [B,T/n]; initial_state (or None)
+    is the whole sequence's, and so is the final_state that every device gets. It runs op twice.
+
+    o_t = S_t^T r_t is the sum of what the piece wrote and of (A_t^T r_t)^T S_before: the second run's outputs, from
+    the identity as state and with v = 0, are the rows A_t^T r_t.
+    """
+
+    def run(*arguments: Any) -> Any:
+        *sequences, initial_state, segment_ids = arguments
+        values, receptance = sequences[VALUES], sequences[0]
+        batch, _, heads, key_size = receptance.shape
+        shape = (batch, heads, key_size, values.shape[-1])
+        own, end = op(*sequences, jnp.zeros(shape, jnp.float32), segment_ids)
+
+        sequences[VALUES] = jnp.zeros(receptance.shape, values.dtype)
+        identity = jnp.broadcast_to(jnp.eye(key_size, dtype=jnp.float32), (*shape[:-1], key_size))
+        reads, transition = op(*sequences, identity, segment_ids)
+
+        before, final = _compose(transition, end, initial_state, _continues(segment_ids, batch))
+        inherited = jnp.einsum(
+            "bthk,bhkv->bthv", reads.astype(jnp.float32), before, precision=jax.lax.Precision.HIGHEST
+        )
+        return (own.astype(jnp.float32) + inherited).astype(own.dtype), final
+
+    return run
+
+
+def _compose(
+    transition: jax.Array, end: jax.Array, initial_state: jax.Array | None, continues: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(state before this device's piece, state after the last), from this piece's map and all the others'."""
+    transitions, ends = (jax.lax.all_gather(x, PIECES) for x in (transition, end))
+
+    def enter(state: jax.Array, piece: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        transition, end, continues = piece
+        state = jnp.where(continues[:, None, None, None], state, 0.0)
+        return _exact("bhkj,bhjv->bhkv", transition, state) + end, state
+
+    start = jnp.zeros_like(end) if initial_state is None else initial_state.astype(jnp.float32)
+    final, before = jax.lax.scan(enter, start, (transitions, ends, continues))
+    return before[jax.lax.axis_index(PIECES)], final
+
+
+def _continues(segment_ids: jax.Array | None, batch: int) -> jax.Array:
+    """[n,B] bool: whether a piece begins in the segment in which the one before it ended; the first one does."""
+    if segment_ids is None:
+        return jnp.ones((jax.lax.axis_size(PIECES), batch), bool)
+    first, last = (jax.lax.all_gather(segment_ids[:, i], PIECES) for i in (0, -1))
+    return jnp.concatenate([jnp.ones((1, batch), bool), first[1:] == last[:-1]])

@@ -134,8 +134,7 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis: rows over data and fsdp, weights over fsdp, heads and widths over tensor, and the tokens
-    of a row in pieces over context.
+    """Devices along each axis: rows over data, fsdp; weights over fsdp; heads, widths over tensor; tokens over context.
 
     fsdp -1: all devices that the others leave (on a CPU one). tensor 0: 1, or with fsdp -1 as few as let the rows of
     every stage be split over the rest.
@@ -260,7 +259,7 @@ def validate(config: ConfigDict) -> RunConfig:
         )
     _require(len(set(run.stages)) == len(run.stages), "config.stages", run.stages, "each stage at most once")
     for name in run.stages:
-        _check_stage(f"config.{name}", run.stage(name))
+        _check_stage(f"config.{name}", run.stage(name), run.mesh.context)
     for field, value in {
         "config.dtype": run.dtype,
         "config.teacher.dtype": run.teacher.dtype,
@@ -276,17 +275,16 @@ def validate(config: ConfigDict) -> RunConfig:
     _at_least(0, run.train, "config.train", "slice_tokens")
     _at_least(1, run.mesh, "config.mesh", "data", "context")
     _at_least(0, run.mesh, "config.mesh", "tensor")
-    for name in run.stages:
-        length, pieces = run.stage(name).seq_len, run.mesh.context
-        _require(length % pieces == 0, f"{name}.seq_len", length, f"a multiple of config.mesh.context, {pieces}")
     fsdp = run.mesh.fsdp
     _require(fsdp == -1 or fsdp >= 1, "config.mesh.fsdp", fsdp, "at least 1, or -1 for all devices")
     _require(run.export.max_shard_gb > 0, "config.export.max_shard_gb", run.export.max_shard_gb, "more than 0")
     return run
 
 
-def _check_stage(where: str, stage: StageConfig) -> None:
+def _check_stage(where: str, stage: StageConfig, pieces: int) -> None:
     _at_least(1, stage, where, "tokens", "seq_len", "batch_size", "accumulate")
+    divisible = stage.seq_len % pieces == 0
+    _require(divisible, f"{where}.seq_len", stage.seq_len, f"a multiple of config.mesh.context, {pieces}")
     _at_least(0, stage, where, "lr", "lr_final", "mixer_lr", "mixer_lr_final", "warmup_steps")
     _require(
         stage.batch_size % stage.accumulate == 0,

@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from pallas_kernels.linear_loss import linear_stats
-from radlads_jax import sharding
+from pallas_kernels.sharded import constrain
+from radlads_jax import hosts, sharding
 from radlads_jax.data import pipeline
 from radlads_jax.decoding.loop import generate_greedy
 from radlads_jax.distill.losses import Batch, next_tokens, read_rows
@@ -40,13 +41,15 @@ def batch_sums(
         options |= {"teacher_hidden": teacher_hidden, "teacher_kernel": teacher_kernel.astype(teacher_hidden.dtype)}
     targets = next_tokens(batch["tokens"]).reshape(-1)
     sums = linear_stats(hidden, kernel.astype(hidden.dtype), targets, weights, **options)
-    return sums | {"tokens": weights.sum()}
+    # On every device, so that every process can read them.
+    return jax.tree.map(constrain, sums | {"tokens": weights.sum()})
 
 
 def evaluate(
     student_cfg: ModelConfig,
     student: Params,
     batches: Sequence[Mapping[str, np.ndarray]],
+    batch_size: int,
     teacher_cfg: ModelConfig | None = None,
     teacher: Params | None = None,
     mesh: Mesh | None = None,
@@ -59,7 +62,8 @@ def evaluate(
     """
     totals: dict[str, float] = {}
     for batch in batches:
-        on_device = {name: jnp.asarray(rows) for name, rows in sharding.place_rows(mesh, batch).items()}
+        placed = sharding.place_rows(mesh, batch, batch_size)
+        on_device = {name: jnp.asarray(rows) for name, rows in placed.items()}
         with sharding.traced_over(mesh):
             sums = jax.device_get(batch_sums(student_cfg, teacher_cfg, student, teacher, on_device))
         totals = {k: totals.get(k, 0.0) + float(v) for k, v in sums.items()}
@@ -81,7 +85,7 @@ def continue_prompts(
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     width = max(map(len, ids))
     rows = np.stack([np.pad(row, (width - len(row), 0), constant_values=-1) for row in ids]).astype(np.int32)
-    out = np.asarray(generate_greedy(cfg, params, jnp.asarray(rows), new_tokens)).tolist()
+    out = hosts.fetched(generate_greedy(cfg, params, rows, new_tokens)).tolist()
     end = tokenizer.eos_token_id
     return [tokenizer.decode(row[: row.index(end)] if end in row else row) for row in out]
 
@@ -104,21 +108,23 @@ def evaluate_job(job: Job, student: Params, teacher: Params | None) -> dict[str,
         batch_size=run.train.eval_batch_size,
         eval_tokens=job.eval_tokens,
         cross_document=run.data.cross_document,
+        rows_of_batch=sharding.own_rows(job.mesh, run.train.eval_batch_size),
     )
     # Evaluated as it is used from here on: in the dtype it computes in.
     student = jax.tree.map(lambda x: x.astype(job.student.dtype), student)
     models = {"student": (job.student, student)}
     if teacher is None:
-        result = evaluate(job.student, student, batches, mesh=job.mesh)
+        result = evaluate(job.student, student, batches, run.train.eval_batch_size, mesh=job.mesh)
     else:
-        result = evaluate(job.student, student, batches, job.teacher, teacher, job.mesh)
+        result = evaluate(job.student, student, batches, run.train.eval_batch_size, job.teacher, teacher, job.mesh)
         models = {"teacher": (job.teacher, teacher)} | models
     if prompts := run.train.sample_prompts:
         texts = {
             name: continue_prompts(cfg, params, job.tokenizer, prompts, run.train.sample_tokens)
             for name, (cfg, params) in models.items()
         }
-        write_atomically(job.workdir / "samples.md", samples_page(prompts, texts))
+        if hosts.is_first():
+            write_atomically(job.workdir / "samples.md", samples_page(prompts, texts))
         result["samples"] = [
             {"prompt": prompt} | {name: text[i] for name, text in texts.items()} for i, prompt in enumerate(prompts)
         ]

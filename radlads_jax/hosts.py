@@ -1,13 +1,20 @@
-"""Several hosts as one jax program: which process this is, from the cluster it runs on or from flags."""
+"""Several hosts as one jax program: which process this is, and what the processes have to agree on."""
 
+import contextlib
+import importlib.metadata
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 # A Slurm job's port: above those that Linux hands out, and another for every job that shares a host.
 FIRST_PORT, PORTS = 61440, 4096
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "radlads-jax")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_NTASKS", "SLURM_PROCID")
 
 
@@ -40,13 +47,54 @@ def start(
         raise ConnectionError(f"this process could not join the others: {error}") from error
 
 
-def require_one() -> None:
-    """Raises NotImplementedError where several processes have joined: the training loop can't share its work yet."""
-    if jax.process_count() > 1:
-        raise NotImplementedError(
-            f"{jax.process_count()} processes have joined, but training runs in one so far; expected a single host. "
-            "Leave out --distributed and --coordinator, and start the command on one host."
-        )
+def is_first() -> bool:
+    """Whether this process is the one that prints, and writes what is written once."""
+    return jax.process_index() == 0
+
+
+def agreed(number: int) -> int:
+    """The largest of all processes' numbers. Every process has to ask at the same place."""
+    if jax.process_count() == 1:
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
+@contextlib.contextmanager
+def first_alone(what: str) -> Iterator[None]:
+    """The first process runs the body, then all others do: they find what it has left on the shared disk."""
+    several = jax.process_count() > 1
+    if several and not is_first():
+        multihost_utils.sync_global_devices(what)
+    yield
+    if several and is_first():
+        multihost_utils.sync_global_devices(what)
+
+
+def fetched(x: Any) -> np.ndarray:
+    """An array's values on this host, whichever processes hold its parts. Every process has to ask."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def require_same(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError, in every process, where one was started with other settings or other packages."""
+    if jax.process_count() == 1:
+        return
+    packages = {f"version of {name}": importlib.metadata.version(name) for name in PACKAGES}
+    mine = json.dumps({**packages, **settings}, sort_keys=True).encode()
+    width = agreed(len(mine))
+    padded = np.frombuffer(mine.ljust(width), np.uint8)
+    said = [json.loads(row.tobytes()) for row in np.asarray(multihost_utils.process_allgather(padded))]
+    for process, other in enumerate(said):
+        names = [name for name in sorted(said[0].keys() | other.keys()) if said[0].get(name) != other.get(name)]
+        if names:
+            name = names[0]
+            raise ValueError(
+                f"process {process} was started with {name} = {other.get(name)}, process 0 with {said[0].get(name)} "
+                f"({len(names)} differences in all); expected the same everywhere. Start every process by the same "
+                "command, from the same environment."
+            )
 
 
 def _checked(distributed: str, explicit: dict) -> dict:

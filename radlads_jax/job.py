@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from radlads_jax import sharding
+from radlads_jax import hosts, sharding
 from radlads_jax.config import RunConfig, Student
 from radlads_jax.data import binidx, pipeline, prepare, sources, synthetic
 from radlads_jax.models.config import MixerConfig, ModelConfig
@@ -69,10 +69,11 @@ def make_job(run: RunConfig, workdir: Path) -> Job:
         # Only headers are read here: a damaged file shows now, not after the data has been tokenised.
         check_tensors(open_checkpoint(source), disk_tensors(original), source, tied=original.tie_embeddings)
     student = make_student_config(original, run)
-    tokenizer_dir = _tokenizer_dir(run, workdir, source)
-    tokenizer = load_tokenizer(tokenizer_dir)
-    check_tokenizer(tokenizer, student)
-    token_file = _token_file(run, workdir, tokenizer, student)
+    with hosts.first_alone("data"):
+        tokenizer_dir = _tokenizer_dir(run, workdir, source)
+        tokenizer = load_tokenizer(tokenizer_dir)
+        check_tokenizer(tokenizer, student)
+        token_file = _token_file(run, workdir, tokenizer, student)
     eval_tokens = run.data.eval_rows * (run.stage(run.stages[0]).seq_len if run.stages else EVAL_SEQ_LEN)
     _check_rows(run, token_file, eval_tokens)
     return Job(

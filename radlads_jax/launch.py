@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -53,14 +54,17 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
     except OSError as error:
         return refuse(explain(error))
     # Imported late: the models and their compiler take seconds that a typo should not.
+    from radlads_jax import hosts
     from radlads_jax.job import make_job
     from radlads_jax.train import Interrupted, TooManyNonFinite, convert
 
     try:
         join()
+        hosts.require_same(flat_settings(_CONFIG.value.to_dict()))
         job = make_job(run, workdir)
         # Only now: a run that could not begin leaves the directory to the corrected command.
-        remember_config(workdir, _CONFIG.value.to_dict())
+        if hosts.is_first():
+            remember_config(workdir, _CONFIG.value.to_dict())
         convert(job)
     except Interrupted as stop:
         Console(stderr=True).print(str(stop), style="yellow", markup=False, soft_wrap=True)
@@ -75,7 +79,6 @@ def join_hosts() -> None:
     from radlads_jax import hosts
 
     hosts.start(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    hosts.require_one()
 
 
 def refuse(error: Exception | str) -> int:
@@ -129,8 +132,9 @@ def check_same_config(workdir: Path, config: dict) -> None:
     if not path.exists():
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    lines = _differences(before, json.loads(json.dumps(config)), "config")
-    changed = [line for line in lines if line.split(" ")[0].rsplit(".")[-1] not in FREE_FIELDS]
+    old, new = flat_settings(before), flat_settings(json.loads(json.dumps(config)))
+    names = [name for name in sorted(old.keys() | new.keys()) if name.rsplit(".")[-1] not in FREE_FIELDS]
+    changed = [f"{n} was {old.get(n)!r} and is now {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
     if changed:
         raise ValueError(
             f"{workdir} holds a run with other settings: {'; '.join(changed[:10])}. Repeat its settings to continue "
@@ -146,15 +150,13 @@ def remember_config(workdir: Path, config: dict) -> None:
     temporary.replace(workdir / "config.json")
 
 
-def _differences(before: dict, now: dict, where: str) -> list[str]:
-    lines: list[str] = []
-    for key in sorted(before.keys() | now.keys()):
-        old, new, name = before.get(key), now.get(key), f"{where}.{key}"
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += _differences(old, new, name)
-        elif old != new:
-            lines.append(f"{name} was {old!r} and is now {new!r}")
-    return lines
+def flat_settings(settings: dict, where: str = "config") -> dict[str, Any]:
+    """Every setting by its name, "config.stage1.lr"."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{where}.{key}"
+        flat |= flat_settings(value, name) if isinstance(value, dict) else {name: value}
+    return flat
 
 
 if __name__ == "__main__":

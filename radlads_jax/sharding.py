@@ -87,6 +87,11 @@ def make_mesh(run: config_lib.RunConfig, devices: Any = None) -> DeviceMesh | No
     sizes = mesh_sizes(run.mesh, len(devices), rows, shared=devices[0].platform == "cpu")
     shape = tuple(sizes[axis] for axis in AXES)
     count = int(np.prod(shape))
+    if count < len(devices) and jax.process_count() > 1:
+        raise ValueError(
+            f"config.mesh takes {count} of the {len(devices)} devices of {jax.process_count()} processes; expected all "
+            "of them. Raise config.mesh.fsdp, data, tensor or context, or start fewer processes."
+        )
     if count == 1:
         return None
     # Not jax.make_mesh: on chips with a torus of three dimensions it refuses a mesh axis that is a part of one of them.
@@ -136,11 +141,28 @@ def rows_sharding(mesh: DeviceMesh, rows: int) -> NamedSharding:
     return NamedSharding(mesh, fitting_spec((ROWS,), (rows,), mesh))
 
 
-def place_rows(mesh: DeviceMesh | None, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A batch of [B, T] arrays on the devices that compute its rows."""
+def own_rows(mesh: DeviceMesh | None, rows: int) -> np.ndarray:
+    """Which of a batch's rows this process's devices compute, ascending."""
+    if mesh is None:
+        return np.arange(rows)
+    slices = rows_sharding(mesh, rows).addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in slices]))
+
+
+def place_rows(mesh: DeviceMesh | None, batch: Mapping[str, Any], rows: int) -> Mapping[str, Any]:
+    """A batch of `rows` rows on the devices that compute them, from this process's `own_rows` of [B, T] arrays."""
     if mesh is None:
         return batch
-    return {name: jax.device_put(rows, rows_sharding(mesh, len(rows))) for name, rows in batch.items()}
+    placed, here = rows_sharding(mesh, rows), own_rows(mesh, rows)
+
+    def one(values: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            return values[np.searchsorted(here, np.arange(rows)[index[0]])]
+
+        return jax.make_array_from_callback((rows, *values.shape[1:]), placed, part)
+
+    return {name: one(values) for name, values in batch.items()}
 
 
 def constrain_params(params: Any) -> Any:

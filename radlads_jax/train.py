@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from radlads_jax import heldout, sharding
+from radlads_jax import heldout, hosts, sharding
 from radlads_jax.checkpoint import Checkpoints
 from radlads_jax.data import pipeline
 from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
@@ -83,6 +83,7 @@ class Clock:
 
 def convert(job: Job) -> dict[str, Any]:
     """Runs what is left of the job, evaluates, exports; returns the summary that DIR/summary.json holds."""
+    console.quiet = not hosts.is_first()
     summary_path = job.workdir / "summary.json"
     if summary_path.exists() and (job.workdir / "export").is_dir():
         summary = json.loads(summary_path.read_text(encoding="utf-8"))
@@ -97,10 +98,11 @@ def convert(job: Job) -> dict[str, Any]:
     summary = heldout.evaluate_job(job, student, teacher) | {"stages": stages}
     console.print(f"exporting to {job.workdir / 'export'}")
     export(job, student, summary)
-    # Its presence says that everything before is whole.
-    heldout.write_atomically(summary_path, json.dumps(summary, indent=2) + "\n")
-    console.print(heldout.results_table(summary))
-    console.print(f"how it went, as a page: {write_report(job.workdir)}")
+    if hosts.is_first():
+        # Its presence says that everything before is whole.
+        heldout.write_atomically(summary_path, json.dumps(summary, indent=2) + "\n")
+        console.print(heldout.results_table(summary))
+        console.print(f"how it went, as a page: {write_report(job.workdir)}")
     return summary
 
 
@@ -165,14 +167,17 @@ def _train(
         pending.clear()
 
     for step in range(start + 1, recipe.steps + 1):
-        state, pending[step] = step_fn(state, frozen, teacher, sharding.place_rows(job.mesh, next(batches)))
+        batch = sharding.place_rows(job.mesh, next(batches), recipe.batch_size)
+        state, pending[step] = step_fn(state, frozen, teacher, batch)
         if step == start + 1:
             jax.block_until_ready(state.step)
             clock.start(step)
-        stop = stopping()
         is_last = step == recipe.steps
+        wants_line = is_last or step % train.log_every == 0
+        # Several processes stop at the same step; they ask each other where they wait for their devices anyway.
+        stop = stopping() if jax.process_count() == 1 else (wants_line and hosts.agreed(stopping() or 0)) or None
         wants_save = is_last or stop is not None or checkpoints.due(step)
-        if wants_save or step % train.log_every == 0:
+        if wants_save or wants_line:
             flush()
             pace = clock.tick(step)
             logger.progress(step, pace and pace * recipe.batch_size * recipe.seq_len)
@@ -217,6 +222,7 @@ def _batches(job: Job, name: str) -> Any:
         seed=job.run.seed * len(STAGES) + list(STAGES).index(name),
         eval_tokens=job.eval_tokens,
         cross_document=job.run.data.cross_document,
+        rows_of_batch=sharding.own_rows(job.mesh, recipe.batch_size),
     )
 
 

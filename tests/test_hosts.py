@@ -20,9 +20,10 @@ from radlads_jax import hosts
 hosts.start(**eval(sys.argv[1]))
 seen = multihost_utils.process_allgather(jax.numpy.int32(10 + jax.process_index()))
 print(jax.process_index(), jax.process_count(), jax.device_count(), seen.tolist())
+print(hosts.agreed(jax.process_index() + 5), hosts.is_first())
 try:
-    hosts.require_one()
-except NotImplementedError as error:
+    hosts.require_same({"config.seed": 1, "config.stage1.lr": jax.process_index()})
+except ValueError as error:
     print(error)
 """
 
@@ -64,7 +65,9 @@ def test_a_task_of_a_slurm_step_and_a_process_by_flags_join() -> None:
     flags = {"coordinator": f"localhost:{port_of(job)}", "num_processes": 2, "process_id": 1}
     printed = join([{"distributed": "auto"}, flags], [step, {}])
     for i, text in enumerate(printed):
-        assert f"{i} 2 4 [10, 11]\n2 processes have joined, but training runs in one so far" in text
+        assert f"{i} 2 4 [10, 11]\n" in text
+        assert f"6 {i == 0}\n" in text
+        assert "process 1 was started with config.stage1.lr = 1, process 0 with 0" in text
 
 
 def port_of(job: int) -> int:
@@ -86,7 +89,7 @@ def test_nothing_is_started_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("started"))
     hosts.start()
     hosts.start("off", None, None, None)
-    hosts.require_one()
+    assert jax.process_count() == 1
 
 
 def test_flags_reach_jax(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,7 @@ def trained(mixer: str, name: str, shape: Mesh, accumulate: int = 1, steps: int 
     teacher_params = start if STAGES[name].needs_teacher else None
     losses = []
     for _ in range(steps):
-        batch = sharding.place_rows(mesh, make_batch(8 * accumulate))
+        batch = sharding.place_rows(mesh, make_batch(8 * accumulate), 8 * accumulate)
         state, metrics = step(state, frozen, teacher_params, batch)
         losses.append(float(metrics["loss"]))
     return mesh, losses, state

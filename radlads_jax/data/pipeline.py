@@ -37,18 +37,18 @@ def make_train_iterator(
     cross_document: bool = False,
     num_epochs: int | None = None,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows_of_batch: np.ndarray | None = None,
 ) -> grain.DatasetIterator:
-    """Batches of shuffled rows, dicts of [batch_size / process_count, seq_len] as PackedRows describes them.
+    """Batches of shuffled rows, dicts of [rows, seq_len] arrays as PackedRows describes them.
 
     Row j of batch s is row order(seed, e)[i] of the data with e, i = divmod(s * batch_size + j, rows): a new order in
-    every epoch, over the border of which a batch may reach. Process p gets the rows from p * batch_size /
-    process_count on, so the batches of all processes one after another are the batch of one process.
+    every epoch, over the border of which a batch may reach. A process that computes only some rows of every batch gets
+    these, and they do not depend on how many processes there are.
     get_state() is a small dict for JSON that set_state() goes back to; the state is the number of batches taken.
 
     Args:
         batch_size: rows of the global batch.
+        rows_of_batch: the numbers of those that are wanted; None takes all.
         vocab_size: if given, every token id is checked against it.
         num_epochs: None repeats without end.
         start_step: the number of the first batch.
@@ -56,7 +56,7 @@ def make_train_iterator(
     Raises:
         ValueError: a size that is not positive, too little data for one batch, a token id outside the vocabulary.
     """
-    share = _share(batch_size, process_index, process_count)
+    share = _share(batch_size, rows_of_batch)
     rows = train_rows(token_file, seq_len, eval_tokens=eval_tokens, cross_document=cross_document)
     if len(rows) < batch_size:
         raise ValueError(
@@ -87,14 +87,13 @@ def make_eval_batches(
     eval_tokens: int | None = None,
     vocab_size: int | None = None,
     cross_document: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows_of_batch: np.ndarray | None = None,
 ) -> list[Batch]:
     """The held-out rows in their order, in whole batches: what is missing in the last one is padding.
 
     `eval_tokens` has to be what training left out; None takes the whole file, for data held out as a file of its own.
     """
-    share = _share(batch_size, process_index, process_count)
+    share = _share(batch_size, rows_of_batch)
     tokens = token_file.num_tokens if eval_tokens is None else eval_tokens
     rows = eval_rows(token_file, seq_len, eval_tokens=tokens, cross_document=cross_document)
     if len(rows) == 0:
@@ -109,17 +108,17 @@ def make_eval_batches(
     return [rows.rows(batch[share]) for batch in padded.reshape(-1, batch_size)]
 
 
-def _share(batch_size: int, process_index: int, process_count: int) -> slice:
-    """The rows of a global batch that are this process's."""
+def _share(batch_size: int, rows_of_batch: np.ndarray | None) -> np.ndarray:
+    """The numbers of the wanted rows of a global batch."""
     if batch_size < 1:
         raise ValueError(f"got batch_size={batch_size}; expected at least 1; set it to a positive number of rows.")
-    if process_count < 1 or not 0 <= process_index < process_count or batch_size % process_count:
+    share = np.arange(batch_size) if rows_of_batch is None else np.asarray(rows_of_batch)
+    if share.size == 0 or share.min() < 0 or share.max() >= batch_size:
         raise ValueError(
-            f"got batch_size={batch_size} for process {process_index} of {process_count}; expected a batch size that "
-            "the number of processes divides, and an index below that number; change batch_size."
+            f"got rows_of_batch={share.tolist()} of a batch of {batch_size}; expected numbers from 0 to "
+            f"{batch_size - 1}, at least one; leave it out to get all rows."
         )
-    each = batch_size // process_count
-    return slice(process_index * each, (process_index + 1) * each)
+    return share
 
 
 @dataclass(frozen=True)
@@ -129,14 +128,14 @@ class _ShuffledBatches:
     rows: PackedRows
     batch_size: int
     seed: int
-    share: slice
+    share: np.ndarray
     length: int
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, step: int) -> Batch:
-        samples = step * self.batch_size + np.arange(self.batch_size)[self.share]
+        samples = step * self.batch_size + self.share
         epochs, places = np.divmod(samples, len(self.rows))
         order = np.empty(len(samples), np.int64)
         for epoch in np.unique(epochs):

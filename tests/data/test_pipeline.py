@@ -81,14 +81,14 @@ def test_a_restored_iterator_goes_on_with_the_same_batches(file: TokenFile, take
     assert equal(next(started), expected[0])
 
 
-@pytest.mark.parametrize("process_count", [2, 3, 6])
-def test_processes_share_the_batch_of_one(file: TokenFile, process_count: int) -> None:
+@pytest.mark.parametrize("shares", [[[0, 1, 2], [3, 4, 5]], [[5], [0, 2], [1, 3, 4]], [[0, 1, 2, 3, 4, 5]] * 2])
+def test_processes_share_the_batch_of_one(file: TokenFile, shares: list[list[int]]) -> None:
     whole = iterate(file)
-    parts = [iterate(file, process_index=p, process_count=process_count) for p in range(process_count)]
+    parts = [iterate(file, rows_of_batch=np.array(share)) for share in shares]
     for _ in range(30):
-        pieces = [next(part) for part in parts]
-        joined = {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
-        assert equal(next(whole), joined)
+        batch = next(whole)
+        for part, share in zip(parts, shares, strict=True):
+            assert equal(next(part), {key: rows[share] for key, rows in batch.items()})
 
 
 def test_seeds_differ_and_repeat(file: TokenFile) -> None:
@@ -113,7 +113,8 @@ def test_held_out_rows_are_not_trained_on(file: TokenFile) -> None:
 
 def test_eval_batches_of_a_whole_file_on_two_processes(file: TokenFile) -> None:
     whole = make_eval_batches(file, seq_len=SEQ_LEN, batch_size=6)
-    parts = [make_eval_batches(file, seq_len=SEQ_LEN, batch_size=6, process_index=p, process_count=2) for p in (0, 1)]
+    shares = (np.arange(3), np.arange(3, 6))
+    parts = [make_eval_batches(file, seq_len=SEQ_LEN, batch_size=6, rows_of_batch=share) for share in shares]
     assert sum(int((batch["segment_ids"] > 0).sum()) for batch in whole) == 1000
     for batch, left, right in zip(whole, *parts, strict=True):
         assert equal(batch, {key: np.concatenate([left[key], right[key]]) for key in left})
@@ -147,8 +148,8 @@ def test_the_order_never_changes() -> None:
         ({"seq_len": 0}, "got a sequence length of 0"),
         ({"seq_len": 200}, "which make 5 rows of 200; expected at least one batch of 6 rows"),
         ({"batch_size": 0}, "got batch_size=0"),
-        ({"batch_size": 5, "process_count": 2}, "got batch_size=5 for process 0 of 2"),
-        ({"process_index": 2, "process_count": 2}, "for process 2 of 2"),
+        ({"rows_of_batch": np.array([4, 6])}, r"got rows_of_batch=\[4, 6\] of a batch of 6"),
+        ({"rows_of_batch": np.array([], int)}, r"got rows_of_batch=\[\] of a batch of 6"),
         ({"vocab_size": 999}, "token id 999 at position 999"),
         ({"eval_tokens": 1001}, "got eval_tokens=1001; expected 0 to 1000"),
         ({"num_epochs": 1, "start_step": 21}, "got start_step=21; expected 0 to 20"),

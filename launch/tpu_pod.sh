@@ -16,7 +16,7 @@
 #                           'sudo mkdir -p /mnt/runs && sudo mount -t nfs IP:/runs /mnt/runs'
 #
 # A slice's own disks go with it: what shall survive a preemption is a work directory on a disk that MOUNT brings.
-# Training over several workers is refused so far: keep to a slice with one, such as v6e-8.
+# On a slice with several workers all of them read teacher and data, and share the work directory: put them there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

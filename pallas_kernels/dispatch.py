@@ -1,10 +1,12 @@
 """Which implementation of an operation runs: each operation keeps one dict, name -> function."""
 
+import contextlib
+import contextvars
 import functools
 import importlib.util
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +21,22 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 }
 # The accelerators' kernels are made for these; a fit implementation for any other is `chunked`.
 KERNEL_HEAD_SIZES = (64, 128)
+_TRACED_FOR: contextvars.ContextVar[str | None] = contextvars.ContextVar("traced_for", default=None)
+
+
+def backend() -> str:
+    """The backend that what is being traced will run on: this process's own, unless `traced_for` names another."""
+    return _TRACED_FOR.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def traced_for(name: str) -> Iterator[None]:
+    """What is traced inside is meant for this backend, present or not. Functions jitted before keep what they have."""
+    token = _TRACED_FOR.set(name)
+    try:
+        yield
+    finally:
+        _TRACED_FOR.reset(token)
 
 
 def choose(
@@ -27,15 +45,14 @@ def choose(
     implementation: str | None,
     head_sizes: Sequence[int] = (),
 ) -> Callable[..., Any]:
-    """Returns the named implementation, or for None the best one the current backend has for these head sizes.
+    """Returns the named implementation, or for None the best one that `backend` has for these head sizes.
 
     A named implementation is never replaced by another: ValueError if the operation has none of that name.
     """
     if implementation is None:
-        backend = jax.default_backend()
-        preferred = PREFERENCE.get(backend, ("chunked",))
+        preferred = PREFERENCE.get(backend(), ("chunked",))
         implementation = next(name for name in preferred if name in implementations and fits(name, head_sizes))
-        _log_choice(operation, implementation, backend)
+        _log_choice(operation, implementation, backend())
     if implementation not in implementations:
         raise ValueError(
             f"{operation} got implementation={implementation!r}, expected one of {sorted(implementations)}; "
@@ -60,5 +77,5 @@ def triton_fits() -> bool:
 
 
 @functools.cache
-def _log_choice(operation: str, implementation: str, backend: str) -> None:
-    logger.info("%s runs as %s on %s", operation, implementation, backend)
+def _log_choice(operation: str, implementation: str, where: str) -> None:
+    logger.info("%s runs as %s on %s", operation, implementation, where)

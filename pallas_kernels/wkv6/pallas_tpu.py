@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import layout
+from pallas_kernels import dispatch, layout
 from pallas_kernels.wkv6.chunked import Inputs
 from pallas_kernels.wkv6.levels import levels
 from pallas_kernels.wkv6.pallas_tpu_kernels import Plan, backward_kernel, forward_kernel
@@ -65,7 +65,7 @@ def wkv6_pallas_tpu(
         counts = jnp.cumsum(starts.astype(jnp.float32), axis=-1)
     state = jnp.pad(initial_state, ((0, 0), (0, more_heads), (0, 0), (0, 0)))
     if interpret is None:
-        interpret = jax.default_backend() != "tpu"
+        interpret = dispatch.backend() != "tpu"
     inputs = Inputs(*(wide(x) for x in (r, log_w, k, v)))
     out, final_state = recurrence(plan, interpret, inputs, layout.transpose(state), counts)
     out = out.reshape(*out.shape[:2], padded_heads, value_size)[:, :length, :heads]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import layout
+from pallas_kernels import dispatch, layout
 from pallas_kernels.wkv7.chunked import Inputs
 from pallas_kernels.wkv7.pallas_tpu_backward import backward_kernel
 from pallas_kernels.wkv7.pallas_tpu_chunk import Plan
@@ -72,7 +72,7 @@ def wkv7_pallas_tpu(
         counts = jnp.cumsum(starts.astype(jnp.float32), axis=-1)
     state = jnp.pad(initial_state, ((0, 0), (0, more_heads), (0, 0), (0, 0)))
     if interpret is None:
-        interpret = jax.default_backend() != "tpu"
+        interpret = dispatch.backend() != "tpu"
     inputs = Inputs(*(wide(x) for x in (r, log_w, k, v, a, b)))
     out, final_state = recurrence(plan, interpret, inputs, layout.transpose(state), counts)
     out = out.reshape(*out.shape[:2], padded_heads, value_size)[:, :length, :heads]

@@ -127,6 +127,7 @@ def plan_stage(run: Any, student: Any, teacher: Any, name: str, mesh: Any, chip:
     """One stage's compiled step: memory, work, time and price."""
     import jax
 
+    from pallas_kernels import dispatch
     from radlads_jax.distill.program import abstract_arguments, make_step
     from radlads_jax.planning import cost, hlo
 
@@ -147,7 +148,8 @@ def plan_stage(run: Any, student: Any, teacher: Any, name: str, mesh: Any, chip:
     }
     started = time.monotonic()
     try:
-        lowered = make_step(run, student, teacher, name, mesh).lower(*arguments)
+        with dispatch.traced_for("tpu"):
+            lowered = make_step(run, student, teacher, name, mesh).lower(*arguments)
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         peak = oom_bytes(str(error))

@@ -20,7 +20,7 @@ class Chip:
     """flops: dense bfloat16 a second. hbm_rate, link_rate: bytes a second. price: USD an hour, on demand.
 
     link_rate: both directions of a ring over one axis of the torus, the least that a collective gets. usable: bytes of
-    HBM that a program may take.
+    HBM that a program may take. kernel_cycles: of a kernel on this chip to one on a v6e.
     """
 
     flops: float
@@ -29,6 +29,7 @@ class Chip:
     clock: float
     usable: float
     price: float
+    kernel_cycles: float = 2.0
 
 
 # FLOPs, HBM and clocks from the maker's data sheets, link rates as one-way 45 GB/s (v5e) and 90 GB/s a link, prices as
@@ -36,11 +37,16 @@ class Chip:
 CHIPS = {
     "v5e": Chip(197e12, 819e9, 90e9, 1.5e9, 15.75 * GIB, 1.20),
     "v5p": Chip(459e12, 2765e9, 180e9, 1.75e9, 95.0 * GIB, 4.20),
-    "v6e": Chip(918e12, 1640e9, 180e9, 1.75e9, 31.25 * GIB, 2.70),
+    "v6e": Chip(918e12, 1640e9, 180e9, 1.75e9, 31.25 * GIB, 2.70, kernel_cycles=1.0),
 }
+# Cycles of a v6e for a token and 128 columns of r: `pallas_kernels.static_cost` at B=1 T=8192 H=16 K=128, bfloat16, by
+# kernel; a backward is the forward and backward less the forward.
+KERNEL_CYCLES = {"wkv7_forward": 3.6, "wkv7_backward": 6.7, "wkv6_forward": 3.0, "wkv6_backward": 5.7}
+KERNEL_COLUMNS = 128
 ASSUMPTIONS = (
     "step = max(compiler's cycles / clock, FLOPs / peak, HBM bytes / rate) + what links can not do beside it; cycles "
     "are the TPU compiler's static estimates of its own operations, which tend to be 1.3 to 1.8 times too many.",
+    "the recurrence runs as this project's TPU kernels, at their static cycles on a v6e, twice as many on v5e and v5p.",
     "links: one ring over one torus axis; collectives that the compiler started early run beside the computation.",
     "hours are of training steps alone: no compilation, loading, checkpoints, evaluation or preemption.",
 )
@@ -109,7 +115,8 @@ class StepTime:
 
 def step_time(chip: Chip, counts: Counts) -> StepTime:
     """See ASSUMPTIONS."""
-    compute = max(counts.cycles / chip.clock, counts.flops / chip.flops)
+    own = sum(KERNEL_CYCLES[name] * elements / KERNEL_COLUMNS for name, elements in counts.kernels.items())
+    compute = max((counts.cycles + chip.kernel_cycles * own) / chip.clock, counts.flops / chip.flops)
     memory, network = counts.hbm_bytes / chip.hbm_rate, counts.all_link_bytes / chip.link_rate
     exposed = counts.exposed_link_bytes / chip.link_rate
     busy = max(compute, memory)

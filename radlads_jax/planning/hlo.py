@@ -18,6 +18,7 @@ _OPCODE = re.compile(r" ?([\w\-]+)\(")
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*op_name="(?:[^"]*/)?(\w+)/pallas_call')
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 # Three ways to write groups: listed, as [groups, size], or as axes (or parts of axes) of a mesh.
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\]|mesh\[([^\]]*)\] ?\{([^}]*)\})")
@@ -31,7 +32,8 @@ _HALVES = ("-done", "-update")
 @dataclasses.dataclass
 class Counts:
     """Of one device in one run. link_bytes: what collectives bring it, by kind; exposed_link_bytes: those that nothing
-    runs beside. cycles: the compiler's estimate of its own operations, 0 where it makes none.
+    runs beside. cycles: the compiler's estimate of its own operations, 0 where it makes none. kernels: elements of the
+    first result of every kernel by its name, of whose insides the compiler says nothing.
     """
 
     flops: float = 0.0
@@ -40,6 +42,7 @@ class Counts:
     exposed_link_bytes: float = 0.0
     unknown_loops: int = 0
     link_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
+    kernels: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def all_link_bytes(self) -> float:
@@ -140,6 +143,8 @@ def _run(
             counts.hbm_bytes += times * _hbm_bytes(one, body, computations)
             cycles = _CYCLES.search(one.rest)
             counts.cycles += times * float(cycles[1]) if cycles else 0.0
+            if kernel := _KERNEL.search(one.rest):
+                counts.kernels[kernel[1]] = counts.kernels.get(kernel[1], 0.0) + times * math.prod(_dims(one.type))
         for role, names in _called(one):
             inner_times = times
             if role == "body":

@@ -20,7 +20,7 @@ TUNED: Tuning = {
         "key_gradients": {"num_warps": 4, "BLOCK": 16, "BLOCK_V": 32},
     },
     "float32": {
-        "prepare": {"num_warps": 2, "BLOCK": 32},
+        "prepare": {"num_warps": 2, "BLOCK": 16},
         "pass_states": {"num_warps": 4, "BLOCK": 16},
         "combine": {"num_warps": 4, "BLOCK": 64, "BLOCK_K": 32},
         "key_gradients": {"num_warps": 4, "BLOCK": 16, "BLOCK_V": 32},

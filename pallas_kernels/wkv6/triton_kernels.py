@@ -7,11 +7,11 @@ Sequences are [B,T,H,D], stored states [B,H,N,V,K]. Products are of the sequence
 sums are float32.
 """
 
-import triton
 import triton.language as tl
 
 from pallas_kernels.wkv7.triton_kernels import (
     chunk_decay,
+    jit,
     place,
     put,
     segment_starts,
@@ -24,20 +24,20 @@ from pallas_kernels.wkv7.triton_kernels import (
 GROUPS = tl.constexpr(2)
 
 
-@triton.jit
+@jit
 def masked_sums(mask, x, PRECISION: tl.constexpr):
     """Sums of x [C,BK] over the tokens that mask [C,C] says: a sum less its largest term would lose the others."""
     return tl.dot(mask.to(tl.float32), x, input_precision=PRECISION)
 
 
-@triton.jit
+@jit
 def to_boundary(row, column, level):
     """[C,C] bool: the columns whose decays lie between a row's token and the boundary in its pair of spans."""
     second = (row >> level) % 2 == 1
     return ((row >> level) == (column >> level)) & ((second & (column <= row)) | (~second & (column > row)))
 
 
-@triton.jit
+@jit
 def level_decays(log_w, row, column, level):
     """The exponentials [C,BK] of a level that receptances and keys are multiplied with."""
     gap = masked_sums(to_boundary(row, column, level), log_w, "tf32x3")
@@ -45,14 +45,14 @@ def level_decays(log_w, row, column, level):
     return tl.exp(r_gap), tl.exp(tl.where(level == GROUPS, -r_gap, gap))
 
 
-@triton.jit
+@jit
 def level_mask(row, column, level):
     """[C,C] bool: the pairs of a level."""
     apart = (row >> level) != (column >> level)
     return (row > column) & ((row >> level + 1) == (column >> level + 1)) & (apart | (level == GROUPS))
 
 
-@triton.jit
+@jit
 def prepare(
     r, log_w, k, segment_ids, k_end, r_head, inner, decay,
     T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
@@ -99,7 +99,7 @@ def prepare(
     tl.store(inner + chunk * C * C + row[:, None] * C + row[None, :], pairs.to(dtype))
 
 
-@triton.jit
+@jit
 def combine(
     x, states, inner, y, out,
     T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
@@ -118,7 +118,7 @@ def combine(
     put(out, total, batch, head, token[:, None], column[None, :], T, H, V)
 
 
-@triton.jit
+@jit
 def key_gradients(
     r, log_w, k, v, segment_ids, decay, d_out, states, d_states, d_r, d_log_w, d_k,
     T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,

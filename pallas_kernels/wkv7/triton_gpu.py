@@ -29,7 +29,7 @@ TUNED: Tuning = {
         "pass_states": {"num_warps": 4, "BLOCK": 32},
         "outputs": {"num_warps": 4, "BLOCK": 64, "BLOCK_K": 64},
         "adjoint_values": {"num_warps": 4, "BLOCK": 64, "BLOCK_K": 64},
-        "pair_gradients": {"num_warps": 4, "BLOCK": 32, "BLOCK_K": 64},
+        "pair_gradients": {"num_warps": 4, "BLOCK": 32, "BLOCK_K": 32},
         "key_gradients": {"num_warps": 8, "BLOCK": 64, "BLOCK_V": 32},
     },
     "float32": {

@@ -9,6 +9,10 @@ All others take every chunk at the same time. Sequences are [B,T,H,D], stored st
 Products are of the sequences' dtype, or for float32 of PRECISION; sums are float32.
 """
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -16,32 +20,37 @@ AK, RB, RK, INVERSE = (tl.constexpr(index) for index in range(4))
 D_AB, D_AK, D_RB, D_RK = (tl.constexpr(index) for index in range(4))
 
 
-@triton.jit
+def jit(function: Callable[..., Any]) -> Any:
+    """triton.jit of the function as written: what a run-time type checker wraps it in has other globals."""
+    return triton.jit(inspect.unwrap(function))
+
+
+@jit
 def place(pair, H: tl.constexpr):
     """Batch (64 bits: offsets pass 2^31) and head of a program."""
     return (pair // H).to(tl.int64), pair % H
 
 
-@triton.jit
+@jit
 def sequence(batch, head, token, column, T: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
     """Offsets in [B,T,H,D]; token and column are expanded against each other by the caller."""
     return ((batch * T + token) * H + head) * D + column
 
 
-@triton.jit
+@jit
 def tile(pointer, batch, head, token, column, T: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
     """A tile of [B,T,H,D], zeros beyond the last token."""
     return tl.load(pointer + sequence(batch, head, token, column, T, H, D), mask=token < T, other=0.0)
 
 
-@triton.jit
+@jit
 def put(pointer, value, batch, head, token, column, T: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
     """Stores a tile of [B,T,H,D]."""
     offsets = sequence(batch, head, token, column, T, H, D)
     tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=token < T)
 
 
-@triton.jit
+@jit
 def segment_starts(segment_ids, batch, n, T: tl.constexpr, C: tl.constexpr, RESETS: tl.constexpr):
     """[C] bool: the state resets before this token of chunk n."""
     token = n * C + tl.arange(0, C)
@@ -53,13 +62,13 @@ def segment_starts(segment_ids, batch, n, T: tl.constexpr, C: tl.constexpr, RESE
     return token < 0
 
 
-@triton.jit
+@jit
 def segments_passed(starts):
     """[C] int32: resets from the chunk's start to each token."""
     return tl.cumsum(starts.to(tl.int32), axis=0)
 
 
-@triton.jit
+@jit
 def from_middle(log_w, C: tl.constexpr):
     """The sums G - G_mid [C,BK] of log_w, and the row vectors G_mid and G_C - G_mid."""
     row = tl.arange(0, C)[:, None]
@@ -69,7 +78,7 @@ def from_middle(log_w, C: tl.constexpr):
     return total - middle[None, :], middle, rest
 
 
-@triton.jit
+@jit
 def chunk_decay(total):
     """e^total as a float32 and what its rounding left out, kept where decay is weak.
 
@@ -83,7 +92,7 @@ def chunk_decay(total):
     return end, rest
 
 
-@triton.jit
+@jit
 def invert_unit_lower(strict, C: tl.constexpr, PRECISION: tl.constexpr):
     """(I - strict)^-1 of a strictly lower triangular [C,C], by merging diagonal blocks of doubling width."""
     row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
@@ -98,7 +107,7 @@ def invert_unit_lower(strict, C: tl.constexpr, PRECISION: tl.constexpr):
     return inverse
 
 
-@triton.jit
+@jit
 def prepare(
     r, log_w, k, v, a, b, segment_ids, w, u0, b_end, k_end, r_head, inner, decay,
     T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
@@ -172,7 +181,7 @@ def prepare(
         put(u0, tl.dot(from_values, values, input_precision=PRECISION), batch, head, token[:, None], at, T, H, V)
 
 
-@triton.jit
+@jit
 def pass_states(
     p, x0, q, m, y, decay, start, x, states, final,
     T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
@@ -213,7 +222,7 @@ def pass_states(
     tl.store(final + ends, state)
 
 
-@triton.jit
+@jit
 def through_state(
     x, states, total, batch, head, chunk, token, column,
     T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
@@ -227,7 +236,7 @@ def through_state(
     return total
 
 
-@triton.jit
+@jit
 def outputs(
     r_head, inner, u, v, states, out,
     T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
@@ -249,7 +258,7 @@ def outputs(
     put(out, total, batch, head, token[:, None], column[None, :], T, H, V)
 
 
-@triton.jit
+@jit
 def adjoint_values(
     w, inner, u0, states, d_out, u, z,
     T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
@@ -270,7 +279,7 @@ def adjoint_values(
     put(z, gradient, batch, head, token[:, None], column[None, :], T, H, V)
 
 
-@triton.jit
+@jit
 def pair_gradients(
     k_end, inner, u, v, d_u, d_out, d_states, segment_ids, d_v, d_y, d_inner,
     T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
@@ -319,7 +328,7 @@ def pair_gradients(
     tl.store(base + D_RK * C * C, tl.where(lower, d_rk, 0.0).to(dtype))
 
 
-@triton.jit
+@jit
 def key_gradients(
     r, log_w, k, v, a, b, segment_ids, decay, u, d_y, d_out, states, d_states, d_inner, d_r, d_log_w, d_k, d_a, d_b,
     T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,

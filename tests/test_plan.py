@@ -231,6 +231,17 @@ def test_the_time_of_a_step(cycles, hbm_bytes, link_bytes, exposed, step, bound)
     assert (timed.step, timed.bound) == (step, bound)
 
 
+def test_a_kernel_is_counted_by_its_first_result():
+    line = (
+        "  %wkv7_forward.1 = (bf16[2,16,512]{2,1,0:T(8,128)(2,1)}, f32[2,4,128,128]{3,2,1,0}) custom-call(%x), "
+        'custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/wkv7_forward/pallas_call"}\n'
+    )
+    counts = hlo.count(PROGRAM.replace("  %slice = bf16", f"{line}  %slice = bf16"))
+    assert counts.kernels == {"wkv7_forward": 4 * 2 * 16 * 512}
+    # 10 tokens and heads, at twice a v6e's cycles, two cycles a second.
+    assert cost.step_time(CHIP, Counts(kernels={"wkv7_forward": 1280.0})).compute == pytest.approx(2 * 3.6 * 10 / 2)
+
+
 def test_bytes_of_a_shard():
     run = dataclasses.replace(RunConfig(), stages=())
     mesh = sharding.make_mesh(dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, fsdp=4, tensor=2)))

@@ -46,7 +46,7 @@ class Counts:
 
     @property
     def all_link_bytes(self) -> float:
-        return sum(self.link_bytes.values())
+        return sum(self.link_bytes.values(), 0.0)
 
 
 @dataclasses.dataclass

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from absl import flags
 
-from radlads_jax import evaluate, paper
+from radlads_jax import evaluate
 from radlads_jax.data import synthetic
 from radlads_jax.decoding.loaded import load_model
+from radlads_jax.evaluation import paper
 from radlads_jax.evaluation.scoring import padded_width, score_rows
 from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, bind
 from radlads_jax.porting.save import save_params

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from absl import flags
 
-from radlads_jax import decoding, generate
+from radlads_jax import generate
 from radlads_jax.data import synthetic
+from radlads_jax.decoding import loop
 from radlads_jax.decoding.loaded import Model, cache_bytes, load_model, state_bytes
 from radlads_jax.decoding.loop import decode, empty_sequences, generate_greedy, left_padded, pieces, prefill, unrolled
 from radlads_jax.decoding.sampling import Sampling, choose, likely
@@ -153,10 +154,10 @@ def test_unrolled_layers_are_the_same_model():
 def test_programs_do_not_grow_in_number_with_lengths(loaded):
     for length in (30, 100):
         list(generate.generate(loaded, [prompt_of(length)], max_tokens=2))
-    before = (decoding.read_piece._cache_size(), decoding._loop._cache_size())
+    before = (loop.read_piece._cache_size(), loop._loop._cache_size())
     for length in (31, 47, 66, 90, 137):
         list(generate.generate(loaded, [prompt_of(length)], max_tokens=5))
-    assert (decoding.read_piece._cache_size(), decoding._loop._cache_size()) == before
+    assert (loop.read_piece._cache_size(), loop._loop._cache_size()) == before
 
 
 def test_end_tokens_end_rows(loaded):
@@ -265,8 +266,8 @@ def test_memory_continues_a_conversation(directories, name, monkeypatch):
     second = first + answer + prompt_of(30, seed=5)
     expected = all_tokens(generate.generate(model, [second], max_tokens=20))
     read = []
-    real = decoding.read_piece
-    monkeypatch.setattr(decoding, "read_piece", lambda c, p, s, t: read.append(t.shape[1]) or real(c, p, s, t))
+    real = loop.read_piece
+    monkeypatch.setattr(loop, "read_piece", lambda c, p, s, t: read.append(t.shape[1]) or real(c, p, s, t))
     assert all_tokens(generate.generate(model, [second], max_tokens=20, memory=memory)) == expected
     assert sum(read) < 40  # only what the first turn had not read
     other = prompt_of(30, seed=9)

@@ -9,16 +9,16 @@ sums are float32.
 
 import triton.language as tl
 
-from pallas_kernels.wkv7.triton_kernels import (
+from pallas_kernels.wkv7.triton_chunk import (
     chunk_decay,
     jit,
     place,
     put,
     segment_starts,
     segments_passed,
-    through_state,
     tile,
 )
+from pallas_kernels.wkv7.triton_kernels import through_state
 
 # 2 to the level's number tokens are a span; the first level makes the groups of eight.
 GROUPS = tl.constexpr(2)

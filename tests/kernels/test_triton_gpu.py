@@ -301,7 +301,8 @@ def test_lowers_into_a_jax_program_for_cuda(operation, calls, monkeypatch):
 @pytest.mark.parametrize("missing", ["triton", "jax_triton"])
 def test_without_triton_says_what_to_install(operation, missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, f"pallas_kernels.{operation}.triton_kernels", raising=False)
+    for module in ("wkv6.triton_kernels", "wkv7.triton_kernels", "wkv7.triton_chunk"):
+        monkeypatch.delitem(sys.modules, f"pallas_kernels.{module}", raising=False)
     inputs = {name: jnp.asarray(x) for name, x in recurrence_inputs(operation, 1, 4, 1, 8, 8).items()}
     with pytest.raises(NotImplementedError, match=r"triton.*radlads-jax\[cuda\]"):
         OPERATIONS[operation](**inputs, implementation="triton_gpu")

@@ -3,13 +3,14 @@
 python tests/fuzz_files.py [--count=10000] [--seed=0] [--kind=PART_OF_A_NAME] [--case=N]
 
 A worker process reads the cases under a limit of address space; one that dies or takes too long is a fault, and another
-takes its place. A case that a reader takes is a fault unless random changes of its kind may leave the file sound. Prints
-a table of kinds and outcomes; exit code 1 if there was a fault.
+takes its place. A case that a reader takes is a fault unless random changes of its kind may leave the file sound.
+Prints a table of kinds and outcomes; exit code 1 if there was a fault.
 """
 
 import argparse
 import collections
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import random
@@ -148,7 +149,7 @@ def main() -> int:
             if outcome.verdict == "fault":
                 faults[f"{kind}: {outcome.what}"].append(number)
     print(f"{'kind':32}{'cases':>7}{'refused':>9}{'sound':>7}{'faults':>8}{'longest s':>11}{'peak MiB':>10}")
-    for kind, found in [*outcomes.items(), ("all", sum(outcomes.values(), []))]:
+    for kind, found in [*outcomes.items(), ("all", list(itertools.chain(*outcomes.values())))]:
         counts = [sum(o.verdict == verdict for o in found) for verdict in ("refused", "sound", "fault")]
         figures = "".join(f"{n:{width}}" for n, width in zip(counts, (9, 7, 8), strict=True))
         longest, peak = max(o.seconds for o in found), max(o.mebibytes for o in found)

@@ -16,7 +16,7 @@ def is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in (INFO, SPLITS))
 
 
-def open_saved(path: Path) -> datasets.Dataset | datasets.DatasetDict:
+def open_saved(path: Path) -> Any:
     """The dataset, or its splits; ValueError for files that are broken, missing or outside the directory."""
     if (path / SPLITS).is_file():
         splits = _read(path / SPLITS).get("splits")

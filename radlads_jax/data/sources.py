@@ -269,6 +269,10 @@ def _text_of(record: dict[str, Any], source: Source, where: str) -> str:
             f"{where} has a {type(text).__name__} in {source.text_field!r}; expected text; set text_field to a column "
             "of strings."
         )
+    try:
+        (text or "").encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} has half a character ({error.reason}); expected text; mend it.") from error
     return text or ""
 
 

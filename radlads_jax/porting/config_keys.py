@@ -83,7 +83,8 @@ def read_json(path: Path) -> dict[str, Any]:
         )
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise ValueError(
-            f"{path} has {path.stat().st_size} bytes; expected at most {_MAX_JSON_BYTES} of JSON. Download the file again."
+            f"{path} has {path.stat().st_size} bytes; expected at most {_MAX_JSON_BYTES} of JSON. Download the file "
+            "again."
         )
     value = parse_json(path.read_bytes(), path)
     if not isinstance(value, dict):

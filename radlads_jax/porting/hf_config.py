@@ -42,8 +42,8 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
     family = keys.text("teacher_model_type", "qwen2") if mixer else model_type
     if family not in FAMILIES:
         raise ValueError(
-            f"config.json: model_type is {brief(repr(family))}; expected one of {', '.join((*FAMILIES, *STUDENT_MIXERS))}. "
-            "Choose a model of one of these (dense, text-only) families."
+            f"config.json: model_type is {brief(repr(family))}; expected one of "
+            f"{', '.join((*FAMILIES, *STUDENT_MIXERS))}. Choose a model of one of these (dense, text-only) families."
         )
     _refuse_unsupported(keys, family)
     model = _softmax_model(keys, family, is_student=mixer is not None)
@@ -67,13 +67,15 @@ def rope_from_hf(config: dict[str, Any], max_position_embeddings: int) -> tuple[
     if len(set(found.values())) > 1:
         raise ValueError(
             f"config.json: rope_scaling {brief(config['rope_scaling'])} and rope_parameters "
-            f"{brief(config['rope_parameters'])} say different things; expected one of them, or the same in both. Remove the wrong one."
+            f"{brief(config['rope_parameters'])} say "
+            "different things; expected one of them, or the same in both. Remove the wrong one."
         )
     rope_parameters = keys.mapping("rope_parameters")
     inner = _full_attention_rope(rope_parameters).get("rope_theta")
     if inner is not None and config.get("rope_theta") not in (None, inner):
         raise ValueError(
-            f"config.json: rope_theta is {brief(repr(config['rope_theta']))} but {brief(repr(inner))} inside rope_parameters; expected "
+            f"config.json: rope_theta is {brief(repr(config['rope_theta']))} but "
+            f"{brief(repr(inner))} inside rope_parameters; expected "
             "the same in both. Remove the wrong one."
         )
     return next(iter(found.values()), (default_theta, None))
@@ -176,8 +178,8 @@ def _attention_layers(keys: ConfigKeys, model: ModelConfig) -> tuple[int, ...]:
         )
     if count and set(given) != set(last):
         raise ValueError(
-            f"config.json: attention_layers is {brief(given)} but num_attention_layers {count} means {list(last)}; expected "
-            "the same in both. Remove the wrong one."
+            f"config.json: attention_layers is {brief(given)} but num_attention_layers {count} means {list(last)}; "
+            "expected the same in both. Remove the wrong one."
         )
     return tuple(sorted(given))
 
@@ -220,8 +222,8 @@ def _one_rope(
 def _refuse_partial_rotary(keys: ConfigKeys) -> None:
     if keys.number("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
-            f"{keys.where}: partial_rotary_factor is {brief(keys.values['partial_rotary_factor'])}; expected 1, RoPE on whole "
-            "heads. Choose a model that rotates whole heads."
+            f"{keys.where}: partial_rotary_factor is {brief(keys.values['partial_rotary_factor'])}; expected 1, RoPE "
+            "on whole heads. Choose a model that rotates whole heads."
         )
 
 

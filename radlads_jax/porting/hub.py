@@ -45,14 +45,32 @@ def load_tokenizer(directory: str | Path) -> transformers.PreTrainedTokenizerBas
         if not _is_of_the_files(error):
             raise
         raise ValueError(
-            f"{directory} has no tokenizer that can be read ({brief(error, 400)}); expected tokenizer.json or the files "
-            "of a tokenizer that transformers knows. Copy the model's tokenizer files into the directory."
+            f"{directory} has no tokenizer that can be read ({brief(error, 400)}); expected tokenizer.json or the "
+            "files of a tokenizer that transformers knows. Copy the model's tokenizer files into the directory."
         ) from error
+    _check_added_tokens(directory, tokenizer)
+    if type(tokenizer.model_max_length) not in (int, float):
+        raise ValueError(
+            f"{directory}: the tokenizer's model_max_length is {brief(repr(tokenizer.model_max_length))}; expected a "
+            "number. Correct tokenizer_config.json."
+        )
     if isinstance(backend := getattr(tokenizer, "backend_tokenizer", None), tokenizers.Tokenizer):
         # A file may ask to cut or fill every text, and by as much as it likes; documents are tokenised whole.
         backend.no_truncation()
         backend.no_padding()
     return tokenizer
+
+
+def _check_added_tokens(directory: Path, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where the library numbered a token of tokenizer.json anew, because its id left a gap."""
+    file, vocab = directory / "tokenizer.json", tokenizer.get_vocab()
+    given = read_json(file).get("added_tokens") or [] if file.is_file() else []
+    moved = [token for token in given if vocab.get(token["content"]) != token["id"]]
+    if moved:
+        raise ValueError(
+            f"{file} gives {brief(moved[0]['content'])} the id {moved[0]['id']}; expected the id "
+            f"{vocab.get(moved[0]['content'])} that follows the vocabulary. Download the file again."
+        )
 
 
 def _read_tokenizer(directory: Path) -> transformers.PreTrainedTokenizerBase:

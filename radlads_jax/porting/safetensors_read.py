@@ -140,8 +140,10 @@ def _read_indexed(index: Path) -> dict[str, StoredTensor]:
         there = {name for name, where in weight_map.items() if where == file}
         if stored.keys() != there:
             raise ValueError(
-                f"{directory / file} and {INDEX_FILE} disagree: only in the file [{listed(sorted(stored.keys() - there))}], "
-                f"only in the index [{listed(sorted(there - stored.keys()))}]; expected the same tensors. Download both again."
+                f"{directory / file} and {INDEX_FILE} disagree: only in the file "
+                f"[{listed([repr(n) for n in sorted(stored.keys() - there)])}], only in the index "
+                f"[{listed([repr(n) for n in sorted(there - stored.keys())])}]; expected the same tensors. "
+                "Download both again."
             )
         tensors |= stored
     return tensors
@@ -168,8 +170,8 @@ def _stored_tensor(path: Path, name: str, entry: Any, data_start: int) -> Stored
         )
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(
-            f"{path}: {brief(name)} has shape {brief(shape)} and data_offsets {brief(offsets)}; expected a list of sizes and "
-            f"[start, stop] with start <= stop. {_AGAIN}"
+            f"{path}: {brief(name)} has shape {brief(shape)} and data_offsets {brief(offsets)}; expected a list of "
+            f"sizes and [start, stop] with start <= stop. {_AGAIN}"
         )
     wanted = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != wanted:

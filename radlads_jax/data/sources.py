@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from io import TextIOBase
 from pathlib import Path
@@ -15,8 +16,14 @@ import pyarrow
 import pyarrow.parquet
 
 from radlads_jax.data import synthetic
+from radlads_jax.data.saved_dataset import is_saved, open_saved
+from radlads_jax.untrusted import brief, listed
 
 READ_CHARACTERS = 1 << 20
+# Of a line of jsonl: a compressed file may hold one that has no end.
+LINE_CHARACTERS = 1 << 26
+# Of a parquet file's, which may be of any length each.
+ROWS_AT_ONCE = 256
 SUFFIXES = {"text": (".txt",), "jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",), "binidx": (".bin", ".idx")}
 
 
@@ -105,7 +112,7 @@ def _kind_of_path(path: str) -> str:
             f"{path} does not exist; expected a file, a directory, hf:owner/name for a dataset on the Hugging Face "
             "hub, or synthetic; check the path."
         )
-    if place.is_dir() and any((place / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+    if is_saved(place):
         return "hf"
     names = [each.name for each in place.rglob("*")] if place.is_dir() else [place.name]
     kinds = [kind for kind, suffixes in SUFFIXES.items() if any(name.endswith(suffixes) for name in names)]
@@ -165,21 +172,30 @@ def _read_jsonl(source: Source) -> Iterator[str]:
         opener: Callable[..., TextIOBase] = gzip.open if path.name.endswith(".gz") else open
         try:
             with opener(path, "rt", encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
+                for number, line in enumerate(iter(lambda: file.readline(LINE_CHARACTERS), ""), 1):
                     if line.strip():
                         yield _text_of(_parse(line, f"{path}, line {number}"), source, f"{path}, line {number}")
         except UnicodeDecodeError as error:
             raise _not_utf8(path, error) from error
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise ValueError(f"{path} is not a whole gzip file ({error}); copy it again.") from error
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{path} is not a whole gzip file ({error}); expected one; copy it again.") from error
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
+    if len(line) == LINE_CHARACTERS:
+        raise ValueError(
+            f"{where} has {LINE_CHARACTERS} characters or more; expected a document a line; write it as several."
+        )
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{where} is no JSON ({error.msg} at column {error.colno}); expected one object a line; mend or remove it."
+        ) from error
+    # Nested too deeply, or a number of too many digits.
+    except (RecursionError, ValueError) as error:
+        raise ValueError(
+            f"{where} is no JSON ({brief(error)}); expected one object a line; mend or remove it."
         ) from error
     if not isinstance(record, dict):
         raise ValueError(f"{where} holds a {type(record).__name__}; expected a JSON object with the text; mend it.")
@@ -191,11 +207,14 @@ def _read_parquet(source: Source) -> Iterator[str]:
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 _check_column(file.schema_arrow.names, source, str(path))
-                for batch in file.iter_batches(columns=[source.text_field]):
+                for batch in file.iter_batches(ROWS_AT_ONCE, columns=[source.text_field]):
                     for value in batch.column(0).to_pylist():
                         yield _text_of({source.text_field: value}, source, str(path))
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{path} is not a whole parquet file ({error}); copy it again.") from error
+        # pyarrow raises OSError for what it cannot decompress, and decodes the text only here.
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
+            raise ValueError(
+                f"{path} is not a whole parquet file ({brief(error)}); expected one with rows of text; copy it again."
+            ) from error
 
 
 def _read_hf(source: Source) -> Iterator[str]:
@@ -210,8 +229,8 @@ def _read_hf(source: Source) -> Iterator[str]:
 def _load_hf(source: Source) -> datasets.Dataset | datasets.IterableDataset:
     path = Path(source.path)
     try:
-        if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-            data = datasets.load_from_disk(source.path)
+        if is_saved(path):
+            data = open_saved(path)
         else:
             data = datasets.load_dataset(source.path, source.config, split=source.split, streaming=source.streaming)
     except (OSError, ValueError) as error:
@@ -236,7 +255,7 @@ def _read_synthetic(source: Source) -> Iterator[str]:
 def _check_column(columns: list[str], source: Source, where: str) -> None:
     if source.text_field not in columns:
         raise ValueError(
-            f"{where} has no column {source.text_field!r}; expected one of those it has: {', '.join(columns)}; set "
+            f"{where} has no column {source.text_field!r}; expected one of those it has: {listed(columns)}; set "
             "text_field."
         )
 
@@ -250,6 +269,10 @@ def _text_of(record: dict[str, Any], source: Source, where: str) -> str:
             f"{where} has a {type(text).__name__} in {source.text_field!r}; expected text; set text_field to a column "
             "of strings."
         )
+    try:
+        (text or "").encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} has half a character ({error.reason}); expected text; mend it.") from error
     return text or ""
 
 

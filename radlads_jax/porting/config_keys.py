@@ -1,14 +1,18 @@
 """Typed access to the JSON objects of a model directory; a missing or wrong-typed value is a ValueError."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from radlads_jax.untrusted import brief, parse_json
+
 _LARGEST_DIM = 1 << 24
+_LARGEST_NUMBER = 1e15
 _REQUIRED = object()
+# Tokenizers are the largest, with some ten million.
+_MAX_JSON_BYTES = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +28,11 @@ class ConfigKeys:
             raise self._wrong(key, value, f"an integer from {low} to {high}")
         return value
 
-    def number(self, key: str, default: Any = _REQUIRED, low: float = 0.0, high: float = math.inf) -> float:
+    def number(self, key: str, default: Any = _REQUIRED, low: float = 0.0, high: float = _LARGEST_NUMBER) -> float:
         """A finite number with low <= number <= high, and above 0."""
         value = self._get(key, default)
-        is_number = type(value) in (int, float) and math.isfinite(value)
+        # An integer of any size is compared as it is; as a float it could overflow.
+        is_number = type(value) is int or (type(value) is float and math.isfinite(value))
         if not is_number or not (low <= value <= high and value > 0):
             raise self._wrong(key, value, f"a finite number above 0, from {low:g} to {high:g}")
         return float(value)
@@ -59,8 +64,9 @@ class ConfigKeys:
         return default
 
     def _wrong(self, key: str, value: Any, expected: str) -> ValueError:
-        shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-        return ValueError(f"{self.where}: {key!r} is {shown}; expected {expected}. Correct it in the model's config.")
+        return ValueError(
+            f"{self.where}: {key!r} is {brief(repr(value), 80)}; expected {expected}. Correct it in the model's config."
+        )
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -75,10 +81,12 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} does not exist; expected a Hugging Face model directory with this file. "
             "Give the directory that holds the model's config.json and *.safetensors."
         )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); expected one JSON object. Download the file again.") from error
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes; expected at most {_MAX_JSON_BYTES} of JSON. Download the file "
+            "again."
+        )
+    value = parse_json(path.read_bytes(), path)
     if not isinstance(value, dict):
         raise ValueError(
             f"{path} holds a JSON {type(value).__name__}; expected one JSON object. Download the file again."

@@ -10,6 +10,7 @@ from typing import Any
 
 from radlads_jax.models.config import FAMILIES, MixerConfig, ModelConfig, RopeScaling
 from radlads_jax.porting.config_keys import ConfigKeys
+from radlads_jax.untrusted import brief, listed
 
 STUDENT_MIXERS = {"rwkv6qwen2": "rad_rwkv6", "rwkv7qwen2": "rad_rwkv7"}
 GATE_TYPES = {0: "none", 1: "full", 2: "low_rank"}
@@ -41,8 +42,8 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
     family = keys.text("teacher_model_type", "qwen2") if mixer else model_type
     if family not in FAMILIES:
         raise ValueError(
-            f"config.json: model_type is {family!r}; expected one of {', '.join((*FAMILIES, *STUDENT_MIXERS))}. "
-            "Choose a model of one of these (dense, text-only) families."
+            f"config.json: model_type is {brief(repr(family))}; expected one of "
+            f"{', '.join((*FAMILIES, *STUDENT_MIXERS))}. Choose a model of one of these (dense, text-only) families."
         )
     _refuse_unsupported(keys, family)
     model = _softmax_model(keys, family, is_student=mixer is not None)
@@ -65,14 +66,16 @@ def rope_from_hf(config: dict[str, Any], max_position_embeddings: int) -> tuple[
             )
     if len(set(found.values())) > 1:
         raise ValueError(
-            f"config.json: rope_scaling {config['rope_scaling']} and rope_parameters {config['rope_parameters']} "
-            "say different things; expected one of them, or the same in both. Remove the wrong one."
+            f"config.json: rope_scaling {brief(config['rope_scaling'])} and rope_parameters "
+            f"{brief(config['rope_parameters'])} say "
+            "different things; expected one of them, or the same in both. Remove the wrong one."
         )
     rope_parameters = keys.mapping("rope_parameters")
     inner = _full_attention_rope(rope_parameters).get("rope_theta")
     if inner is not None and config.get("rope_theta") not in (None, inner):
         raise ValueError(
-            f"config.json: rope_theta is {config['rope_theta']!r} but {inner!r} inside rope_parameters; expected "
+            f"config.json: rope_theta is {brief(repr(config['rope_theta']))} but "
+            f"{brief(repr(inner))} inside rope_parameters; expected "
             "the same in both. Remove the wrong one."
         )
     return next(iter(found.values()), (default_theta, None))
@@ -164,21 +167,21 @@ def _attention_layers(keys: ConfigKeys, model: ModelConfig) -> tuple[int, ...]:
     """The layers that stay softmax: the last num_attention_layers, or any given in attention_layers."""
     count = keys.integer("num_attention_layers", 0, low=0, high=model.num_layers)
     last = tuple(range(model.num_layers - count, model.num_layers))
-    listed = keys.values.get("attention_layers")
-    if listed is None:
+    given = keys.values.get("attention_layers")
+    if given is None:
         return last
-    is_layers = isinstance(listed, list) and all(type(i) is int and 0 <= i < model.num_layers for i in listed)
-    if not is_layers or len(set(listed)) != len(listed):
+    is_layers = isinstance(given, list) and all(type(i) is int and 0 <= i < model.num_layers for i in given)
+    if not is_layers or len(set(given)) != len(given):
         raise ValueError(
-            f"config.json: 'attention_layers' is {listed!r}; expected a list of different layer numbers from 0 to "
+            f"config.json: 'attention_layers' is {brief(given)}; expected a list of different layer numbers from 0 to "
             f"{model.num_layers - 1}. Correct the key in the model's config."
         )
-    if count and set(listed) != set(last):
+    if count and set(given) != set(last):
         raise ValueError(
-            f"config.json: attention_layers is {listed} but num_attention_layers {count} means {list(last)}; expected "
-            "the same in both. Remove the wrong one."
+            f"config.json: attention_layers is {brief(given)} but num_attention_layers {count} means {list(last)}; "
+            "expected the same in both. Remove the wrong one."
         )
-    return tuple(sorted(listed))
+    return tuple(sorted(given))
 
 
 def _full_attention_rope(rope: dict[str, Any]) -> dict[str, Any]:
@@ -198,8 +201,8 @@ def _one_rope(
         return theta, RopeScaling(kind, rope.number("factor", low=1.0))
     if kind != "llama3":
         raise ValueError(
-            f"{rope.where}: rope_type is {kind!r}; expected default, linear or llama3. Choose a model without {kind} "
-            "scaling, or remove the scaling to work within the original context."
+            f"{rope.where}: rope_type is {brief(repr(kind))}; expected default, linear or llama3. Choose a model "
+            "without this scaling, or remove the scaling to work within the original context."
         )
     # The same order of precedence as transformers': the top-level key, this object's, the context.
     original = config.integer(
@@ -219,8 +222,8 @@ def _one_rope(
 def _refuse_partial_rotary(keys: ConfigKeys) -> None:
     if keys.number("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
-            f"{keys.where}: partial_rotary_factor is {keys.values['partial_rotary_factor']}; expected 1, RoPE on whole "
-            "heads. Choose a model that rotates whole heads."
+            f"{keys.where}: partial_rotary_factor is {brief(keys.values['partial_rotary_factor'])}; expected 1, RoPE "
+            "on whole heads. Choose a model that rotates whole heads."
         )
 
 
@@ -229,14 +232,14 @@ def _refuse_unsupported(keys: ConfigKeys, family: str) -> None:
     # MistralConfig's default for an absent key is a window of 4096, null means none.
     window = values.get("sliding_window", 4096) if family == "mistral" else None
     other_layers = [t for t in _layer_types(values) if t != "full_attention"]
-    experts = [key for key in _EXPERT_KEYS if values.get(key)]
+    experts = [key for key in _EXPERT_KEYS if keys.integer(key, 0, low=0)]
     problems = {
-        f"sliding_window {window} (in use, also where the key is absent)": window is not None,
-        "use_sliding_window true": bool(values.get("use_sliding_window")),
-        f"layer_types with {', '.join(sorted(set(other_layers)))}": bool(other_layers),
+        f"sliding_window {brief(window)} (in use, also where the key is absent)": window is not None,
+        "use_sliding_window true": keys.flag("use_sliding_window", False),
+        f"layer_types with {listed(sorted(set(other_layers)))}": bool(other_layers),
         f"a mixture of experts ({', '.join(experts)})": bool(experts),
-        "mlp_bias true": bool(values.get("mlp_bias")),
-        f"hidden_act {values.get('hidden_act')!r}": values.get("hidden_act", "silu") != "silu",
+        "mlp_bias true": keys.flag("mlp_bias", False),
+        f"hidden_act {brief(repr(values.get('hidden_act')))}": values.get("hidden_act", "silu") != "silu",
         "quantization_config (quantised weights)": values.get("quantization_config") is not None,
     }
     asked = [problem for problem, present in problems.items() if present]
@@ -255,6 +258,6 @@ def _layer_types(values: Mapping[str, Any]) -> list[str]:
         return []
     if not isinstance(types, list) or not all(isinstance(t, str) for t in types):
         raise ValueError(
-            f"config.json: 'layer_types' is {types!r}; expected a list of strings or null. Correct the config."
+            f"config.json: 'layer_types' is {brief(types)}; expected a list of strings or null. Correct the config."
         )
     return types

@@ -4,16 +4,19 @@ import re
 from pathlib import Path
 
 import huggingface_hub
+import tokenizers
 import transformers
 
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting.config_keys import read_json
 from radlads_jax.porting.safetensors_read import find_files
+from radlads_jax.untrusted import brief
 
 # No *.bin, *.pt or *.py: pickles and code are never fetched.
 DOWNLOADED = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.*", "*.jinja")
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_SETTINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -33,23 +36,61 @@ def resolve_model_dir(path_or_id: str | Path, revision: str | None = None) -> Pa
 def load_tokenizer(directory: str | Path) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of a model directory, exactly as its tokenizer.json describes it where there is one."""
     directory = Path(directory)
-    file = directory / "tokenizer.json"
-    # Checked here, because the tokenizers library raises bare Exceptions for what it cannot parse.
-    if file.is_file() and not isinstance(read_json(file).get("model"), dict):
-        raise ValueError(f"{file} has no object 'model'; expected a tokenizer of that format. Download the file again.")
+    for name in _SETTINGS:
+        if (directory / name).is_file():
+            read_json(directory / name)
     try:
-        if file.is_file():
-            # AutoTokenizer would replace the file's splitting rule with the one it knows for the model_type.
-            return transformers.PreTrainedTokenizerFast.from_pretrained(directory)
-        # AutoTokenizer makes an empty tokenizer where a family's files are missing.
-        if not any((directory / name).is_file() for name in _VOCABULARIES):
-            raise FileNotFoundError(f"it has none of {', '.join(_VOCABULARIES)}")
-        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer = _read_tokenizer(directory)
+    except BaseException as error:
+        if not _is_of_the_files(error):
+            raise
         raise ValueError(
-            f"{directory} has no tokenizer that can be read ({error}); expected tokenizer.json or the files of a "
-            "tokenizer that transformers knows. Copy the model's tokenizer files into the directory."
+            f"{directory} has no tokenizer that can be read ({brief(error, 400)}); expected tokenizer.json or the "
+            "files of a tokenizer that transformers knows. Copy the model's tokenizer files into the directory."
         ) from error
+    _check_added_tokens(directory, tokenizer)
+    if type(tokenizer.model_max_length) not in (int, float):
+        raise ValueError(
+            f"{directory}: the tokenizer's model_max_length is {brief(repr(tokenizer.model_max_length))}; expected a "
+            "number. Correct tokenizer_config.json."
+        )
+    if isinstance(backend := getattr(tokenizer, "backend_tokenizer", None), tokenizers.Tokenizer):
+        # A file may ask to cut or fill every text, and by as much as it likes; documents are tokenised whole.
+        backend.no_truncation()
+        backend.no_padding()
+    return tokenizer
+
+
+def _check_added_tokens(directory: Path, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where the library numbered a token of tokenizer.json anew, because its id left a gap."""
+    file, vocab = directory / "tokenizer.json", tokenizer.get_vocab()
+    given = read_json(file).get("added_tokens") or [] if file.is_file() else []
+    moved = [token for token in given if vocab.get(token["content"]) != token["id"]]
+    if moved:
+        raise ValueError(
+            f"{file} gives {brief(moved[0]['content'])} the id {moved[0]['id']}; expected the id "
+            f"{vocab.get(moved[0]['content'])} that follows the vocabulary. Download the file again."
+        )
+
+
+def _read_tokenizer(directory: Path) -> transformers.PreTrainedTokenizerBase:
+    if (directory / "tokenizer.json").is_file():
+        # AutoTokenizer would replace the file's splitting rule with the one it knows for the model_type.
+        return transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+    # AutoTokenizer makes an empty tokenizer where a family's files are missing.
+    if not any((directory / name).is_file() for name in _VOCABULARIES):
+        raise FileNotFoundError(f"it has none of {', '.join(_VOCABULARIES)}")
+    return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
+def _is_of_the_files(error: BaseException) -> bool:
+    """Whether an error comes of what the files say.
+
+    The tokenizers library raises Exception itself for what it cannot parse, and a panic of its Rust code is a
+    BaseException; transformers takes values as they come, whatever their type.
+    """
+    kinds = (OSError, ValueError, LookupError, ImportError, TypeError, AttributeError, RecursionError, OverflowError)
+    return isinstance(error, kinds) or type(error) is Exception or type(error).__name__ == "PanicException"
 
 
 def check_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, cfg: ModelConfig) -> None:

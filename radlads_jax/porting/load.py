@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting.names import Layout, Location, ParamPath, disk_tensors, flatten, nest, param_shapes, shown
 from radlads_jax.porting.safetensors_read import StoredTensor, open_checkpoint
+from radlads_jax.untrusted import listed
 
 Params = dict[str, Any]
 # A parameter tree's shardings, one for all, or None for the default device.
@@ -66,7 +67,7 @@ def check_tensors(stored: dict[str, StoredTensor], expected: dict[str, Location]
             f"{name} {stored[name].dtype}" for name in both if stored[name].dtype not in _WEIGHT_DTYPES
         ],
     }
-    found = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    found = [f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names]
     if found:
         raise ValueError(
             f"the tensors in {source} are not those of its model, got {'; '.join(found)}; expected the {len(expected)} "

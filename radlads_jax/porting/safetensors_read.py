@@ -3,8 +3,8 @@
 Source: the safetensors format: an 8-byte little-endian header length, a JSON header, then the tensors without gaps.
 """
 
+import collections
 import dataclasses
-import json
 import math
 import mmap
 import os
@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from radlads_jax.porting.config_keys import read_json
+from radlads_jax.untrusted import brief, listed, parse_json
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -37,6 +38,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _MAX_HEADER_BYTES = 100_000_000  # The format's own limit.
+_MAX_DIMENSIONS = 64  # As in numpy.
 _AGAIN = "Download or export the file again."
 
 
@@ -106,10 +108,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 f"{_MAX_HEADER_BYTES}); expected a whole safetensors file. {_AGAIN}"
             )
         text = file.read(length)
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: the header is not the expected JSON object ({error}). {_AGAIN}") from error
+    header = parse_json(text, f"{path}: the header", _AGAIN, object_pairs_hook=_without_duplicates)
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the header is a JSON {type(header).__name__}; expected an object. {_AGAIN}")
     header.pop("__metadata__", None)
@@ -127,22 +126,24 @@ def _read_indexed(index: Path) -> dict[str, StoredTensor]:
     strange = [repr(n) for n in weight_map.values() if not isinstance(n, str)] + [n for n in names if not _is_plain(n)]
     if strange:
         raise ValueError(
-            f"{index} points at {', '.join(strange)}; expected names of .safetensors files in its directory. {_AGAIN}"
+            f"{index} points at {listed(strange)}; expected names of .safetensors files in its directory. {_AGAIN}"
         )
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise ValueError(
-            f"{directory} lacks {', '.join(missing)}; expected all {len(names)} files that {INDEX_FILE} lists. "
+            f"{directory} lacks {listed(missing)}; expected all {len(names)} files that {INDEX_FILE} lists. "
             "Download them."
         )
     tensors: dict[str, StoredTensor] = {}
     for file in names:
         stored = read_header(directory / file)
-        listed = {name for name, where in weight_map.items() if where == file}
-        if stored.keys() != listed:
+        there = {name for name, where in weight_map.items() if where == file}
+        if stored.keys() != there:
             raise ValueError(
-                f"{directory / file} and {INDEX_FILE} disagree: only in the file {sorted(stored.keys() - listed)}, "
-                f"only in the index {sorted(listed - stored.keys())}; expected the same tensors. Download both again."
+                f"{directory / file} and {INDEX_FILE} disagree: only in the file "
+                f"[{listed([repr(n) for n in sorted(stored.keys() - there)])}], only in the index "
+                f"[{listed([repr(n) for n in sorted(there - stored.keys())])}]; expected the same tensors. "
+                "Download both again."
             )
         tensors |= stored
     return tensors
@@ -154,9 +155,9 @@ def _is_plain(name: str) -> bool:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is there twice")
+    counts = collections.Counter(key for key, _ in pairs)
+    if len(counts) != len(pairs):
+        raise ValueError(f"the key {brief(next(key for key, count in counts.items() if count > 1))} is there twice")
     return dict(pairs)
 
 
@@ -164,22 +165,29 @@ def _stored_tensor(path: Path, name: str, entry: Any, data_start: int) -> Stored
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{path}: {name} has dtype {dtype!r}; expected one of {', '.join(DTYPES)}. {_AGAIN}")
+        raise ValueError(
+            f"{path}: {brief(name)} has dtype {brief(repr(dtype))}; expected one of {', '.join(DTYPES)}. {_AGAIN}"
+        )
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(
-            f"{path}: {name} has shape {shape!r} and data_offsets {offsets!r}; expected a list of sizes and "
-            f"[start, stop] with start <= stop. {_AGAIN}"
+            f"{path}: {brief(name)} has shape {brief(shape)} and data_offsets {brief(offsets)}; expected a list of "
+            f"sizes and [start, stop] with start <= stop. {_AGAIN}"
         )
     wanted = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != wanted:
         raise ValueError(
-            f"{path}: {name} takes {offsets[1] - offsets[0]} bytes; expected {wanted} for {dtype} {shape}. {_AGAIN}"
+            f"{path}: {brief(name)} takes {offsets[1] - offsets[0]} bytes; expected {wanted} for {dtype} "
+            f"{brief(shape)}. {_AGAIN}"
         )
     return StoredTensor(path, DTYPES[dtype], tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in values)
+    return (
+        isinstance(values, list)
+        and len(values) <= _MAX_DIMENSIONS
+        and all(type(v) is int and 0 <= v < 1 << 62 for v in values)
+    )
 
 
 def _check_layout(path: Path, tensors: dict[str, StoredTensor], data_start: int, size: int) -> None:
@@ -187,7 +195,9 @@ def _check_layout(path: Path, tensors: dict[str, StoredTensor], data_start: int,
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if tensor.start != end:
             what = "overlaps the tensor before it" if tensor.start < end else "leaves a gap before it"
-            raise ValueError(f"{path}: {name} starts at byte {tensor.start} and {what}; expected {end}. {_AGAIN}")
+            raise ValueError(
+                f"{path}: {brief(name)} starts at byte {tensor.start} and {what}; expected {end}. {_AGAIN}"
+            )
         end = tensor.stop
     if end != size:
         state = "is truncated" if size < end else "is too long"

@@ -1,0 +1,67 @@
+"""A directory that datasets' save_to_disk wrote, opened after a look at whether its files stay inside it."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+
+from radlads_jax.untrusted import brief, parse_json
+
+STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
+_ADVICE = "Save the dataset again."
+
+
+def is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in (INFO, SPLITS))
+
+
+def open_saved(path: Path) -> Any:
+    """The dataset, or its splits; ValueError for files that are broken, missing or outside the directory."""
+    if (path / SPLITS).is_file():
+        splits = _read(path / SPLITS).get("splits")
+        if not isinstance(splits, list) or not all(map(_is_plain, splits)):
+            raise ValueError(f"{path / SPLITS} has splits {brief(splits)}; expected names of directories. {_ADVICE}")
+        parts = [path / split for split in splits]
+    else:
+        parts = [path]
+    for part in parts:
+        _check_part(part)
+    try:
+        return datasets.load_from_disk(str(path))
+    # datasets takes the files' values as they come, whatever their type.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, pyarrow.ArrowException) as error:
+        raise ValueError(
+            f"{path} is no dataset that can be opened ({brief(error)}); expected one. {_ADVICE}"
+        ) from error
+
+
+def _check_part(directory: Path) -> None:
+    files = _read(directory / STATE).get("_data_files")
+    names = (
+        [file.get("filename") if isinstance(file, dict) else file for file in files]
+        if isinstance(files, list)
+        else None
+    )
+    if names is None or not all(map(_is_plain, names)):
+        raise ValueError(
+            f"{directory / STATE} lists the files {brief(files)}; expected names of files in its directory. {_ADVICE}"
+        )
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise ValueError(f"{directory} lacks {brief(', '.join(missing))}, which {STATE} lists; expected it. {_ADVICE}")
+    _read(directory / INFO)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expected what save_to_disk writes. {_ADVICE}")
+    value = parse_json(path.read_bytes(), path, _ADVICE)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected an object. {_ADVICE}")
+    return value
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether a name stays in its directory."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not any(sign in name for sign in "/\\:\0")

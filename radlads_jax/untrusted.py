@@ -1,0 +1,36 @@
+"""What strangers' files say: parsed within bounds, and quoted in messages so that a terminal shows it as text."""
+
+import json
+from collections.abc import Collection
+from typing import Any
+
+QUOTED_CHARACTERS = 120
+LISTED_NAMES = 12
+
+
+def brief(value: Any, limit: int = QUOTED_CHARACTERS) -> str:
+    """The value's text on one line, cut after `limit` characters, with all that is not printable as an escape."""
+    text = str(value)
+    kept = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:limit])
+    return kept if len(text) <= limit else f"{kept}..."
+
+
+def listed(names: Collection[Any]) -> str:
+    """The first of the names, and how many more there are."""
+    more = len(names) - LISTED_NAMES
+    first = [brief(name) for _, name in zip(range(LISTED_NAMES), names, strict=False)]
+    return ", ".join(first) + (f" and {more:,} more" if more > 0 else "")
+
+
+def parse_json(text: str | bytes, where: Any, advice: str = "Download the file again.", **options: Any) -> Any:
+    """The value of a JSON text; ValueError naming `where` for what is none, nested without end or a number without end.
+
+    options: json.loads' own.
+    """
+    try:
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, **options)
+    except RecursionError as error:
+        raise ValueError(f"{where} is JSON nested too deeply; expected a few levels. {advice}") from error
+    # Also of bytes that are no UTF-8, and of numbers with more digits than Python reads.
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON ({brief(error)}); expected one JSON object. {advice}") from error

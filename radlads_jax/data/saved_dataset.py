@@ -38,12 +38,9 @@ def open_saved(path: Path) -> Any:
 
 def _check_part(directory: Path) -> None:
     files = _read(directory / STATE).get("_data_files")
-    names = (
-        [file.get("filename") if isinstance(file, dict) else file for file in files]
-        if isinstance(files, list)
-        else None
-    )
-    if names is None or not all(map(_is_plain, names)):
+    listed = files if isinstance(files, list) else [None]
+    names: list[Any] = [file.get("filename") if isinstance(file, dict) else file for file in listed]
+    if not all(map(_is_plain, names)):
         raise ValueError(
             f"{directory / STATE} lists the files {brief(files)}; expected names of files in its directory. {_ADVICE}"
         )

@@ -37,12 +37,12 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.train.sample_tokens = 16
     config.train.log_every = 5
-    recipe = {"stage1": (600_000, 3e-3, 3e-4), "stage2": (1_200_000, known.lr, known.lr / 10), "stage3": (200_000, 2e-4, 2e-4)}
-    for name, (tokens, lr, lr_final) in recipe.items():
+    recipe = {"stage1": (600_000, 3e-3, 0.1), "stage2": (1_200_000, known.lr, 0.1), "stage3": (200_000, 2e-4, 1.0)}
+    for name, (tokens, lr, lasting) in recipe.items():
         stage = config[name]
         stage.tokens, stage.seq_len, stage.batch_size, stage.remat = tokens, 256, 16, "none"
         stage.lr = stage.mixer_lr = lr
-        stage.lr_final = stage.mixer_lr_final = lr_final
+        stage.lr_final = stage.mixer_lr_final = lasting * lr
         stage.warmup_steps = 10
     config.stage3.seq_len, config.stage3.batch_size = 512, 8
     if known.skip_stage1:

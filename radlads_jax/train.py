@@ -4,8 +4,7 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.console import Console
 
 from radlads_jax import heldout, hosts, sharding
 from radlads_jax.checkpoint import Checkpoints
+from radlads_jax.checkpoint_sums import DamagedCheckpoint
 from radlads_jax.data import pipeline
 from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
 from radlads_jax.distill.stages import STAGES
@@ -25,6 +25,7 @@ from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.save import save_params
 from radlads_jax.porting.student import init_mixers, transfer_table, whole_student
 from radlads_jax.report import write_report
+from radlads_jax.stopping import stop_signals
 from radlads_jax.train_state import TrainState, overlay_params, split_params
 
 console = Console()
@@ -89,11 +90,14 @@ def convert(job: Job) -> dict[str, Any]:
         summary = json.loads(summary_path.read_text(encoding="utf-8"))
         console.print(f"[bold]{job.workdir} is finished[/bold]; nothing to do. Its results, from {summary_path}:")
         console.print(heldout.results_table(summary))
+        if hosts.is_first() and not (job.workdir / "report" / "index.html").exists():
+            write_report(job.workdir)
         return summary
     teacher = job.load_teacher(job.run.teacher.dtype) if job.student.recurrent_mixer else None
     with MetricsLogger(job.workdir) as logger, stop_signals() as stopping:
-        stages = [run_stage(job, name, teacher, logger, stopping) for name in job.run.stages]
-    student = student_after(job, job.run.stages, teacher, whole=True)
+        stages, student = train_all(job, teacher, logger, stopping)
+        if signum := hosts.agreed(stopping() or 0):
+            raise Interrupted(signum, "the end of the last stage")
     console.print("evaluating on held-out rows")
     summary = heldout.evaluate_job(job, student, teacher) | {"stages": stages}
     console.print(f"exporting to {job.workdir / 'export'}")
@@ -106,6 +110,19 @@ def convert(job: Job) -> dict[str, Any]:
     return summary
 
 
+def train_all(
+    job: Job, teacher: Params | None, logger: MetricsLogger, stopping: Callable[[], int | None]
+) -> tuple[list[dict[str, Any]], Params]:
+    """Every stage's summary line, and the student after the last one."""
+    while True:
+        try:
+            stages = [run_stage(job, name, teacher, logger, stopping) for name in job.run.stages]
+            return stages, student_after(job, job.run.stages, teacher, whole=True)
+        except DamagedCheckpoint as error:
+            # It has been set aside: its stage goes on from the one before, to the same bits, and later stages stand.
+            console.print(f"going back to repeat the steps up to {error.step}")
+
+
 def run_stage(
     job: Job, name: str, teacher: Params | None, logger: MetricsLogger, stopping: Callable[[], int | None]
 ) -> dict[str, Any]:
@@ -113,14 +130,17 @@ def run_stage(
     recipe, train = job.run.stage(name), job.run.train
     keep = {"keep": train.keep_checkpoints, "every": train.checkpoint_every}
     with Checkpoints(stage_directory(job, name), **keep) as checkpoints:
-        start = checkpoints.latest_step() or 0
-        if start >= recipe.steps:
+        abstract = abstract_state(job.run, job.student, name, job.mesh)
+        done = recipe.steps
+        start, saved = checkpoints.newest(
+            lambda step: checkpoints.restore_meta(step) if step >= done else checkpoints.restore(step, abstract)
+        ) or (0, None)
+        if isinstance(saved, dict):
             console.print(f"{name}: all {recipe.steps} steps are done already")
-            return _summary_line(job, name, checkpoints.restore_meta(start))
+            return _summary_line(job, name, saved)
         batches = _batches(job, name)
-        if start:
-            abstract = abstract_state(job.run, job.student, name, job.mesh)
-            state, data_state, meta = checkpoints.restore(start, abstract)
+        if saved is not None:
+            state, data_state, meta = saved
             batches.set_state(data_state)
             frozen = _frozen_params(job, name, teacher)
             console.print(f"{name}: continuing from the checkpoint of step {start} of {recipe.steps}")
@@ -252,7 +272,11 @@ def student_after(job: Job, stages: Sequence[str], teacher: Params | None, *, wh
         params = whole_student(job.student, job.load_teacher("float32"), params)
     for name in stages:
         with Checkpoints(stage_directory(job, name)) as checkpoints:
-            params = overlay_params(params, _stored_params(job, checkpoints, params, job.run.stage(name).steps))
+            try:
+                params = overlay_params(params, _stored_params(job, checkpoints, params, job.run.stage(name).steps))
+            except DamagedCheckpoint as error:
+                checkpoints.set_aside(error)
+                raise
     return params
 
 
@@ -284,21 +308,3 @@ def export(job: Job, student: Params, summary: dict[str, Any]) -> None:
         retie=options.retie,
         model_card=card,
     )
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], int | None]]:
-    """Yields a function that tells which of SIGINT and SIGTERM has come, if any; a second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def note(signum: int, _: Any) -> None:
-        if signum == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(signum)
-
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: received[0] if received else None
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

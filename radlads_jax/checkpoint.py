@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 MAX_LISTED = 10
 MAX_REASON = 300
-# What reading a damaged checkpoint raises. Trouble on the way to it (no permission, no connection) is something else.
+# What Orbax raises for a damaged checkpoint. Trouble on the way to it (no permission, no connection) is something else.
 DAMAGE = (ValueError, LookupError, AttributeError, TypeError, NotImplementedError, FileNotFoundError)
 
 
@@ -172,17 +172,25 @@ class Checkpoints:
         self._manager.reload()
 
     def wait(self) -> None:
-        """Blocks until the checkpoint being written is whole, and raises what went wrong with it."""
+        """Blocks until the checkpoint being written is whole. Raises OSError where it could not be written."""
         try:
             self._manager.wait_until_finished()
-        except BaseException:
+        except BaseException as error:
             # The manager has by now forgotten the steps that the failed one would have replaced.
             self._manager.reload()
-            raise
+            if not _is_damage(error) and not isinstance(error, OSError):
+                raise
+            raise OSError(
+                f"a checkpoint in {self.directory} could not be written, {_reason(error)}. The newest whole one is of "
+                f"step {self._manager.latest_step()}. Make room or give permission, and run the same command again."
+            ) from error
 
     def close(self) -> None:
-        """Finishes the checkpoint being written and ends the writer's threads."""
-        self._manager.close()
+        """Finishes the checkpoint being written and ends the writer's threads. Raises as `wait` does."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -309,7 +317,8 @@ def _reason(error: BaseException | None) -> str:
     if type(error) is Exception and error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}..."
+    # The storage's messages begin with what was tried and end with what the system said.
+    return text if len(text) <= MAX_REASON else f"{text[: MAX_REASON // 3]} ... {text[-2 * MAX_REASON // 3 :]}"
 
 
 def _aside(directory: epath.Path, step: str) -> epath.Path:

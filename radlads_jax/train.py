@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import signal
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from radlads_jax.data import pipeline
 from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.job import Job
-from radlads_jax.metrics import MetricsLogger
+from radlads_jax.metrics import MetricsLogger, is_spike
 from radlads_jax.models.decoder import Params
 from radlads_jax.optim import learning_rates
 from radlads_jax.porting.model_card import write_model_card
@@ -69,9 +71,14 @@ class Clock:
         self._mark, self._marked_step = now, step
         return steps / seconds if steps else None
 
-    def note_loss(self, loss: float) -> None:
+    def note_loss(self, loss: float) -> bool:
+        """Takes in the next step's loss; returns whether it is a spike above the last ones."""
+        if not math.isfinite(loss):
+            return False
+        spike = is_spike(loss, self.last_losses)
         self.first_loss = loss if self.first_loss is None else self.first_loss
         self.last_losses = [*self.last_losses[1 - LOSSES_KEPT :], loss]
+        return spike
 
     def meta(self) -> dict[str, Any]:
         return {
@@ -177,13 +184,19 @@ def _train(
     pending: dict[int, dict[str, jax.Array]] = {}
     logger.begin(name, start, recipe.steps, tokens_per_step=recipe.batch_size * recipe.seq_len)
 
+    in_a_row, late = 0, False
+
     def flush() -> None:
+        nonlocal in_a_row
         for step, values in jax.device_get(pending).items():
-            clock.note_loss(float(values["loss"]))
+            spike = clock.note_loss(float(values["loss"]))
             lr = {f"lr_{group}": float(rate(step - 1)) for group, rate in rates.items()}
-            logger.log(name, step, values | lr)
-            if values["skipped_in_a_row"] > train.max_skipped:
-                raise TooManyNonFinite(_non_finite_message(name, step, train.max_skipped))
+            logger.log(name, step, values | lr | {"spike": spike})
+            in_a_row = int(values["skipped_in_a_row"])
+            if in_a_row:
+                logger.say(f"{name}: step {step} is skipped, its loss or gradient is not finite ({in_a_row} in a row)")
+            if in_a_row > train.max_skipped:
+                raise TooManyNonFinite(_non_finite_message(job.workdir, name, step, in_a_row))
         pending.clear()
 
     for step in range(start + 1, recipe.steps + 1):
@@ -196,23 +209,28 @@ def _train(
         wants_line = is_last or step % train.log_every == 0
         # Several processes stop at the same step; they ask each other where they wait for their devices anyway.
         stop = stopping() if jax.process_count() == 1 else (wants_line and hosts.agreed(stopping() or 0)) or None
-        wants_save = is_last or stop is not None or checkpoints.due(step)
-        if wants_save or wants_line:
+        must_save = is_last or stop is not None
+        late = late or checkpoints.due(step)
+        if must_save or late or wants_line:
             flush()
             pace = clock.tick(step)
             logger.progress(step, pace and pace * recipe.batch_size * recipe.seq_len)
-        if wants_save:
+        # A run of skipped steps that may end the run keeps the checkpoint from before it.
+        if must_save or (late and not in_a_row):
+            late = False
+            logger.sync()
             checkpoints.save(step, state, data_state=batches.get_state(), meta=clock.meta(), wait=is_last)
         if stop is not None:
             checkpoints.wait()
             raise Interrupted(stop, f"step {step} of {recipe.steps} of {name}")
 
 
-def _non_finite_message(name: str, step: int, limit: int) -> str:
+def _non_finite_message(workdir: Path, name: str, step: int, in_a_row: int) -> str:
     return (
-        f"{name}: more than {limit} steps in a row had a loss or gradient that is not finite, up to step {step}. "
-        "Nothing was updated since and the newest checkpoint is from before. Look at the data and lower the learning "
-        f"rate (config.{name}.lr, config.{name}.mixer_lr), or use float32 (config.dtype)."
+        f"{name}: the {in_a_row} steps from {step - in_a_row + 1} to {step} had a loss or gradient that is not finite; "
+        "expected no more than config.train.max_skipped in a row. They changed nothing, and the newest checkpoint is "
+        f"from before them. Look at their data, lower the learning rate (config.{name}.lr, config.{name}.mixer_lr) or "
+        f"use float32 (config.dtype); to go on from that checkpoint, change the setting in {workdir}/config.json too."
     )
 
 
@@ -228,7 +246,7 @@ def _summary_line(job: Job, name: str, meta: dict[str, Any]) -> dict[str, Any]:
         "seconds": meta["seconds"],
         "tokens_per_second": timed / meta["seconds"] if meta["seconds"] else None,
         "first_loss": meta["first_loss"],
-        "last_loss": sum(meta["last_losses"]) / len(meta["last_losses"]),
+        "last_loss": statistics.fmean(meta["last_losses"]) if meta["last_losses"] else None,
     }
 
 

@@ -135,13 +135,13 @@ def make_teacher(directory: pathlib.Path) -> pathlib.Path:
     return save_params(params, cfg, directory / "model", base_config=base, tokenizer_from=directory / "tokenizer")
 
 
-def flags(teacher: pathlib.Path, workdir: pathlib.Path, mixer: str, steps: dict[str, int] = STEPS) -> list[str]:
-    """launch's command line."""
-    settings: dict[str, Any] = {
+def settings(teacher: pathlib.Path, mixer: str, steps: dict[str, int] = STEPS) -> dict[str, Any]:
+    """Every setting that is not convert.py's, by its name."""
+    chosen: dict[str, Any] = {
         "dtype": "float32",
         "teacher.dtype": "float32",
         "export.dtype": "float32",
-        "teacher.path": teacher,
+        "teacher.path": str(teacher),
         "student.mixer": mixer,
         "data.source": "synthetic",
         "data.documents": 60,
@@ -156,8 +156,13 @@ def flags(teacher: pathlib.Path, workdir: pathlib.Path, mixer: str, steps: dict[
     for name, count in steps.items():
         recipe: dict[str, Any] = {"seq_len": TOKENS, "batch_size": ROWS, "tokens": ROWS * TOKENS * count}
         recipe |= dict.fromkeys(("lr", "lr_final", "mixer_lr", "mixer_lr_final"), 1e-3) | {"warmup_steps": 2}
-        settings |= {f"{name}.{field}": value for field, value in recipe.items()}
-    words = [f"--config.{name}={value}" for name, value in settings.items()]
+        chosen |= {f"{name}.{field}": value for field, value in recipe.items()}
+    return chosen
+
+
+def flags(teacher: pathlib.Path, workdir: pathlib.Path, mixer: str, steps: dict[str, int] = STEPS) -> list[str]:
+    """launch's command line."""
+    words = [f"--config.{name}={value}" for name, value in settings(teacher, mixer, steps).items()]
     return ["--config=configs/convert.py", f"--workdir={workdir}", *words]
 
 

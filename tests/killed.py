@@ -1,6 +1,7 @@
 """Ends a small conversion again and again, at any moment, and compares what comes out with an undisturbed one.
 
     python tests/killed.py [--kills 50] [--signal KILL|TERM|INT|INTINT] [--mixer rad_rwkv7] [--seed 0] [--directory DIR]
+    python tests/killed.py --short    # in seconds: stage 1 alone, a few kills, all right before operations on files
 
 All three stages, a checkpoint at every second step, evaluation and export; each attempt is a process of its own, some
 started as a user does it, most forked from one that has imported everything, to save that time. Half of the moments
@@ -34,6 +35,8 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = {"stage1": 9, "stage2": 8, "stage3": 7}
+SHORT = {"stage1": 4}
+UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ROWS, TOKENS = 4, 32
 TIMEOUT = 600
 
@@ -166,11 +169,11 @@ def flags(teacher: pathlib.Path, workdir: pathlib.Path, mixer: str, steps: dict[
     return ["--config=configs/convert.py", f"--workdir={workdir}", *words]
 
 
-def environment(cache: pathlib.Path) -> dict[str, str]:
+def environment(cache: pathlib.Path, xla_flags: str = "") -> dict[str, str]:
     """One CPU device, with the compiled programs kept from one attempt to the next."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": xla_flags,
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -206,8 +209,8 @@ class Attempt:
 class Starter:
     """Starts conversions: fresh processes, or forks of one that has imported everything."""
 
-    def __init__(self, cache: pathlib.Path):
-        self._environment = environment(cache)
+    def __init__(self, cache: pathlib.Path, xla_flags: str = ""):
+        self._environment = environment(cache, xla_flags)
         self._server: subprocess.Popen | None = None
 
     def __enter__(self) -> "Starter":
@@ -347,24 +350,30 @@ def main() -> int:
     parser.add_argument("--mixer", choices=["rad_rwkv6", "rad_rwkv7"], default="rad_rwkv7")
     parser.add_argument("--fresh", type=float, default=0.25, help="share of processes that are no forks")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--short", action="store_true")
     parser.add_argument("--directory", type=pathlib.Path)
     given = parser.parse_args()
+    steps = SHORT if given.short else STEPS
+    if given.short:
+        given.kills, given.fresh = min(given.kills, 5), 0.0
     signals = "INT,INT" if given.signal == "INTINT" else given.signal
     rng = random.Random(given.seed)
     with tempfile.TemporaryDirectory(prefix="killed-") as temporary, contextlib.ExitStack() as stack:
         root = given.directory or pathlib.Path(temporary)
-        teacher, starter = make_teacher(root / "teacher"), stack.enter_context(Starter(root / "cache"))
-        for name, fresh in (("first", True), ("second", False)):
-            words = flags(teacher, root / name, given.mixer)
-            whole = starter.attempt(words, root / name, Moment(), "KILL", fresh=fresh)
+        teacher = make_teacher(root / "teacher")
+        starter = stack.enter_context(Starter(root / "cache", UNOPTIMIZED if given.short else ""))
+        undisturbed = [root / "first"] if given.short else [root / "first", root / "second"]
+        for workdir in undisturbed:
+            words = flags(teacher, workdir, given.mixer, steps)
+            whole = starter.attempt(words, workdir, Moment(), "KILL", fresh=given.fresh > 0)
             assert whole.code == 0, whole.text
         operations = int(re.findall(r"(\d+) operations", whole.text)[-1])
         print(f"undisturbed: {whole.seconds:.1f} s, {operations} operations on files", flush=True)
-        expected = result(root / "first")
-        wrong = problems(root / "first", expected) + problems(root / "second", expected)
+        expected = result(root / "first", steps)
+        wrong = [text for workdir in undisturbed for text in problems(workdir, expected, steps)]
 
         def moment() -> Moment:
-            if rng.random() < 0.5:
+            if not given.short and rng.random() < 0.5:
                 return Moment(seconds=rng.uniform(0, whole.seconds))
             return Moment(operation=rng.randint(1, operations))
 
@@ -372,7 +381,7 @@ def main() -> int:
         runs = 0
         while len(ended) < given.kills and not wrong:
             runs, workdir = runs + 1, root / f"run{runs}"
-            words = flags(teacher, workdir, given.mixer)
+            words = flags(teacher, workdir, given.mixer, steps)
             kills = min(given.kills - len(ended), rng.randint(4, 12))
 
             def start(moment: Moment, words: list[str] = words, workdir: pathlib.Path = workdir) -> Attempt:
@@ -380,7 +389,7 @@ def main() -> int:
 
             more, wrong = trial(start, workdir, moment, kills, may_end_so(signals))
             ended += more
-            wrong = wrong or problems(workdir, expected)
+            wrong = wrong or problems(workdir, expected, steps)
             print(f"run {runs}: ended {len(more)} times, {wrong or 'the same result'}", flush=True)
         tell(ended, given.signal)
     print("\n".join(wrong) or f"{len(ended)} times ended in {runs} runs: nothing lost, nothing twice.")

@@ -180,9 +180,11 @@ class Checkpoints:
             self._manager.reload()
             if not _is_damage(error) and not isinstance(error, OSError):
                 raise
+            latest = self._manager.latest_step()
             raise OSError(
-                f"a checkpoint in {self.directory} could not be written, {_reason(error)}. The newest whole one is of "
-                f"step {self._manager.latest_step()}. Make room or give permission, and run the same command again."
+                f"a checkpoint in {self.directory} could not be written, {_reason(error)}; "
+                f"{'there is none yet' if latest is None else f'the newest whole one is of step {latest}'}. Make room "
+                "or give permission, and run the same command again."
             ) from error
 
     def close(self) -> None:

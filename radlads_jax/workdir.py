@@ -16,7 +16,7 @@ from radlads_jax import hosts
 
 LOCK = ".lock"
 # Under these names files and directories are written before they get their own.
-UNFINISHED = (".*.partial", "report/.*.partial", "metrics.tmp", "data/*.tmp-*")
+UNFINISHED = (".*.partial", "*/.*.partial", "metrics.tmp", "data/*.tmp-*")
 # What a file system says that has no locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 

@@ -106,8 +106,7 @@ for line in sys.stdin:
 )
 UNFINISHED = (
     "**/*.orbax-checkpoint-tmp*",
-    ".*.partial",
-    "report/.*.partial",
+    "**/.*.partial",
     "metrics.tmp",
     "data/*.tmp-*",
     ".*.replaced",

@@ -47,7 +47,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: pathlib.Path) -> None:
     with full_beyond(50_000):
         checkpoints = Checkpoints(tmp_path)
         checkpoints.save(2, x, data_state={}, meta={})
-        with pytest.raises(OSError, match=r"could not be written, .*The newest whole one is of step 1\. Make room"):
+        with pytest.raises(OSError, match=r"could not be written, .*the newest whole one is of step 1\. Make room"):
             checkpoints.wait()
         checkpoints.close()
     with Checkpoints(tmp_path) as checkpoints:

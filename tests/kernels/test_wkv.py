@@ -1,5 +1,6 @@
 """wkv7 and wkv6, every implementation, against a float64 loop over tokens: outputs, states and all gradients."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -123,6 +124,23 @@ def test_16k_tokens(operation, log_w):
 def test_documented_range_of_decay(operation, log_w):
     inputs = recurrence_inputs(operation, 1, 70, 2, 32, 32, log_w_range=(log_w, log_w), key_scale=1e3)
     check(operation, inputs, TOLERANCE["float32_stress"], implementation="chunked")
+
+
+@pytest.mark.parametrize("total", [-80.0, -82.0, -86.0, -88.0, -300.0])
+@every_operation
+def test_a_chunk_too_large_for_the_decay_gives_no_wrong_number(operation, total):
+    """Where float32 exponentials lose digits without a sign of it, and far beyond: each value is right or NaN."""
+    size = {"wkv7": 64, "wkv6": 128}[operation]  # wkv6's bound is on half a chunk
+    inputs = recurrence_inputs(operation, 1, size, 1, 16, 16)
+    inputs["log_w"] = np.zeros_like(inputs["log_w"])
+    inputs["log_w"][..., 3] = total / 64
+    ones, zeros = np.ones((1, size, 1, 16), np.float32), np.zeros((1, 1, 16, 16), np.float32)
+    want = token_loop(inputs, zeros, None, ones, zeros)
+    run = functools.partial(value_and_gradients, OPERATIONS[operation], chunk_size=size)
+    for name, got in jax.jit(run)(inputs, zeros, ones, zeros).items():
+        number = ~np.isnan(got)
+        np.testing.assert_allclose(got[number], want[name][number], rtol=1e-3, atol=1e-5 * np.abs(want[name]).max())
+        assert number.all() == (total > -81), name
 
 
 @every_operation

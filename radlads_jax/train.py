@@ -16,7 +16,6 @@ from rich.console import Console
 from radlads_jax import heldout, hosts, sharding
 from radlads_jax.checkpoint import Checkpoints
 from radlads_jax.checkpoint_sums import DamagedCheckpoint
-from radlads_jax.data import pipeline
 from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.job import Job
@@ -89,8 +88,11 @@ class Clock:
         }
 
 
-def convert(job: Job) -> dict[str, Any]:
-    """Runs what is left of the job, evaluates, exports; returns the summary that DIR/summary.json holds."""
+def convert(job: Job, teacher: Params | None = None) -> dict[str, Any]:
+    """Runs what is left of the job, evaluates, exports; returns the summary that DIR/summary.json holds.
+
+    teacher: its weights in the dtype it is run in, where they are loaded already.
+    """
     console.quiet = not hosts.is_first()
     summary_path = job.workdir / "summary.json"
     if summary_path.exists() and (job.workdir / "export").is_dir():
@@ -100,7 +102,8 @@ def convert(job: Job) -> dict[str, Any]:
         if hosts.is_first() and not (job.workdir / "report" / "index.html").exists():
             write_report(job.workdir)
         return summary
-    teacher = job.load_teacher(job.run.teacher.dtype) if job.student.recurrent_mixer else None
+    if teacher is None and job.student.recurrent_mixer:
+        teacher = job.load_teacher(job.run.teacher.dtype)
     with MetricsLogger(job.workdir) as logger, stop_signals() as stopping:
         stages, student = train_all(job, teacher, logger, stopping)
         if signum := hosts.agreed(stopping() or 0):
@@ -145,7 +148,7 @@ def run_stage(
         if isinstance(saved, dict):
             console.print(f"{name}: all {recipe.steps} steps are done already")
             return _summary_line(job, name, saved)
-        batches = _batches(job, name)
+        batches = job.batches(name)
         if saved is not None:
             state, data_state, meta = saved
             batches.set_state(data_state)
@@ -248,20 +251,6 @@ def _summary_line(job: Job, name: str, meta: dict[str, Any]) -> dict[str, Any]:
         "first_loss": meta["first_loss"],
         "last_loss": statistics.fmean(meta["last_losses"]) if meta["last_losses"] else None,
     }
-
-
-def _batches(job: Job, name: str) -> Any:
-    """The stage's batches; each stage has an order of its own."""
-    recipe = job.run.stage(name)
-    return pipeline.make_train_iterator(
-        job.token_file,
-        seq_len=recipe.seq_len,
-        batch_size=recipe.batch_size,
-        seed=job.run.seed * len(STAGES) + list(STAGES).index(name),
-        eval_tokens=job.eval_tokens,
-        cross_document=job.run.data.cross_document,
-        rows_of_batch=sharding.own_rows(job.mesh, recipe.batch_size),
-    )
 
 
 def _frozen_params(job: Job, name: str, teacher: Params | None) -> Params:

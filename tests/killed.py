@@ -105,7 +105,7 @@ for line in sys.stdin:
 """
 )
 UNFINISHED = (
-    "**/*.orbax-checkpoint-tmp*",
+    "checkpoints/*/*.orbax-checkpoint-tmp*",
     "**/.*.partial",
     "metrics.tmp",
     "data/*.tmp-*",

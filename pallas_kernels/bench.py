@@ -1,6 +1,7 @@
-"""Times the recurrences of this machine's backend, every implementation in one run, and prints ratios.
+"""Times the recurrences and losses of this machine's backend, every implementation in one run, and prints ratios.
 
 python -m pallas_kernels.bench [wkv7 wkv6] [--shape B,T,H,K ...] [--repeats N] [--chunk-size C]
+python -m pallas_kernels.bench linear_loss [--tokens 2048] [--vocab 152064] [--width 896] [--repeats N]
 """
 
 import argparse
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import layout
+from pallas_kernels import layout, loss_forms
 from pallas_kernels.testing import recurrence_inputs
 from pallas_kernels.wkv6 import wkv6
 from pallas_kernels.wkv7 import wkv7
@@ -90,17 +91,19 @@ def runs(operation: str, backward: bool, chunk_size: int | None) -> dict[str, Gr
     return {name: loss(form) for name, form in forms.items()}
 
 
-def medians(functions: dict[str, Gradient], arguments: dict[str, Any], repeats: int) -> dict[str, float]:
+def medians(
+    functions: dict[str, Gradient], arguments: dict[str, Any], repeats: int, untimed: bool = True
+) -> dict[str, float]:
     """Seconds per call, the functions taking turns so that a busy moment meets all of them.
 
-    A turn begins with a call that is not timed: what the others left in caches and allocator is not this one's cost.
+    untimed: a turn begins with a call that does not count. What the others left in caches and allocator is not this
+    one's cost; where a call takes many seconds, it is none that shows.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for name, function in functions.items():
-        jax.block_until_ready(function(arguments[name]))
     for _ in range(repeats):
         for name, function in functions.items():
-            jax.block_until_ready(function(arguments[name]))
+            if untimed:
+                jax.block_until_ready(function(arguments[name]))
             start = time.perf_counter()
             jax.block_until_ready(function(arguments[name]))
             times[name].append(time.perf_counter() - start)
@@ -130,14 +133,38 @@ def compare(operation: str, shape: tuple[int, int, int, int], repeats: int, chun
             )
 
 
+def compare_losses(size: loss_forms.Size, repeats: int) -> None:
+    """Prints time and the compiler's memory of every loss with its gradients, sliced and plain, in float32."""
+    for loss in loss_forms.LOSSES:
+        given = loss_forms.arguments(loss, size, jnp.float32)
+        programs = {
+            form: jax.jit(loss_forms.value_and_gradients(loss, form)).lower(given).compile()
+            for form in loss_forms.FORMS
+        }
+        seconds = medians(programs, dict.fromkeys(programs, given), repeats, untimed=False)
+        for form, program in programs.items():
+            temporary = program.memory_analysis().temp_size_in_bytes
+            print(
+                f"{loss:14s} N={size.tokens} vocab={size.vocab} D={size.width} value+gradients {form:7s} "
+                f"{seconds[form]:8.2f} s {seconds[form] / seconds['sliced']:6.2f}x {temporary / 2**20:9.0f} MiB",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("operations", nargs="*", default=list(OPERATIONS), metavar="operation")
+    parser.add_argument("--tokens", type=int, default=loss_forms.Size.tokens, help="of linear_loss, as the two below")
+    parser.add_argument("--vocab", type=int, default=loss_forms.Size.vocab)
+    parser.add_argument("--width", type=int, default=loss_forms.Size.width)
     parser.add_argument("--shape", action="append", help="B,T,H,K; again for another")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--chunk-size", type=int, default=None)
     arguments = parser.parse_args()
-    for operation in arguments.operations:
+    if "linear_loss" in arguments.operations:
+        size = loss_forms.Size(arguments.tokens, arguments.vocab, arguments.width)
+        compare_losses(size, arguments.repeats)
+    for operation in (name for name in arguments.operations if name != "linear_loss"):
         for shape in arguments.shape or SHAPES:
             batch, length, heads, size = (int(n) for n in shape.split(","))
             compare(operation, (batch, length, heads, size), arguments.repeats, arguments.chunk_size)

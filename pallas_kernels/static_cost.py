@@ -2,13 +2,14 @@
 
 python -m pallas_kernels.static_cost wkv7 --topology v6e:2x2 --B 1 --T 8192 --H 16 --K 128
 python -m pallas_kernels.static_cost wkv7 --target sm_90 --B 1 --T 8192 --H 16 --K 128
+python -m pallas_kernels.static_cost linear_loss --topology v5e:2x2 --tokens 2048 --vocab 152064 --width 896
 
 A topology needs the `tpu` extra (libtpu has the compiler), a target the `cuda` extra; neither needs the hardware.
 """
 
 import argparse
 
-OPERATIONS = ("wkv7", "wkv6")
+OPERATIONS = ("wkv7", "wkv6", "linear_loss")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,11 +25,21 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="log_w is float32 always")
     made.add_argument("--chunk-size", type=int, default=None)
     made.add_argument("--implementation", nargs="+", default=["pallas_tpu", "chunked"], help="on TPU")
+    made.add_argument("--tokens", type=int, default=2048, help="of linear_loss, as --vocab and --width")
+    made.add_argument("--vocab", type=int, default=152064)
+    made.add_argument("--width", type=int, default=896)
     return made
 
 
 def main() -> None:
     arguments = parser().parse_args()
+    if arguments.operation == "linear_loss":
+        if arguments.topology is None:
+            raise ValueError("static_cost got linear_loss with --target, expected --topology: it has no GPU kernel.")
+        from pallas_kernels import static_cost_loss
+
+        static_cost_loss.report(arguments.topology, arguments.tokens, arguments.vocab, arguments.width)
+        return
     if arguments.target is not None:
         from pallas_kernels import static_cost_gpu
 

@@ -150,8 +150,37 @@ def code_size(folder: Path, kernel: str) -> dict[str, int]:
     return {"bundles": 0, "spills": 0, "fills": 0}
 
 
+def losses(request: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Temporary bytes of a device, by loss and form, with the vocabulary over all of the topology's devices."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+    from pallas_kernels import loss_forms
+
+    size = loss_forms.Size(**{name: request[name] for name in vars(loss_forms.Size())})
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=request["topology"]).devices
+    names = ("data", "fsdp", "tensor", "context")
+    mesh = Mesh(np.array(devices).reshape(1, 1, -1, 1), names, axis_types=(AxisType.Auto,) * 4)
+    whole, split = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((), (None, "tensor")))
+
+    def temporary(loss: str, form: str) -> int:
+        given = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split if "kernel" in name else whole)
+            for name, x in loss_forms.shapes(loss, size, "bfloat16").items()
+        }
+        run = jax.jit(loss_forms.value_and_gradients(loss, form), out_shardings=(whole, (whole, split)))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return run.lower(given).compile().memory_analysis().temp_size_in_bytes
+
+    return {loss: {form: temporary(loss, form) for form in loss_forms.FORMS} for loss in loss_forms.LOSSES}
+
+
 def compiled(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Compiles for one device of the topology."""
+    if request["operation"] == "linear_loss":
+        return losses(request)
     import jax
     import numpy as np
     from jax.experimental import topologies

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels import loss_forms
 from pallas_kernels.linear_loss import linear_cross_entropy, linear_kl, linear_stats, linear_topk_kl
 from pallas_kernels.testing import TOLERANCE, rms_ratio
 
@@ -335,3 +336,12 @@ def test_a_vocabulary_split_over_devices(data, loss):
     for got, wanted in zip(found, gradients, strict=True):
         assert rms_ratio(got, wanted) < TOLERANCE["float32"]
     assert f"f32[16,{VOCAB}]" not in program.as_text()
+
+
+@pytest.mark.parametrize("loss", loss_forms.LOSSES)
+def test_the_form_measured_beside_it_is_the_same_loss(loss):
+    size = loss_forms.Size(tokens=24, vocab=96, width=8, stored=4)
+    given = loss_forms.arguments(loss, size, jnp.float32)
+    sliced, plain = (loss_forms.value_and_gradients(loss, form)(given) for form in loss_forms.FORMS)
+    for got, want in zip(jax.tree.leaves(sliced), jax.tree.leaves(plain), strict=True):
+        assert rms_ratio(got, want) < TOLERANCE["float32_stress"]

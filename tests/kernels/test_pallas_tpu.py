@@ -77,14 +77,23 @@ def test_every_token_its_own_segment():
     check(usual_inputs(), TOLERANCE["float32"], np.arange(LENGTH)[None])
 
 
-def test_bfloat16():
+BFLOAT16: dict[str, dict[str, Any]] = {
+    "usual_decay": {},
+    "strongest_decay": {"log_w_range": (-0.6066, -0.6066)},
+    "documented_range_of_decay": {"log_w_range": (-1.8, -1.8)},
+    "hardly_any_decay": {"log_w_range": (-1e-3, -1e-3)},
+}
+
+
+@pytest.mark.parametrize("decay", BFLOAT16)
+def test_bfloat16(decay):
     """Inputs rounded to bfloat16 for the loop too; log_w stays float32."""
-    inputs = recurrence_inputs("wkv7", 1, 200, 1, 128, 64)
+    inputs = recurrence_inputs("wkv7", 1, 200, 1, 128, 64, **BFLOAT16[decay])
     rounded = {name: jnp.asarray(x, jnp.float32 if name == "log_w" else jnp.bfloat16) for name, x in inputs.items()}
     check(rounded, TOLERANCE["bfloat16"], random_segments(1, 200))
 
 
-@pytest.mark.parametrize(("length", "chunk_size"), [(1, None), (17, 16), (130, 128)])
+@pytest.mark.parametrize(("length", "chunk_size"), [(1, None), (17, 16), (63, 64), (130, 128)])
 def test_lengths_and_chunk_sizes(length, chunk_size):
     inputs = recurrence_inputs("wkv7", 2 if length == 1 else 1, length, 1, 64, 64)
     tolerance = TOLERANCE["float32" if chunk_size != 128 else "float32_stress"]
@@ -106,6 +115,13 @@ STRESS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("stress", STRESS)
 def test_stress(stress):
     check(usual_inputs(**STRESS[stress]), TOLERANCE["float32_stress"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("log_w", [-0.6066, -1e-6])
+def test_16k_tokens(log_w):
+    """Where a rounding error of the same sign in every chunk would add up."""
+    check(recurrence_inputs("wkv7", 1, 16384, 1, 64, 64, log_w_range=(log_w, log_w)), TOLERANCE["float32_stress"])
 
 
 def test_the_same_removal_key_over_and_over():

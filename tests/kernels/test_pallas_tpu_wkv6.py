@@ -93,7 +93,7 @@ def test_bfloat16(decay):
     check(inputs, TOLERANCE["bfloat16"], random_segments(1, 200))
 
 
-@pytest.mark.parametrize(("length", "chunk_size"), [(1, None), (17, 16), (65, 64), (130, 128)])
+@pytest.mark.parametrize(("length", "chunk_size"), [(1, None), (17, 16), (31, 32), (65, 64), (130, 128)])
 def test_lengths_and_chunk_sizes(length, chunk_size):
     inputs = recurrence_inputs("wkv6", 2 if length == 1 else 1, length, 1, 64, 64)
     check(inputs, TOLERANCE["float32"], random_segments(inputs["r"].shape[0], length), chunk_size=chunk_size)

@@ -1,0 +1,41 @@
+"""The kernels and losses compiled for TPUs that are not there, which takes libtpu (extra tpu)."""
+
+import importlib.util
+
+import pytest
+
+from pallas_kernels import loss_forms, static_cost_tpu
+from pallas_kernels.static_profile import BACKWARD
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)"),
+]
+
+
+@pytest.mark.parametrize("operation", ["wkv7", "wkv6"])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 128), ("float32", 64)])
+def test_the_kernels_compile_for_every_tpu(operation, topology, dtype, size):
+    """Forward and backward, kernels and nothing in their place."""
+    request = {
+        "operation": operation,
+        "topology": topology,
+        "implementation": "pallas_tpu",
+        "direction": BACKWARD,
+        "chunk_size": None,
+        **vars(static_cost_tpu.Shape(1, 256, 2, size, dtype)),
+    }
+    found = static_cost_tpu.compiled_in_child(request, "")
+    assert found is not None, "the compiler aborted"
+    assert len(found["kernels"]) >= 2
+    assert all(0 < kernel["vmem"] <= 2**26 for kernel in found["kernels"].values())
+
+
+def test_a_split_vocabulary_never_lies_whole_on_a_device():
+    """Of many devices each has a quarter of one slice's logits at a time, where the plain form has all tokens'."""
+    size = loss_forms.Size(tokens=2048, vocab=152064, width=128)
+    found = static_cost_tpu.compiled_in_child({"operation": "linear_loss", "topology": "v5e:2x2", **vars(size)}, "")
+    assert found is not None, "the compiler aborted"
+    for bytes_of in found.values():
+        assert bytes_of["sliced"] < size.tokens * size.vocab * 4 / 4 < bytes_of["plain"]

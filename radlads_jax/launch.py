@@ -60,18 +60,20 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
     from radlads_jax import hosts, preflight
     from radlads_jax.job import make_job
     from radlads_jax.train import Interrupted, TooManyNonFinite, convert
+    from radlads_jax.workdir import held
 
     try:
         join()
         hosts.require_same(flat_settings(_CONFIG.value.to_dict()))
-        job = make_job(run, workdir)
-        teacher = preflight.check(job, force=_FORCE.value, whole=_PREFLIGHT_ONLY.value)
-        if _PREFLIGHT_ONLY.value:
-            return 0
-        # Only now: a run that could not begin leaves the directory to the corrected command.
-        if hosts.is_first():
-            remember_config(workdir, _CONFIG.value.to_dict())
-        convert(job, teacher)
+        with held(workdir):
+            job = make_job(run, workdir)
+            teacher = preflight.check(job, force=_FORCE.value, whole=_PREFLIGHT_ONLY.value)
+            if _PREFLIGHT_ONLY.value:
+                return 0
+            # Only now: a run that could not begin leaves the directory to the corrected command.
+            if hosts.is_first():
+                remember_config(workdir, _CONFIG.value.to_dict())
+            convert(job, teacher)
     except Interrupted as stop:
         Console(stderr=True).print(str(stop), style="yellow", markup=False, soft_wrap=True)
         return EXIT_STOPPED + stop.signum
@@ -165,6 +167,15 @@ def flat_settings(settings: dict, where: str = "config") -> dict[str, Any]:
     return flat
 
 
+def interruptible(argv: list[str]) -> int:
+    """`main`, with a Ctrl-C before or after the training told in one line too."""
+    try:
+        return main(argv, join_hosts)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped by SIGINT; the same command continues from what is saved.", style="yellow")
+        return EXIT_STOPPED + signal.SIGINT
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    app.run(lambda argv: sys.exit(main(argv, join_hosts)), flags_parser=parse_flags)
+    app.run(lambda argv: sys.exit(interruptible(argv)), flags_parser=parse_flags)

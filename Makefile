@@ -47,7 +47,7 @@ hashes: hashes-3.11 hashes-3.12
 
 hashes-%: .cache/uv
 	grep -v '^torch==' constraints/py$(subst .,,$*).txt | UV_CUSTOM_COMPILE_COMMAND='make hashes' $</bin/uv pip compile - \
-	    --quiet --no-deps --generate-hashes --python-version $* --output-file constraints/py$(subst .,,$*).hashed.txt
+	    --quiet --no-deps --universal --generate-hashes --python-version $* --output-file constraints/py$(subst .,,$*).hashed.txt
 
 clean:
 	rm -rf .venv

@@ -21,6 +21,7 @@ from radlads_jax import command
 from radlads_jax.decoding.loaded import DTYPES, Model, load_model
 from radlads_jax.evaluation.paper import SUITE, published_scores, relative_score
 from radlads_jax.evaluation.probes import DEFAULT_LENGTHS, draw_probes, run_probes
+from radlads_jax.evaluation.task_code import check_task_code
 from radlads_jax.heldout import write_atomically
 from radlads_jax.models import ModelConfig
 
@@ -266,6 +267,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("model", None, "The student's directory, its run's, or a hub id.", **put)
     flags.DEFINE_string("teacher", None, "The teacher's.", **put)
     flags.DEFINE_list("tasks", [], "lm-eval tasks and task files; radlads: the paper's suite.", **put)
+    flags.DEFINE_bool("trust_task_code", False, "Let task files run the Python code that they name.", **put)
     flags.DEFINE_float("limit", None, "Documents of every task; below 1: their share.", **put)
     flags.DEFINE_integer("num_fewshot", None, "Examples in the prompt. Default: each task's own, mostly none.", **put)
     flags.DEFINE_boolean("probes", False, "Run the long-context probes.", **put)
@@ -291,6 +293,8 @@ def main(values: flags.FlagValues) -> None:
         if getattr(values, name) < 1:
             raise ValueError(f"{name} is {getattr(values, name)}; expected at least 1. Change --{name}.")
     directory = output_directory(values.model, values.output)
+    if not values.trust_task_code:
+        check_task_code(values.tasks)
     tasks = load_tasks(expand_tasks(values.tasks)) if values.tasks else {}
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     models = {"teacher": values.teacher, "student": values.model}

@@ -3,9 +3,9 @@
 python tests/soak.py [--minutes=30] [--plot=FILE.png] [--directory=DIR]
 
 A child process trains; after every checkpoint it evaluates on held-out rows and writes samples. SIGTERM stops it, and
-another goes on: three lives in all. Memory, open files, threads and the checkpoints on the disk are sampled. Prints, for
-each, the mean and the slope per hour within a life after its first part, and whether that is flat; exit code 1 where it
-is not.
+another goes on: three lives in all. Memory, open files, threads and the checkpoints on the disk are sampled. Prints,
+for each, the mean and the slope per hour within a life after its first part, and whether that is flat; exit code 1
+where it is not.
 """
 
 import argparse

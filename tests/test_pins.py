@@ -1,0 +1,43 @@
+"""The pinned versions and the hashes of their files: both lists say the same, and leave nothing out."""
+
+import pathlib
+import re
+import tomllib
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = pathlib.Path(__file__).parent.parent
+PYTHONS = {"py311": "3.11", "py312": "3.12"}
+# Every index has builds of its own.
+UNHASHED = {"torch"}
+
+
+def pins(name: str) -> dict[str, str]:
+    """Version by package; hashes count as comments."""
+    text = (ROOT / "constraints" / name).read_text(encoding="utf-8")
+    requirements = [Requirement(line.rstrip("\\ ")) for line in text.splitlines() if re.match(r"\w", line)]
+    assert all(len(requirement.specifier) == 1 for requirement in requirements)
+    return {canonicalize_name(r.name): str(r.specifier).removeprefix("==") for r in requirements}
+
+
+@pytest.mark.parametrize("name", PYTHONS)
+def test_every_pin_has_hashes_of_its_version(name: str) -> None:
+    wanted = {package: version for package, version in pins(f"{name}.txt").items() if package not in UNHASHED}
+    assert pins(f"{name}.hashed.txt") == wanted, "make hashes brings them up to date"
+    text = (ROOT / "constraints" / f"{name}.hashed.txt").read_text(encoding="utf-8")
+    entries = re.split(r"\n(?=\w)", text)[1:]
+    assert len(entries) == len(wanted)
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}\b", entry) for entry in entries)
+
+
+@pytest.mark.parametrize("name", PYTHONS)
+def test_what_the_project_asks_for_is_pinned(name: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["test"]])
+    here = {"python_version": PYTHONS[name], "sys_platform": "linux", "platform_machine": "x86_64"}
+    found = pins(f"{name}.txt")
+    for requirement in asked:
+        if requirement.marker is None or requirement.marker.evaluate(here):
+            assert requirement.specifier.contains(found[canonicalize_name(requirement.name)]), requirement

@@ -1,0 +1,174 @@
+"""Strangers' files run nothing: no pickle is read anywhere, no code of theirs is imported, no name leads elsewhere."""
+
+import ast
+import pathlib
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from radlads_jax.checkpoint import Checkpoints
+from radlads_jax.evaluation.task_code import check_task_code
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+import fuzz_readers as readers  # noqa: E402
+
+# Modules that unpickle, or run what a file says.
+RUNNING = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "runpy", "code", "pty"}
+# Functions of a module, or built in, that do.
+CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "torch.load",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "os.system",
+    "os.popen",
+}
+CALLS |= {"np.load", "numpy.load", "pd.read_pickle", "pandas.read_pickle"}
+OPTIONS = {"trust_remote_code", "allow_pickle", "shell", "weights_only"}
+
+
+def sources() -> dict[str, str]:
+    """The package's files but those that an export carries for torch, which are not imported here."""
+    paths = [path for folder in ("radlads_jax", "pallas_kernels", "configs") for path in (ROOT / folder).rglob("*.py")]
+    found = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    return {path: text for path, text in found.items() if not path.startswith("radlads_jax/hf/")}
+
+
+def running(source: str) -> Iterator[str]:
+    """What in a source could run a file's contents."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.partition(".")[0] in RUNNING)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in RUNNING:
+            yield str(node.module)
+        elif isinstance(node, ast.Call):
+            if ast.unparse(node.func) in CALLS:
+                yield ast.unparse(node.func)
+            for keyword in node.keywords:
+                sound = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                if keyword.arg in OPTIONS and not sound:
+                    yield f"{keyword.arg}={ast.unparse(keyword.value)}"
+
+
+def test_nothing_in_the_source_runs_what_a_file_says() -> None:
+    found = {path: list(running(text)) for path, text in sources().items()}
+    assert len(found) > 80
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import pickle", "pickle"),
+        ("from dill import loads", "dill"),
+        ("x = np.load(path)", "np.load"),
+        ("torch.load(path)", "torch.load"),
+        ("AutoModel.from_pretrained(d, trust_remote_code=True)", "trust_remote_code=True"),
+        ("AutoModel.from_pretrained(d, trust_remote_code=flag)", "trust_remote_code=flag"),
+        ("AutoModel.from_pretrained(d, trust_remote_code=False)", None),
+        ("model.eval()", None),
+    ],
+)
+def test_the_look_at_the_source_finds_what_it_should(source: str, found: str | None) -> None:
+    assert list(running(source)) == ([found] if found else [])
+
+
+class Bomb:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, target: pathlib.Path):
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return pathlib.Path.touch, (self.target,)
+
+
+unpickled: list[str] = []
+looking = False
+
+
+def note(event: str, arguments: tuple) -> None:
+    if looking and event == "pickle.find_class":
+        unpickled.append(".".join(map(str, arguments)))
+
+
+# A hook stays for the life of the process; it listens only inside the test.
+sys.addaudithook(note)
+
+FILES: dict[str, tuple[Callable[[pathlib.Path], object], str, Callable[[pathlib.Path, pathlib.Path], None]]] = {
+    "weights": (readers.write_model, readers.WEIGHTS, readers.read_weights),
+    "config": (readers.write_model, "config.json", readers.read_weights),
+    "tokenizer": (readers.write_tokenizer, "tokenizer.json", readers.read_tokenizer),
+    "tokenizer's settings": (readers.write_tokenizer, "tokenizer_config.json", readers.read_tokenizer),
+    "token file": (lambda place: (place / "t.bin").write_bytes(b""), "t.idx", readers.read_token_file),
+    "text": (lambda place: None, "t.txt", readers.read_documents("t.txt")),
+    "jsonl": (lambda place: None, "t.jsonl", readers.read_documents("t.jsonl")),
+    "parquet": (lambda place: None, "t.parquet", readers.read_documents("t.parquet")),
+    "saved dataset": (readers.write_saved_dataset, "data-00000-of-00001.arrow", readers.read_documents(".")),
+    "saved dataset's state": (readers.write_saved_dataset, "state.json", readers.read_documents(".")),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_pickle_in_the_place_of_any_file_is_refused_unread(kind: str, tmp_path: pathlib.Path) -> None:
+    global looking
+    make, name, read = FILES[kind]
+    place, work = tmp_path / "files", tmp_path / "work"
+    place.mkdir()
+    work.mkdir()
+    make(place)
+    (place / name).write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    unpickled.clear()
+    looking = True
+    try:
+        with pytest.raises(ValueError, match=str(tmp_path) + r"|config\.json"):
+            read(place, work)
+    finally:
+        looking = False
+    assert unpickled == [] and not (tmp_path / "ran").exists()
+
+
+def test_the_bomb_is_one(tmp_path: pathlib.Path) -> None:
+    global looking
+    looking = True
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "ran")))
+    looking = False
+    assert (tmp_path / "ran").exists() and unpickled
+
+
+def test_a_checkpoint_of_pickles_is_no_checkpoint(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "stage1" / "5").mkdir(parents=True)
+    for name in ("state", "data", "meta", "_CHECKPOINT_METADATA"):
+        (tmp_path / "stage1" / "5" / name).write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    with Checkpoints(tmp_path / "stage1") as found, pytest.raises(Exception):  # noqa: B017
+        found.restore_meta(5)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"task.yaml": "task: t\nprocess_docs: !function code.run\n"},
+        {"task.yaml": "include: sub/base.yaml\ntask: t\n", "sub/base.yaml": "doc_to_text: !function code.run\n"},
+        {"task.yaml": "group: g\ntask: [t]\n", "beside.yaml": "task: t\ndoc_to_text: !function code.run\n"},
+        {"task.yaml": 'task: t\ninclude: "../outside.yaml"\n', "../outside.yaml": "x:  !function  code.run\n"},
+    ],
+    ids=["its own", "included", "beside it", "included from outside"],
+)
+def test_python_code_of_a_task_file_runs_only_when_asked(tmp_path: pathlib.Path, files: dict[str, str]) -> None:
+    place = tmp_path / "tasks"
+    for name, text in files.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(text)
+    with pytest.raises(ValueError, match=r"runs Python code beside it .*--trust_task_code"):
+        check_task_code([str(place / "task.yaml")])
+    check_task_code(["arc_easy"])
+    (place / "plain").mkdir()
+    (place / "plain" / "task.yaml").write_text("task: t\ndoc_to_text: '{{text}}'\n")
+    check_task_code([str(place / "plain" / "task.yaml")])

@@ -92,6 +92,52 @@ ENTRY"""
     assert hlo.count(text) == hlo.count(PROGRAM)
 
 
+def test_an_unrolled_loop_counts_by_its_stride():
+    """A windowed product that the compiler unrolled runs its body half as often as its bound says."""
+    text = """%body (q: (u32[], f32[8,16], f32[16,8])) -> (u32[], f32[8,16], f32[16,8]) {
+  %q = (u32[], f32[8,16]{1,0}, f32[16,8]{1,0}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%q), index=0
+  %copy.1 = u32[]{:T(128)S(6)} copy(%i)
+  %two = u32[]{:T(128)} constant(2), metadata={op_name="n"}
+  %next = u32[]{:T(128)} add(%copy.1, %two)
+  %x = f32[8,16]{1,0} get-tuple-element(%q), index=1
+  %y = f32[16,8]{1,0} get-tuple-element(%q), index=2
+  %dot.1 = f32[8,8]{1,0} dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (u32[], f32[8,16]{1,0}, f32[16,8]{1,0}) tuple(%next, %x, %y)
+}
+
+%until (p: (u32[], f32[8,16], f32[16,8])) -> pred[] {
+  %n = u32[]{:T(128)} constant(7)
+  %p = (u32[], f32[8,16]{1,0}, f32[16,8]{1,0}) parameter(0)
+  %j = u32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%j, %n), direction=LT
+}
+
+ENTRY %main (a: (u32[], f32[8,16], f32[16,8])) -> (u32[], f32[8,16], f32[16,8]) {
+  %a = (u32[], f32[8,16]{1,0}, f32[16,8]{1,0}) parameter(0)
+  ROOT %while.1 = (u32[], f32[8,16]{1,0}, f32[16,8]{1,0}) while(%a), condition=%until, body=%body
+}
+"""
+    assert hlo.count(text).flops == 4 * 2 * 8 * 8 * 16
+    assert hlo.count(text.replace("constant(2)", "constant(1)")).flops == 7 * 2 * 8 * 8 * 16
+
+
+def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
+    text = """%all-reduce-scatter.1 (p: bf16[8,16]) -> bf16[2,16] {
+  %p = bf16[8,16]{1,0} parameter(0)
+  %all-reduce.1 = bf16[8,16]{1,0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %dynamic-slice.1 = bf16[2,16]{1,0} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={2,16}
+}
+
+ENTRY %main (a: bf16[8,16]) -> bf16[2,16] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  ROOT %fusion.1 = bf16[2,16]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    assert hlo.count(text).link_bytes == {"reduce-scatter": 8 * 16 * 2 * 3 / 4}
+
+
 def test_a_collective_in_several_fusions_is_one():
     """Started before a loop, stepped in it and ended after it: counted once, beside the loop's own work."""
     text = """%gather (p: bf16[8,16]) -> bf16[8,64] {

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from rich.console import Console
 
 from radlads_jax import plan, sharding
 from radlads_jax.config import RunConfig, Teacher
 from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, bind
-from radlads_jax.planning import cost, hlo
+from radlads_jax.planning import chips, cost, hlo, memory, plans
+from radlads_jax.planning import stage as stage_lib
 from radlads_jax.planning.hlo import Counts
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.known_models import KNOWN_CONFIGS
@@ -257,7 +260,7 @@ def test_the_papers_configs_name_known_models():
     assert all(any(f'"{name}"' in file.read_text() for name in KNOWN_CONFIGS) for file in files)
 
 
-CHIP = cost.Chip(flops=100.0, hbm_rate=10.0, link_rate=5.0, clock=2.0, usable=1e9, price=3.0)
+CHIP = chips.Chip(flops=100.0, hbm_rate=10.0, link_rate=5.0, clock=2.0, usable=1e9, price=3.0)
 
 
 @pytest.mark.parametrize(
@@ -293,14 +296,14 @@ def test_bytes_of_a_shard():
     mesh = sharding.make_mesh(dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, fsdp=4, tensor=2)))
     params = abstract_params(TEACHER)
     whole = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert cost.shard_bytes(params) == whole
-    assert whole / 8 <= cost.shard_bytes(sharding.abstract(mesh, params)) < whole / 6
+    assert memory.shard_bytes(params) == whole
+    assert whole / 8 <= memory.shard_bytes(sharding.abstract(mesh, params)) < whole / 6
 
 
 def test_prices():
-    assert cost.prices({"v5p": 2.0}) | {"v5e": 0} == cost.prices({"v5p": 2.0, "v5e": 0.0})
+    assert chips.prices({"v5p": 2.0}) | {"v5e": 0} == chips.prices({"v5p": 2.0, "v5e": 0.0})
     with pytest.raises(ValueError, match=r"v9=1\.0"):
-        cost.prices({"v9": 1.0})
+        chips.prices({"v9": 1.0})
     with pytest.raises(ValueError, match="'v5p=cheap'"):
         plan._parse_prices(["v5p=cheap"])
 
@@ -309,8 +312,8 @@ def test_what_the_compiler_says_of_memory():
     said = "RESOURCE_EXHAUSTED: CompileTimeHbmOom: the program's (36.38G) exceeds available HBM (15.75G)"
     also = "Ran out of memory in memory space hbm. Used 36.38G of 15.75G hbm."
     for text in (said, also):
-        assert plan.oom_bytes(text) == int(36.38 * 2**30)
-    assert plan.oom_bytes("something else") is None
+        assert stage_lib.oom_bytes(text) == int(36.38 * 2**30)
+    assert stage_lib.oom_bytes("something else") is None
 
 
 def test_teachers_without_a_network(tmp_path):
@@ -320,8 +323,70 @@ def test_teachers_without_a_network(tmp_path):
         assert plan.teacher_config(run).hidden_size == 4096
     with pytest.raises(ValueError, match="the shapes of some/model are not known"):
         plan.teacher_config(dataclasses.replace(RunConfig(), teacher=Teacher(path="some/model")))
-    with pytest.raises(ValueError, match="'gpu:8' is not known"):
-        plan.plan(dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen3-8B")), "gpu:8", {})
+    planner = plan.make_planner(dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen3-8B")), {})
+    for topology, words in (("gpu:8", "'gpu:8' is not known"), ("v5e:2by2", "'v5e:2by2'; expected a chip and its")):
+        with pytest.raises(ValueError, match=words):
+            planner.topology(topology)
+
+
+@pytest.fixture
+def compilations(monkeypatch) -> list[tuple[str, int]]:
+    """Which stages were "compiled" on how many chips: a compiler that says by rule what a step takes."""
+    made: list[tuple[str, int]] = []
+
+    def compiled(run, student, teacher, name, mesh):
+        made.append((name, mesh.size))
+        record = stage_lib.by_arithmetic(run, student, teacher, name, mesh)
+        counts = dataclasses.asdict(Counts(flops=record["ideal_flops"]))
+        return {"peak_bytes": 2 * record["least_bytes"], "temp_bytes": 0, "counts": counts, "compile_seconds": 1.0}
+
+    def devices(topology):
+        return np.array(jax.devices() * 32)[: plans.chip_count(topology)]
+
+    monkeypatch.setattr(stage_lib, "compiled", compiled)
+    monkeypatch.setattr(plans, "topology_devices", devices)
+    monkeypatch.setattr(sharding, "make_mesh", lambda run, devices: sharding.make_abstract_mesh(run, len(devices)))
+    return made
+
+
+def test_the_smallest_slices_are_found_and_kept(compilations, tmp_path):
+    """Stage 1 of 7B goes on fewer chips than stages 2 and 3; what was compiled once is read from the file."""
+    run = dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen2.5-7B-Instruct"))
+    results = tmp_path / "plans.jsonl"
+    found = plan.make_planner(run, {"v6e": 2.0}, results).smallest("v6e")
+    each = {name: (stage["topology"], stage["fits"]) for name, stage in found["each"].items()}
+    assert each == {"stage1": ("v6e:2x2", True), "stage2": ("v6e:4x4", True), "stage3": ("v6e:4x4", True)}
+    assert found["all"]["topology"] == "v6e:4x4" and found["all"]["chips"] == 16
+    assert found["all"]["usd"] == pytest.approx(2 * found["all"]["chip_hours"])
+    assert compilations == [("stage1", 4), ("stage2", 8), ("stage3", 8), ("stage2", 16), ("stage3", 16), ("stage1", 16)]
+    compilations.clear()
+    again = plan.make_planner(run, {"v6e": 2.0}, results).smallest("v6e")
+    assert again == found and not compilations
+    results.write_text("[1]\n")
+    with pytest.raises(ValueError, match="holds no results of plans"):
+        plan.make_planner(run, {}, results)
+
+
+def test_chips_are_ranked_by_cost(compilations, capsys):
+    run = dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen2.5-72B-Instruct"), stages=("stage2",))
+    ranking = plan.make_planner(run, {"a100": 1e6}).auto()
+    costs = [one["all"]["usd"] for one in ranking if one["all"] is not None]
+    assert len(ranking) == len(chips.CHIPS) and costs == sorted(costs) and ranking[-1]["chip"] == "a100"
+    plan.show_ranking(ranking, Console(width=200))
+    shown = capsys.readouterr().out
+    assert all(one["all"]["topology"] in shown for one in ranking) and "arithmetic" in shown and "compiler" in shown
+
+
+def test_a_gpu_is_planned_by_arithmetic(compilations):
+    run = dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen2.5-7B-Instruct"), stages=("stage2",))
+    planned = plan.make_planner(run, {}).topology("h100:8")
+    (only,) = planned["stages"]
+    assert not compilations and "nothing was compiled" in planned["assumptions"][0]
+    # 500M tokens, forward twice and backward, and the teacher, 7.6B weights each: 10 x 7.6e9 at 40% of the peak.
+    assert only["chip_hours"] == pytest.approx(500e6 * 10 * 7.6e9 / (0.4 * 989e12) / 3600, rel=0.1)
+    # 16 bytes for each of the student's parameters and 2 for each of the teacher's, over 8 devices.
+    assert only["least_bytes"] == pytest.approx((16 + 2) * 7.7e9 / 8, rel=0.03)
+    assert only["least_bytes"] < only["peak_bytes"] < 2 * only["least_bytes"]
 
 
 @pytest.mark.slow

@@ -1,20 +1,24 @@
-"""The page of plans: every run's smallest slices, as Markdown, from what was compiled before.
+"""The page of plans: every run's smallest slices as Markdown; what --results has is not compiled again.
 
 python -m radlads_jax.planning.table --results configs/plans.jsonl configs/qwen2_5_7b_rad_rwkv7.py ... > PLANS.md
 """
 
 import argparse
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 from radlads_jax import config as config_lib
 from radlads_jax.plan import make_planner, prepare_environment
 
+CHIPS = ("v6e", "v5p", "v5e")
 STAGES = ("stage1", "stage2", "stage2a", "stage3")
-CHIPS = ("v5e", "v5p", "v6e")
 SHORT, LONG = ("stage1", "stage2", "stage3"), ("stage1", "stage2a")
+PER_SLICE = (
+    ("conversion", "slice (chips)", *STAGES, "USD 1, 2, 3", "USD 1, 2a"),
+    "The smallest slice on which all stages fit: peak GiB of a device, chip-hours and what bounds the step.",
+)
+PER_STAGE = (("conversion", *STAGES), "Every stage on its own smallest slice: the slice and USD.")
 
 
 def read_config(path: Path) -> config_lib.RunConfig:
@@ -28,17 +32,26 @@ def read_config(path: Path) -> config_lib.RunConfig:
     return config_lib.validate(config)
 
 
-def lines(name: str, found: dict[str, Any]) -> list[str]:
-    """The rows of one run on one chip, as `Planner.smallest` found it."""
+def slice_row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
+    """One run on one chip's slice for all stages, from `Planner.smallest`."""
     planned = found["all"]
     if planned is None:
-        return [f"| {name} | {found['chip']} | none of the usual slices | | | | | |"]
+        return (name, f"{found['chip']}: none", *[""] * (len(PER_SLICE[0]) - 2))
     stages = {stage["name"]: stage for stage in planned["stages"]}
-    cells = [
-        f"{s['peak_bytes'] / 2**30:.1f} GiB, {s['chip_hours']:.1f}, {s['bound']}" for s in (stages[n] for n in STAGES)
-    ]
-    bills = ["{:,.0f}".format(sum(stages[n]["usd"] for n in names)) for names in (SHORT, LONG)]
-    return [f"| {name} | {planned['topology']} ({planned['chips']}) | {' | '.join(cells)} | {bills[0]} | {bills[1]} |"]
+    cells = [f"{s['peak_bytes'] / 2**30:.1f}, {s['chip_hours']:,.1f}, {s['bound']}" for s in stages.values()]
+    bills = [f"{sum(stages[stage]['usd'] for stage in names):,.0f}" for names in (SHORT, LONG)]
+    return (name, f"{planned['topology']} ({planned['chips']})", *cells, *bills)
+
+
+def stage_row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
+    """One run on every stage's own slice of one chip, from `Planner.smallest`."""
+    each = found["each"]
+    return (name, *[f"{each[s]['topology']}, {each[s]['usd']:,.0f}" if s in each else "none" for s in STAGES])
+
+
+def markdown(columns: tuple[str, ...], title: str, rows: list[tuple[str, ...]]) -> str:
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "\n".join([title, "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def main() -> None:
@@ -47,13 +60,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     args = parser.parse_args()
     prepare_environment()
-    print("| conversion | slice (chips) | stage 1 | stage 2 | stage 2a | stage 3 | USD 1+2+3 | USD 1+2a |")
-    print("|---|---|---|---|---|---|---|---|")
-    for path in args.configs:
-        planner = make_planner(read_config(path), {}, args.results)
-        for chip in CHIPS:
-            print("\n".join(lines(path.stem, planner.smallest(chip))))
-            sys.stdout.flush()
+    planners = {path.stem: make_planner(read_config(path), {}, args.results) for path in args.configs}
+    # The chips outermost: what is compiled first is the cheapest.
+    found = [(name, planner.smallest(chip)) for chip in CHIPS for name, planner in planners.items()]
+    found.sort(key=lambda one: list(planners).index(one[0]))
+    print(markdown(*PER_SLICE, [slice_row(*one) for one in found]))
+    print()
+    print(markdown(*PER_STAGE, [stage_row(*one) for one in found]))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Expected: consistently worse, yet still usable; figures not published.
 
 from ml_collections import ConfigDict
 
-from radlads_jax.config import paper
+from radlads_jax.recipes import paper
 
 
 def get_config() -> ConfigDict:

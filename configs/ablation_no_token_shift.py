@@ -10,7 +10,7 @@ hellaswag 78.7/79.0, piqa 80.4/80.3, winogrande 68.8/71.1.
 
 from ml_collections import ConfigDict
 
-from radlads_jax.config import paper
+from radlads_jax.recipes import paper
 
 
 def get_config() -> ConfigDict:

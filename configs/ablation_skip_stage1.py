@@ -9,7 +9,7 @@ Expected: much worse, the loss levels off higher however long it trains; figures
 
 from ml_collections import ConfigDict
 
-from radlads_jax.config import paper
+from radlads_jax.recipes import paper
 
 
 def get_config() -> ConfigDict:

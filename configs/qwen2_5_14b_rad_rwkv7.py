@@ -10,7 +10,7 @@ Expected: not published.
 
 from ml_collections import ConfigDict
 
-from radlads_jax.config import paper
+from radlads_jax.recipes import paper
 
 
 def get_config(arg: str = "") -> ConfigDict:

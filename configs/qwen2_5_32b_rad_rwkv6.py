@@ -11,7 +11,7 @@ hellaswag 83.0/85.2, piqa 81.2/81.0, winogrande 78.2/72.9.
 
 from ml_collections import ConfigDict
 
-from radlads_jax.config import paper
+from radlads_jax.recipes import paper
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -11,7 +11,7 @@ hellaswag 85.7/87.4, piqa 82.5/83.6, winogrande 79.6/76.3.
 
 from ml_collections import ConfigDict
 
-from radlads_jax.config import paper
+from radlads_jax.recipes import paper
 
 
 def get_config(arg: str = "") -> ConfigDict:

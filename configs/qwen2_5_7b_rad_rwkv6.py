@@ -12,7 +12,7 @@ hellaswag 79.0/80.5, piqa 80.3/79.4, winogrande 71.1/71.4.
 
 from ml_collections import ConfigDict
 
-from radlads_jax.config import paper
+from radlads_jax.recipes import paper
 
 
 def get_config(arg: str = "") -> ConfigDict:

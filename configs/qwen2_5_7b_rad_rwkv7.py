@@ -13,7 +13,7 @@ After stages 1 and 2a: gsm8k 61.4/85.9, humaneval 50.0/79.9.
 
 from ml_collections import ConfigDict
 
-from radlads_jax.config import paper
+from radlads_jax.recipes import paper
 
 
 def get_config(arg: str = "") -> ConfigDict:

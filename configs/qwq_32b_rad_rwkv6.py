@@ -11,7 +11,7 @@ arc_c 56.4/55.6, arc_e 78.4/78.7, hellaswag 83.0/84.1, piqa 80.4/79.8, winogrand
 
 from ml_collections import ConfigDict
 
-from radlads_jax.config import paper
+from radlads_jax.recipes import paper
 
 
 def get_config(arg: str = "") -> ConfigDict:

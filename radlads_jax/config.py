@@ -1,8 +1,8 @@
 """What a run is told: defaults for get_config(arg), and the checked, frozen form that the code reads.
 
-A configs/*.py file has get_config(arg) -> ConfigDict, made from `defaults()` or `paper()`. `validate` turns it into a
-RunConfig and raises a ValueError that names the nearest field for a misspelt one, and got / expected for a wrong type
-or value.
+A configs/*.py file has get_config(arg) -> ConfigDict, made from `defaults()` or `recipes.paper()`. `validate` turns it
+into a RunConfig and raises a ValueError that names the nearest field for a misspelt one, and got / expected for a
+wrong type or value.
 """
 
 import dataclasses
@@ -108,11 +108,14 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
+    """Adam. moment_dtype: what both of its moments are kept in between steps; they are computed in float32."""
+
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
+    moment_dtype: str = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,25 +196,6 @@ def defaults() -> ConfigDict:
     return config.lock()
 
 
-def paper(teacher: str, mixer: str, arg: str | None = None) -> ConfigDict:
-    """The paper's recipe for a teacher's hub id: DCLM, stages 1, 2 and 3; with the argument "long=true" 1 and 2a."""
-    known = parse_arg(arg, long=False)
-    config = defaults()
-    config.teacher.path = teacher
-    config.student.mixer = mixer
-    config.stages = ("stage1", "stage2a") if known.long else ("stage1", "stage2", "stage3")
-    config.data.source = "hf"
-    # The same documents as dclm-baseline-1.0, whose .jsonl.zst files want one more package to be read.
-    config.data.path = "mlfoundations/dclm-baseline-1.0-parquet"
-    config.data.streaming = True
-    # The published runs let a row's documents see each other.
-    config.data.cross_document = True
-    # 8 rows at a time: a whole batch of long rows is more than any machine's memory holds.
-    config.stage2a.accumulate = 4
-    config.stage3.accumulate = 12
-    return config
-
-
 def parse_arg(arg: str | None, **known: Any) -> ConfigDict:
     """Reads "name=value,name=value" (the part behind the colon in --config file.py:arg) with `known` as defaults."""
     values = dict(known)
@@ -264,6 +248,7 @@ def validate(config: ConfigDict) -> RunConfig:
         "config.dtype": run.dtype,
         "config.teacher.dtype": run.teacher.dtype,
         "config.export.dtype": run.export.dtype,
+        "config.optim.moment_dtype": run.optim.moment_dtype,
     }.items():
         _require(value in ("float32", "bfloat16"), field, value, "'float32' or 'bfloat16'")
     _check_teacher(run.teacher)

@@ -1,13 +1,16 @@
 """Compiles every stage's training step for a pod that is not there: does it fit, how long, and for how much.
 
 python -m radlads_jax.plan --config configs/qwen2_5_72b_rad_rwkv6.py --topology v5p:4x4x8 [--json] [--price v5p=2.1]
+    [--results plans.jsonl]
+
+--topology auto takes the smallest slice of every chip on which all stages fit, and each stage's own smallest one, and
+ranks the chips by cost. GPUs (h100:8, a100:16) are planned by arithmetic alone.
 """
 
 import json
 import os
-import re
 import sys
-import time
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags
@@ -17,11 +20,14 @@ from rich.table import Table
 from radlads_jax import config as config_lib
 from radlads_jax.launch import explain, parse_flags, refuse
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Chips and their torus, e.g. v5e:2x2, v5p:4x4x8 or v6e:8x8.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Chips and their torus, e.g. v5e:2x2, v5p:4x4x8, v6e:8x8, h100:8; or auto."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON in the place of tables.")
 _PRICE = flags.DEFINE_multi_string("price", [], "USD a chip-hour, e.g. v5p=2.1; may be repeated.")
-_HBM_OOM = re.compile(r"([\d.]+)([KMGT])\) exceeds available HBM|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_RESULTS = flags.DEFINE_string(
+    "results", None, "A file that keeps what was compiled, so that it is not compiled again."
+)
 
 
 def main(argv: list[str]) -> int:
@@ -36,13 +42,17 @@ def main(argv: list[str]) -> int:
         run = config_lib.validate(given)
         overrides = _parse_prices(_PRICE.value)
         prepare_environment()
-        result = plan(run, _TOPOLOGY.value, overrides)
+        planner = make_planner(run, overrides, Path(_RESULTS.value) if _RESULTS.value else None)
+        automatic = _TOPOLOGY.value == "auto"
+        result = planner.auto() if automatic else planner.topology(_TOPOLOGY.value)
     except ValueError as error:
         return refuse(error)
     except OSError as error:
         return refuse(explain(error))
     if _JSON.value:
         print(json.dumps(result, indent=2))
+    elif automatic:
+        show_ranking(result, Console())
     else:
         show(result, Console())
     return 0
@@ -55,35 +65,15 @@ def prepare_environment() -> None:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
-def plan(run: config_lib.RunConfig, topology: str, price_overrides: dict[str, float]) -> dict[str, Any]:
-    """Every stage of a run on a topology: a document for JSON. Raises ValueError for what is not known."""
+def make_planner(run: config_lib.RunConfig, price_overrides: dict[str, float], results: Path | None = None) -> Any:
+    """The `plans.Planner` of a run. Raises ValueError for a teacher or a chip that is not known."""
     # Imported late: what is wrong with the command shows without waiting for the compiler's libraries.
-    from radlads_jax import sharding
     from radlads_jax.job import make_student_config
-    from radlads_jax.planning import cost
+    from radlads_jax.planning import chips, plans
 
-    generation = topology.split(":")[0]
-    prices = cost.prices(price_overrides)
-    if generation not in prices:
-        raise ValueError(f"the topology {topology!r} is not known; expected {', '.join(prices)}, as in v5e:2x2.")
     original = teacher_config(run)
     student = make_student_config(original, run)
-    teacher = original.as_teacher_of(student)
-    devices = topology_devices(topology)
-    mesh = sharding.make_mesh(run, devices) or sharding.one_device_mesh(devices[0])
-    chip = cost.CHIPS[generation]
-    stages = [plan_stage(run, student, teacher, name, mesh, chip, prices[generation]) for name in run.stages]
-    fit = all(stage["fits"] for stage in stages)
-    return {
-        "topology": topology,
-        "chips": mesh.size,
-        "mesh": dict(mesh.shape),
-        "usd_per_chip_hour": prices[generation],
-        "stages": stages,
-        "chip_hours": sum(stage["chip_hours"] for stage in stages) if fit else None,
-        "usd": sum(stage["usd"] for stage in stages) if fit else None,
-        "assumptions": list(cost.ASSUMPTIONS),
-    }
+    return plans.Planner(run, student, original.as_teacher_of(student), chips.prices(price_overrides), results)
 
 
 def teacher_config(run: config_lib.RunConfig) -> Any:
@@ -109,93 +99,6 @@ def teacher_config(run: config_lib.RunConfig) -> Any:
     return dataclasses.replace(model_config_from_hf(values), dtype=run.teacher.dtype)
 
 
-def topology_devices(topology: str) -> Any:
-    """The devices of a TPU topology that need not exist."""
-    import jax
-    from jax.experimental import topologies
-
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(
-            f"the TPU compiler does not give the topology {topology!r} ({str(error).splitlines()[0]}); expected one "
-            "such as v5e:2x2, v5p:4x4x8 or v6e:8x8, and the package libtpu, which the extra `tpu` brings."
-        ) from error
-
-
-def plan_stage(run: Any, student: Any, teacher: Any, name: str, mesh: Any, chip: Any, price: float) -> dict[str, Any]:
-    """One stage's compiled step: memory, work, time and price."""
-    import jax
-
-    from pallas_kernels import dispatch
-    from radlads_jax.distill.program import abstract_arguments, make_step
-    from radlads_jax.planning import cost, hlo
-
-    recipe = run.stage(name)
-    arguments = abstract_arguments(run, student, teacher, name, mesh)
-    state, frozen, weights, _ = arguments
-    tokens = recipe.batch_size * recipe.seq_len
-    result: dict[str, Any] = {
-        "name": name,
-        "steps": recipe.steps,
-        "tokens_per_step": tokens,
-        "accumulate": recipe.accumulate,
-        "parameter_bytes": cost.shard_bytes((state.params, frozen)),
-        "optimizer_bytes": cost.shard_bytes(state.opt_state),
-        "teacher_bytes": cost.shard_bytes(weights),
-        "model_flops": tokens * cost.model_flops(student, teacher, name, recipe.seq_len) / mesh.size,
-        "ideal_flops": tokens * cost.model_flops(student, teacher, name, recipe.seq_len, remat=True) / mesh.size,
-    }
-    started = time.monotonic()
-    try:
-        with dispatch.traced_for("tpu"):
-            lowered = make_step(run, student, teacher, name, mesh).lower(*arguments)
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        peak = oom_bytes(str(error))
-        if peak is None:
-            raise
-        empty = dict.fromkeys(("step_seconds", "tokens_per_second", "bound", "hours", "chip_hours", "usd"))
-        return result | {"fits": False, "peak_bytes": peak} | empty | {"compile_seconds": time.monotonic() - started}
-    seconds = time.monotonic() - started
-    memory = compiled.memory_analysis()
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak += memory.temp_size_in_bytes
-    counts = hlo.count(compiled.as_text())
-    timed = cost.step_time(chip, counts)
-    hours = timed.step * recipe.steps / 3600
-    return result | {
-        "fits": peak <= chip.usable,
-        "peak_bytes": peak,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "compiled_flops": counts.flops,
-        "hbm_bytes": counts.hbm_bytes,
-        "link_bytes": counts.link_bytes,
-        "exposed_link_bytes": counts.exposed_link_bytes,
-        "loops_of_unknown_length": counts.unknown_loops,
-        "compute_seconds": timed.compute,
-        "memory_seconds": timed.memory,
-        "network_seconds": timed.network,
-        "step_seconds": timed.step,
-        "bound": timed.bound,
-        "tokens_per_second": tokens / timed.step,
-        "mfu": result["model_flops"] / (timed.step * chip.flops),
-        "hours": hours,
-        "chip_hours": hours * mesh.size,
-        "usd": hours * mesh.size * price,
-        "compile_seconds": seconds,
-    }
-
-
-def oom_bytes(message: str) -> int | None:
-    """What a program would have needed, from the compiler's refusal; None where it refused for another reason."""
-    found = _HBM_OOM.search(message)
-    if found is None:
-        return None
-    number, unit = (group for group in found.groups() if group)
-    return int(float(number) * _UNITS[unit])
-
-
 def show(result: dict[str, Any], console: Console) -> None:
     """The plan as tables."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items() if size > 1) or "one device"
@@ -216,17 +119,16 @@ def show(result: dict[str, Any], console: Console) -> None:
         memory.add_row(stage["name"], "yes" if stage["fits"] else "NO", *figures)
         if stage["step_seconds"] is None:
             continue
-        work.add_row(
-            stage["name"],
-            f"{stage['model_flops'] / 1e12:.2f}",
-            f"{stage['compiled_flops'] / 1e12:.2f}",
-            f"{stage['compiled_flops'] / stage['ideal_flops']:.2f}",
-            f"{stage['hbm_bytes'] / 1e9:.1f}",
-            f"{sum(stage['link_bytes'].values()) / 1e9:.2f}",
-            stage["bound"],
-            f"{stage['step_seconds']:.3f}",
-            f"{stage['mfu']:.1%}",
-        )
+        done = ["", "", "", ""]
+        if stage["counts"] is not None:
+            done = [
+                f"{stage['compiled_flops'] / 1e12:.2f}",
+                f"{stage['compiled_flops'] / stage['ideal_flops']:.2f}",
+                f"{stage['hbm_bytes'] / 1e9:.1f}",
+                f"{sum(stage['link_bytes'].values()) / 1e9:.2f}",
+            ]
+        model, seconds = f"{stage['model_flops'] / 1e12:.2f}", f"{stage['step_seconds']:.3f}"
+        work.add_row(stage["name"], model, *done, stage["bound"], seconds, f"{stage['mfu']:.1%}")
         cost = (f"{stage[k]:,.1f}" for k in ("hours", "chip_hours"))
         bill.add_row(
             stage["name"],
@@ -242,6 +144,23 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(f"USD {result['usd_per_chip_hour']} a chip-hour. Assumed:")
     for line in result["assumptions"]:
         console.print(f"  {line}", soft_wrap=True)
+
+
+def show_ranking(found: list[dict[str, Any]], console: Console) -> None:
+    """What --topology auto found: a line for every chip, the cheapest first."""
+    table = Table(title="The smallest slices on which all stages fit", title_justify="left")
+    for column in ("slice", "by", "stage: its own smallest slice, USD", "hours", "chip-hours", "USD"):
+        table.add_column(column, justify="right" if column in ("hours", "chip-hours", "USD") else "left")
+    for one in found:
+        each = [f"{name}: {stage['topology']}, {stage['usd']:,.0f}" for name, stage in one["each"].items()]
+        if one["all"] is None:
+            table.add_row(f"{one['chip']}: none", "", "\n".join(each))
+            continue
+        hours = sum(stage["hours"] for stage in one["all"]["stages"])
+        how = "arithmetic" if all(stage["counts"] is None for stage in one["all"]["stages"]) else "compiler"
+        bill = (f"{hours:,.1f}", f"{one['all']['chip_hours']:,.1f}", f"{one['all']['usd']:,.0f}")
+        table.add_row(one["all"]["topology"], how, "\n".join(each), *bill)
+    console.print(table)
 
 
 def _parse_prices(given: list[str]) -> dict[str, float]:

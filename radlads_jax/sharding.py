@@ -83,8 +83,7 @@ def mesh_sizes(mesh: config_lib.Mesh, devices: int, rows: Mapping[str, int], *, 
 def make_mesh(run: config_lib.RunConfig, devices: Any = None) -> DeviceMesh | None:
     """The mesh of a run over `devices` (default: all there are); None where it would have one device."""
     devices = jax.devices() if devices is None else devices
-    rows = {name: run.stage(name).batch_size // run.stage(name).accumulate for name in run.stages}
-    sizes = mesh_sizes(run.mesh, len(devices), rows, shared=devices[0].platform == "cpu")
+    sizes = mesh_sizes(run.mesh, len(devices), _rows_at_once(run), shared=devices[0].platform == "cpu")
     shape = tuple(sizes[axis] for axis in AXES)
     count = int(np.prod(shape))
     if count < len(devices) and jax.process_count() > 1:
@@ -97,6 +96,16 @@ def make_mesh(run: config_lib.RunConfig, devices: Any = None) -> DeviceMesh | No
     # Not jax.make_mesh: on chips with a torus of three dimensions it refuses a mesh axis that is a part of one of them.
     placed = mesh_utils.create_device_mesh(shape, devices[:count], allow_split_physical_axes=True)
     return DeviceMesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def make_abstract_mesh(run: config_lib.RunConfig, devices: int) -> AbstractMesh:
+    """The mesh of a run over so many devices of an accelerator, of which none need be there."""
+    sizes = mesh_sizes(run.mesh, devices, _rows_at_once(run))
+    return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _rows_at_once(run: config_lib.RunConfig) -> dict[str, int]:
+    return {name: run.stage(name).batch_size // run.stage(name).accumulate for name in run.stages}
 
 
 def traced_over(mesh: DeviceMesh | None) -> AbstractContextManager[Any]:
@@ -136,7 +145,7 @@ def abstract(mesh: AnyMesh | None, tree: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, placed)
 
 
-def rows_sharding(mesh: DeviceMesh, rows: int) -> NamedSharding:
+def rows_sharding(mesh: AnyMesh, rows: int) -> NamedSharding:
     """A batch's rows over data and fsdp, as far as these divide them."""
     return NamedSharding(mesh, fitting_spec((ROWS,), (rows,), mesh))
 
@@ -217,6 +226,26 @@ moved.defvjp(_moved_forward, _moved_backward)
 def residual(x: jax.Array) -> jax.Array:
     """[B, T, D] as it lies between layers: rows over data and fsdp, positions over context and tensor."""
     return constrain(x, ROWS, ("context", "tensor"))
+
+
+@jax.custom_vjp
+def to_residual(x: jax.Array) -> jax.Array:
+    """What a mixer or MLP gives, as `residual`; its gradient comes to them with a row's, or a piece's, positions whole.
+
+    Left to itself the gradient stays in its positions, for which every device fetches all widths of the matrices.
+    """
+    return residual(x)
+
+
+def _to_residual_forward(x: jax.Array) -> tuple[jax.Array, None]:
+    return residual(x), None
+
+
+def _to_residual_backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (constrain(residual(gradient), ROWS, "context"),)
+
+
+to_residual.defvjp(_to_residual_forward, _to_residual_backward)
 
 
 def whole_rows(x: jax.Array) -> jax.Array:

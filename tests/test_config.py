@@ -16,12 +16,12 @@ from radlads_jax.config import (
     Student,
     check_override,
     defaults,
-    paper,
     parse_arg,
     validate,
 )
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.models.config import MIXER_NAMES
+from radlads_jax.recipes import paper
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -113,7 +113,7 @@ def test_the_papers_recipe(path):
         assert (stage.seq_len, stage.batch_size, stage.steps, *rates) == row
         assert stage.warmup_steps == 50
     assert (run.stage2a.decay_begin, run.stage2a.decay_end) == (0.833, 0.875)
-    assert dataclasses.astuple(run.optim) == (0.9, 0.95, 1e-8, 0.0, 1.0)
+    assert dataclasses.astuple(run.optim) == (0.9, 0.95, 1e-8, 0.0, 1.0, "float32")
     assert run.data.cross_document
     assert validate(load(path, "long=true")).stages == ("stage1", "stage2a")
 
@@ -213,6 +213,7 @@ def test_a_misspelt_field_can_not_be_set():
         ("data.documents", 0, ["config.data.documents is 0"]),
         ("optim.beta2", 1.0, ["config.optim.beta2 is 1.0", "less than 1"]),
         ("optim.eps", 0.0, ["config.optim.eps is 0.0"]),
+        ("optim.moment_dtype", "float16", ["config.optim.moment_dtype is 'float16'", "'bfloat16'"]),
         ("train.log_every", 0, ["config.train.log_every is 0", "at least 1"]),
     ],
 )

@@ -15,7 +15,7 @@ FORBIDDEN = {
     "radlads_jax/models/": ("radlads_jax.distill", "radlads_jax.train", "radlads_jax.data"),
     "radlads_jax/distill/": ("radlads_jax.train", "radlads_jax.data"),
 }
-CONFIGS_MAY_IMPORT = ("radlads_jax.config",)
+CONFIGS_MAY_IMPORT = ("radlads_jax.config", "radlads_jax.recipes")
 MAY_IMPORT_TRAIN = ("radlads_jax/launch.py", "radlads_jax/train.py")
 
 

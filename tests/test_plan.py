@@ -10,12 +10,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from rich.console import Console
 
 from radlads_jax import plan, sharding
 from radlads_jax.config import RunConfig, Teacher
 from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, bind
-from radlads_jax.planning import cost, hlo
+from radlads_jax.planning import chips, cost, hlo, memory, plans
+from radlads_jax.planning import stage as stage_lib
 from radlads_jax.planning.hlo import Counts
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.known_models import KNOWN_CONFIGS
@@ -92,6 +95,52 @@ ENTRY"""
     assert hlo.count(text) == hlo.count(PROGRAM)
 
 
+def test_an_unrolled_loop_counts_by_its_stride():
+    """A windowed product that the compiler unrolled runs its body half as often as its bound says."""
+    text = """%body (q: (u32[], f32[8,16], f32[16,8])) -> (u32[], f32[8,16], f32[16,8]) {
+  %q = (u32[], f32[8,16]{1,0}, f32[16,8]{1,0}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%q), index=0
+  %copy.1 = u32[]{:T(128)S(6)} copy(%i)
+  %two = u32[]{:T(128)} constant(2), metadata={op_name="n"}
+  %next = u32[]{:T(128)} add(%copy.1, %two)
+  %x = f32[8,16]{1,0} get-tuple-element(%q), index=1
+  %y = f32[16,8]{1,0} get-tuple-element(%q), index=2
+  %dot.1 = f32[8,8]{1,0} dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (u32[], f32[8,16]{1,0}, f32[16,8]{1,0}) tuple(%next, %x, %y)
+}
+
+%until (p: (u32[], f32[8,16], f32[16,8])) -> pred[] {
+  %n = u32[]{:T(128)} constant(7)
+  %p = (u32[], f32[8,16]{1,0}, f32[16,8]{1,0}) parameter(0)
+  %j = u32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%j, %n), direction=LT
+}
+
+ENTRY %main (a: (u32[], f32[8,16], f32[16,8])) -> (u32[], f32[8,16], f32[16,8]) {
+  %a = (u32[], f32[8,16]{1,0}, f32[16,8]{1,0}) parameter(0)
+  ROOT %while.1 = (u32[], f32[8,16]{1,0}, f32[16,8]{1,0}) while(%a), condition=%until, body=%body
+}
+"""
+    assert hlo.count(text).flops == 4 * 2 * 8 * 8 * 16
+    assert hlo.count(text.replace("constant(2)", "constant(1)")).flops == 7 * 2 * 8 * 8 * 16
+
+
+def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
+    text = """%all-reduce-scatter.1 (p: bf16[8,16]) -> bf16[2,16] {
+  %p = bf16[8,16]{1,0} parameter(0)
+  %all-reduce.1 = bf16[8,16]{1,0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %dynamic-slice.1 = bf16[2,16]{1,0} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={2,16}
+}
+
+ENTRY %main (a: bf16[8,16]) -> bf16[2,16] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  ROOT %fusion.1 = bf16[2,16]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    assert hlo.count(text).link_bytes == {"reduce-scatter": 8 * 16 * 2 * 3 / 4}
+
+
 def test_a_collective_in_several_fusions_is_one():
     """Started before a loop, stepped in it and ended after it: counted once, beside the loop's own work."""
     text = """%gather (p: bf16[8,16]) -> bf16[8,64] {
@@ -157,6 +206,24 @@ def test_a_compiled_loop_on_this_machine():
     assert hlo.count(text).flops == 5 * 2 * 16 * 32 * 32
 
 
+def test_what_a_remat_policy_computes_again():
+    """Layers forward and backward are three passes of matmuls; "dots" keeps their results, "full" makes a fourth."""
+    tokens = jax.ShapeDtypeStruct((2, 24), jnp.int32)
+
+    def compiled(remat: str):
+        def loss(params, tokens):
+            return bind(TEACHER, params).hidden(tokens, remat=remat)[0].sum()
+
+        return jax.jit(jax.grad(loss)).lower(abstract_params(TEACHER), tokens).compile()
+
+    layers = 48 * 2 * (cost.matmul_weights(TEACHER) - 32 * 64)
+    scores = 48 * 2 * cost.mixing_flops(TEACHER, 24)
+    flops = {remat: hlo.count(compiled(remat).as_text()).flops for remat in ("none", "dots", "full")}
+    assert flops["none"] == pytest.approx(3 * layers + 3 * scores, rel=0.02)
+    assert flops["dots"] == pytest.approx(3 * layers + 4 * scores, rel=0.02)
+    assert flops["full"] == pytest.approx(4 * layers + 4 * scores, rel=0.02)
+
+
 def test_a_forward_pass_by_hand_and_as_compiled():
     """The teacher's matrices and scores; a compiled pass over whole rows counts every score, not the causal half."""
     weights = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 32 * 64
@@ -211,7 +278,7 @@ def test_the_papers_configs_name_known_models():
     assert all(any(f'"{name}"' in file.read_text() for name in KNOWN_CONFIGS) for file in files)
 
 
-CHIP = cost.Chip(flops=100.0, hbm_rate=10.0, link_rate=5.0, clock=2.0, usable=1e9, price=3.0)
+CHIP = chips.Chip(flops=100.0, hbm_rate=10.0, link_rate=5.0, clock=2.0, usable=1e9, price=3.0)
 
 
 @pytest.mark.parametrize(
@@ -247,14 +314,14 @@ def test_bytes_of_a_shard():
     mesh = sharding.make_mesh(dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, fsdp=4, tensor=2)))
     params = abstract_params(TEACHER)
     whole = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert cost.shard_bytes(params) == whole
-    assert whole / 8 <= cost.shard_bytes(sharding.abstract(mesh, params)) < whole / 6
+    assert memory.shard_bytes(params) == whole
+    assert whole / 8 <= memory.shard_bytes(sharding.abstract(mesh, params)) < whole / 6
 
 
 def test_prices():
-    assert cost.prices({"v5p": 2.0}) | {"v5e": 0} == cost.prices({"v5p": 2.0, "v5e": 0.0})
+    assert chips.prices({"v5p": 2.0}) | {"v5e": 0} == chips.prices({"v5p": 2.0, "v5e": 0.0})
     with pytest.raises(ValueError, match=r"v9=1\.0"):
-        cost.prices({"v9": 1.0})
+        chips.prices({"v9": 1.0})
     with pytest.raises(ValueError, match="'v5p=cheap'"):
         plan._parse_prices(["v5p=cheap"])
 
@@ -263,8 +330,8 @@ def test_what_the_compiler_says_of_memory():
     said = "RESOURCE_EXHAUSTED: CompileTimeHbmOom: the program's (36.38G) exceeds available HBM (15.75G)"
     also = "Ran out of memory in memory space hbm. Used 36.38G of 15.75G hbm."
     for text in (said, also):
-        assert plan.oom_bytes(text) == int(36.38 * 2**30)
-    assert plan.oom_bytes("something else") is None
+        assert stage_lib.oom_bytes(text) == int(36.38 * 2**30)
+    assert stage_lib.oom_bytes("something else") is None
 
 
 def test_teachers_without_a_network(tmp_path):
@@ -274,8 +341,74 @@ def test_teachers_without_a_network(tmp_path):
         assert plan.teacher_config(run).hidden_size == 4096
     with pytest.raises(ValueError, match="the shapes of some/model are not known"):
         plan.teacher_config(dataclasses.replace(RunConfig(), teacher=Teacher(path="some/model")))
-    with pytest.raises(ValueError, match="'gpu:8' is not known"):
-        plan.plan(dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen3-8B")), "gpu:8", {})
+    planner = plan.make_planner(dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen3-8B")), {})
+    for topology, words in (("gpu:8", "'gpu:8' is not known"), ("v5e:2by2", "'v5e:2by2'; expected a chip and its")):
+        with pytest.raises(ValueError, match=words):
+            planner.topology(topology)
+
+
+@pytest.fixture
+def compilations(monkeypatch) -> list[tuple[str, int]]:
+    """Which stages were "compiled" on how many chips: a compiler that says by rule what a step takes."""
+    made: list[tuple[str, int]] = []
+
+    def compiled(run, student, teacher, name, mesh):
+        made.append((name, mesh.size))
+        record = stage_lib.by_arithmetic(run, student, teacher, name, mesh)
+        counts = dataclasses.asdict(Counts(flops=record["ideal_flops"]))
+        return {"peak_bytes": 2 * record["least_bytes"], "temp_bytes": 0, "counts": counts, "compile_seconds": 1.0}
+
+    def devices(topology):
+        return np.array(jax.devices() * 32)[: plans.chip_count(topology)]
+
+    monkeypatch.setattr(stage_lib, "compiled", compiled)
+    monkeypatch.setattr(plans, "topology_devices", devices)
+    monkeypatch.setattr(sharding, "make_mesh", lambda run, devices: sharding.make_abstract_mesh(run, len(devices)))
+    return made
+
+
+def test_the_smallest_slices_are_found_and_kept(compilations, tmp_path):
+    """Of 7B stage 1 goes on fewer chips than stage 3, and that, without a teacher, on fewer than stage 2.
+
+    By arithmetic stage 2 can not go on four chips: it is not compiled there. What was compiled is read from the file.
+    """
+    run = dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen2.5-7B-Instruct"))
+    results = tmp_path / "plans.jsonl"
+    found = plan.make_planner(run, {"v6e": 2.0}, results).smallest("v6e")
+    each = {name: (stage["topology"], stage["fits"]) for name, stage in found["each"].items()}
+    assert each == {"stage1": ("v6e:2x2", True), "stage2": ("v6e:4x4", True), "stage3": ("v6e:2x4", True)}
+    assert found["all"]["topology"] == "v6e:4x4" and found["all"]["chips"] == 16
+    assert found["all"]["usd"] == pytest.approx(2 * found["all"]["chip_hours"])
+    assert compilations[:4] == [("stage1", 4), ("stage3", 4), ("stage2", 8), ("stage3", 8)]
+    assert compilations[4:] == [("stage2", 16), ("stage1", 16), ("stage3", 16)]
+    compilations.clear()
+    again = plan.make_planner(run, {"v6e": 2.0}, results).smallest("v6e")
+    assert again == found and not compilations
+    results.write_text("[1]\n")
+    with pytest.raises(ValueError, match="holds no results of plans"):
+        plan.make_planner(run, {}, results)
+
+
+def test_chips_are_ranked_by_cost(compilations, capsys):
+    run = dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen2.5-72B-Instruct"), stages=("stage2",))
+    ranking = plan.make_planner(run, {"a100": 1e6}).auto()
+    costs = [one["all"]["usd"] for one in ranking if one["all"] is not None]
+    assert len(ranking) == len(chips.CHIPS) and costs == sorted(costs) and ranking[-1]["chip"] == "a100"
+    plan.show_ranking(ranking, Console(width=200))
+    shown = capsys.readouterr().out
+    assert all(one["all"]["topology"] in shown for one in ranking) and "arithmetic" in shown and "compiler" in shown
+
+
+def test_a_gpu_is_planned_by_arithmetic(compilations):
+    run = dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen2.5-7B-Instruct"), stages=("stage2",))
+    planned = plan.make_planner(run, {}).topology("h100:8")
+    (only,) = planned["stages"]
+    assert not compilations and "nothing was compiled" in planned["assumptions"][0]
+    # 500M tokens, forward twice and backward, and the teacher, 7.6B weights each: 10 x 7.6e9 at 40% of the peak.
+    assert only["chip_hours"] == pytest.approx(500e6 * 10 * 7.6e9 / (0.4 * 989e12) / 3600, rel=0.1)
+    # 16 bytes for each of the student's parameters and 2 for each of the teacher's, over 8 devices.
+    assert only["least_bytes"] == pytest.approx((16 + 2) * 7.7e9 / 8, rel=0.03)
+    assert only["least_bytes"] < only["peak_bytes"] < 2 * only["least_bytes"]
 
 
 @pytest.mark.slow

@@ -50,14 +50,14 @@ def align_loss(
         def error(mixer_params, layer_id, h, target, v_first, structure=structure):
             mixer = nnx.merge(structure, sharding.gathered(mixer_params, student_cfg, "mixer/"))
             out, v_first, _ = mixer(h.astype(student_dtype), context, v_first, layer_id, None)
-            return jnp.sum(_distance(target, out) * counted), v_first
+            return jnp.sum(_distance(target, sharding.to_residual(out)) * counted), v_first
 
         def body(carry, inputs, error=error):
             x, v_first = carry
             layer, mixer_params, layer_id = inputs
             layer = sharding.gathered(layer, teacher_cfg)
             h = sharding.whole_rows(layer.input_norm(x))
-            target, _, _ = layer.mixer(h, context, None, None, None)
+            target = sharding.residual(layer.mixer(h, context, None, None, None)[0])
             layer_sum, v_first = rematted(error, remat)(mixer_params, layer_id, h, target, v_first)
             return (layer.after_mixer(x, target), v_first), layer_sum
 

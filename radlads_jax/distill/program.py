@@ -85,7 +85,9 @@ def make_step(run: RunConfig, student: ModelConfig, teacher: ModelConfig, name: 
     return jax.jit(step_over_mesh, donate_argnums=0, out_shardings=(state, NamedSharding(mesh, PartitionSpec())))
 
 
-def abstract_arguments(run: RunConfig, student: ModelConfig, teacher: ModelConfig, name: str, mesh: Mesh) -> tuple:
+def abstract_arguments(
+    run: RunConfig, student: ModelConfig, teacher: ModelConfig, name: str, mesh: sharding.AnyMesh
+) -> tuple:
     """What `make_step`'s step takes, as shapes with their shardings; the teacher in the dtype it is run in."""
     state, (_, frozen) = abstract_state(run, student, name, mesh), abstract_student(run, student, name, mesh)
     weights = None

@@ -59,8 +59,8 @@ class Layer(nnx.Module):
 
     def after_mixer(self, x: Float[Array, "B T D"], out: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The layer's result, given its input and its mixer's output."""
-        x = x + sharding.residual(out)
-        return x + sharding.residual(self.mlp(sharding.whole_rows(self.post_norm(x))))
+        x = x + sharding.to_residual(out)
+        return x + sharding.to_residual(self.mlp(sharding.whole_rows(self.post_norm(x))))
 
 
 class Decoder(nnx.Module):

@@ -8,6 +8,7 @@ from flax import nnx
 from flax.nnx import initializers
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.sharded import ROWS, constrain
 from radlads_jax.models.config import ModelConfig
 
 
@@ -46,7 +47,9 @@ class MLP(nnx.Module):
         self.down = linear(cfg.intermediate_size, cfg.hidden_size, cfg, rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        # Said here because a backward pass left to itself gathers all widths and computes one kernel's gradient whole.
+        gate, up = (constrain(y, ROWS, "context", "tensor") for y in (self.gate(x), self.up(x)))
+        return self.down(jax.nn.silu(gate) * up)
 
 
 def orthogonal(gain: float) -> initializers.Initializer:

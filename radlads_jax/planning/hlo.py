@@ -137,7 +137,10 @@ def _run(
         counts.flops += times * _flops(one, body)
         kind = one.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            transfer = Transfer(kind, _received(one, body, kind), times, hidden or one.opcode.endswith("-start"))
+            received = _received(one, body, kind)
+            if kind == "all-reduce" and _is_scattered(one, body):
+                kind, received = "reduce-scatter", received / 2
+            transfer = Transfer(kind, received, times, hidden or one.opcode.endswith("-start"))
             _add_transfer(transfers, transfer, one)
         if not fused and one.opcode not in _FREE and not one.opcode.endswith(_HALVES):
             counts.hbm_bytes += times * _hbm_bytes(one, body, computations)
@@ -161,16 +164,34 @@ def _run(
 
 
 def _trips(loop: Instruction, computations: dict[str, Computation]) -> int | None:
-    """How often a loop runs: as the compiler notes it, or as its condition says, i < n (a scan counts from 0)."""
+    """How often a loop runs: as the compiler notes it, or as its condition says, i < n (counted from 0)."""
     if noted := _TRIPS.search(loop.rest):
         return int(noted[1])
-    for role, names in _called(loop):
-        condition = computations.get(names[0], {}) if role == "condition" else {}
-        for one in condition.values():
-            bound = condition.get(one.operands[1]) if one.opcode == "compare" and "direction=LT" in one.rest else None
-            if bound is not None and bound.opcode == "constant":
-                return int(bound.rest.split(")")[0])
+    called = {role: computations.get(names[0], {}) for role, names in _called(loop)}
+    condition = called.get("condition", {})
+    for one in condition.values():
+        bound = condition.get(one.operands[1]) if one.opcode == "compare" and "direction=LT" in one.rest else None
+        if bound is not None and bound.opcode == "constant":
+            counter = condition[_source(condition, one.operands[0])]
+            return -(-_constant(bound) // _stride(counter, called.get("body", {})))
     return None
+
+
+def _stride(counter: Instruction, body: Computation) -> int:
+    """What a loop's body adds to the counter that its condition reads: more than 1 where the compiler unrolled it."""
+    place = re.search(r"index=(\d+)", counter.rest)
+    result = list(body.values())[-1] if body else None
+    if place is None or result is None or result.opcode != "tuple":
+        return 1
+    added = body.get(_source(body, result.operands[int(place[1])]))
+    if added is None or added.opcode != "add":
+        return 1
+    constants = [body[name] for name in added.operands if name in body and body[name].opcode == "constant"]
+    return max(1, _constant(constants[0])) if constants else 1
+
+
+def _constant(one: Instruction) -> int:
+    return int(one.rest.split(")")[0])
 
 
 def _called(one: Instruction) -> Iterator[tuple[str, list[str]]]:
@@ -229,6 +250,12 @@ def _received(one: Instruction, body: Computation, kind: str) -> float:
         "reduce-scatter": given * share,
         "all-to-all": given * share,
     }.get(kind, float(given))
+
+
+def _is_scattered(one: Instruction, body: Computation) -> bool:
+    """A TPU's reduce-scatter is written as a fusion of an all-reduce and the slice that is kept of it."""
+    users = [other for other in body.values() if one.name in other.operands]
+    return bool(users) and all(other.opcode == "dynamic-slice" for other in users)
 
 
 def _add_transfer(transfers: dict[str, Transfer], new: Transfer, one: Instruction) -> None:

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from pallas_kernels.sharded import fitting
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting.names import Layout, Location, ParamPath, disk_tensors, flatten, nest, param_shapes, shown
 from radlads_jax.porting.safetensors_read import StoredTensor, open_checkpoint
@@ -104,18 +105,40 @@ def _zeros_maker(
 
 def _place(param: jax.Array, tensor: StoredTensor, location: Location, sharding: Sharding | None) -> jax.Array:
     """The parameter with one tensor from a file put in; the old array is given up."""
-    host = tensor.open()
-    if isinstance(sharding, NamedSharding):
+    if isinstance(sharding, NamedSharding) and not sharding.is_fully_addressable:
+        piece = _by_rows(tensor, sharding, location)
+    elif isinstance(sharding, NamedSharding):
+        host = tensor.open()
         piece_sharding = _disk_sharding(sharding, location)
         piece = jax.make_array_from_callback(host.shape, piece_sharding, lambda index: host[index])
     elif sharding is None or isinstance(sharding, SingleDeviceSharding):
-        piece = jax.device_put(host, sharding)
+        piece = jax.device_put(tensor.open(), sharding)
     else:
         raise NotImplementedError(f"porting places parameters with NamedSharding, not {type(sharding).__name__}.")
     index = np.array(location.index, np.int32)
     placed = _writer(sharding)(param, piece, index, layout=location.layout)
     # The next tensor is mapped only when this one has left the host.
     return jax.block_until_ready(placed)
+
+
+def _by_rows(tensor: StoredTensor, sharding: NamedSharding, location: Location) -> jax.Array:
+    """One tensor as it is on disk, of which every process reads other rows; the devices exchange them as it is placed.
+
+    As the parameter itself lies, a host keeps columns of most matrices: they are in all pages of the file, so that
+    every host would read the whole of it.
+    """
+    kept = _disk_sharding(sharding, location).spec[0]
+    # First those axes over which rows are split in the parameter too: the others change places within their groups.
+    order = sorted(
+        sharding.mesh.axis_names, key=lambda axis: axis not in (kept if isinstance(kept, tuple) else (kept,))
+    )
+    rows = NamedSharding(sharding.mesh, PartitionSpec(fitting(order, tensor.shape[0], sharding.mesh)))
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        return tensor.rows(*index[0].indices(tensor.shape[0])[:2])
+
+    return jax.make_array_from_callback(tensor.shape, rows, part)
 
 
 def _disk_sharding(sharding: NamedSharding, location: Location) -> NamedSharding:

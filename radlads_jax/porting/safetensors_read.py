@@ -61,6 +61,16 @@ class StoredTensor:
             pages = mmap.mmap(file.fileno(), self.stop - page_start, offset=page_start, access=mmap.ACCESS_READ)
         return np.frombuffer(pages, self.dtype, math.prod(self.shape), self.start - page_start).reshape(self.shape)
 
+    def rows(self, begin: int, end: int) -> np.ndarray:
+        """Rows [begin, end) of the tensor, read at once: from the disk comes hardly a page beside theirs."""
+        shape = (end - begin, *self.shape[1:])
+        size = math.prod(self.shape[1:]) * self.dtype.itemsize
+        with open(self.file, "rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            data = np.fromfile(file, np.uint8, (end - begin) * size, offset=self.start + begin * size)
+        return data.view(self.dtype).reshape(shape)
+
 
 def open_checkpoint(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a model directory by name, not yet read.

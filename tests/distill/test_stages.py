@@ -211,6 +211,27 @@ def test_non_finite_steps_are_skipped_and_counted():
     assert int(recovered.skipped) == 1 and int(recovered.skipped_in_a_row) == 0
 
 
+def test_moments_kept_in_bfloat16():
+    """Half the bytes; after gradients of one size and then of another, moments as float64 has them to 2%."""
+    stage = StageConfig(tokens=10**6, lr=1e-3, lr_final=1e-3, mixer_lr=1e-3, mixer_lr_final=1e-3, warmup_steps=0)
+    optimizer = make_optimizer(stage, Optim(clip=0.0, moment_dtype="bfloat16"))
+    grads = np.random.default_rng(0).normal(size=(120, 4000)) * np.repeat([1.0, 3.0], 60)[:, None]
+    params = {"head": jnp.zeros(4000)}
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    first, second = np.zeros(4000), np.zeros(4000)
+    for gradient in grads:
+        updates, state = update({"head": jnp.asarray(gradient, jnp.float32)}, state, params)
+        first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient**2
+    steps = len(grads)
+    wanted = -1e-3 * first / (1 - 0.9**steps) / (np.sqrt(second / (1 - 0.95**steps)) + 1e-8)
+    kept = path_leaves(state)
+    moments = {path.split("/")[-2]: leaf for path, leaf in kept.items() if path.endswith("head")}
+    assert moments.keys() == {"mu", "nu"} and all(leaf.dtype == jnp.bfloat16 for leaf in moments.values())
+    for found, expected in ((moments["mu"], first), (moments["nu"], second), (updates["head"], wanted)):
+        error = np.asarray(found, np.float64) - expected
+        assert np.sqrt(np.mean(error**2) / np.mean(expected**2)) < 0.02
+
+
 def test_frozen_paths_are_not_in_the_optimizer():
     student_cfg, _, teacher, mixers = make_pair("rwkv7")
     student = whole_student(student_cfg, teacher, mixers)

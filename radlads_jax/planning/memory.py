@@ -1,0 +1,59 @@
+"""What a device holds in a training step, counted by hand: what lies there between steps, and what a step needs more.
+
+The temporary bytes are those of a pass with `remat` "full": a layer's input is kept, all else is computed again.
+"""
+
+from typing import Any
+
+import jax
+
+from radlads_jax.config import StageConfig
+from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.decoder import abstract_params
+from radlads_jax.sharding import AnyMesh
+
+# Bytes for each token and column of r in a mixer's backward pass. bfloat16: r, k, v, a, b and the output; float32:
+# decay, in-context rate, value residual; the gradients of all of them; the kernel's state every 64 tokens.
+_MIXER_BYTES = {"rad_rwkv6": 44, "rad_rwkv7": 56, "attention": 32}
+# bfloat16 in an MLP's backward pass: gate, up, their product and the gradients of the three.
+_MLP_BYTES = 12
+# bfloat16: a layer's input and output, the normed rows that mixer and MLP read, and the gradients of the two.
+_ROW_BYTES = 12
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of shapes with shardings."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        part = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+        size = leaf.dtype.itemsize
+        for length in part:
+            size *= length
+        total += size
+    return total
+
+
+def temporary_bytes(
+    recipe: StageConfig, student: ModelConfig, gradients: int, mesh: AnyMesh, *, whole_student: bool
+) -> dict[str, float]:
+    """What a step needs beside its arguments, by what it is for. gradients: bytes of one device's share of them."""
+    axes = mesh.shape
+    rows_split = axes["data"] * axes["fsdp"]
+    tokens = recipe.batch_size // recipe.accumulate * recipe.seq_len / (rows_split * axes["context"])
+    kept = tokens / axes["tensor"] * student.num_layers * 2
+    columns = student.num_heads * student.head_dim / axes["tensor"]
+    mixer = _MIXER_BYTES[student.recurrent_mixer or "attention"] * columns
+    mlp = _MLP_BYTES * student.intermediate_size / axes["tensor"]
+    layer = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(student)["stacks"])) / student.num_layers
+    parts = {"gradients": float(gradients) * (2 if recipe.accumulate > 1 else 1)}
+    if whole_student:
+        parts["layers' inputs"] = kept * student.hidden_size
+        parts["last hidden states"] = 3 * 2 * tokens * student.hidden_size
+    else:
+        parts["mixers' inputs and targets"] = kept * student.hidden_size * (axes["tensor"] + 1)
+    if student.recurrent_mixer == "rad_rwkv7":
+        parts["value residuals"] = kept * student.num_heads * student.head_dim
+    # The layer's own in bfloat16, whole over fsdp, and its gradients.
+    parts["one layer's weights"] = 2 * 2 * layer / axes["tensor"]
+    parts["one layer's activations"] = tokens * (max(mixer, mlp) + _ROW_BYTES * student.hidden_size)
+    return parts

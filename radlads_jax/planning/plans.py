@@ -1,0 +1,138 @@
+"""Plans of whole runs: on one topology, or on the smallest slices of every chip on which they fit."""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from radlads_jax import sharding
+from radlads_jax.config import RunConfig
+from radlads_jax.models.config import ModelConfig
+from radlads_jax.planning import stage as stage_lib
+from radlads_jax.planning.chips import CHIPS, known_chip
+from radlads_jax.planning.cost import ASSUMPTIONS, ASSUMPTIONS_UNCOMPILED
+
+
+class Planner:
+    """Plans of one run. results: a file of JSON lines with what was compiled before, to which new records are added."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        student: ModelConfig,
+        teacher: ModelConfig,
+        prices: dict[str, float],
+        results: Path | None = None,
+    ):
+        self.run, self.student, self.teacher, self.prices, self.results = run, student, teacher, prices, results
+        self.known = read_results(results) if results is not None and results.exists() else {}
+
+    def stage(self, topology: str, name: str) -> dict[str, Any]:
+        """One stage on one topology, priced; compiled unless that is known, or by arithmetic it can not fit."""
+        chip = CHIPS[known_chip(topology)]
+        mesh = sharding.make_abstract_mesh(self.run, chip_count(topology))
+        record = stage_lib.by_arithmetic(self.run, self.student, self.teacher, name, mesh)
+        if not chip.is_compiled_for:
+            record |= stage_lib.uncompiled(record)
+        elif record["least_bytes"] > chip.usable:
+            record |= stage_lib.too_large(record)
+        else:
+            record |= self._compiled(topology, name, dict(mesh.shape))
+        return stage_lib.priced(record, chip, self.prices[known_chip(topology)], mesh.size)
+
+    def topology(self, topology: str) -> dict[str, Any]:
+        """Every stage on one topology: a document for JSON. Raises ValueError for a topology that is not known."""
+        chip = CHIPS[known_chip(topology)]
+        mesh = sharding.make_abstract_mesh(self.run, chip_count(topology))
+        stages = [self.stage(topology, name) for name in self.run.stages]
+        fit = all(stage["fits"] for stage in stages)
+        return {
+            "topology": topology,
+            "chips": mesh.size,
+            "mesh": dict(mesh.shape),
+            "usd_per_chip_hour": self.prices[known_chip(topology)],
+            "stages": stages,
+            "chip_hours": sum(stage["chip_hours"] for stage in stages) if fit else None,
+            "usd": sum(stage["usd"] for stage in stages) if fit else None,
+            "assumptions": list(ASSUMPTIONS if chip.is_compiled_for else ASSUMPTIONS_UNCOMPILED),
+        }
+
+    def smallest(self, name: str) -> dict[str, Any]:
+        """Of one chip: the smallest slice on which all stages fit, as `topology` has it (or None), and each stage's."""
+        waiting, alone = list(self.run.stages), {}
+        for shape in CHIPS[name].slices:
+            topology = f"{name}:{shape}"
+            for stage in waiting:
+                planned = self.stage(topology, stage)
+                if planned["fits"]:
+                    alone[stage] = planned | {"topology": topology}
+            waiting = [stage for stage in waiting if stage not in alone]
+            if not waiting:
+                return {"chip": name, "all": self.topology(topology), "each": alone}
+        return {"chip": name, "all": None, "each": alone}
+
+    def auto(self) -> list[dict[str, Any]]:
+        """`smallest` of every chip, the cheapest first, those on which a stage fits nowhere last."""
+        found = [self.smallest(name) for name in CHIPS]
+        return sorted(found, key=lambda one: math.inf if one["all"] is None else one["all"]["usd"])
+
+    def _compiled(self, topology: str, name: str, mesh_sizes: dict[str, int]) -> dict[str, Any]:
+        asked = {"teacher": self.run.teacher.path, "student": self.run.student.mixer, "stage": name}
+        asked |= {"topology": topology, "mesh": mesh_sizes}
+        optim, slice_tokens = self.run.optim, self.run.train.slice_tokens
+        key = _key(self.student, self.teacher, self.run.stage(name), optim, slice_tokens, asked)
+        if key not in self.known:
+            devices = topology_devices(topology)
+            mesh = sharding.make_mesh(self.run, devices) or sharding.one_device_mesh(devices[0])
+            found = stage_lib.compiled(self.run, self.student, self.teacher, name, mesh)
+            self.known[key] = asked | found
+            if self.results is not None:
+                _write_results(self.results, self.known)
+        return {k: v for k, v in self.known[key].items() if k not in asked}
+
+
+def chip_count(topology: str) -> int:
+    """Chips of v5p:2x2x4, or of h100:8; ValueError where there is no such number."""
+    _, _, shape = topology.partition(":")
+    if not shape or not all(part.isdecimal() and int(part) > 0 for part in shape.split("x")):
+        raise ValueError(
+            f"the topology is {topology!r}; expected a chip and its slice, as v5e:2x2, v5p:4x4x8 or h100:8."
+        )
+    return math.prod(int(part) for part in shape.split("x"))
+
+
+def topology_devices(topology: str) -> Any:
+    """The devices of a TPU topology that need not exist."""
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"the TPU compiler does not give the topology {topology!r} ({str(error).splitlines()[0]}); expected one "
+            "such as v5e:2x2, v5p:4x4x8 or v6e:8x8, and the package libtpu, which the extra `tpu` brings."
+        ) from error
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """What was compiled, by key. Raises ValueError for a file that is none of results."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {line.pop("key"): line for line in lines}
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} holds no results of plans ({error}); expected what --results wrote.") from error
+
+
+def _write_results(path: Path, known: dict[str, dict[str, Any]]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    text = "".join(json.dumps({"key": key} | value) + "\n" for key, value in known.items())
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _key(*parts: Any) -> str:
+    """Of all that decides a program; not of this project's version: delete the results where the step has changed."""
+    return hashlib.sha256(repr((parts, jax.__version__)).encode()).hexdigest()[:16]

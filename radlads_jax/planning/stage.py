@@ -1,0 +1,138 @@
+"""One stage of a run on one mesh: what its compiled step needs and does, and what that costs.
+
+A record is what the compiler said, a document for JSON; `priced` turns it into hours and USD.
+"""
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+
+from pallas_kernels import dispatch
+from radlads_jax import sharding
+from radlads_jax.config import RunConfig
+from radlads_jax.distill.program import abstract_arguments, make_step
+from radlads_jax.distill.stages import STAGES
+from radlads_jax.models.config import ModelConfig
+from radlads_jax.planning import cost, hlo, memory
+from radlads_jax.planning.chips import Chip
+
+_HBM_OOM = re.compile(r"([\d.]+)([KMGT])\) exceeds available HBM|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_TIMES = ("step_seconds", "tokens_per_second", "mfu", "bound", "hours", "chip_hours", "usd")
+
+
+def by_arithmetic(
+    run: RunConfig, student: ModelConfig, teacher: ModelConfig, name: str, mesh: sharding.AnyMesh
+) -> dict[str, Any]:
+    """What is known of a stage on one device before anything is compiled: bytes that it holds, the model's FLOPs.
+
+    least_bytes: arguments and gradients, without which no step is.
+    """
+    recipe = run.stage(name)
+    state, frozen, weights, _ = abstract_arguments(run, student, teacher, name, mesh)
+    tokens = recipe.batch_size * recipe.seq_len
+    flops = {
+        key: tokens * cost.model_flops(student, teacher, name, recipe.seq_len, remat=remat) / mesh.size
+        for key, remat in (("model_flops", False), ("ideal_flops", True))
+    }
+    held = {
+        "parameter_bytes": memory.shard_bytes((state.params, frozen)),
+        "optimizer_bytes": memory.shard_bytes(state.opt_state),
+        "teacher_bytes": memory.shard_bytes(weights),
+    }
+    gradients = memory.shard_bytes(state.params)
+    needed = memory.temporary_bytes(recipe, student, gradients, mesh, whole_student=STAGES[name].whole_student)
+    sizes = {"name": name, "steps": recipe.steps, "tokens_per_step": tokens, "accumulate": recipe.accumulate}
+    return (
+        sizes
+        | held
+        | flops
+        | {"least_bytes": sum(held.values()) + gradients, "temp_bytes_by_hand": sum(needed.values())}
+    )
+
+
+def compiled(
+    run: RunConfig, student: ModelConfig, teacher: ModelConfig, name: str, mesh: sharding.DeviceMesh
+) -> dict[str, Any]:
+    """What the TPU compiler says of a stage's step: peak and temporary bytes, counts; of what does not fit the peak."""
+    arguments = abstract_arguments(run, student, teacher, name, mesh)
+    started = time.monotonic()
+    try:
+        with dispatch.traced_for("tpu"):
+            lowered = make_step(run, student, teacher, name, mesh).lower(*arguments)
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        peak = oom_bytes(str(error))
+        if peak is None:
+            raise
+        return {"peak_bytes": peak, "temp_bytes": None, "counts": None, "compile_seconds": time.monotonic() - started}
+    seconds = time.monotonic() - started
+    sizes = program.memory_analysis()
+    peak = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return {
+        "peak_bytes": peak + sizes.temp_size_in_bytes,
+        "temp_bytes": sizes.temp_size_in_bytes,
+        "counts": dataclasses.asdict(hlo.count(program.as_text())),
+        "compile_seconds": seconds,
+    }
+
+
+def too_large(record: dict[str, Any]) -> dict[str, Any]:
+    """In the place of `compiled`, for what can not fit: its least bytes alone."""
+    return {"peak_bytes": record["least_bytes"], "temp_bytes": None, "counts": None, "compile_seconds": 0.0}
+
+
+def uncompiled(record: dict[str, Any]) -> dict[str, Any]:
+    """In the place of `compiled`, for a chip without a compiler here: all by hand."""
+    arguments = sum(record[f"{part}_bytes"] for part in ("parameter", "optimizer", "teacher"))
+    temporary = record["temp_bytes_by_hand"]
+    return {"peak_bytes": arguments + temporary, "temp_bytes": temporary, "counts": None, "compile_seconds": 0.0}
+
+
+def priced(record: dict[str, Any], chip: Chip, price: float, chips: int) -> dict[str, Any]:
+    """The record with whether it fits, and where it does how long it takes and what that costs."""
+    fits = record["peak_bytes"] <= chip.usable
+    if not fits:
+        return record | {"fits": False} | dict.fromkeys(_TIMES)
+    if record["counts"] is None:
+        timed, done = cost.step_time_uncompiled(chip, record["ideal_flops"]), {}
+    else:
+        counts = hlo.Counts(**record["counts"])
+        timed = cost.step_time(chip, counts)
+        done = {
+            "compiled_flops": counts.flops,
+            "hbm_bytes": counts.hbm_bytes,
+            "link_bytes": counts.link_bytes,
+            "exposed_link_bytes": counts.exposed_link_bytes,
+            "loops_of_unknown_length": counts.unknown_loops,
+            "compute_seconds": timed.compute,
+            "memory_seconds": timed.memory,
+            "network_seconds": timed.network,
+        }
+    hours = timed.step * record["steps"] / 3600
+    return (
+        record
+        | done
+        | {
+            "fits": True,
+            "step_seconds": timed.step,
+            "tokens_per_second": record["tokens_per_step"] / timed.step,
+            "mfu": record["model_flops"] / (timed.step * chip.flops),
+            "bound": timed.bound,
+            "hours": hours,
+            "chip_hours": hours * chips,
+            "usd": hours * chips * price,
+        }
+    )
+
+
+def oom_bytes(message: str) -> int | None:
+    """What a program would have needed, from the compiler's refusal; None where it refused for another reason."""
+    found = _HBM_OOM.search(message)
+    if found is None:
+        return None
+    number, unit = (group for group in found.groups() if group)
+    return int(float(number) * _UNITS[unit])

@@ -305,7 +305,7 @@ def problems(workdir: pathlib.Path, expected: dict[str, Any], steps: dict[str, i
 def trial(
     start: Callable[[Moment], Attempt],
     workdir: pathlib.Path,
-    moments: Callable[[], Moment],
+    moments: Callable[[pathlib.Path], Moment],
     kills: int,
     accepted: Callable[[Attempt], bool],
 ) -> tuple[list[Attempt], list[str]]:
@@ -317,7 +317,7 @@ def trial(
     wrong: list[str] = []
     unnamed: set[str] = set()
     while True:
-        done = start(moments() if len(ended) < kills else Moment())
+        done = start(moments(workdir) if len(ended) < kills else Moment())
         unnamed = {path for path in unnamed if "removing the unfinished" not in done.text or path not in done.text}
         if done.code == 0 and (workdir / "summary.json").exists():
             ended += [done] if done.hit else []
@@ -363,18 +363,27 @@ def main() -> int:
         starter = stack.enter_context(Starter(root / "cache", UNOPTIMIZED if given.short else ""))
         undisturbed = [root / "first"] if given.short else [root / "first", root / "second"]
         for workdir in undisturbed:
-            words = flags(teacher, workdir, given.mixer, steps)
-            whole = starter.attempt(words, workdir, Moment(), "KILL", fresh=given.fresh > 0)
-            assert whole.code == 0, whole.text
-        operations = int(re.findall(r"(\d+) operations", whole.text)[-1])
-        print(f"undisturbed: {whole.seconds:.1f} s, {operations} operations on files", flush=True)
+            # A directory of an earlier trial has these already.
+            if not (workdir / "summary.json").exists():
+                words = flags(teacher, workdir, given.mixer, steps)
+                whole = starter.attempt(words, workdir, Moment(), "KILL", fresh=given.fresh > 0)
+                assert whole.code == 0, whole.text
+                (workdir / "seconds").write_text(str(whole.seconds))
+        seconds = float((undisturbed[-1] / "seconds").read_text())
+        said = (undisturbed[-1].with_name(f"{undisturbed[-1].name}.log")).read_text()
+        operations = int(re.findall(r"(\d+) operations", said)[-1])
+        print(f"undisturbed: {seconds:.1f} s, {operations} operations on files", flush=True)
         expected = result(root / "first", steps)
         wrong = [text for workdir in undisturbed for text in problems(workdir, expected, steps)]
 
-        def moment() -> Moment:
+        def moment(workdir: pathlib.Path) -> Moment:
+            """Any moment of what is left of the run."""
+            metrics = workdir / "metrics.jsonl"
+            done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+            left = max(1 - done / sum(steps.values()), 0.1)
             if not given.short and rng.random() < 0.5:
-                return Moment(seconds=rng.uniform(0, whole.seconds))
-            return Moment(operation=rng.randint(1, operations))
+                return Moment(seconds=rng.uniform(0, seconds * left))
+            return Moment(operation=rng.randint(1, round(operations * left)))
 
         ended: list[Attempt] = []
         runs = 0

@@ -116,10 +116,13 @@ def run(teacher: pathlib.Path, workdir: pathlib.Path, steps: dict[str, int]) -> 
 
 
 def damage(checkpoint: pathlib.Path) -> None:
-    largest = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    data = bytearray(largest.read_bytes())
-    data[len(data) // 2] ^= 1
-    largest.write_bytes(data)
+    """Flips a bit in every file of arrays' data, parameters and optimizer."""
+    large = [path for path in (checkpoint / "state").rglob("*/d/*") if path.stat().st_size > 20_000]
+    assert large
+    for path in large:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
 
 
 def test_a_run_goes_on_from_the_newest_whole_checkpoints(teacher, tmp_path, monkeypatch, capsys) -> None:

@@ -119,7 +119,7 @@ class Optim:
 class Train:
     """Steps between log lines, between checkpoints, checkpoints kept; non-finite steps in a row that end the run.
 
-    slice_tokens: tokens whose logits are held at once in the loss (0 = chosen by the kernel).
+    slice_tokens: tokens whose logits are held at once in the loss (0 = chosen by the kernel). wandb_project: "" = none.
     """
 
     log_every: int = 10
@@ -130,6 +130,7 @@ class Train:
     eval_batch_size: int = 8
     sample_prompts: tuple[str, ...] = ()
     sample_tokens: int = 64
+    wandb_project: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +205,7 @@ def paper(teacher: str, mixer: str, arg: str | None = None) -> ConfigDict:
     # The same documents as dclm-baseline-1.0, whose .jsonl.zst files want one more package to be read.
     config.data.path = "mlfoundations/dclm-baseline-1.0-parquet"
     config.data.streaming = True
-    # The published runs let a row's documents see each other.
-    config.data.cross_document = True
+    config.data.cross_document = True  # The published runs let a row's documents see each other.
     # 8 rows at a time: a whole batch of long rows is more than any machine's memory holds.
     config.stage2a.accumulate = 4
     config.stage3.accumulate = 12

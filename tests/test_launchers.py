@@ -103,7 +103,8 @@ def test_jobsets(name: str) -> None:
         "operator": "In",
         "values": [launch.EXIT_FAILED],
     }
-    assert spec["failurePolicy"]["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+    refused = {"name": "refused", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    assert spec["failurePolicy"]["rules"] == [refused]
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert set(mounted) == {volume["name"] for volume in pod(name)["volumes"]}
     workdir = next(word for word in container["command"] if word.startswith("--workdir="))

@@ -122,7 +122,7 @@ class Optim:
 class Train:
     """Steps between log lines, between checkpoints, checkpoints kept; non-finite steps in a row that end the run.
 
-    slice_tokens: tokens whose logits are held at once in the loss (0 = chosen by the kernel).
+    slice_tokens: tokens whose logits are held at once in the loss (0 = chosen by the kernel). wandb_project: "" = none.
     """
 
     log_every: int = 10
@@ -133,6 +133,7 @@ class Train:
     eval_batch_size: int = 8
     sample_prompts: tuple[str, ...] = ()
     sample_tokens: int = 64
+    wandb_project: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

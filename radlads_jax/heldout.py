@@ -22,6 +22,7 @@ from radlads_jax.distill.losses import Batch, next_tokens, read_rows
 from radlads_jax.job import Job
 from radlads_jax.models import ModelConfig, bind
 from radlads_jax.models.decoder import Params
+from radlads_jax.untrusted import brief
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -152,11 +153,17 @@ def results_table(summary: dict[str, Any]) -> Group:
             row += [f"{values['kl']:.4f}", f"{values['agreement']:.2%}", _percent(summary["relative_top1"])]
         scores.add_row(name, *row)
     samples = [
-        f"\n[bold]{escape(s['prompt'])}[/bold]\n"
-        + "\n".join(f"  {name}: {escape(' '.join(s[name].split()))}" for name in ("teacher", "student") if name in s)
+        f"\n[bold]{_on_a_line(s['prompt'])}[/bold]\n"
+        + "\n".join(f"  {name}: {_on_a_line(s[name])}" for name in ("teacher", "student") if name in s)
         for s in summary.get("samples", [])
     ]
     return Group(stages, scores, *samples)
+
+
+def _on_a_line(text: str) -> str:
+    """Text that a model may have made, for a terminal: neither markup nor control characters do anything."""
+    line = " ".join(text.split())
+    return escape(brief(line, len(line)))
 
 
 def _percent(share: float | None) -> str:

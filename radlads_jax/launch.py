@@ -32,7 +32,7 @@ _FORCE = flags.DEFINE_bool("force", False, "Begin although one of these checks f
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 # What may differ between a run and its continuation: none of it changes the result.
-FREE_FIELDS = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped")
+FREE_FIELDS = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "wandb_project")
 EXIT_FAILED, EXIT_STOPPED = 1, 128
 
 

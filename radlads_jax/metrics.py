@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from radlads_jax.curves import Curves
+from radlads_jax.wandb_curves import WandbCurves
 
 FILE_NAME = "metrics.jsonl"
 PLAIN_LINE_SECONDS = 30.0
@@ -46,10 +47,11 @@ class MetricsLogger:
     Of several processes only the first writes. On a terminal there is a bar; elsewhere a plain line now and then.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, console: Console | None = None):
+    def __init__(self, workdir: str | os.PathLike, *, console: Console | None = None, wandb: WandbCurves | None = None):
         self.workdir = Path(workdir)
         self._enabled = jax.process_index() == 0
         self._console = console or Console()
+        self._wandb = wandb
         self._file: TextIO | None = None
         self._writer: Curves | None = None
         self._display: _Bar | _Lines | None = None
@@ -103,6 +105,8 @@ class MetricsLogger:
         for name, value in numbers.items():
             if not isinstance(value, list):
                 self._writer.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(stage, step, numbers)
         self._display.loss = numbers.get("loss", self._display.loss)
 
     def sync(self) -> None:
@@ -134,6 +138,9 @@ class MetricsLogger:
     def close(self) -> None:
         """Flushes and closes everything; may be called twice."""
         self._end_stage()
+        if self._wandb is not None:
+            self._wandb.close()
+            self._wandb = None
 
     def __enter__(self) -> "MetricsLogger":
         return self

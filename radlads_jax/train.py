@@ -28,6 +28,7 @@ from radlads_jax.porting.student import init_mixers, transfer_table, whole_stude
 from radlads_jax.report import write_report
 from radlads_jax.stopping import stop_signals
 from radlads_jax.train_state import TrainState, overlay_params, split_params
+from radlads_jax.wandb_curves import WandbCurves
 
 console = Console()
 
@@ -104,7 +105,9 @@ def convert(job: Job, teacher: Params | None = None) -> dict[str, Any]:
         return summary
     if teacher is None and job.student.recurrent_mixer:
         teacher = job.load_teacher(job.run.teacher.dtype)
-    with MetricsLogger(job.workdir) as logger, stop_signals() as stopping:
+    project, settings = job.run.train.wandb_project, dataclasses.asdict(job.run)
+    wandb = WandbCurves(job.workdir, project, settings) if project and hosts.is_first() else None
+    with MetricsLogger(job.workdir, wandb=wandb) as logger, stop_signals() as stopping:
         stages, student = train_all(job, teacher, logger, stopping)
         if signum := hosts.agreed(stopping() or 0):
             raise Interrupted(signum, "the end of the last stage")

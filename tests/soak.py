@@ -132,6 +132,7 @@ def watch(minutes: float, directory: Path) -> tuple[list[Sample], list[int]]:
             )
         lines = (run / "metrics.jsonl").read_text().splitlines()
         ends.append(json.loads(lines[-1])["step"])
+        (directory / "samples.json").write_text(json.dumps(samples))
     return samples, ends
 
 
@@ -195,7 +196,6 @@ def main() -> int:
         directory = arguments.directory or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
         samples, ends = watch(arguments.minutes, directory)
-        (directory / "samples.json").write_text(json.dumps(samples))
         fine = report(samples, ends)
     if arguments.plot:
         draw(samples, arguments.plot)

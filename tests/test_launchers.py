@@ -103,11 +103,24 @@ def test_jobsets(name: str) -> None:
         "operator": "In",
         "values": [launch.EXIT_FAILED],
     }
-    assert spec["failurePolicy"]["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+    refused = {"name": "refused", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    assert spec["failurePolicy"]["rules"] == [refused]
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert set(mounted) == {volume["name"] for volume in pod(name)["volumes"]}
     workdir = next(word for word in container["command"] if word.startswith("--workdir="))
     assert workdir.removeprefix("--workdir=").startswith(mounted["runs"])
+
+
+@pytest.mark.parametrize("name", JOBSETS)
+def test_jobs_are_of_kubernetes_own_schema(name: str) -> None:
+    """Strictly: a field that Kubernetes does not know is an error."""
+    validator = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+    job = jobset(name)["spec"]["replicatedJobs"][0]["template"]
+    job |= {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "hosts"}}
+    validator.validate(job, desired_version="1.30", strict=True)
+    job["spec"]["completion"] = 1
+    with pytest.raises(validator.ValidationError, match="completion"):
+        validator.validate(job, desired_version="1.30", strict=True)
 
 
 def test_tpu_hosts_cover_the_topology() -> None:

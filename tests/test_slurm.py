@@ -110,6 +110,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         await_words(environ, ["sinfo", "--noheader", "--format=%T"], "idle", 120)
         yield environ
     finally:
+        subprocess.run(["scancel", "--user=root"], env=environ, timeout=60)
         for daemon in reversed(daemons):
             daemon.terminate()
             daemon.wait(timeout=60)

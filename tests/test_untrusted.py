@@ -1,15 +1,18 @@
 """Strangers' files run nothing: no pickle is read anywhere, no code of theirs is imported, no name leads elsewhere."""
 
 import ast
+import io
 import pathlib
 import pickle
 import sys
 from collections.abc import Callable, Iterator
 
 import pytest
+from rich.console import Console
 
 from radlads_jax.checkpoint import Checkpoints
 from radlads_jax.evaluation.task_code import check_task_code
+from radlads_jax.heldout import results_table
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -172,3 +175,15 @@ def test_python_code_of_a_task_file_runs_only_when_asked(tmp_path: pathlib.Path,
     (place / "plain").mkdir()
     (place / "plain" / "task.yaml").write_text("task: t\ndoc_to_text: '{{text}}'\n")
     check_task_code([str(place / "plain" / "task.yaml")])
+
+
+def test_samples_say_nothing_to_the_terminal() -> None:
+    """Neither colours, titles and links, nor rich's own markup."""
+    hostile = "\x1b[31mred\x1b[0m \x1b]0;title\x07 [bold]b[/bold] \x9b2J"
+    sample = {"prompt": hostile, "teacher": hostile, "student": hostile}
+    scores = {"loss": 1.0, "top1": 0.5}
+    console = Console(file=io.StringIO(), width=200, force_terminal=False)
+    console.print(results_table({"stages": [], "tokens": 1, "student": scores, "samples": [sample]}))
+    said = console.file.getvalue()
+    assert said.count("\\x1b[31mred\\x1b[0m \\x1b]0;title\\x07 [bold]b[/bold] \\x9b2J") == 3
+    assert not set(said) & {"\x1b", "\x07", "\x9b"}

@@ -141,6 +141,42 @@ ENTRY %main (a: bf16[8,16]) -> bf16[2,16] {
     assert hlo.count(text).link_bytes == {"reduce-scatter": 8 * 16 * 2 * 3 / 4}
 
 
+def test_what_is_scheduled_between_a_collectives_start_and_end():
+    """By a sparse core, called: 300 cycles run beside the gather, in each of five turns."""
+    text = """%gather (p: bf16[8,16]) -> bf16[8,64] {
+  %p = bf16[8,16]{1,0} parameter(0)
+  ROOT %ag = bf16[8,64]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={1}
+}, execution_thread="sparsecore"
+
+%other (r: bf16[8,16]) -> bf16[8,16] {
+  %r = bf16[8,16]{1,0} parameter(0)
+  ROOT %n = bf16[8,16]{1,0} negate(%r)
+}
+
+%body (q: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %q = (s32[], bf16[8,16]{1,0}) parameter(0)
+  %x = bf16[8,16]{1,0} get-tuple-element(%q), index=1
+  %call-start.1 = ((), (), s32[]{:S(2)}) call-start(), async_execution_thread="sparsecore", to_apply=%gather
+  %before = bf16[8,16]{1,0} fusion(%x), kind=kLoop, calls=%other, backend_config={"estimated_cycles":"50"}
+  %call-update.1 = ((bf16[8,16]{1,0}), bf16[8,64]{1,0}) call-update(%call-start.1, %x)
+  %beside = bf16[8,16]{1,0} fusion(%x), kind=kLoop, calls=%other, backend_config={"estimated_cycles":"300"}
+  %call-done.1 = bf16[8,64]{1,0} call-done(%call-update.1)
+  ROOT %t = (s32[], bf16[8,16]{1,0}) tuple(%q)
+}
+
+ENTRY %main (a: bf16[8,16]) -> bf16[8,64] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  ROOT %while.1 = (s32[], bf16[8,16]) while(%a), body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+    counts, received = hlo.count(text), 8 * 64 * 2 * 3 / 4
+    assert counts.link_bytes == {"all-gather": 5 * received} and counts.exposed_link_bytes == 0
+    assert counts.begun == [(received, 300.0, 5.0)] and counts.cycles == 5 * 350
+    # 768 bytes take 153.6 s, of which 150 s pass beside the 300 cycles.
+    timed = cost.step_time(CHIP, dataclasses.replace(counts, hbm_bytes=0.0))
+    assert timed.step == pytest.approx(5 * 350 / 2 + 5 * (received / 5 - 300 / 2))
+
+
 def test_a_collective_in_several_fusions_is_one():
     """Started before a loop, stepped in it and ended after it: counted once, beside the loop's own work."""
     text = """%gather (p: bf16[8,16]) -> bf16[8,64] {

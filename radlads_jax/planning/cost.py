@@ -20,8 +20,8 @@ ASSUMPTIONS = (
     "step = max(compiler's cycles / clock, FLOPs / peak, HBM bytes / rate) + what links can not do beside it; cycles "
     "are the TPU compiler's static estimates of its own operations, which tend to be 1.3 to 1.8 times too many.",
     "the recurrence runs as this project's TPU kernels, at their static cycles on a v6e, twice as many on v5e and v5p.",
-    "links: one ring over one torus axis, at its full rate; a collective runs beside what the compiler scheduled between "
-    "its start and its end.",
+    "links: one ring over one torus axis, at its full rate; a collective runs beside what the compiler scheduled "
+    "between its start and its end.",
     _STEPS_ALONE,
 )
 ASSUMPTIONS_UNCOMPILED = (

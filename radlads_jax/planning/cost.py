@@ -20,7 +20,8 @@ ASSUMPTIONS = (
     "step = max(compiler's cycles / clock, FLOPs / peak, HBM bytes / rate) + what links can not do beside it; cycles "
     "are the TPU compiler's static estimates of its own operations, which tend to be 1.3 to 1.8 times too many.",
     "the recurrence runs as this project's TPU kernels, at their static cycles on a v6e, twice as many on v5e and v5p.",
-    "links: one ring over one torus axis; collectives that the compiler started early run beside the computation.",
+    "links: one ring over one torus axis, at its full rate; a collective runs beside what the compiler scheduled "
+    "between its start and its end.",
     _STEPS_ALONE,
 )
 ASSUMPTIONS_UNCOMPILED = (
@@ -85,6 +86,8 @@ def step_time(chip: Chip, counts: Counts) -> StepTime:
     compute = max((counts.cycles + chip.kernel_cycles * own) / chip.clock, counts.flops / chip.flops)
     memory, network = counts.hbm_bytes / chip.hbm_rate, counts.all_link_bytes / chip.link_rate
     exposed = counts.exposed_link_bytes / chip.link_rate
+    for received, beside, times in counts.begun:
+        exposed += times * max(0.0, received / chip.link_rate - beside / chip.clock)
     busy = max(compute, memory)
     step = busy + exposed + max(0.0, network - exposed - busy)
     parts = {"compute": compute, "memory": memory, "network": network}

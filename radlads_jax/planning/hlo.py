@@ -32,7 +32,8 @@ _HALVES = ("-done", "-update")
 @dataclasses.dataclass
 class Counts:
     """Of one device in one run. link_bytes: what collectives bring it, by kind; exposed_link_bytes: those that nothing
-    runs beside. cycles: the compiler's estimate of its own operations, 0 where it makes none. kernels: elements of the
+    runs beside. begun: of collectives with a start and an end, bytes, cycles of what is scheduled between these, and
+    how often. cycles: the compiler's estimate of its own operations, 0 where it makes none. kernels: elements of the
     first result of every kernel by its name, of whose insides the compiler says nothing.
     """
 
@@ -43,6 +44,7 @@ class Counts:
     unknown_loops: int = 0
     link_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
     kernels: dict[str, float] = dataclasses.field(default_factory=dict)
+    begun: list[tuple[float, float, float]] = dataclasses.field(default_factory=list)
 
     @property
     def all_link_bytes(self) -> float:
@@ -51,12 +53,16 @@ class Counts:
 
 @dataclasses.dataclass
 class Transfer:
-    """A collective: what it brings to a device, how often it runs, and whether other operations run beside it."""
+    """A collective: what it brings to a device, how often it runs, and whether other operations run beside it.
+
+    beside: their cycles, where its start and its end are in the same computation.
+    """
 
     kind: str
     received: float
     times: float
     hidden: bool
+    beside: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +87,8 @@ def count(text: str) -> Counts:
     for one in transfers.values():
         moved = one.times * one.received
         counts.link_bytes[one.kind] = counts.link_bytes.get(one.kind, 0.0) + moved
+        if one.beside is not None:
+            counts.begun.append((one.received, one.beside, one.times))
         counts.exposed_link_bytes += 0.0 if one.hidden else moved
     return counts
 
@@ -133,7 +141,14 @@ def _run(
     hidden: bool,
 ) -> None:
     """Adds what `body` does, run so many times. fused: inside one operation; hidden: beside other operations."""
+    now, begun = 0.0, dict[str, float]()
     for one in body.values():
+        if one.opcode.endswith(("-start", "-update")):
+            begun[one.name] = now
+        elif one.opcode.endswith("-done") and one.operands[0] in begun:
+            transfer = transfers.get(_begun_key(body[one.operands[0]], body, computations))
+            if transfer is not None:
+                transfer.beside = now - begun[one.operands[0]]
         counts.flops += times * _flops(one, body)
         kind = one.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
@@ -145,6 +160,7 @@ def _run(
         if not fused and one.opcode not in _FREE and not one.opcode.endswith(_HALVES):
             counts.hbm_bytes += times * _hbm_bytes(one, body, computations)
             cycles = _CYCLES.search(one.rest)
+            now += float(cycles[1]) if cycles else 0.0
             counts.cycles += times * float(cycles[1]) if cycles else 0.0
             if kernel := _KERNEL.search(one.rest):
                 counts.kernels[kernel[1]] = counts.kernels.get(kernel[1], 0.0) + times * math.prod(_dims(one.type))
@@ -154,10 +170,11 @@ def _run(
                 trips = _trips(one, computations)
                 counts.unknown_loops += trips is None
                 inner_times = times * (trips or 1)
-            elif role == "condition" or (role == "to_apply" and one.opcode != "call"):
+            elif role == "condition" or (role == "to_apply" and one.opcode not in ("call", "call-start")):
                 continue
-            inside = fused or one.opcode in ("fusion", "async-start")
-            beside = hidden or one.opcode == "async-start" or "async" in one.name
+            # A call-start is a collective that a TPU's sparse cores run.
+            inside = fused or one.opcode in ("fusion", "async-start", "call-start")
+            beside = hidden or one.opcode in ("async-start", "call-start") or "async" in one.name
             for name in names:
                 if name in computations:
                     _run(computations, computations[name], inner_times, counts, transfers, fused=inside, hidden=beside)
@@ -260,13 +277,26 @@ def _is_scattered(one: Instruction, body: Computation) -> bool:
 
 def _add_transfer(transfers: dict[str, Transfer], new: Transfer, one: Instruction) -> None:
     """A TPU's collective beside other work is written in several fusions: its start, steps (in loops too), and end."""
-    channel = _CHANNEL.search(one.rest)
-    key = f"{new.kind} {channel[1]}" if channel else f"alone {len(transfers)}"
+    key = _channel_key(one) or f"alone {len(transfers)}"
     if key not in transfers:
         transfers[key] = new
         return
     known = transfers[key]
     known.times, known.hidden = min(known.times, new.times), True
+
+
+def _channel_key(one: Instruction) -> str:
+    channel = _CHANNEL.search(one.rest)
+    return f"{one.opcode.removesuffix('-start')} {channel[1]}" if channel else ""
+
+
+def _begun_key(one: Instruction, body: Computation, computations: dict[str, Computation]) -> str:
+    """The key of the collective that this instruction starts, itself or by a call."""
+    while one.opcode.endswith("-update") and one.operands[0] in body:
+        one = body[one.operands[0]]
+    called = [computations.get(name, {}) for role, names in _called(one) if role == "to_apply" for name in names]
+    inside = [i for computation in called for i in computation.values() if i.opcode in COLLECTIVES]
+    return _channel_key(inside[0] if one.opcode == "call-start" and inside else one)
 
 
 def _group_size(rest: str) -> int:

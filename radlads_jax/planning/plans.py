@@ -82,8 +82,8 @@ class Planner:
         return sorted(found, key=lambda one: math.inf if one["all"] is None else one["all"]["usd"])
 
     def _compiled(self, topology: str, name: str, mesh_sizes: dict[str, int]) -> dict[str, Any]:
-        asked = {"teacher": self.run.teacher.path, "student": self.run.student.mixer, "stage": name}
-        asked |= {"topology": topology, "mesh": mesh_sizes}
+        asked: dict[str, Any] = {"teacher": self.run.teacher.path, "student": self.run.student.mixer, "stage": name}
+        asked |= {"topology": topology, "mesh": mesh_sizes, "libtpu": os.environ.get("LIBTPU_INIT_ARGS", "")}
         optim, slice_tokens = self.run.optim, self.run.train.slice_tokens
         key = _key(self.student, self.teacher, self.run.stage(name), optim, slice_tokens, asked)
         if key not in self.known:
@@ -122,7 +122,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return {line.pop("key"): line for line in lines}
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no results of plans ({error}); expected what --results wrote.") from error
 
 

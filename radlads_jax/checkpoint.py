@@ -15,6 +15,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from radlads_jax.storage import in_bucket
+
 Tree = TypeVar("Tree")
 
 MAX_LISTED = 10
@@ -32,7 +34,9 @@ class Checkpoints:
         for name, value in (("keep", keep), ("every", every)):
             if value < 1:
                 raise ValueError(f"checkpoint {name} is {value}; expected at least 1. Set {name} to a positive number.")
-        self.directory = epath.Path(directory).expanduser().resolve()
+        directory = epath.Path(directory)
+        # epath would make a bucket's URL a path below the working directory.
+        self.directory = directory if in_bucket(directory) else directory.expanduser().resolve()
         self.every = every
         for unfinished in ocp.utils.tmp_checkpoints(self.directory):
             logging.warning("removing the unfinished checkpoint %s: its save was interrupted", unfinished.get())

@@ -15,8 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tensorboardX import SummaryWriter
 
+from radlads_jax.storage import Mirror, as_path
+
 FILE_NAME = "metrics.jsonl"
 PLAIN_LINE_SECONDS = 30.0
+# Between two sendings of all that was logged, where the work directory is in a bucket.
+SEND_SECONDS = 60.0
 
 # Dense bfloat16 FLOP/s of one jax device, from the makers' data sheets. A TPU7x chip is two devices.
 PEAK_FLOPS = {
@@ -43,7 +47,8 @@ class MetricsLogger:
     """
 
     def __init__(self, workdir: str | os.PathLike, *, console: Console | None = None):
-        self.workdir = Path(workdir)
+        self.workdir = as_path(workdir)
+        self._mirror = Mirror(self.workdir)
         self._enabled = jax.process_index() == 0
         self._console = console or Console()
         self._file: TextIO | None = None
@@ -66,12 +71,13 @@ class MetricsLogger:
         self._tokens_per_step, self._flops_per_token = tokens_per_step, flops_per_token
         if not self._enabled:
             return
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        path = self.workdir / FILE_NAME
+        self._mirror.path.mkdir(parents=True, exist_ok=True)
+        self._mirror.fetch(FILE_NAME)
+        path = self._mirror.path / FILE_NAME
         _drop_lines_beyond(path, stage, start)
         self._file = path.open("a", encoding="utf-8")
         # purge_step hides the curves' points beyond `start` that an interrupted run left.
-        self._writer = SummaryWriter(str(self.workdir / "tensorboard" / stage), purge_step=start + 1)
+        self._writer = SummaryWriter(str(self._mirror.path / "tensorboard" / stage), purge_step=start + 1)
         self._display = (_Bar if self._console.is_terminal else _Lines)(self._console, stage, start, total)
 
     def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
@@ -115,11 +121,17 @@ class MetricsLogger:
         if utilization is not None:
             self._writer.add_scalar("mfu", utilization, step)
         self._writer.flush()
+        self._mirror.send(every=SEND_SECONDS)
         self._display.move(step, tokens_per_second, utilization)
+
+    def send(self) -> None:
+        """Puts what was logged where a checkpoint of now would look for it: into a bucket; a disk has it already."""
+        self._mirror.send()
 
     def close(self) -> None:
         """Flushes and closes everything; may be called twice."""
         self._end_stage()
+        self._mirror.close()
 
     def __enter__(self) -> "MetricsLogger":
         return self
@@ -137,6 +149,7 @@ class MetricsLogger:
             self._file.close()
         if self._writer is not None:
             self._writer.close()
+            self._mirror.send()
         self._display = self._file = self._writer = self._stage = None
 
 
@@ -152,10 +165,10 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
     Raises ValueError for a broken line before the last one.
     """
-    path = Path(workdir) / FILE_NAME
+    path = as_path(workdir) / FILE_NAME
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
     records = []
     for number, line in enumerate(lines[:-1], start=1):
         try:

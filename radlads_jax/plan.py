@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from radlads_jax import config as config_lib
+from radlads_jax import storage
 from radlads_jax.launch import explain, parse_flags, refuse
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Chips and their torus, e.g. v5e:2x2, v5p:4x4x8 or v6e:8x8.")
@@ -41,6 +42,8 @@ def main(argv: list[str]) -> int:
         return refuse(error)
     except OSError as error:
         return refuse(explain(error))
+    except storage.access_errors() as error:
+        return refuse(error)
     if _JSON.value:
         print(json.dumps(result, indent=2))
     else:
@@ -97,8 +100,8 @@ def teacher_config(run: config_lib.RunConfig) -> Any:
     path = run.teacher.path
     if not path:
         values = dict(run.teacher.scratch)
-    elif os.path.isdir(path):
-        values = read_config(path)
+    elif (directory := storage.as_path(path)).is_dir():
+        values = read_config(directory)
     elif path in KNOWN_CONFIGS:
         values = KNOWN_CONFIGS[path]
     else:

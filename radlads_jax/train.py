@@ -6,13 +6,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
-from radlads_jax import heldout, hosts, sharding
+from radlads_jax import heldout, hosts, sharding, storage
 from radlads_jax.checkpoint import Checkpoints
 from radlads_jax.data import pipeline
 from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
@@ -86,7 +85,7 @@ def convert(job: Job) -> dict[str, Any]:
     console.quiet = not hosts.is_first()
     summary_path = job.workdir / "summary.json"
     if summary_path.exists() and (job.workdir / "export").is_dir():
-        summary = json.loads(summary_path.read_text(encoding="utf-8"))
+        summary = json.loads(storage.read_text(summary_path))
         console.print(f"[bold]{job.workdir} is finished[/bold]; nothing to do. Its results, from {summary_path}:")
         console.print(heldout.results_table(summary))
         return summary
@@ -100,7 +99,7 @@ def convert(job: Job) -> dict[str, Any]:
     export(job, student, summary)
     if hosts.is_first():
         # Its presence says that everything before is whole.
-        heldout.write_atomically(summary_path, json.dumps(summary, indent=2) + "\n")
+        storage.write_text(summary_path, json.dumps(summary, indent=2) + "\n")
         console.print(heldout.results_table(summary))
         console.print(f"how it went, as a page: {write_report(job.workdir)}")
     return summary
@@ -182,6 +181,7 @@ def _train(
             pace = clock.tick(step)
             logger.progress(step, pace and pace * recipe.batch_size * recipe.seq_len)
         if wants_save:
+            logger.send()
             checkpoints.save(step, state, data_state=batches.get_state(), meta=clock.meta(), wait=is_last)
         if stop is not None:
             checkpoints.wait()
@@ -263,7 +263,7 @@ def _stored_params(job: Job, checkpoints: Checkpoints, params: Params, step: int
     return checkpoints.restore_params(step, sharding.abstract(job.mesh, wanted))
 
 
-def stage_directory(job: Job, name: str) -> Path:
+def stage_directory(job: Job, name: str) -> storage.AnyPath:
     return job.workdir / "checkpoints" / name
 
 

@@ -1,20 +1,22 @@
 """Porting: a Hugging Face checkpoint into our parameter tree, one tensor at a time."""
 
 import functools
+import math
+import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting.names import Layout, Location, ParamPath, disk_tensors, flatten, nest, param_shapes, shown
 from radlads_jax.porting.safetensors_read import StoredTensor, open_checkpoint
+from radlads_jax.storage import AnyPath, as_path, in_bucket
 from radlads_jax.untrusted import listed
 
 Params = dict[str, Any]
@@ -26,17 +28,19 @@ _BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
 def load_params(
-    source_dir: str | Path, cfg: ModelConfig, *, dtype: str | None = None, shardings: Shardings = None
+    source_dir: str | os.PathLike, cfg: ModelConfig, *, dtype: str | None = None, shardings: Shardings = None
 ) -> Params:
     """The parameters of a model directory, cast to dtype (default: cfg.param_dtype) and placed with their shardings.
 
     Every (stacked) parameter is allocated once on the devices; then each tensor is mapped from its file, its slices
     copied to the devices that hold them, and put into its layer in place: the host never holds more than one tensor.
+    Of a tensor in a bucket every device fetches other rows, so that all hosts together read it about once.
     Raises ValueError listing all missing, unexpected and misshapen tensors before any is read.
     """
-    stored = open_checkpoint(Path(source_dir))
+    source = as_path(source_dir)
+    stored = open_checkpoint(source)
     expected = disk_tensors(cfg)
-    check_tensors(stored, expected, Path(source_dir), tied=cfg.tie_embeddings)
+    check_tensors(stored, expected, source, tied=cfg.tie_embeddings)
     shapes = param_shapes(cfg)
     placement = _by_path(shardings, shapes)
     param_dtype = jnp.dtype(dtype or cfg.param_dtype)
@@ -48,7 +52,9 @@ def load_params(
     return nest(params)
 
 
-def check_tensors(stored: dict[str, StoredTensor], expected: dict[str, Location], source: Path, *, tied: bool) -> None:
+def check_tensors(
+    stored: dict[str, StoredTensor], expected: dict[str, Location], source: AnyPath, *, tied: bool
+) -> None:
     """Raises one ValueError with every tensor that is missing, unexpected, misshapen or of a dtype no weight has.
 
     RoPE's frequency buffers are passed over, and so is a head in the checkpoint of a tied model.
@@ -104,18 +110,41 @@ def _zeros_maker(
 
 def _place(param: jax.Array, tensor: StoredTensor, location: Location, sharding: Sharding | None) -> jax.Array:
     """The parameter with one tensor from a file put in; the old array is given up."""
-    host = tensor.open()
-    if isinstance(sharding, NamedSharding):
+    if isinstance(sharding, NamedSharding) and in_bucket(tensor.file):
+        assert isinstance(sharding.mesh, Mesh)
+        piece = _fetched_by_rows(tensor, sharding.mesh)
+    elif isinstance(sharding, NamedSharding):
+        host = tensor.open()
         piece_sharding = _disk_sharding(sharding, location)
         piece = jax.make_array_from_callback(host.shape, piece_sharding, lambda index: host[index])
     elif sharding is None or isinstance(sharding, SingleDeviceSharding):
-        piece = jax.device_put(host, sharding)
+        piece = jax.device_put(tensor.open(), sharding)
     else:
         raise NotImplementedError(f"porting places parameters with NamedSharding, not {type(sharding).__name__}.")
     index = np.array(location.index, np.int32)
     placed = _writer(sharding)(param, piece, index, layout=location.layout)
     # The next tensor is mapped only when this one has left the host.
     return jax.block_until_ready(placed)
+
+
+def _fetched_by_rows(tensor: StoredTensor, mesh: Mesh) -> jax.Array:
+    """A bucket's tensor, its rows split over as much of the mesh as divides them; the devices exchange them later.
+
+    As the parameter itself lies, a device may want a few columns, which are many small ranges of the file.
+    """
+    axes = list(mesh.axis_names)
+    while tensor.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        del axes[0]
+    placed = NamedSharding(mesh, PartitionSpec(tuple(axes)))
+
+    def rows(index: tuple[slice, ...] | None) -> tuple[int, int]:
+        assert index is not None
+        begin, end, _ = index[0].indices(tensor.shape[0])
+        return begin, end
+
+    ranges = sorted(set(map(rows, placed.addressable_devices_indices_map(tensor.shape).values())))
+    parts = dict(zip(ranges, tensor.read_rows(ranges), strict=True))
+    return jax.make_array_from_callback(tensor.shape, placed, lambda index: parts[rows(index)])
 
 
 def _disk_sharding(sharding: NamedSharding, location: Location) -> NamedSharding:

@@ -2,7 +2,9 @@
 #   make demo    convert the small teacher in the repository, from start to end
 #   make test    the default test suite
 #   make lint    ruff and mypy
+#   make hashes  the hashes of the pinned versions' files, after a pin has moved
 # PYTHON=/path/to/python3.12 picks another interpreter; .venv is then made again for it.
+# REQUIRE_HASHES=no takes packages from an index that builds its own.
 
 PYTHON ?= python3
 PYTEST_ARGS ?= -n logical --dist loadfile
@@ -13,10 +15,12 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 PINS := constraints/$(if $(filter 3.11,$(VERSION)),py311,py312).txt
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+REQUIRE_HASHES ?= yes
 STAMP := .venv/.made-for-python-$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint venv clean
+.PHONY: help demo test lint venv hashes clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -34,6 +38,17 @@ lint: $(STAMP)
 
 venv: $(STAMP)
 
+# Without torch: its wheels differ from index to index, and on Linux bring CUDA or not.
+hashes: hashes-3.11 hashes-3.12
+
+.cache/uv:
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check uv
+
+hashes-%: .cache/uv
+	grep -v '^torch==' constraints/py$(subst .,,$*).txt | UV_CUSTOM_COMPILE_COMMAND='make hashes' $</bin/uv pip compile - \
+	    --quiet --no-deps --generate-hashes --python-version $* --output-file constraints/py$(subst .,,$*).hashed.txt
+
 clean:
 	rm -rf .venv
 
@@ -42,6 +57,7 @@ $(STAMP): pyproject.toml $(PINS)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("radlads_jax needs Python 3.11 or newer, but $(PYTHON) is %d.%d. Say which to use: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" % sys.version_info[:2])'
 	rm -f .venv/.made-for-python-*
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) setuptools
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) --no-build-isolation --editable '.[test]'
+	$(if $(filter yes,$(REQUIRE_HASHES)),$(PIP) --no-deps --require-hashes --requirement $(PINS:.txt=.hashed.txt))
+	$(PIP) --constraint $(PINS) setuptools
+	$(PIP) --constraint $(PINS) --no-build-isolation --editable '.[test]'
 	touch $@

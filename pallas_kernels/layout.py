@@ -107,11 +107,28 @@ def check_recurrence(
     if segment_ids is not None:
         arrays["segment_ids"] = segment_ids
         expected["segment_ids"] = (batch, length)
+    _check_shapes(operation, arrays, expected, f"{first} of shape {like.shape}")
+
+
+def check_step(operation: str, keys: dict[str, jax.Array], v: jax.Array, state: jax.Array) -> None:
+    """Raises ValueError unless all of `keys` are [B,H,K] alike and v and the state go with them."""
+    first, like = next(iter(keys.items()))
+    if like.ndim != 3:
+        raise ValueError(f"{operation} got {first} of shape {like.shape}, expected one token of each row, [B,H,K].")
+    expected = dict.fromkeys(keys, like.shape)
+    expected["v"] = (*like.shape[:2], v.shape[-1])
+    expected["state"] = (*like.shape, v.shape[-1])
+    _check_shapes(operation, {**keys, "v": v, "state": state}, expected, f"{first} of shape {like.shape}")
+
+
+def _check_shapes(
+    operation: str, arrays: dict[str, jax.Array], expected: dict[str, tuple[int, ...]], like: str
+) -> None:
     for name, array in arrays.items():
         if array.shape != expected[name]:
             raise ValueError(
-                f"{operation} got {name} of shape {array.shape}, expected {expected[name]} to go with "
-                f"{first} of shape {like.shape}; change the one that is wrong."
+                f"{operation} got {name} of shape {array.shape}, expected {expected[name]} to go with {like}; "
+                "change the one that is wrong."
             )
 
 

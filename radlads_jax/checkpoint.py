@@ -1,13 +1,13 @@
-"""Checkpoints on disk: a flat table of arrays beside two small JSON documents, written by Orbax.
+"""Checkpoints on disk: a flat table of arrays beside small JSON documents and their checksums, written by Orbax.
 
 A state pytree is stored as {path: array}, a path being the keys from the root joined by "/". Orbax then never sees
 optimizer NamedTuples or dataclasses, so a checkpoint outlives their changes, and one sub-tree can be read alone.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,17 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from radlads_jax import hosts
+from radlads_jax.checkpoint_sums import DamagedCheckpoint, difference, shapes_sum, sums_document
 from radlads_jax.storage import in_bucket
 
 Tree = TypeVar("Tree")
+Result = TypeVar("Result")
 
 MAX_LISTED = 10
+MAX_REASON = 300
+# What Orbax raises for a damaged checkpoint. Trouble on the way to it (no permission, no connection) is something else.
+DAMAGE = (ValueError, LookupError, AttributeError, TypeError, NotImplementedError, FileNotFoundError)
 
 
 class Checkpoints:
@@ -44,7 +50,10 @@ class Checkpoints:
             preservation_policy=ocp.checkpoint_managers.LatestN(n=keep), cleanup_tmp_directories=True
         )
         registry = ocp.handlers.create_default_handler_registry(
-            state=ocp.PyTreeCheckpointHandler(), data=ocp.JsonCheckpointHandler(), meta=ocp.JsonCheckpointHandler()
+            state=ocp.PyTreeCheckpointHandler(),
+            data=ocp.JsonCheckpointHandler(),
+            meta=ocp.JsonCheckpointHandler(),
+            sums=ocp.JsonCheckpointHandler(),
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=registry)
 
@@ -64,8 +73,7 @@ class Checkpoints:
         """
         flat = _flatten(state)
         _check_savable(flat)
-        documents = {"data_state": data_state, "meta": meta}
-        for name, document in documents.items():
+        for name, document in {"data_state": data_state, "meta": meta}.items():
             _check_json(name, document)
         latest = self.latest_step()
         if latest is not None and step <= latest:
@@ -79,6 +87,7 @@ class Checkpoints:
             state=ocp.args.PyTreeSave(flat),
             data=ocp.args.JsonSave(dict(data_state)),
             meta=ocp.args.JsonSave(dict(meta)),
+            sums=ocp.args.JsonSave(sums_document(flat, {"data": data_state, "meta": meta})),
         )
         self._manager.save(step, args=items, force=True)
         if wait:
@@ -91,17 +100,23 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def shapes(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Path, shape and dtype of every stored array."""
+        """Path, shape and dtype of every stored array. Raises DamagedCheckpoint where they are not what was saved."""
         self._check_step(step)
-        tree = self._manager.item_metadata(step)["state"].tree
-        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in tree.items()}
+        tree = self._reading(step, lambda: self._manager.item_metadata(step)["state"].tree)
+        stored = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in tree.items()}
+        if self._restored(step, {})["sums"].get("shapes") != shapes_sum(stored):
+            raise DamagedCheckpoint(
+                step, self.directory, "its arrays have other names, shapes or dtypes than it was saved with"
+            )
+        return stored
 
     def restore(self, step: int, abstract_state: Tree) -> tuple[Tree, dict[str, Any], dict[str, Any]]:
         """Reads (state, data_state, meta).
 
         abstract_state: pytree of jax.ShapeDtypeStruct (or arrays), whose structure, dtypes and shardings the result
             takes; a leaf without sharding goes to the first local device.
-        Raises ValueError naming the paths that differ from the stored ones.
+        Raises ValueError naming the paths that differ from the stored ones, DamagedCheckpoint where what was stored
+        cannot be read or is not what was saved.
         """
         arrays, documents = self._read(step, _flatten(abstract_state), self.shapes(step))
         return _unflatten(abstract_state, arrays), documents["data"], documents["meta"]
@@ -110,7 +125,7 @@ class Checkpoints:
         """Reads only the sub-tree `name` of a stored state; the optimizer's arrays are not touched.
 
         name: the path of the sub-tree, "/" between levels.
-        Raises ValueError naming the paths that differ from the stored ones.
+        Raises as `restore` does.
         """
         prefix = f"{name}/"
         wanted = {prefix + path: leaf for path, leaf in _flatten(abstract_params).items()}
@@ -119,22 +134,68 @@ class Checkpoints:
         return _unflatten(abstract_params, {path.removeprefix(prefix): array for path, array in arrays.items()})
 
     def restore_meta(self, step: int) -> dict[str, Any]:
-        """Reads only the JSON document saved as `meta`."""
+        """Reads only the JSON document saved as `meta`. Raises DamagedCheckpoint where it is not what was saved."""
         self._check_step(step)
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return self._restored(step, {"meta": ocp.args.JsonRestore()})["meta"]
+
+    def newest(self, read: Callable[[int], Result]) -> tuple[int, Result] | None:
+        """The newest step whose checkpoint is whole, and what `read` got from it; None where there are none at all.
+
+        Damaged ones on the way there are set aside. Raises ValueError where there are none but those.
+        """
+        while (step := self.latest_step()) is not None:
+            try:
+                return step, read(step)
+            except DamagedCheckpoint as error:
+                self.set_aside(error)
+        damaged = sorted(path.name for path in self.directory.parent.glob(_aside(self.directory, "*").name))
+        if damaged:
+            raise ValueError(
+                f"no checkpoint in {self.directory} is whole, {', '.join(damaged)} in {self.directory.parent} are all "
+                "there is; expected one to continue from. Bring one back from a copy, or remove these directories to "
+                "start the stage anew."
+            )
+        return None
+
+    def set_aside(self, error: DamagedCheckpoint) -> None:
+        """Moves a damaged checkpoint out of the way of its successor, beside the directory, and says so in the log."""
+        place = _aside(self.directory, str(error.step))
+        logging.warning(
+            "skipping the checkpoint of step %d in %s, which is damaged (%s): it is now %s",
+            error.step,
+            self.directory,
+            error.reason,
+            place,
+        )
+        if hosts.is_first():
+            if place.exists():
+                place.rmtree()
+            (self.directory / str(error.step)).rename(place)
+        hosts.agreed(0)
+        self._manager.reload()
 
     def wait(self) -> None:
-        """Blocks until the checkpoint being written is whole, and raises what went wrong with it."""
+        """Blocks until the checkpoint being written is whole. Raises OSError where it could not be written."""
         try:
             self._manager.wait_until_finished()
-        except BaseException:
+        except BaseException as error:
             # The manager has by now forgotten the steps that the failed one would have replaced.
             self._manager.reload()
-            raise
+            if not _is_damage(error) and not isinstance(error, OSError):
+                raise
+            latest = self._manager.latest_step()
+            raise OSError(
+                f"a checkpoint in {self.directory} could not be written, {_reason(error)}; "
+                f"{'there is none yet' if latest is None else f'the newest whole one is of step {latest}'}. Make room "
+                "or give permission, and run the same command again."
+            ) from error
 
     def close(self) -> None:
-        """Finishes the checkpoint being written and ends the writer's threads."""
-        self._manager.close()
+        """Finishes the checkpoint being written and ends the writer's threads. Raises as `wait` does."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -161,18 +222,44 @@ class Checkpoints:
                 f"the checkpoint of step {step} in {self.directory} does not fit what is to be restored: "
                 f"{'; '.join(differences[:MAX_LISTED])}{tail}. Use the config it was saved with, or a new directory."
             )
-        targets = {path: _target(leaf) for path, leaf in wanted.items()}
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(
+        # In the stored dtype, which the checksums are of; cast when they have been compared.
+        targets = {path: _target(leaf, stored[path].dtype) for path, leaf in wanted.items()}
+        items = {
+            "state": ocp.args.PyTreeRestore(
                 targets,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(targets),
                 partial_restore=True,
             ),
-            data=ocp.args.JsonRestore(),
-            meta=ocp.args.JsonRestore(),
-        )
-        restored = self._manager.restore(step, args=items)
-        return restored["state"], restored
+            "data": ocp.args.JsonRestore(),
+            "meta": ocp.args.JsonRestore(),
+        }
+        restored = self._restored(step, items)
+        arrays = restored["state"]
+        return {path: arrays.pop(path).astype(leaf.dtype) for path, leaf in wanted.items()}, restored
+
+    def _restored(self, step: int, items: dict[str, Any]) -> ocp.args.Composite:
+        """These items, as they were when they were saved."""
+        asked = ocp.args.Composite(**items, sums=ocp.args.JsonRestore())
+        restored = self._reading(step, lambda: self._manager.restore(step, args=asked))
+        documents = {name: restored[name] for name in items if name != "state"}
+        wrong = difference(restored["sums"], restored.get("state") or {}, documents)
+        if wrong is not None:
+            raise DamagedCheckpoint(step, self.directory, wrong)
+        return restored
+
+    def _reading(self, step: int, read: Callable[[], Result]) -> Result:
+        """What `read` returns; DamagedCheckpoint in every process where one of them cannot read."""
+        result: Result | None = None
+        caught: BaseException | None = None
+        try:
+            result = read()
+        except BaseException as error:
+            if not _is_damage(error):
+                raise
+            caught = error
+        if hosts.agreed(int(caught is not None)):
+            raise DamagedCheckpoint(step, self.directory, _reason(caught)) from caught
+        return cast(Result, result)
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -223,10 +310,30 @@ def _differences(wanted: dict[str, Any], stored: dict[str, jax.ShapeDtypeStruct]
     return lines
 
 
+def _is_damage(error: BaseException) -> bool:
+    # Orbax raises Exception itself where the data of an array cannot be read.
+    return isinstance(error, DAMAGE) or type(error) is Exception
+
+
+def _reason(error: BaseException | None) -> str:
+    """What reading has met, on one line of bounded length."""
+    if error is None:
+        return "another process could not read its part"
+    if type(error) is Exception and error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    # The storage's messages begin with what was tried and end with what the system said.
+    return text if len(text) <= MAX_REASON else f"{text[: MAX_REASON // 3]} ... {text[-2 * MAX_REASON // 3 :]}"
+
+
+def _aside(directory: epath.Path, step: str) -> epath.Path:
+    return directory.with_name(f"{directory.name}-{step}-damaged")
+
+
 def _is_float(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating)
 
 
-def _target(leaf: Any) -> jax.ShapeDtypeStruct:
+def _target(leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)

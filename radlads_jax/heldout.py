@@ -137,7 +137,7 @@ def results_table(summary: dict[str, Any]) -> Group:
         stages.add_column(column, justify="left" if column == "stage" else "right")
     for line in summary["stages"]:
         speed = "" if line["tokens_per_second"] is None else f"{line['tokens_per_second']:,.0f}"
-        losses = (f"{line[k]:.4f}" for k in ("first_loss", "last_loss"))
+        losses = ("" if line[k] is None else f"{line[k]:.4f}" for k in ("first_loss", "last_loss"))
         stages.add_row(line["name"], f"{line['steps']:,}", f"{line['tokens']:,}", speed, *losses)
     scores = Table(title=f"Held-out text ({summary['tokens']:,} tokens)", title_justify="left")
     for column in ("", "loss", "top-1", "KL to teacher", "agreement", "top-1 relative"):

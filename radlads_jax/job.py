@@ -3,12 +3,14 @@
 import dataclasses
 from typing import Any
 
+import grain
 import jax
 from jax.sharding import Mesh
 
 from radlads_jax import hosts, sharding
 from radlads_jax.config import RunConfig, Student
 from radlads_jax.data import binidx, pipeline, prepare, sources, synthetic
+from radlads_jax.distill.stages import STAGES
 from radlads_jax.models.config import MixerConfig, ModelConfig
 from radlads_jax.models.decoder import Params, abstract_params, init_params
 from radlads_jax.porting.config_keys import read_config
@@ -52,6 +54,20 @@ class Job:
             init = init_params if placed is None else jax.jit(init_params, static_argnums=0, out_shardings=placed)
             return init(cfg, self.run.seed)
         return load_params(self.source, self.teacher, dtype=dtype, shardings=placed)
+
+    def batches(self, name: str, rows: int | None = None) -> grain.DatasetIterator:
+        """A stage's batches, of `rows` rows (default: the recipe's); each stage has an order of its own."""
+        recipe = self.run.stage(name)
+        rows = rows or recipe.batch_size
+        return pipeline.make_train_iterator(
+            self.token_file,
+            seq_len=recipe.seq_len,
+            batch_size=rows,
+            seed=self.run.seed * len(STAGES) + list(STAGES).index(name),
+            eval_tokens=self.eval_tokens,
+            cross_document=self.run.data.cross_document,
+            rows_of_batch=sharding.own_rows(self.mesh, rows),
+        )
 
 
 def make_job(run: RunConfig, workdir: AnyPath) -> Job:

@@ -26,6 +26,9 @@ _DISTRIBUTED = flags.DEFINE_enum(
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes run as one.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many they are.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_PREFLIGHT_ONLY = flags.DEFINE_bool("preflight_only", False, "Stop after the checks before the run.")
+flags.DEFINE_alias("preflight-only", "preflight_only")
+_FORCE = flags.DEFINE_bool("force", False, "Begin although one of these checks found a problem.")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 # What may differ between a run and its continuation: none of it changes the result.
@@ -55,18 +58,23 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
     except OSError as error:
         return refuse(explain(error))
     # Imported late: the models and their compiler take seconds that a typo should not.
-    from radlads_jax import hosts
+    from radlads_jax import hosts, preflight
     from radlads_jax.job import make_job
     from radlads_jax.train import Interrupted, TooManyNonFinite, convert
+    from radlads_jax.workdir import held
 
     try:
         join()
         hosts.require_same(flat_settings(_CONFIG.value.to_dict()))
-        job = make_job(run, workdir)
-        # Only now: a run that could not begin leaves the directory to the corrected command.
-        if hosts.is_first():
-            remember_config(workdir, _CONFIG.value.to_dict())
-        convert(job)
+        with held(workdir):
+            job = make_job(run, workdir)
+            teacher = preflight.check(job, force=_FORCE.value, whole=_PREFLIGHT_ONLY.value)
+            if _PREFLIGHT_ONLY.value:
+                return 0
+            # Only now: a run that could not begin leaves the directory to the corrected command.
+            if hosts.is_first():
+                remember_config(workdir, _CONFIG.value.to_dict())
+            convert(job, teacher)
     except Interrupted as stop:
         Console(stderr=True).print(str(stop), style="yellow", markup=False, soft_wrap=True)
         return EXIT_STOPPED + stop.signum
@@ -160,6 +168,15 @@ def flat_settings(settings: dict, where: str = "config") -> dict[str, Any]:
     return flat
 
 
+def interruptible(argv: list[str]) -> int:
+    """`main`, with a Ctrl-C before or after the training told in one line too."""
+    try:
+        return main(argv, join_hosts)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped by SIGINT; the same command continues from what is saved.", style="yellow")
+        return EXIT_STOPPED + signal.SIGINT
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    app.run(lambda argv: sys.exit(main(argv, join_hosts)), flags_parser=parse_flags)
+    app.run(lambda argv: sys.exit(interruptible(argv)), flags_parser=parse_flags)

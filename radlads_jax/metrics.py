@@ -1,10 +1,12 @@
 """What a run says about itself while it trains: a JSON line per step, TensorBoard curves, a progress bar, MFU."""
 
+import contextlib
 import json
 import math
 import os
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -13,12 +15,13 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from tensorboardX import SummaryWriter
 
+from radlads_jax.curves import Curves
 from radlads_jax.storage import Mirror, as_path
 
 FILE_NAME = "metrics.jsonl"
 PLAIN_LINE_SECONDS = 30.0
+SPIKE_NEEDS = 10
 # Between two sendings of all that was logged, where the work directory is in a bucket.
 SEND_SECONDS = 60.0
 
@@ -52,7 +55,7 @@ class MetricsLogger:
         self._enabled = jax.process_index() == 0
         self._console = console or Console()
         self._file: TextIO | None = None
-        self._writer: SummaryWriter | None = None
+        self._writer: Curves | None = None
         self._display: _Bar | _Lines | None = None
         self._stage: str | None = None
         self._last_step = 0
@@ -77,7 +80,7 @@ class MetricsLogger:
         _drop_lines_beyond(path, stage, start)
         self._file = path.open("a", encoding="utf-8")
         # purge_step hides the curves' points beyond `start` that an interrupted run left.
-        self._writer = SummaryWriter(str(self._mirror.path / "tensorboard" / stage), purge_step=start + 1)
+        self._writer = Curves(self._mirror.path / "tensorboard" / stage, purge_step=start + 1)
         self._display = (_Bar if self._console.is_terminal else _Lines)(self._console, stage, start, total)
 
     def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
@@ -107,6 +110,17 @@ class MetricsLogger:
                 self._writer.add_scalar(name, value, step)
         self._display.loss = numbers.get("loss", self._display.loss)
 
+    def sync(self) -> None:
+        """Has what was logged reach the bucket, or the disk itself, where a machine that is switched off leaves it."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._mirror.send()
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        if self._enabled:
+            self._console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
     def progress(self, step: int, tokens_per_second: float | None = None) -> None:
         """Moves the bar to `step` and shows the newest loss, the rate and the time left.
 
@@ -124,10 +138,6 @@ class MetricsLogger:
         self._mirror.send(every=SEND_SECONDS)
         self._display.move(step, tokens_per_second, utilization)
 
-    def send(self) -> None:
-        """Puts what was logged where a checkpoint of now would look for it: into a bucket; a disk has it already."""
-        self._mirror.send()
-
     def close(self) -> None:
         """Flushes and closes everything; may be called twice."""
         self._end_stage()
@@ -142,15 +152,33 @@ class MetricsLogger:
         self.close()
 
     def _end_stage(self) -> None:
-        # The terminal first: a bar left running hides the cursor and garbles a traceback.
-        if self._display is not None:
-            self._display.stop()
-        if self._file is not None:
-            self._file.close()
-        if self._writer is not None:
-            self._writer.close()
-            self._mirror.send()
+        display, file, writer = self._display, self._file, self._writer
         self._display = self._file = self._writer = self._stage = None
+        with contextlib.ExitStack() as stack:
+            # All of them, in the reverse order, whatever one of them raises. The terminal first: a bar left running
+            # hides the cursor and garbles a traceback. The bucket last.
+            if writer is not None:
+                stack.callback(self._mirror.send)
+            if writer is not None:
+                stack.callback(writer.close)
+            if file is not None:
+                stack.callback(file.close)
+            if display is not None:
+                stack.callback(display.stop)
+
+
+def is_spike(loss: float, before: Sequence[float]) -> bool:
+    """Whether a loss stands out above those of the steps before it.
+
+    By more than six of their deviations (1.4826 times the median distance from the median, a normal distribution's
+    deviation, but not moved by the spikes themselves) and by more than a tenth of their median; never with fewer than
+    SPIKE_NEEDS to compare with.
+    """
+    if len(before) < SPIKE_NEEDS or not math.isfinite(loss):
+        return False
+    middle = statistics.median(before)
+    deviation = 1.4826 * statistics.median(abs(value - middle) for value in before)
+    return loss > middle + max(6 * deviation, 0.1 * abs(middle))
 
 
 def _finite(value: Any) -> Any:

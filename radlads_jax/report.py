@@ -69,7 +69,7 @@ def report_html(run: RunLog, usd_per_hour: Real | None = None) -> str:
         ("alignment", "Alignment error by layer", alignment(run)),
         ("gradient", "Gradient norm", one_chart_each(trained, "grad_norm", "norm before the clip")),
         ("throughput", "Throughput", throughput(trained)),
-        ("skipped", "Skipped steps", skipped(trained)),
+        ("skipped", "Skipped steps and spikes", skipped(trained) + spikes(trained)),
         ("memory", "Memory and cost", memory(trained) + cost(run, usd_per_hour)),
         ("recipe", "Recipe and data", recipe(run)),
     ]
@@ -197,6 +197,15 @@ def skipped(stages: Sequence[StageLog]) -> str:
         )
     said = "Their loss or gradient was not finite, so they changed no weight."
     return table(["stage", "skipped", "which"], rows) + f'<p class="soft">{said}</p>'
+
+
+def spikes(stages: Sequence[StageLog]) -> str:
+    """The steps whose loss stood out."""
+    rows = [[escape(stage.name), f"{len(steps):,}", ranges(steps)] for stage in stages if (steps := stage.spikes())]
+    if not rows:
+        return ""
+    said = "Their loss lay far above those of the 20 steps before: six deviations, and a tenth of it."
+    return table(["stage", "spikes", "which"], rows) + f'<p class="soft">{said}</p>'
 
 
 def memory(stages: Sequence[StageLog]) -> str:

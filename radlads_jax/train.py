@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import math
 import signal
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,17 +14,18 @@ from rich.console import Console
 
 from radlads_jax import heldout, hosts, sharding, storage
 from radlads_jax.checkpoint import Checkpoints
-from radlads_jax.data import pipeline
+from radlads_jax.checkpoint_sums import DamagedCheckpoint
 from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.job import Job
-from radlads_jax.metrics import MetricsLogger
+from radlads_jax.metrics import MetricsLogger, is_spike
 from radlads_jax.models.decoder import Params
 from radlads_jax.optim import learning_rates
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.save import save_params
 from radlads_jax.porting.student import init_mixers, transfer_table, whole_student
 from radlads_jax.report import write_report
+from radlads_jax.stopping import stop_signals
 from radlads_jax.train_state import TrainState, overlay_params, split_params
 
 console = Console()
@@ -67,9 +69,14 @@ class Clock:
         self._mark, self._marked_step = now, step
         return steps / seconds if steps else None
 
-    def note_loss(self, loss: float) -> None:
+    def note_loss(self, loss: float) -> bool:
+        """Takes in the next step's loss; returns whether it is a spike above the last ones."""
+        if not math.isfinite(loss):
+            return False
+        spike = is_spike(loss, self.last_losses)
         self.first_loss = loss if self.first_loss is None else self.first_loss
         self.last_losses = [*self.last_losses[1 - LOSSES_KEPT :], loss]
+        return spike
 
     def meta(self) -> dict[str, Any]:
         return {
@@ -80,19 +87,26 @@ class Clock:
         }
 
 
-def convert(job: Job) -> dict[str, Any]:
-    """Runs what is left of the job, evaluates, exports; returns the summary that DIR/summary.json holds."""
+def convert(job: Job, teacher: Params | None = None) -> dict[str, Any]:
+    """Runs what is left of the job, evaluates, exports; returns the summary that DIR/summary.json holds.
+
+    teacher: its weights in the dtype it is run in, where they are loaded already.
+    """
     console.quiet = not hosts.is_first()
     summary_path = job.workdir / "summary.json"
     if summary_path.exists() and (job.workdir / "export").is_dir():
         summary = json.loads(storage.read_text(summary_path))
         console.print(f"[bold]{job.workdir} is finished[/bold]; nothing to do. Its results, from {summary_path}:")
         console.print(heldout.results_table(summary))
+        if hosts.is_first() and not (job.workdir / "report" / "index.html").exists():
+            write_report(job.workdir)
         return summary
-    teacher = job.load_teacher(job.run.teacher.dtype) if job.student.recurrent_mixer else None
+    if teacher is None and job.student.recurrent_mixer:
+        teacher = job.load_teacher(job.run.teacher.dtype)
     with MetricsLogger(job.workdir) as logger, stop_signals() as stopping:
-        stages = [run_stage(job, name, teacher, logger, stopping) for name in job.run.stages]
-    student = student_after(job, job.run.stages, teacher, whole=True)
+        stages, student = train_all(job, teacher, logger, stopping)
+        if signum := hosts.agreed(stopping() or 0):
+            raise Interrupted(signum, "the end of the last stage")
     console.print("evaluating on held-out rows")
     summary = heldout.evaluate_job(job, student, teacher) | {"stages": stages}
     console.print(f"exporting to {job.workdir / 'export'}")
@@ -105,6 +119,19 @@ def convert(job: Job) -> dict[str, Any]:
     return summary
 
 
+def train_all(
+    job: Job, teacher: Params | None, logger: MetricsLogger, stopping: Callable[[], int | None]
+) -> tuple[list[dict[str, Any]], Params]:
+    """Every stage's summary line, and the student after the last one."""
+    while True:
+        try:
+            stages = [run_stage(job, name, teacher, logger, stopping) for name in job.run.stages]
+            return stages, student_after(job, job.run.stages, teacher, whole=True)
+        except DamagedCheckpoint as error:
+            # It has been set aside: its stage goes on from the one before, to the same bits, and later stages stand.
+            console.print(f"going back to repeat the steps up to {error.step}")
+
+
 def run_stage(
     job: Job, name: str, teacher: Params | None, logger: MetricsLogger, stopping: Callable[[], int | None]
 ) -> dict[str, Any]:
@@ -112,14 +139,17 @@ def run_stage(
     recipe, train = job.run.stage(name), job.run.train
     keep = {"keep": train.keep_checkpoints, "every": train.checkpoint_every}
     with Checkpoints(stage_directory(job, name), **keep) as checkpoints:
-        start = checkpoints.latest_step() or 0
-        if start >= recipe.steps:
+        abstract = abstract_state(job.run, job.student, name, job.mesh)
+        done = recipe.steps
+        start, saved = checkpoints.newest(
+            lambda step: checkpoints.restore_meta(step) if step >= done else checkpoints.restore(step, abstract)
+        ) or (0, None)
+        if isinstance(saved, dict):
             console.print(f"{name}: all {recipe.steps} steps are done already")
-            return _summary_line(job, name, checkpoints.restore_meta(start))
-        batches = _batches(job, name)
-        if start:
-            abstract = abstract_state(job.run, job.student, name, job.mesh)
-            state, data_state, meta = checkpoints.restore(start, abstract)
+            return _summary_line(job, name, saved)
+        batches = job.batches(name)
+        if saved is not None:
+            state, data_state, meta = saved
             batches.set_state(data_state)
             frozen = _frozen_params(job, name, teacher)
             console.print(f"{name}: continuing from the checkpoint of step {start} of {recipe.steps}")
@@ -156,13 +186,19 @@ def _train(
     pending: dict[int, dict[str, jax.Array]] = {}
     logger.begin(name, start, recipe.steps, tokens_per_step=recipe.batch_size * recipe.seq_len)
 
+    in_a_row, late = 0, False
+
     def flush() -> None:
+        nonlocal in_a_row
         for step, values in jax.device_get(pending).items():
-            clock.note_loss(float(values["loss"]))
+            spike = clock.note_loss(float(values["loss"]))
             lr = {f"lr_{group}": float(rate(step - 1)) for group, rate in rates.items()}
-            logger.log(name, step, values | lr)
-            if values["skipped_in_a_row"] > train.max_skipped:
-                raise TooManyNonFinite(_non_finite_message(name, step, train.max_skipped))
+            logger.log(name, step, values | lr | {"spike": spike})
+            in_a_row = int(values["skipped_in_a_row"])
+            if in_a_row:
+                logger.say(f"{name}: step {step} is skipped, its loss or gradient is not finite ({in_a_row} in a row)")
+            if in_a_row > train.max_skipped:
+                raise TooManyNonFinite(_non_finite_message(job.workdir, name, step, in_a_row))
         pending.clear()
 
     for step in range(start + 1, recipe.steps + 1):
@@ -175,24 +211,28 @@ def _train(
         wants_line = is_last or step % train.log_every == 0
         # Several processes stop at the same step; they ask each other where they wait for their devices anyway.
         stop = stopping() if jax.process_count() == 1 else (wants_line and hosts.agreed(stopping() or 0)) or None
-        wants_save = is_last or stop is not None or checkpoints.due(step)
-        if wants_save or wants_line:
+        must_save = is_last or stop is not None
+        late = late or checkpoints.due(step)
+        if must_save or late or wants_line:
             flush()
             pace = clock.tick(step)
             logger.progress(step, pace and pace * recipe.batch_size * recipe.seq_len)
-        if wants_save:
-            logger.send()
+        # A run of skipped steps that may end the run keeps the checkpoint from before it.
+        if must_save or (late and not in_a_row):
+            late = False
+            logger.sync()
             checkpoints.save(step, state, data_state=batches.get_state(), meta=clock.meta(), wait=is_last)
         if stop is not None:
             checkpoints.wait()
             raise Interrupted(stop, f"step {step} of {recipe.steps} of {name}")
 
 
-def _non_finite_message(name: str, step: int, limit: int) -> str:
+def _non_finite_message(workdir: storage.AnyPath, name: str, step: int, in_a_row: int) -> str:
     return (
-        f"{name}: more than {limit} steps in a row had a loss or gradient that is not finite, up to step {step}. "
-        "Nothing was updated since and the newest checkpoint is from before. Look at the data and lower the learning "
-        f"rate (config.{name}.lr, config.{name}.mixer_lr), or use float32 (config.dtype)."
+        f"{name}: the {in_a_row} steps from {step - in_a_row + 1} to {step} had a loss or gradient that is not finite; "
+        "expected no more than config.train.max_skipped in a row. They changed nothing, and the newest checkpoint is "
+        f"from before them. Look at their data, lower the learning rate (config.{name}.lr, config.{name}.mixer_lr) or "
+        f"use float32 (config.dtype); to go on from that checkpoint, change the setting in {workdir}/config.json too."
     )
 
 
@@ -208,22 +248,8 @@ def _summary_line(job: Job, name: str, meta: dict[str, Any]) -> dict[str, Any]:
         "seconds": meta["seconds"],
         "tokens_per_second": timed / meta["seconds"] if meta["seconds"] else None,
         "first_loss": meta["first_loss"],
-        "last_loss": sum(meta["last_losses"]) / len(meta["last_losses"]),
+        "last_loss": statistics.fmean(meta["last_losses"]) if meta["last_losses"] else None,
     }
-
-
-def _batches(job: Job, name: str) -> Any:
-    """The stage's batches; each stage has an order of its own."""
-    recipe = job.run.stage(name)
-    return pipeline.make_train_iterator(
-        job.token_file,
-        seq_len=recipe.seq_len,
-        batch_size=recipe.batch_size,
-        seed=job.run.seed * len(STAGES) + list(STAGES).index(name),
-        eval_tokens=job.eval_tokens,
-        cross_document=job.run.data.cross_document,
-        rows_of_batch=sharding.own_rows(job.mesh, recipe.batch_size),
-    )
 
 
 def _frozen_params(job: Job, name: str, teacher: Params | None) -> Params:
@@ -252,7 +278,11 @@ def student_after(job: Job, stages: Sequence[str], teacher: Params | None, *, wh
         params = whole_student(job.student, job.load_teacher("float32"), params)
     for name in stages:
         with Checkpoints(stage_directory(job, name)) as checkpoints:
-            params = overlay_params(params, _stored_params(job, checkpoints, params, job.run.stage(name).steps))
+            try:
+                params = overlay_params(params, _stored_params(job, checkpoints, params, job.run.stage(name).steps))
+            except DamagedCheckpoint as error:
+                checkpoints.set_aside(error)
+                raise
     return params
 
 
@@ -284,21 +314,3 @@ def export(job: Job, student: Params, summary: dict[str, Any]) -> None:
         retie=options.retie,
         model_card=card,
     )
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], int | None]]:
-    """Yields a function that tells which of SIGINT and SIGTERM has come, if any; a second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def note(signum: int, _: Any) -> None:
-        if signum == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(signum)
-
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: received[0] if received else None
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

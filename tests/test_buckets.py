@@ -1,7 +1,6 @@
 """Every path in a bucket: the same conversion as on a disk, read and written in place; refusals before any training."""
 
 import gzip
-import importlib.util
 import json
 import os
 import pathlib
@@ -17,7 +16,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from etils.epath import backend
+from fake_gcs import FakeGcs
 from ml_collections import ConfigDict
+from test_many_hosts import assert_same_run, command, finish, start
 
 from radlads_jax import launch, storage, train
 from radlads_jax.config import defaults, validate
@@ -40,18 +41,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 TEACHER = ModelConfig("qwen2", 300, 32, 64, 4, 2, 8, (("attention", 2),), qkv_bias=True, tie_embeddings=True)
 
 
-def beside(name: str):
-    """A module of tests/, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def gcs(tmp_path_factory):
     """A store of one bucket, to which this process's clients go."""
-    with beside("fake_gcs").FakeGcs("bucket").serving() as store, pytest.MonkeyPatch.context() as patch:
+    with FakeGcs("bucket").serving() as store, pytest.MonkeyPatch.context() as patch:
         for name, value in store.environ().items():
             patch.setenv(name, value)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -329,18 +322,17 @@ def test_the_command_refuses_in_one_paragraph(gcs, monkeypatch):
 @pytest.mark.slow
 def test_two_hosts_share_nothing_but_a_bucket(gcs, teacher_dir, tmp_path):
     """Each has a disk of its own. Stopped by a signal to one of them, and continued."""
-    hosts = beside("test_many_hosts")
     gcs.put_directory(teacher_dir, "bucket", "slow/teacher")
     stages, mixer = ("stage1", "stage2"), "rad_rwkv7"
-    hosts.finish(hosts.start(hosts.command(teacher_dir, tmp_path / "one", "fsdp=1", stages, mixer), 1, 1))
-    words = hosts.command("gs://bucket/slow/teacher", "gs://bucket/slow/run", "fsdp=2,tensor=2", stages, mixer)
-    started = hosts.start(words, 2, 2, tmp_path / "disks")
+    finish(start(command(teacher_dir, tmp_path / "one", "fsdp=1", stages, mixer), 1, 1))
+    words = command("gs://bucket/slow/teacher", "gs://bucket/slow/run", "fsdp=2,tensor=2", stages, mixer)
+    started = start(words, 2, 2, tmp_path / "disks")
     while not gcs.names("bucket", "slow/run/checkpoints/") and started[0].poll() is None:
         time.sleep(0.02)
     started[1].send_signal(signal.SIGTERM)
-    hosts.finish(started, 128 + signal.SIGTERM)
+    finish(started, 128 + signal.SIGTERM)
     assert not gcs.names("bucket", "slow/run/export")
     copies = [{file.suffix for file in (tmp_path / "disks" / str(i)).rglob("synthetic-*")} for i in range(2)]
     assert copies == [{".bin", ".idx"}] * 2
-    hosts.finish(hosts.start(words, 2, 2, tmp_path / "disks"))
-    hosts.assert_same_run(gcs.get_directory("bucket", "slow/run", tmp_path / "two"), tmp_path / "one")
+    finish(start(words, 2, 2, tmp_path / "disks"))
+    assert_same_run(gcs.get_directory("bucket", "slow/run", tmp_path / "two"), tmp_path / "one")

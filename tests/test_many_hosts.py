@@ -57,7 +57,9 @@ def command(teacher: pathlib.Path, workdir: pathlib.Path, mesh: str, stages: tup
         settings |= {f"{name}.{field}": value for field, value in recipe.items()}
     settings |= {f"mesh.{size.split('=')[0]}": size.split("=")[1] for size in mesh.split(",")}
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
-    return [sys.executable, "-m", "radlads_jax.launch", "--config=configs/convert.py", f"--workdir={workdir}", *flags]
+    # The teacher has learnt nothing.
+    words = ["--config=configs/convert.py", f"--workdir={workdir}", "--force"]
+    return [sys.executable, "-m", "radlads_jax.launch", *words, *flags]
 
 
 def start(words: list[str], processes: int, devices: int, disks: pathlib.Path | None = None) -> list[subprocess.Popen]:
@@ -119,7 +121,8 @@ def test_two_processes_convert_as_one_does(teacher, tmp_path) -> None:
     words = command(teacher, tmp_path / "two", "fsdp=2,tensor=2", stages, mixer)
     first, second = finish(start(words, 2, 2))
     assert "exporting to" in first
-    assert "stage1" not in second
+    assert "stage1" not in second and "before the run" not in second
+    assert "ok  checkpoints" in first and "fsdp 2 x tensor 2 of 4" in first and "NO  teacher" in first
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 

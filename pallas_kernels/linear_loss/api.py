@@ -64,6 +64,39 @@ def linear_kl(
     return sliced.kl(options, hidden, kernel, teacher_hidden, teacher_kernel, weights)
 
 
+def linear_topk_kl(
+    hidden: Float[Array, "N D"],
+    kernel: Float[Array, "_ _"],
+    teacher_log_probs: Float[Array, "N k"],
+    teacher_indices: Int[Array, "N k"],
+    weights: Float[Array, " N"],
+    *,
+    slice_tokens: int | None = None,
+    kernel_layout: Layout = "dv",
+) -> Float[Array, ""]:
+    """`linear_kl` with a teacher of whom only the k likeliest tokens at each position were stored.
+
+    sum_n weights_n (sum_i p_ni (log p_ni - log q_n,index_ni) + p_n (log p_n - log q_n)),   p_ni = e^teacher_log_probs,
+    p_n = 1 - sum_i p_ni,   q_n = the sum of q = softmax(hidden @ kernel) over all tokens that are not among the k
+
+    This is the KL of teacher and student with all other tokens taken as one: never more than the whole KL, equal to
+    it with k = vocab, and zero only where the student agrees. (Renormalised over the k alone, the best student would
+    be one that denies all other tokens.) So teacher_log_probs are logarithms of the teacher's probabilities in the
+    whole vocabulary, its logits less their logsumexp, as jax.lax.top_k of a log_softmax gives them; its k indices in
+    [0, vocab) are distinct, and an entry of -inf is not there, for rows that keep fewer than k.
+    Layouts, dtypes, memory and gradients as in `linear_cross_entropy`; the teacher gets none.
+    """
+    _check("linear_topk_kl", hidden, kernel, kernel_layout, weights)
+    shapes = {"teacher_log_probs": teacher_log_probs.shape, "teacher_indices": teacher_indices.shape}
+    if len(set(shapes.values())) > 1 or teacher_indices.ndim != 2 or len(teacher_indices) != len(hidden):
+        raise ValueError(
+            f"linear_topk_kl got {shapes}, expected [{len(hidden)},k] for both, a row for each of hidden's; flatten "
+            "batch and tokens alike."
+        )
+    options = sliced.Options(_slice_tokens(hidden, kernel, kernel_layout, slice_tokens), kernel_layout)
+    return sliced.topk_kl(options, hidden, kernel, teacher_log_probs, teacher_indices, weights)
+
+
 def linear_stats(
     hidden: Float[Array, "N D"],
     kernel: Float[Array, "_ _"],

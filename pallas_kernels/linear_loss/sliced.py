@@ -81,6 +81,30 @@ def kl_slice(logits: jax.Array, teacher_logits: jax.Array) -> tuple[jax.Array, C
     return losses, lambda: jnp.exp(log_q) - jnp.exp(log_p)
 
 
+def topk_kl_slice(
+    logits: jax.Array, log_probs: jax.Array, indices: jax.Array
+) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    """`kl_slice` of a teacher that is known at k tokens of the vocabulary, and as one probability at all others."""
+    log_p = scattered(log_probs, indices, logits.shape)
+    known = log_p > -jnp.inf
+    partition = log_partition(logits)
+    log_q = logits - partition
+    # Of the student, the logarithm of what all unknown tokens have together; -inf where there are none.
+    log_rest = log_partition(jnp.where(known, -jnp.inf, logits)) - partition
+    rest = jnp.where(log_rest > -jnp.inf, jnp.maximum(1 - jnp.sum(jnp.exp(log_p), axis=-1, keepdims=True), 0), 0)
+    of_known = jnp.sum(jnp.where(known, jnp.exp(log_p) * (log_p - log_q), 0.0), axis=-1)
+    of_rest = jnp.where(rest > 0, rest * (jnp.log(jnp.where(rest > 0, rest, 1.0)) - log_rest), 0.0)[:, 0]
+    losses = of_known + of_rest
+    return losses, lambda: jnp.exp(log_q) - jnp.where(known, jnp.exp(log_p), rest * jnp.exp(log_q - log_rest))
+
+
+def scattered(values: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Float32 [S,vocab], split as logits are: values [S,k] in the columns of indices [S,k], -inf in all others."""
+    rows = jnp.arange(shape[0])[:, None]
+    nowhere = split_vocab(jnp.full(shape, -jnp.inf, jnp.float32), 1)
+    return split_vocab(nowhere.at[rows, constrain(indices)].max(constrain(values.astype(jnp.float32))), 1)
+
+
 SliceLoss = Callable[[jax.Array, Slice], tuple[jax.Array, Callable[[], jax.Array]]]
 
 
@@ -181,3 +205,27 @@ def _kl_backward(options, gradients, d_total):
 
 
 kl.defvjp(_kl_forward, _kl_backward)
+
+
+def _topk_kl_loss(logits: jax.Array, rest: Slice) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    return topk_kl_slice(logits, *rest)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def topk_kl(
+    options: Options,
+    hidden: jax.Array,
+    kernel: jax.Array,
+    log_probs: jax.Array,
+    indices: jax.Array,
+    weights: jax.Array,
+) -> jax.Array:
+    """See `linear_topk_kl`."""
+    return _value(options, _topk_kl_loss, hidden, kernel, weights, (log_probs, indices))
+
+
+def _topk_kl_forward(options, hidden, kernel, log_probs, indices, weights):
+    return _value_and_gradients(options, _topk_kl_loss, hidden, kernel, weights, (log_probs, indices))
+
+
+topk_kl.defvjp(_topk_kl_forward, _kl_backward)

@@ -20,6 +20,8 @@ from pallas_kernels.layout import Resets, transpose
 DEFAULT_CHUNK_SIZE = 16
 # Multiples of this add up exactly in float32 as long as the sums stay above -1024.
 GRID = 2.0**-14
+# Below this sum of log_w over half a chunk, quotients of float32 exponentials lose digits, then all of them.
+LOWEST_SUM = -81.0
 
 
 class Inputs(NamedTuple):
@@ -78,6 +80,7 @@ def chunk_pairs(chunk: Inputs, resets: Resets | None) -> Pairs:
     half = max(size // 2, 1)
     middle, last = slice(half - 1, half), slice(size - 1, size)
     centred, small = coarse - coarse[:, :, middle], fine - fine[:, :, middle]
+    centred = jnp.where(jnp.abs(centred) > -LOWEST_SUM, jnp.nan, centred)
     r_decay, k_decay = exponential(centred, small), exponential(-centred, -small)
     from_start = r_decay * exponential(coarse[:, :, middle], fine[:, :, middle])
     to_end = k_decay * r_decay[:, :, last]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.layout import boundaries
+from pallas_kernels.wkv6.step import wkv6_step
 
 
 def wkv6_reference(
@@ -25,10 +26,9 @@ def wkv6_reference(
     keep = jnp.ones((batch, length), dtype) if segment_ids is None else (~boundaries(segment_ids)).astype(dtype)
 
     def step(state: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        r_t, log_w_t, k_t, v_t, keep_t = token
-        state = state * keep_t[:, None, None, None]
-        state = jnp.exp(log_w_t)[..., None] * state + k_t[..., None] * v_t[..., None, :]
-        return state, jnp.einsum("bhkv,bhk->bhv", state, r_t)
+        *arrays, keep_t = token
+        out, state = wkv6_step(*arrays, state * keep_t[:, None, None, None])
+        return state, out
 
     tokens = tuple(jnp.moveaxis(x.astype(dtype), 1, 0) for x in (r, log_w, k, v, keep))
     final_state, out = jax.lax.scan(step, initial_state, tokens)

@@ -39,9 +39,10 @@ def wkv7(
 
     log_w is the log decay per token and key channel, never positive. The chunked form takes the decays of one chunk
     as quotients of float32 exponentials: it is right for log_w >= -1.8 (three times RWKV-7's own bound of -0.6066) in
-    chunks of 32, the default, and for sums of log_w above -60 over any chunk in larger ones. Beyond that outputs turn
-    NaN, and log_w's gradient loses digits by cancellation even in smaller chunks: take the reference there. The
-    bound of pallas_tpu, in its chunks of 64, is -1.8 too, in other ones sums above -60 over any half chunk.
+    chunks of 32, the default, and for sums of log_w above -60 over any chunk in larger ones. Beyond that log_w's
+    gradient loses digits by cancellation, and from sums of -81 on all that depends on them is NaN, never a wrong
+    number: take smaller chunks, or the reference. The bound of pallas_tpu, in its chunks of 64, is -1.8 too, in other
+    ones sums above -60 over any half chunk.
     Backward keeps one state a chunk: larger chunks, fewer states.
     The state resets to zero before each token t > 0 whose segment id differs from the one before it; initial_state
     (zeros by default) continues into token 0's segment. The state and all sums are float32, o has v's dtype.

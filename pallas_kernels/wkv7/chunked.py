@@ -18,6 +18,8 @@ from pallas_kernels.layout import Resets, transpose
 DEFAULT_CHUNK_SIZE = 32
 # Up to this size a triangular inverse is made from whole products under masks, beyond from its quarters.
 SMALL_INVERSE = 16
+# Below this sum of log_w over a chunk, quotients of float32 exponentials lose digits, then all of them.
+LOWEST_SUM = -81.0
 
 
 class Inputs(NamedTuple):
@@ -103,6 +105,7 @@ def chunk_pairs(chunk: Inputs, resets: Resets | None) -> Pairs:
     """Everything of one chunk that does not depend on its state."""
     size = chunk.r.shape[-2]
     total = layout.prefix_sums(chunk.log_w)
+    total = jnp.where(total < LOWEST_SUM, jnp.nan, total)
     a_decay, r_decay, grow = jnp.exp(total - chunk.log_w), jnp.exp(total), jnp.exp(-total)
     ar = jnp.concatenate([chunk.a * a_decay, chunk.r * r_decay], axis=-2)
     bk = jnp.concatenate([chunk.b * grow, chunk.k * grow], axis=-2)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.layout import boundaries
+from pallas_kernels.wkv7.step import wkv7_step
 
 
 def wkv7_reference(
@@ -27,12 +28,9 @@ def wkv7_reference(
     keep = jnp.ones((batch, length), dtype) if segment_ids is None else (~boundaries(segment_ids)).astype(dtype)
 
     def step(state: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        r_t, log_w_t, k_t, v_t, a_t, b_t, keep_t = token
-        state = state * keep_t[:, None, None, None]
-        removed = jnp.einsum("bhk,bhkv->bhv", a_t, state)
-        decayed = jnp.exp(log_w_t)[..., None] * state
-        state = decayed + b_t[..., None] * removed[..., None, :] + k_t[..., None] * v_t[..., None, :]
-        return state, jnp.einsum("bhkv,bhk->bhv", state, r_t)
+        *arrays, keep_t = token
+        out, state = wkv7_step(*arrays, state * keep_t[:, None, None, None])
+        return state, out
 
     tokens = tuple(jnp.moveaxis(x.astype(dtype), 1, 0) for x in (r, log_w, k, v, a, b, keep))
     final_state, out = jax.lax.scan(step, initial_state, tokens)

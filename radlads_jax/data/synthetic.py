@@ -39,8 +39,8 @@ def spans(seed: int, index: int) -> list[Span]:
     rng = random.Random(f"radlads tale {seed} {index}")
     target = rng.randint(70, 280)
     tale = begin(rng)
-    tell(tale)
-    tell(tale)
+    for _ in range(3):
+        tell(tale)
     in_paragraph = 3
     while tale.length < target:
         if in_paragraph > 4 and rng.random() < 0.5:
@@ -69,8 +69,8 @@ def _next_passage(tale: Tale) -> str:
     facts = len(tale.facts)
     weights = {
         "tell": max(0, 6 - facts),
-        "ask": min(6, facts),
-        "use": 2,
+        "ask": min(12, 3 * facts),
+        "use": 4,
         "change": 1,
         "plain": 3,
         "repeat": 4,

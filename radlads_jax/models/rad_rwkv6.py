@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.pieces import over_pieces
 from pallas_kernels.sharded import per_shard
-from pallas_kernels.wkv6 import wkv6
+from pallas_kernels.wkv6 import wkv6, wkv6_step
 from radlads_jax.models.attention import Context, Mixer
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, repeat_kv, shift_tokens, split_heads
@@ -98,6 +98,9 @@ class RadRwkv6(Mixer):
 
 
 def _recurrence(r, log_w, k, v, initial_state, segment_ids):
+    if r.shape[1] == 1 and initial_state is not None:
+        out, final = wkv6_step(*(x[:, 0] for x in (r, log_w, k, v)), initial_state)
+        return out[:, None], final
     return wkv6(r, log_w, k, v, initial_state=initial_state, segment_ids=segment_ids)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.pieces import over_pieces
 from pallas_kernels.sharded import per_shard
-from pallas_kernels.wkv7 import wkv7
+from pallas_kernels.wkv7 import wkv7, wkv7_step
 from radlads_jax.models.attention import Context, Mixer
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, repeat_kv, split_heads
@@ -86,6 +86,9 @@ class RadRwkv7(Mixer):
 
 
 def _recurrence(r, log_w, k, v, a, b, initial_state, segment_ids):
+    if r.shape[1] == 1 and initial_state is not None:
+        out, final = wkv7_step(*(x[:, 0] for x in (r, log_w, k, v, a, b)), initial_state)
+        return out[:, None], final
     return wkv7(r, log_w, k, v, a, b, initial_state=initial_state, segment_ids=segment_ids)
 
 

@@ -204,6 +204,9 @@ def _appearing(directory: AnyPath) -> Iterator[AnyPath]:
     partial = directory.parent / f".{directory.name}.partial"
     replaced = directory.parent / f".{directory.name}.replaced"
     directory.parent.mkdir(parents=True, exist_ok=True)
+    if replaced.exists() and not directory.exists():
+        # A process ended between the two renames below: the earlier export is still the one there is.
+        replaced.rename(directory)
     for leftover in (partial, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()

@@ -74,6 +74,10 @@ class StageLog:
         """The steps whose loss or gradient was not finite, so that they changed nothing."""
         return [r["step"] for r in self.records if number(r.get("loss")) is None or r.get("finite", 1) == 0]
 
+    def spikes(self) -> list[int]:
+        """The steps whose loss stood out above those before them, as the run marked them."""
+        return [r["step"] for r in self.records if r.get("spike")]
+
     def loss_at(self, *, last: bool) -> float | None:
         """The first finite loss, or the mean of the last LOSSES_MEANT."""
         losses = [loss for r in self.records if (loss := number(r.get("loss"))) is not None]

@@ -23,18 +23,18 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    return list(synthetic.documents(synthetic.TRAIN_SEED, 300))
+    return list(synthetic.documents(synthetic.TRAIN_SEED, 400))
 
 
 def test_documents_never_change(texts: list[str]) -> None:
     digest = hashlib.sha256("\0".join(texts[:200]).encode()).hexdigest()
-    assert digest == "9a123d58e88905ab1fa59111bd89338b5b8d0ead66ce06f9d3f58a4bd7dbe7b6"
+    assert digest == "d93d16f5065c2ee3b4323adae3dc7c5fcc8d5c8a432de4fd7cd751f9df0b8dd0"
 
 
 def test_a_document_depends_on_its_seed_and_index_alone(texts: list[str]) -> None:
     assert synthetic.document(synthetic.TRAIN_SEED, 123) == texts[123]
-    assert not set(texts) & set(synthetic.documents(synthetic.HELD_OUT_SEED, 300))
-    assert len(set(texts)) == 300
+    assert not set(texts) & set(synthetic.documents(synthetic.HELD_OUT_SEED, 400))
+    assert len(set(texts)) == 400
 
 
 @pytest.mark.parametrize(("seed", "index"), [(-1, 0), (0, -1)])
@@ -152,10 +152,10 @@ def test_each_passage_writes_something(name: str) -> None:
 
 
 def test_spans_make_the_document_and_need_memory(texts: list[str]) -> None:
-    pieces = [span for index in range(300) for span in synthetic.spans(synthetic.TRAIN_SEED, index)]
+    pieces = [span for index in range(len(texts)) for span in synthetic.spans(synthetic.TRAIN_SEED, index)]
     assert "".join(span.text for span in pieces) == "".join(texts)
     characters = sum(len(span.text) for span in pieces)
-    for kind, least in (("recall", 0.05), ("copy", 0.05), ("count", 0.03)):
+    for kind, least in (("recall", 0.09), ("copy", 0.045), ("count", 0.03)):
         assert sum(len(span.text) for span in pieces if span.kind == kind) > least * characters
 
 

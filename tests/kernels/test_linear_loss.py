@@ -1,5 +1,6 @@
 """linear_loss against the plain formulas in float64."""
 
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels.linear_loss import linear_cross_entropy, linear_kl, linear_stats
+from pallas_kernels.linear_loss import linear_cross_entropy, linear_kl, linear_stats, linear_topk_kl
 from pallas_kernels.testing import TOLERANCE, rms_ratio
 
 TOKENS, WIDTH, TEACHER_WIDTH, VOCAB = 37, 24, 16, 203
@@ -197,5 +199,139 @@ def test_bad_arguments_are_refused(data, no_shape_annotations):
         linear_cross_entropy(hidden, kernel, targets, weights, slice_tokens=0)
     with pytest.raises(ValueError, match="teacher vocabulary"):
         linear_kl(hidden, kernel, hidden, kernel[:, :-1], weights)
+    with pytest.raises(ValueError, match="teacher_indices"):
+        linear_topk_kl(hidden, kernel, jnp.zeros((TOKENS, 3)), jnp.zeros((TOKENS, 2), jnp.int32), weights)
     with pytest.raises(ValueError, match="both or neither"):
         linear_stats(hidden, kernel, targets, weights, hidden)
+
+
+def stored(data: dict[str, jax.Array], k: int) -> tuple[jax.Array, jax.Array]:
+    """The teacher's k likeliest tokens at each position: their log-probabilities and indices."""
+    log_p = log_softmax(np.float64(data["teacher_hidden"]) @ np.float64(data["teacher_kernel"]))
+    indices = np.argsort(-log_p, axis=-1)[:, :k].astype(np.int32)
+    return jnp.asarray(np.take_along_axis(log_p, indices, -1), jnp.float32), jnp.asarray(indices)
+
+
+def expected_topk(data: dict[str, jax.Array], log_probs: jax.Array, indices: jax.Array) -> dict[str, np.ndarray]:
+    """KL of distributions over the known tokens and one for all others, row by row in float64, and its gradients."""
+    x = {name: np.asarray(value, np.float64) for name, value in data.items() if name != "targets"}
+    q = np.exp(log_softmax(x["hidden"] @ x["kernel"]))
+    losses, d_logits = np.zeros(TOKENS), np.zeros_like(q)
+    for n in range(TOKENS):
+        there = np.isfinite(np.asarray(log_probs[n]))
+        columns, p = np.asarray(indices[n])[there], np.exp(np.float64(log_probs[n]))[there]
+        others = np.delete(np.arange(VOCAB), columns)
+        losses[n] = (p * np.log(p / q[n, columns])).sum()
+        d_logits[n, columns] = q[n, columns] - p
+        if len(others):
+            p_others, q_others = 1 - p.sum(), q[n, others].sum()
+            losses[n] += p_others * np.log(p_others / q_others)
+            d_logits[n, others] = q[n, others] * (1 - p_others / q_others)
+    d_logits *= x["weights"][:, None]
+    return {
+        "value": (losses * x["weights"]).sum(),
+        "hidden": d_logits @ x["kernel"].T,
+        "kernel": x["hidden"].T @ d_logits,
+        "weights": losses,
+    }
+
+
+@pytest.mark.parametrize(
+    ("k", "layout", "slice_tokens"), [(1, "dv", None), (8, "vd", 8), (64, "dv", 37), (203, "dv", 8)]
+)
+def test_topk_value_and_gradients(data, k, layout, slice_tokens):
+    log_probs, indices = stored(data, k)
+    want = expected_topk(data, log_probs, indices)
+    arguments = (data["hidden"], lay(data["kernel"], layout), data["weights"])
+
+    def run(hidden, kernel, weights):
+        options = {"slice_tokens": slice_tokens, "kernel_layout": layout}
+        return linear_topk_kl(hidden, kernel, log_probs, indices, weights, **options)
+
+    assert rms_ratio(jax.jit(run)(*arguments), want["value"]) < TOLERANCE["float32"]
+    value, (d_hidden, d_kernel, d_weights) = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2)))(*arguments)
+    assert rms_ratio(value, want["value"]) < TOLERANCE["float32"]
+    assert rms_ratio(d_hidden, want["hidden"]) < TOLERANCE["float32"]
+    assert rms_ratio(lay(d_kernel, layout), want["kernel"]) < TOLERANCE["float32"]
+    assert rms_ratio(d_weights, want["weights"]) < TOLERANCE["float32"]
+    assert not np.asarray(d_hidden)[np.asarray(data["weights"]) == 0].any()
+
+
+def test_topk_grows_to_the_whole_kl(data):
+    whole = linear_kl(data["hidden"], data["kernel"], data["teacher_hidden"], data["teacher_kernel"], data["weights"])
+    values = [
+        float(linear_topk_kl(data["hidden"], data["kernel"], *stored(data, k), data["weights"]))
+        for k in (1, 4, 32, VOCAB)
+    ]
+    assert 0 < values[0] < values[1] < values[2] < values[3]
+    np.testing.assert_allclose(values[-1], whole, rtol=1e-6)
+
+
+def test_topk_is_least_at_the_teacher(data):
+    """The teacher as its own student: no loss and no gradient, whatever k is."""
+    kernel = data["teacher_kernel"]
+
+    def run(hidden):
+        return linear_topk_kl(hidden, kernel, *stored(data, 4), jnp.ones(TOKENS))
+
+    value, d_hidden = jax.value_and_grad(run)(data["teacher_hidden"])
+    assert abs(float(value)) < 1e-5
+    assert np.abs(d_hidden).max() < 1e-5
+
+
+def test_topk_entries_that_are_not_there(data):
+    """Rows that keep fewer than k fill up with -inf, at any index; other rows' values stay."""
+    log_probs, indices = stored(data, 6)
+    shorter = log_probs.at[::2, 3:].set(-jnp.inf)
+    indices = indices.at[::2, 3:].set(indices[::2, :1])
+    want = expected_topk(data, shorter, indices)
+
+    def run(hidden, kernel):
+        return linear_topk_kl(hidden, kernel, shorter, indices, data["weights"], slice_tokens=8)
+
+    value, (d_hidden, d_kernel) = jax.value_and_grad(run, argnums=(0, 1))(data["hidden"], data["kernel"])
+    assert rms_ratio(value, want["value"]) < TOLERANCE["float32"]
+    assert rms_ratio(d_hidden, want["hidden"]) < TOLERANCE["float32"]
+    assert rms_ratio(d_kernel, want["kernel"]) < TOLERANCE["float32"]
+
+
+def test_topk_of_a_student_that_denies_the_rest(data):
+    """Where the student leaves e^-200 for all unknown tokens, float32 could not tell 1 - sum of the known from 0."""
+    kernel = np.zeros((2, VOCAB), np.float32)
+    kernel[0, :4] = 200.0
+    hidden = jnp.ones((TOKENS, 2))
+    log_probs = jnp.full((TOKENS, 4), np.log(0.2), jnp.float32)
+    indices = jnp.tile(jnp.arange(4), (TOKENS, 1))
+    run = functools.partial(linear_topk_kl, hidden, teacher_log_probs=log_probs, teacher_indices=indices)
+    value, d_kernel = jax.value_and_grad(run)(jnp.asarray(kernel), weights=jnp.ones(TOKENS))
+    log_rest = np.log((VOCAB - 4) / 4) - 200
+    want = 0.8 * np.log(0.2 / 0.25) + 0.2 * (np.log(0.2) - log_rest)
+    np.testing.assert_allclose(value / TOKENS, want, rtol=1e-6)
+    np.testing.assert_allclose(d_kernel[0, 4:].sum() / TOKENS, -0.2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["kl", "topk"])
+def test_a_vocabulary_split_over_devices(data, loss):
+    """Tokens over fsdp, an uneven vocabulary over tensor: one device's numbers, and no device with all columns."""
+    log_probs, indices = stored(data, 8)
+    mesh = Mesh(
+        np.array(jax.devices()[:8]).reshape(1, 2, 4, 1),
+        ("data", "fsdp", "tensor", "context"),
+        axis_types=(AxisType.Auto,) * 4,
+    )
+
+    def run(hidden, kernel):
+        if loss == "topk":
+            return linear_topk_kl(hidden, kernel, log_probs, indices, data["weights"], slice_tokens=16)
+        teacher = (data["teacher_hidden"], data["teacher_kernel"])
+        return linear_kl(hidden, kernel, *teacher, data["weights"], slice_tokens=16)
+
+    want, gradients = jax.value_and_grad(run, argnums=(0, 1))(data["hidden"], data["kernel"])
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        arguments = jax.device_put((data["hidden"], data["kernel"]), NamedSharding(mesh, PartitionSpec()))
+        program = jax.jit(jax.value_and_grad(run, argnums=(0, 1))).lower(*arguments).compile()
+    value, found = program(*arguments)
+    assert rms_ratio(value, want) < TOLERANCE["float32"]
+    for got, wanted in zip(found, gradients, strict=True):
+        assert rms_ratio(got, wanted) < TOLERANCE["float32"]
+    assert f"f32[16,{VOCAB}]" not in program.as_text()

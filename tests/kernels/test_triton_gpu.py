@@ -1,7 +1,7 @@
 """The Triton kernels of wkv7 and wkv6 without a GPU: their numbers by Triton's interpreter, what they compile to.
 
 Run as a script with TRITON_INTERPRET=1 (Triton reads it on import, so the tests start a process for it), this file
-computes the errors of all CASES and prints them as JSON.
+computes the errors of the CASES named and prints them as JSON.
 """
 
 import functools
@@ -50,6 +50,10 @@ CASES: dict[str, tuple[int, int, int, str, dict[str, Any]]] = {
     "iclr 0": (18, 64, 64, "float32_stress", {"iclr": 0.0}),
     "iclr 1": (18, 64, 64, "float32_stress", {"iclr": 1.0}),
 }
+
+# Dimensions that are full and not, every kind of mask, both precisions: all of the kernels' code. Others are slow.
+QUICK = ("segments", "wide heads", "filled heads", "one token", "bfloat16", "strongest decay")
+SLOW = tuple(case for case in CASES if case not in QUICK)
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 needs_jax_triton = pytest.mark.skipif(
@@ -205,35 +209,47 @@ def permuted(operation: str) -> bool:
     return bool((other_out == out[batch][:, :, heads]).all() and (other_state == state[batch][:, heads]).all())
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
+@functools.cache
+def interpreted(cases: tuple[str, ...]) -> dict[str, Any]:
     """What the other process found, by operation."""
     variables = {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, __file__], env=os.environ | variables, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, __file__, *cases], env=os.environ | variables, cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@needs_triton
-@every_operation
-@pytest.mark.parametrize("case", CASES)
-def test_numbers(interpreted, operation, case):
-    errors = interpreted[operation]["errors"][case]
+def check_numbers(cases: tuple[str, ...], operation: str, case: str) -> None:
+    errors = interpreted(cases)[operation]["errors"][case]
     assert max(errors.values()) < TOLERANCE[CASES[case][3]], errors
 
 
 @needs_triton
 @every_operation
-def test_whole_equals_pieces(interpreted, operation):
-    assert interpreted[operation]["pieces"] < TOLERANCE["float32"]
+@pytest.mark.parametrize("case", QUICK)
+def test_numbers(operation, case):
+    check_numbers(QUICK, operation, case)
+
+
+@needs_triton
+@pytest.mark.slow
+@every_operation
+@pytest.mark.parametrize("case", SLOW)
+def test_other_numbers(operation, case):
+    check_numbers(SLOW, operation, case)
 
 
 @needs_triton
 @every_operation
-def test_permuting_batch_and_heads_permutes_the_result(interpreted, operation):
-    assert interpreted[operation]["permuted"]
+def test_whole_equals_pieces(operation):
+    assert interpreted(QUICK)[operation]["pieces"] < TOLERANCE["float32"]
+
+
+@needs_triton
+@every_operation
+def test_permuting_batch_and_heads_permutes_the_result(operation):
+    assert interpreted(QUICK)[operation]["permuted"]
 
 
 def check_compiled(operation: str, capability: int, dtype: str, size: int) -> None:
@@ -351,7 +367,7 @@ if __name__ == "__main__":
     with triton_gpu.running(interpret):
         found = {
             name: {
-                "errors": {case: errors_of(name, case) for case in CASES},
+                "errors": {case: errors_of(name, case) for case in sys.argv[1:]},
                 "pieces": pieces(name),
                 "permuted": permuted(name),
             }

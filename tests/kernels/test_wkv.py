@@ -1,5 +1,6 @@
 """wkv7 and wkv6, every implementation, against a float64 loop over tokens: outputs, states and all gradients."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels.testing import TOLERANCE, recurrence_inputs, rms_ratio, token_loop, value_and_gradients
-from pallas_kernels.wkv6 import wkv6
+from pallas_kernels.wkv6 import wkv6, wkv6_step
 from pallas_kernels.wkv6.levels import levels
-from pallas_kernels.wkv7 import wkv7
+from pallas_kernels.wkv7 import wkv7, wkv7_step
 from pallas_kernels.wkv7.chunked import invert_unit_lower
 
 OPERATIONS = {"wkv7": wkv7, "wkv6": wkv6}
+STEPS = {"wkv7": wkv7_step, "wkv6": wkv6_step}
 STRONGEST = {"wkv7": -0.6066, "wkv6": -5.0}
 CASES = [(operation, implementation) for operation in OPERATIONS for implementation in ("reference", "chunked")]
 
@@ -124,6 +126,23 @@ def test_documented_range_of_decay(operation, log_w):
     check(operation, inputs, TOLERANCE["float32_stress"], implementation="chunked")
 
 
+@pytest.mark.parametrize("total", [-80.0, -82.0, -86.0, -88.0, -300.0])
+@every_operation
+def test_a_chunk_too_large_for_the_decay_gives_no_wrong_number(operation, total):
+    """Where float32 exponentials lose digits without a sign of it, and far beyond: each value is right or NaN."""
+    size = {"wkv7": 64, "wkv6": 128}[operation]  # wkv6's bound is on half a chunk
+    inputs = recurrence_inputs(operation, 1, size, 1, 16, 16)
+    inputs["log_w"] = np.zeros_like(inputs["log_w"])
+    inputs["log_w"][..., 3] = total / 64
+    ones, zeros = np.ones((1, size, 1, 16), np.float32), np.zeros((1, 1, 16, 16), np.float32)
+    want = token_loop(inputs, zeros, None, ones, zeros)
+    run = functools.partial(value_and_gradients, OPERATIONS[operation], chunk_size=size)
+    for name, got in jax.jit(run)(inputs, zeros, ones, zeros).items():
+        number = ~np.isnan(got)
+        np.testing.assert_allclose(got[number], want[name][number], rtol=1e-3, atol=1e-5 * np.abs(want[name]).max())
+        assert number.all() == (total > -81), name
+
+
 @every_operation
 def test_every_token_its_own_segment(operation):
     inputs = recurrence_inputs(operation, 2, 45, 2, 16, 16)
@@ -214,6 +233,34 @@ def test_backward_keeps_no_per_token_states(operation):
     assert 0 < kept <= given + (length // size + 2) * 64 * 64
 
 
+@every_operation
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_steps_are_the_whole(operation, dtype):
+    """Token by token, decays beyond any chunk's: outputs and states of the float64 loop."""
+    inputs = recurrence_inputs(operation, 3, 29, 2, 16, 24, log_w_range=(-20.0, 0.0))
+    arrays = {n: jnp.asarray(x, jnp.float32 if n == "log_w" else dtype) for n, x in inputs.items()}
+    start = np.random.default_rng(7).standard_normal((3, 2, 16, 24)).astype(np.float32)
+    want = token_loop({n: np.asarray(x, np.float64) for n, x in arrays.items()}, start)
+    step = jax.jit(STEPS[operation])
+    state, outs = jnp.asarray(start), []
+    for t in range(29):
+        out, state = step(*(x[:, t] for x in arrays.values()), state)
+        assert out.dtype == dtype and state.dtype == jnp.float32
+        outs.append(out)
+    assert rms_ratio(jnp.stack(outs, axis=1), want["o"]) < TOLERANCE[dtype]
+    assert rms_ratio(state, want["final_state"]) < TOLERANCE["float32"]
+
+
+@every_operation
+def test_a_step_continues_a_prefill(operation):
+    inputs = {n: jnp.asarray(x) for n, x in recurrence_inputs(operation, 2, 34, 2, 16, 16).items()}
+    want, last = OPERATIONS[operation](**inputs)
+    _, state = OPERATIONS[operation](**{n: x[:, :33] for n, x in inputs.items()})
+    out, state = STEPS[operation](*(x[:, 33] for x in inputs.values()), state)
+    assert rms_ratio(out, want[:, 33]) < TOLERANCE["float32"]
+    assert rms_ratio(state, last) < TOLERANCE["float32"]
+
+
 @pytest.fixture
 def no_shape_annotations() -> Iterator[None]:
     """Turns the annotations' checks off, so that the function's own errors show."""
@@ -236,3 +283,8 @@ def test_bad_arguments_are_refused(operation, no_shape_annotations):
         run(**inputs, initial_state=jnp.zeros((1, 2, 16, 8)))
     with pytest.raises(ValueError, match="T >= 1"):
         run(**{n: x[:, :0] for n, x in inputs.items()})
+    tokens = {n: x[:, 0] for n, x in inputs.items()}
+    with pytest.raises(ValueError, match=r"one token of each row, \[B,H,K\]"):
+        STEPS[operation](**inputs, state=jnp.zeros((1, 2, 16, 16)))
+    with pytest.raises(ValueError, match="state of shape"):
+        STEPS[operation](**tokens, state=jnp.zeros((1, 2, 16, 8)))

@@ -1,0 +1,202 @@
+"""The checks before a run: what they find, what they refuse, and that a sound run loses neither time nor files."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from ml_collections import ConfigDict
+
+from radlads_jax import job as job_lib
+from radlads_jax import launch, preflight, train
+from radlads_jax.checkpoint import Checkpoints
+from radlads_jax.config import defaults, validate
+from radlads_jax.distill.program import abstract_state
+from radlads_jax.models.decoder import init_params
+from radlads_jax.porting import model_config_from_hf, read_config, save_params
+
+ROOT = pathlib.Path(__file__).parent.parent
+TEACHER = ROOT / "configs" / "demo_teacher"
+NAMES = ["disk", "data", "tokenizer", "checkpoints", "teacher", "kernels"]
+
+
+def settings(teacher: pathlib.Path = TEACHER, **fields) -> ConfigDict:
+    config = defaults()
+    config.dtype = config.teacher.dtype = config.export.dtype = "float32"
+    config.teacher.path = str(teacher)
+    config.data.source, config.data.documents, config.data.eval_rows = "synthetic", 60, 8
+    config.stages = ("stage1", "stage2")
+    config.train.checkpoint_every, config.train.keep_checkpoints = 1, 2
+    for stage in (config.stage1, config.stage2):
+        stage.seq_len, stage.batch_size, stage.tokens, stage.remat = 32, 8, 3 * 32 * 8, "none"
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return config
+
+
+def make(config: ConfigDict, workdir: pathlib.Path) -> job_lib.Job:
+    return job_lib.make_job(validate(config), workdir)
+
+
+@pytest.fixture
+def untrained(tmp_path) -> pathlib.Path:
+    """The demo's teacher with fresh weights."""
+    cfg = model_config_from_hf(read_config(TEACHER))
+    base = read_config(TEACHER)
+    return save_params(init_params(cfg, 0), cfg, tmp_path / "untrained", base_config=base, tokenizer_from=TEACHER)
+
+
+def lines(text: str) -> dict[str, str]:
+    """What each check said, by its name, and its verdict."""
+    return {found[2]: found[0].strip() for found in re.finditer(r"^  (ok|NO)  (\w+) .*$", text, re.M)}
+
+
+@pytest.mark.parametrize("mesh", [{}, {"mesh__fsdp": 4, "mesh__tensor": 2}], ids=["one device", "a mesh"])
+def test_a_sound_run_gets_a_line_for_each_check(tmp_path, capsys, mesh):
+    job = make(settings(**mesh), tmp_path / "run")
+    before = sorted((tmp_path / "run").rglob("*"))
+    teacher = preflight.check(job)
+    said = lines(capsys.readouterr().out)
+    assert list(said) == NAMES and all(line.startswith("ok") for line in said.values())
+    assert "4 x tensor 2 of 8" in said["kernels"] if mesh else "one device of 8" in said["kernels"]
+    assert "wkv7 runs as chunked" in said["kernels"]
+    # 3 steps of 8 rows of 32 tokens, of data that hold rows of 32 behind the 8 that are held out.
+    tokens = (job.token_file.num_tokens - 8 * 32) // 32 * 32
+    assert f"stage2 reads {3 * 8 * 32 / tokens:.0%} of them" in said["data"]
+    loss = float(re.search(r"loss ([\d.]+)", said["teacher"])[1])
+    assert loss < 2.5, "the demo's teacher has learnt its language"
+    assert sorted((tmp_path / "run").rglob("*")) == before, "nothing stays behind"
+    assert teacher is not None
+    np.testing.assert_array_equal(teacher["norm"]["scale"], job.load_teacher("float32")["norm"]["scale"])
+
+
+def test_an_untrained_teacher_is_refused_unless_forced(untrained, tmp_path, capsys):
+    job = make(settings(untrained), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"has a loss of \d\.\d+ .*gives 6\.798; expected.*--force"):
+        preflight.check(job)
+    assert lines(capsys.readouterr().out)["teacher"].startswith("NO")
+    assert preflight.check(job, force=True) is not None
+
+
+def test_a_full_disk_is_refused_with_what_is_needed(tmp_path, monkeypatch):
+    job = make(settings(), tmp_path / "run")
+    free = 10_000_000
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
+    found = preflight.disk(job)
+    assert "10.0 MB free" in found.found and "lower config.train.keep_checkpoints" in found.problem
+    with pytest.raises(ValueError, match=r"the run will write up to [\d.]+ MB below .*where 10\.0 MB are free"):
+        preflight.check(job)
+
+
+def test_a_bucket_has_no_free_space_to_ask_for(tmp_path, monkeypatch):
+    job = make(settings(), tmp_path / "run")
+    assert preflight.free_bytes(epath.Path("gs://bucket/run")) is None
+    monkeypatch.setattr(preflight, "free_bytes", lambda directory: None)
+    assert "is not known" in preflight.disk(job).found and not preflight.disk(job).problem
+
+
+def test_the_disk_that_is_asked_for_is_what_a_run_fills(tmp_path, capsys):
+    """Two checkpoints of each stage, a third while it is written, and the export: near it, never more."""
+    job = make(settings(), tmp_path / "run")
+    planned = planned_bytes(job)
+    for name in job.run.stages:
+        state = jax.tree.map(filled, abstract_state(job.run, job.student, name, None))
+        with Checkpoints(train.stage_directory(job, name), keep=2) as written:
+            for step in (2, 3):
+                written.save(step, state, data_state={}, meta={})
+    export = tmp_path / "run" / "export"
+    save_params(init_params(job.student, 0), job.student, export, base_config=job.base_config)
+    checkpoints = size_of(tmp_path / "run" / "checkpoints")
+    third = max(map(size_of, (tmp_path / "run" / "checkpoints").glob("*/*")))
+    exported = (export / "model.safetensors").stat().st_size
+    assert 0.8 * planned < checkpoints + third + exported <= planned
+    # The run again: nothing is left to write, nothing is looked at, nothing is said.
+    assert planned_bytes(job) == 0
+    assert preflight.check(job) is None and capsys.readouterr().out == ""
+    assert preflight.check(job, whole=True) is not None and list(lines(capsys.readouterr().out)) == NAMES
+
+
+def filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Numbers that do not compress."""
+    return jnp.asarray(np.random.default_rng(0).normal(size=leaf.shape), leaf.dtype)
+
+
+def size_of(directory: pathlib.Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def planned_bytes(job: job_lib.Job) -> float:
+    return float(re.search(r"at most ([\d.]+) MB", preflight.disk(job).found)[1]) * 1e6
+
+
+def test_a_tokenizer_that_numbers_tokens_otherwise_is_refused(tmp_path):
+    other = shutil.copytree(TEACHER, tmp_path / "other")
+    document = json.loads((other / "tokenizer.json").read_text())
+    vocab = document["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(document))
+    job = make(settings(data__tokenizer=str(other)), tmp_path / "run")
+    found = preflight.tokenizer(job)
+    assert re.search("gives 2 tokens other ids than .*: (a, b|b, a); expected", found.problem)
+    same = make(settings(data__tokenizer=str(shutil.copytree(TEACHER, tmp_path / "same"))), tmp_path / "run2")
+    assert not preflight.tokenizer(same).problem
+
+
+def test_a_checkpoint_that_comes_back_changed_is_refused(tmp_path, monkeypatch):
+    job = make(settings(), tmp_path / "run")
+    restore = Checkpoints.restore
+
+    def damaged(self, step, abstract):
+        state, *documents = restore(self, step, abstract)
+        return jax.tree.map(lambda x: x + 1e-6, state), *documents
+
+    monkeypatch.setattr(Checkpoints, "restore", damaged)
+    with pytest.raises(ValueError, match="restored with other numbers"):
+        preflight.check(job, force=True)
+    assert not (tmp_path / "run" / ".preflight").exists()
+
+
+def test_a_work_directory_that_hosts_do_not_share_is_refused(tmp_path, monkeypatch):
+    job = make(settings(), tmp_path / "run")
+    # As a second process, for which the first one has written to another disk.
+    monkeypatch.setattr(preflight.hosts, "is_first", lambda: False)
+    with pytest.raises(ValueError, match=r"what process 0 wrote to .* is not there for all processes"):
+        preflight.check(job, force=True)
+
+
+def test_fresh_weights_have_no_loss_to_be_judged_by(tmp_path, capsys):
+    config = settings(teacher__path="", data__tokenizer=str(TEACHER), stages=("pretrain",), student__mixer="attention")
+    config.teacher.scratch = ConfigDict(read_config(TEACHER) | {"num_hidden_layers": 1})
+    config.pretrain = config.stage1
+    assert preflight.check(make(config, tmp_path / "run")) is None
+    assert "teacher" not in lines(capsys.readouterr().out)
+
+
+def test_preflight_only_stops_before_the_run(tmp_path, monkeypatch, capsys):
+    for name, value in (("_CONFIG", settings()), ("_WORKDIR", str(tmp_path / "run")), ("_PREFLIGHT_ONLY", True)):
+        monkeypatch.setattr(launch, name, types.SimpleNamespace(value=value))
+    monkeypatch.setattr(launch, "_FORCE", types.SimpleNamespace(value=False))
+    monkeypatch.setattr(train, "convert", lambda *_: pytest.fail("the run began"))
+    assert launch.main(["launch"]) == 0
+    assert list(lines(capsys.readouterr().out)) == NAMES
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["data"]
+
+
+def test_a_problem_ends_the_command_before_the_run(untrained, tmp_path):
+    """As a user runs it: exit code 1, no checkpoint, no config.json that the next command would have to repeat."""
+    flags = [f"--config.teacher.path={untrained}", "--config.data.documents=100", "--preflight-only"]
+    flags += ["--config.data.eval_rows=8", "--config.stage3.batch_size=2"]
+    command = [sys.executable, "-m", "radlads_jax.launch", "--config=configs/demo.py", f"--workdir={tmp_path / 'run'}"]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *flags], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert list(lines(done.stdout)) == NAMES and done.stderr.startswith("error: the teacher ")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["data"]

@@ -1,0 +1,128 @@
+"""One run at a time in a work directory, and signals that end one: a lock no dead process keeps, a second Ctrl-C."""
+
+import errno
+import fcntl
+import pathlib
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from radlads_jax import config, launch
+from radlads_jax.stopping import stop_signals
+from radlads_jax.workdir import held
+
+ROOT = pathlib.Path(__file__).parent.parent
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+file.write("process 7 on here since yesterday\\n")
+file.flush()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: pathlib.Path) -> Any:
+    """Another process that has the lock."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / ".lock")], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: pathlib.Path, holder: Any) -> None:
+    said = r"is in use by another run \(process 7 on here since yesterday\); expected one"
+    with pytest.raises(ValueError, match=said), held(tmp_path):
+        pytest.fail("entered")
+    holder.kill()
+    holder.wait()
+    with held(tmp_path):
+        command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
+        again = subprocess.run(command, capture_output=True, text=True)
+        assert "BlockingIOError" in again.stderr or "PermissionError" in again.stderr
+    with (tmp_path / ".lock").open("a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_the_command_line_asks_for_the_lock(tmp_path: pathlib.Path, holder: Any, monkeypatch: Any, capsys: Any) -> None:
+    chosen = config.defaults()
+    chosen.teacher.path, chosen.data.source = "no-such-teacher/at-all", "synthetic"
+    monkeypatch.setattr(launch, "_CONFIG", SimpleNamespace(value=chosen))
+    monkeypatch.setattr(launch, "_WORKDIR", SimpleNamespace(value=str(tmp_path)))
+    assert launch.main(["launch"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1 and "in use by another run" in message
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_what_cannot_be_written_or_locked(tmp_path: pathlib.Path, monkeypatch: Any, caplog: Any) -> None:
+    (tmp_path / "file").touch()
+    # Nobody, root neither, can make a directory in either.
+    for place in (tmp_path / "file" / "run", pathlib.Path("/proc/run")):
+        with pytest.raises(ValueError, match=f"--workdir {place} cannot be written to"), held(place):
+            pytest.fail("entered")
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with held(tmp_path / "run"):
+        assert "on a file system without locks" in caplog.text
+
+
+def test_leftovers_are_removed_and_named(tmp_path: pathlib.Path, caplog: Any) -> None:
+    left = [".a.json.partial", "metrics.tmp", "report/.index.html.partial", "data/a.tmp-7.bin", ".export.partial/x"]
+    kept = ["summary.json", "data/text-1.bin", "report/index.html", "export/config.json", "notes.partial"]
+    for name in [*left, *kept]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with held(tmp_path):
+        found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {*kept, ".lock"}
+    for name in left:
+        assert f"removing the unfinished {tmp_path / name.removesuffix('/x')}: its writing was" in caplog.text
+
+
+# Its main thread waits in compiled code, as for a device, where Python runs no handler.
+BLOCKED = """
+import ctypes, sys
+from radlads_jax.stopping import stop_signals
+with stop_signals() as stopping:
+    print("ready", flush=True)
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_leaves_at_once(first: int) -> None:
+    command = [sys.executable, "-c", BLOCKED]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(first)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 128 + signal.SIGINT
+        assert "leaving at once" in process.communicate()[1]
+    finally:
+        process.kill()
+
+
+def test_the_first_signal_is_told_and_handlers_come_back() -> None:
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    with stop_signals() as stopping:
+        assert stopping() is None
+        signal.raise_signal(signal.SIGTERM)
+        assert stopping() == signal.SIGTERM
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1

@@ -262,7 +262,7 @@ def test_what_was_logged_beyond_a_checkpoint_is_dropped_in_a_bucket_too(gcs):
             logger.begin("stage1", start, 10, tokens_per_step=1)
             for step in steps:
                 logger.log("stage1", step, {"loss": float(step)})
-            logger.send()
+            logger.sync()
             assert [r["step"] for r in read_metrics("gs://bucket/log")] == list(range(1, steps.stop))
 
     log(0, range(1, 5))

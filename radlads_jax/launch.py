@@ -57,6 +57,8 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
         return refuse(error)
     except OSError as error:
         return refuse(explain(error))
+    except storage.access_errors() as error:
+        return refuse(error)
     # Imported late: the models and their compiler take seconds that a typo should not.
     from radlads_jax import hosts, preflight
     from radlads_jax.job import make_job

@@ -19,6 +19,7 @@ What one needs, each as --config.<name>=<value> (radlads_jax/config.py has them 
     data.source, data.path   text (a file or a directory of .txt; documents are parted by data.separator), jsonl or
                              parquet (data.text_field), hf (a dataset's directory or hub id; data.name, data.split,
                              data.streaming), binidx (the prefix of .bin and .idx), synthetic
+                             any of these paths, the teacher's and --workdir may be gs:// URLs (the extra gcs)
     stages                   once for each: --config.stages=stage1 --config.stages=stage2 --config.stages=stage3
     <stage>.tokens, .seq_len, .batch_size, .accumulate (parts of a batch, for memory), .lr and .mixer_lr
     dtype, teacher.dtype     bfloat16; float32 on a CPU

@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 devices=${1:-}
 case $devices in
     cpu) project=. ;;
-    tpu | cuda) project=".[$devices]" ;;
+    tpu | cuda) project=".[$devices,gcs]" ;;
     *)
         echo "error: got '$devices'; expected cpu, tpu or cuda, e.g. launch/setup_env.sh tpu." >&2
         exit 1

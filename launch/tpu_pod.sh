@@ -2,7 +2,7 @@
 # A conversion on a TPU slice of Google Cloud without Kubernetes: asks for the slice as a queued resource, copies the
 # last commit to all of its workers, starts the same command on every one, and asks again when the slice is taken away.
 #
-# Run:     NAME=mine ZONE=europe-west4-a launch/tpu_pod.sh up --config configs/convert.py --workdir /mnt/runs/mine ...
+# Run:     NAME=mine ZONE=europe-west4-a launch/tpu_pod.sh up --config configs/convert.py --workdir gs://BUCKET/mine ...
 #              until it is done: waits for the slice, sets it up, runs, and does all of it again after a preemption;
 #              the same line again watches a run that is under way
 #          NAME=mine ZONE=... launch/tpu_pod.sh logs | stop | delete
@@ -12,11 +12,11 @@
 #          ACCELERATOR      v6e-8; also v5litepod-8, v5p-8, ...
 #          RUNTIME          v2-alpha-tpuv6e; the one for ACCELERATOR, see the TPU documentation
 #          SPOT=1           cheaper, and may be taken away at any time
-#          MOUNT            a command that makes the work directory's disk appear on a worker, e.g.
+#          MOUNT            a command that makes a disk appear on every worker, where paths are to lie on one, e.g.
 #                           'sudo mkdir -p /mnt/runs && sudo mount -t nfs IP:/runs /mnt/runs'
 #
-# A slice's own disks go with it: what shall survive a preemption is a work directory on a disk that MOUNT brings.
-# On a slice with several workers all of them read teacher and data, and share the work directory: put them there.
+# A slice's own disks go with it, and its workers share none: give gs:// paths for the work directory, the teacher and
+# the data, in a bucket of the slice's region that its service account may read and write, or a disk that MOUNT brings.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

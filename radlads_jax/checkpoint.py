@@ -17,6 +17,7 @@ from etils import epath
 
 from radlads_jax import hosts
 from radlads_jax.checkpoint_sums import DamagedCheckpoint, difference, shapes_sum, sums_document
+from radlads_jax.storage import in_bucket
 
 Tree = TypeVar("Tree")
 Result = TypeVar("Result")
@@ -39,7 +40,9 @@ class Checkpoints:
         for name, value in (("keep", keep), ("every", every)):
             if value < 1:
                 raise ValueError(f"checkpoint {name} is {value}; expected at least 1. Set {name} to a positive number.")
-        self.directory = epath.Path(directory).expanduser().resolve()
+        directory = epath.Path(directory)
+        # epath would make a bucket's URL a path below the working directory.
+        self.directory = directory if in_bucket(directory) else directory.expanduser().resolve()
         self.every = every
         for unfinished in ocp.utils.tmp_checkpoints(self.directory):
             logging.warning("removing the unfinished checkpoint %s: its save was interrupted", unfinished.get())

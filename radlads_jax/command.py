@@ -8,6 +8,8 @@ from typing import NoReturn
 from absl import app, flags, logging
 from rich.console import Console
 
+from radlads_jax import storage
+
 EXIT_FAILED = 1
 
 
@@ -42,6 +44,8 @@ def guarded(main: Callable[[flags.FlagValues], None], values: flags.FlagValues) 
     try:
         main(values)
     except (ValueError, NotImplementedError, OSError) as error:
+        return refuse(error)
+    except storage.access_errors() as error:
         return refuse(error)
     return 0
 

@@ -17,12 +17,11 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 
-from radlads_jax import command
+from radlads_jax import command, storage
 from radlads_jax.decoding.loaded import DTYPES, Model, load_model
 from radlads_jax.evaluation.paper import SUITE, published_scores, relative_score
 from radlads_jax.evaluation.probes import DEFAULT_LENGTHS, draw_probes, run_probes
 from radlads_jax.evaluation.task_code import check_task_code
-from radlads_jax.heldout import write_atomically
 from radlads_jax.models import ModelConfig
 
 console = Console(stderr=True, highlight=False)
@@ -252,11 +251,11 @@ def _with_error(result: dict[str, Any] | None) -> str:
     return _shown(result["score"]) + (f" ± {_shown(error)}" if isinstance(error, float) else "")
 
 
-def output_directory(model: str, given: str | None) -> Path:
-    """--output, else the run's or the model's own directory. Raises ValueError where the model is none on this disk."""
-    if given is None and not Path(model).is_dir():
+def output_directory(model: str, given: str | None) -> storage.AnyPath:
+    """--output, else the run's or the model's own directory. Raises ValueError for a model of the hub."""
+    if given is None and not storage.as_path(model).is_dir():
         raise ValueError(f"{model} is a model of the hub, beside which nothing can be written; expected --output DIR.")
-    directory = Path(given or model)
+    directory = storage.as_path(given or model)
     directory.mkdir(parents=True, exist_ok=True)
     return directory
 
@@ -306,8 +305,8 @@ def main(values: flags.FlagValues) -> None:
         result["probes"] = {role: probes for role, (_, _, probes) in found.items()}
         draw_probes(result["probes"], directory / "probes.png")
     page = as_markdown(result)
-    write_atomically(directory / "evaluation.json", json.dumps(result, indent=2) + "\n")
-    write_atomically(directory / "evaluation.md", page)
+    storage.write_text(directory / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    storage.write_text(directory / "evaluation.md", page)
     print(page)
 
 
@@ -325,7 +324,7 @@ def evaluate_model(
             samples=values.probe_samples,
             seed=values.seed,
             batch_size=values.batch_size,
-            text_file=Path(values.probe_text) if values.probe_text else None,
+            text_file=storage.as_path(values.probe_text) if values.probe_text else None,
             log=lambda line: console.print(f"{role}: {line}"),
         )
     return model.cfg, scores, probes

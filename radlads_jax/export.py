@@ -4,13 +4,13 @@ python -m radlads_jax.export --model RUN_OR_DIR --output DIR [--dtype=bfloat16] 
 """
 
 import dataclasses
-from pathlib import Path
+import os
 from typing import Any
 
 from absl import flags
 from rich.console import Console
 
-from radlads_jax import command
+from radlads_jax import command, storage
 from radlads_jax.decoding.loaded import model_directory
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting.config_keys import read_config, read_json
@@ -47,14 +47,14 @@ def main(values: flags.FlagValues) -> None:
 
 
 def export_again(
-    model: str | Path,
-    output: str | Path,
+    model: str | os.PathLike,
+    output: str | os.PathLike,
     *,
     dtype: str | None = None,
     retie: bool = False,
     untie: bool = False,
     runtime: str = "",
-) -> Path:
+) -> storage.AnyPath:
     """Reads a student (of a run: its export/) and writes it to `output` with its tokenizer and a model card.
 
     Raises ValueError for what is no model, for retie with untie, and for what `runtime` has no place for, before any
@@ -73,7 +73,7 @@ def export_again(
     if cfg.tie_embeddings and untie:
         params["head"] = {"kernel": params["embed"]["embedding"].T}
     kept = written if untie else cfg
-    card = model_card(Path(model), source, written)
+    card = model_card(storage.as_path(model), source, written)
     return save_params(
         params, kept, output, base_config=config, dtype=dtype, tokenizer_from=source, retie=retie, model_card=card
     )
@@ -85,16 +85,16 @@ def stored_dtype(config: dict[str, Any]) -> str:
     return found if found in EXPORT_DTYPES else "float32"
 
 
-def model_card(model: Path, source: Path, cfg: ModelConfig) -> str | None:
+def model_card(model: storage.AnyPath, source: storage.AnyPath, cfg: ModelConfig) -> str | None:
     """Of a run: from its settings and its summary; else the student's own, where there is one."""
     summary = model / "summary.json"
     if cfg.recurrent_mixer is not None and summary.is_file() and source != model:
         return write_model_card(cfg, run=read_json(model / "config.json"), summary=read_json(summary))
     own = source / MODEL_CARD
-    return own.read_text(encoding="utf-8") if own.is_file() else None
+    return storage.read_text(own) if own.is_file() else None
 
 
-def refuse_for_llama_cpp(cfg: ModelConfig, directory: Path) -> None:
+def refuse_for_llama_cpp(cfg: ModelConfig, directory: storage.AnyPath) -> None:
     """Raises ValueError naming, in one line, all that llama.cpp's rwkv6qwen2 has no place for."""
     found = llama_cpp_obstacles(cfg) + tokenizer_obstacles(directory)
     if found:
@@ -127,7 +127,7 @@ def llama_cpp_obstacles(cfg: ModelConfig) -> list[str]:
     return [name for name, present in obstacles.items() if present]
 
 
-def tokenizer_obstacles(directory: Path) -> list[str]:
+def tokenizer_obstacles(directory: storage.AnyPath) -> list[str]:
     """Why llama.cpp's converter cannot read the tokenizer: it wants a sentencepiece model or byte-level BPE."""
     if (directory / "tokenizer.model").is_file():
         return []

@@ -6,7 +6,6 @@ python -m radlads_jax.generate --model DIR [--prompt TEXT | --chat | --prompts F
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from radlads_jax import command
+from radlads_jax import command, storage
 from radlads_jax.decoding.loaded import DTYPES, Model, cache_bytes, load_model, state_bytes
 from radlads_jax.decoding.loop import BLOCK, Sequences, compile_for, decode, empty_sequences, left_padded, prefill
 from radlads_jax.decoding.sampling import GREEDY, Sampling
@@ -227,12 +226,12 @@ def shown_bytes(count: int) -> str:
     return f"{size:.3g} {unit}"
 
 
-def read_prompts(path: Path) -> list[str | list[dict[str, str]]]:
+def read_prompts(path: storage.AnyPath) -> list[str | list[dict[str, str]]]:
     """The prompts of a file: lines of text, or of JSON with "prompt" (text) or "messages" (a chat) where it is .jsonl.
 
     Raises ValueError naming the line that is none.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = storage.read_text(path).splitlines()
     if path.suffix != ".jsonl":
         return [line for line in lines if line.strip()]
     prompts: list[str | list[dict[str, str]]] = []
@@ -285,7 +284,7 @@ def main(values: flags.FlagValues) -> None:
         raise ValueError("got both --prompt and --prompts; expected one of them.")
     if values.batch_size < 1:
         raise ValueError(f"batch_size is {values.batch_size}; expected at least 1. Change --batch_size.")
-    prompts = read_prompts(Path(values.prompts)) if values.prompts else list(values.prompt)
+    prompts = read_prompts(storage.as_path(values.prompts)) if values.prompts else list(values.prompt)
     sampling = Sampling(values.temperature, values.top_k, values.top_p)
     model = load_model(values.model, dtype=values.dtype, for_decoding=True)
     writer = Writer(model, sampling, values)

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from pallas_kernels.linear_loss import linear_stats
 from pallas_kernels.sharded import constrain
-from radlads_jax import hosts, sharding
+from radlads_jax import hosts, sharding, storage
 from radlads_jax.data import pipeline
 from radlads_jax.decoding.loop import generate_greedy
 from radlads_jax.distill.losses import Batch, next_tokens, read_rows
@@ -125,7 +124,7 @@ def evaluate_job(job: Job, student: Params, teacher: Params | None) -> dict[str,
             for name, (cfg, params) in models.items()
         }
         if hosts.is_first():
-            write_atomically(job.workdir / "samples.md", samples_page(prompts, texts))
+            storage.write_text(job.workdir / "samples.md", samples_page(prompts, texts))
         result["samples"] = [
             {"prompt": prompt} | {name: text[i] for name, text in texts.items()} for i, prompt in enumerate(prompts)
         ]
@@ -168,10 +167,3 @@ def _on_a_line(text: str) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.2%}"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes under a temporary name and renames, so that a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

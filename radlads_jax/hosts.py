@@ -61,7 +61,7 @@ def agreed(number: int) -> int:
 
 @contextlib.contextmanager
 def first_alone(what: str) -> Iterator[None]:
-    """The first process runs the body, then all others do: they find what it has left on the shared disk."""
+    """The first process runs the body, then all others do: they find what it left on a shared disk or in a bucket."""
     several = jax.process_count() > 1
     if several and not is_first():
         multihost_utils.sync_global_devices(what)

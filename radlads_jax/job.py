@@ -1,7 +1,6 @@
 """A run's parts, resolved from its config: directories, models' configs, tokenizer, data."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -20,6 +19,7 @@ from radlads_jax.porting.hub import check_tokenizer, load_tokenizer, resolve_mod
 from radlads_jax.porting.load import check_tensors, load_params
 from radlads_jax.porting.names import disk_tensors
 from radlads_jax.porting.safetensors_read import open_checkpoint
+from radlads_jax.storage import AnyPath
 
 EVAL_SEQ_LEN = 512
 SWITCHES = {"": None, "on": True, "off": False}
@@ -35,12 +35,12 @@ class Job:
     """
 
     run: RunConfig
-    workdir: Path
-    source: Path | None
+    workdir: AnyPath
+    source: AnyPath | None
     base_config: dict[str, Any]
     teacher: ModelConfig
     student: ModelConfig
-    tokenizer_dir: Path
+    tokenizer_dir: AnyPath
     tokenizer: Any
     token_file: binidx.TokenFile
     eval_tokens: int
@@ -70,7 +70,7 @@ class Job:
         )
 
 
-def make_job(run: RunConfig, workdir: Path) -> Job:
+def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     """Checks teacher, student, tokenizer and data, in this order; raises ValueError for the first that is wrong."""
     mesh = sharding.make_mesh(run)
     source = resolve_model_dir(run.teacher.path, run.teacher.revision or None) if run.teacher.path else None
@@ -153,7 +153,7 @@ def _mixer_config(given: Student, hidden_size: int) -> MixerConfig:
     return MixerConfig.for_student(given.mixer, hidden_size, gate=given.gate or None, **switches, **ranks)
 
 
-def _tokenizer_dir(run: RunConfig, workdir: Path, source: Path | None) -> Path:
+def _tokenizer_dir(run: RunConfig, workdir: AnyPath, source: AnyPath | None) -> AnyPath:
     if run.data.tokenizer:
         return resolve_model_dir(run.data.tokenizer)
     if source is not None:
@@ -169,7 +169,7 @@ def _tokenizer_dir(run: RunConfig, workdir: Path, source: Path | None) -> Path:
     return directory
 
 
-def _token_file(run: RunConfig, workdir: Path, tokenizer: Any, student: ModelConfig) -> binidx.TokenFile:
+def _token_file(run: RunConfig, workdir: AnyPath, tokenizer: Any, student: ModelConfig) -> binidx.TokenFile:
     data = run.data
     needed = max((run.stage(name).tokens for name in run.stages), default=0)
     limit = data.max_tokens or (needed + needed // 50 + 10**6 if data.streaming else None)

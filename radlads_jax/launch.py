@@ -9,7 +9,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
@@ -17,6 +16,7 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from radlads_jax import config as config_lib
+from radlads_jax import storage
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A Python file with get_config(arg), e.g. configs/demo.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the export go; made when missing.")
@@ -50,12 +50,15 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
             raise ValueError(
                 "expected --config FILE and --workdir DIR, e.g. --config configs/demo.py --workdir runs/demo."
             )
-        run, workdir = config_lib.validate(_CONFIG.value), Path(_WORKDIR.value)
+        run, workdir = config_lib.validate(_CONFIG.value), storage.as_path(_WORKDIR.value)
+        storage.require_writable(workdir)
         check_same_config(workdir, _CONFIG.value.to_dict())
     except ValueError as error:
         return refuse(error)
     except OSError as error:
         return refuse(explain(error))
+    except storage.access_errors() as error:
+        return refuse(error)
     # Imported late: the models and their compiler take seconds that a typo should not.
     from radlads_jax import hosts, preflight
     from radlads_jax.job import make_job
@@ -78,6 +81,8 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
         Console(stderr=True).print(str(stop), style="yellow", markup=False, soft_wrap=True)
         return EXIT_STOPPED + stop.signum
     except (ValueError, NotImplementedError, TooManyNonFinite, OSError) as error:
+        return refuse(error)
+    except storage.access_errors() as error:
         return refuse(error)
     return 0
 
@@ -134,12 +139,12 @@ def _message(error: BaseException) -> str:
     return f"no such field: {last}" if is_lookup else last
 
 
-def check_same_config(workdir: Path, config: dict) -> None:
+def check_same_config(workdir: storage.AnyPath, config: dict) -> None:
     """Raises ValueError where DIR belongs to a run with other settings."""
     path = workdir / "config.json"
     if not path.exists():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = json.loads(storage.read_text(path))
     old, new = flat_settings(before), flat_settings(json.loads(json.dumps(config)))
     names = [name for name in sorted(old.keys() | new.keys()) if name.rsplit(".")[-1] not in FREE_FIELDS]
     changed = [f"{n} was {old.get(n)!r} and is now {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
@@ -150,12 +155,10 @@ def check_same_config(workdir: Path, config: dict) -> None:
         )
 
 
-def remember_config(workdir: Path, config: dict) -> None:
+def remember_config(workdir: storage.AnyPath, config: dict) -> None:
     """Writes DIR/config.json."""
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = workdir / ".config.json.partial"
-    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(workdir / "config.json")
+    storage.write_text(workdir / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def flat_settings(settings: dict, where: str = "config") -> dict[str, Any]:

@@ -17,11 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from radlads_jax.curves import Curves
+from radlads_jax.storage import Mirror, as_path
 from radlads_jax.wandb_curves import WandbCurves
 
 FILE_NAME = "metrics.jsonl"
 PLAIN_LINE_SECONDS = 30.0
 SPIKE_NEEDS = 10
+# Between two sendings of all that was logged, where the work directory is in a bucket.
+SEND_SECONDS = 60.0
 
 # Dense bfloat16 FLOP/s of one jax device, from the makers' data sheets. A TPU7x chip is two devices.
 PEAK_FLOPS = {
@@ -48,7 +51,8 @@ class MetricsLogger:
     """
 
     def __init__(self, workdir: str | os.PathLike, *, console: Console | None = None, wandb: WandbCurves | None = None):
-        self.workdir = Path(workdir)
+        self.workdir = as_path(workdir)
+        self._mirror = Mirror(self.workdir)
         self._enabled = jax.process_index() == 0
         self._console = console or Console()
         self._wandb = wandb
@@ -72,12 +76,13 @@ class MetricsLogger:
         self._tokens_per_step, self._flops_per_token = tokens_per_step, flops_per_token
         if not self._enabled:
             return
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        path = self.workdir / FILE_NAME
+        self._mirror.path.mkdir(parents=True, exist_ok=True)
+        self._mirror.fetch(FILE_NAME)
+        path = self._mirror.path / FILE_NAME
         _drop_lines_beyond(path, stage, start)
         self._file = path.open("a", encoding="utf-8")
         # purge_step hides the curves' points beyond `start` that an interrupted run left.
-        self._writer = Curves(self.workdir / "tensorboard" / stage, purge_step=start + 1)
+        self._writer = Curves(self._mirror.path / "tensorboard" / stage, purge_step=start + 1)
         self._display = (_Bar if self._console.is_terminal else _Lines)(self._console, stage, start, total)
 
     def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
@@ -110,9 +115,10 @@ class MetricsLogger:
         self._display.loss = numbers.get("loss", self._display.loss)
 
     def sync(self) -> None:
-        """Has what was logged reach the disk itself, where even a machine that is switched off leaves it."""
+        """Has what was logged reach the bucket, or the disk itself, where a machine that is switched off leaves it."""
         if self._file is not None:
             os.fsync(self._file.fileno())
+            self._mirror.send()
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
@@ -133,11 +139,13 @@ class MetricsLogger:
         if utilization is not None:
             self._writer.add_scalar("mfu", utilization, step)
         self._writer.flush()
+        self._mirror.send(every=SEND_SECONDS)
         self._display.move(step, tokens_per_second, utilization)
 
     def close(self) -> None:
         """Flushes and closes everything; may be called twice."""
         self._end_stage()
+        self._mirror.close()
         if self._wandb is not None:
             self._wandb.close()
             self._wandb = None
@@ -155,7 +163,9 @@ class MetricsLogger:
         self._display = self._file = self._writer = self._stage = None
         with contextlib.ExitStack() as stack:
             # All of them, in the reverse order, whatever one of them raises. The terminal first: a bar left running
-            # hides the cursor and garbles a traceback.
+            # hides the cursor and garbles a traceback. The bucket last.
+            if writer is not None:
+                stack.callback(self._mirror.send)
             if writer is not None:
                 stack.callback(writer.close)
             if file is not None:
@@ -190,10 +200,10 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
     Raises ValueError for a broken line before the last one.
     """
-    path = Path(workdir) / FILE_NAME
+    path = as_path(workdir) / FILE_NAME
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
     records = []
     for number, line in enumerate(lines[:-1], start=1):
         try:

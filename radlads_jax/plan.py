@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from radlads_jax import config as config_lib
+from radlads_jax import storage
 from radlads_jax.launch import explain, parse_flags, refuse
 
 _TOPOLOGY = flags.DEFINE_string(
@@ -49,6 +50,8 @@ def main(argv: list[str]) -> int:
         return refuse(error)
     except OSError as error:
         return refuse(explain(error))
+    except storage.access_errors() as error:
+        return refuse(error)
     if _JSON.value:
         print(json.dumps(result, indent=2))
     elif automatic:
@@ -87,8 +90,8 @@ def teacher_config(run: config_lib.RunConfig) -> Any:
     path = run.teacher.path
     if not path:
         values = dict(run.teacher.scratch)
-    elif os.path.isdir(path):
-        values = read_config(path)
+    elif (directory := storage.as_path(path)).is_dir():
+        values = read_config(directory)
     elif path in KNOWN_CONFIGS:
         values = KNOWN_CONFIGS[path]
     else:

@@ -15,8 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from radlads_jax import command
-from radlads_jax.heldout import write_atomically
+from radlads_jax import command, storage
 from radlads_jax.reporting.charts import Curve, Real, heat_height, heat_map, line_chart, short
 from radlads_jax.reporting.page import (
     amount,
@@ -43,15 +42,15 @@ CROSS_ENTROPY = "next-token cross-entropy"
 MEMORY = re.compile(r"memory|bytes", re.IGNORECASE)
 
 
-def write_report(workdir: str | os.PathLike, *, usd_per_hour: Real | None = None) -> Path:
+def write_report(workdir: str | os.PathLike, *, usd_per_hour: Real | None = None) -> storage.AnyPath:
     """Writes the page from what the directory holds so far; returns its path.
 
     usd_per_hour: price of the whole machine, for the cost. Raises ValueError where there is no run.
     """
     html = report_html(read_run(workdir), usd_per_hour)
-    path = Path(workdir) / "report" / "index.html"
+    path = storage.as_path(workdir) / "report" / "index.html"
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, html)
+    storage.write_text(path, html)
     return path
 
 

@@ -7,13 +7,12 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
-from radlads_jax import heldout, hosts, sharding
+from radlads_jax import heldout, hosts, sharding, storage
 from radlads_jax.checkpoint import Checkpoints
 from radlads_jax.checkpoint_sums import DamagedCheckpoint
 from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
@@ -97,7 +96,7 @@ def convert(job: Job, teacher: Params | None = None) -> dict[str, Any]:
     console.quiet = not hosts.is_first()
     summary_path = job.workdir / "summary.json"
     if summary_path.exists() and (job.workdir / "export").is_dir():
-        summary = json.loads(summary_path.read_text(encoding="utf-8"))
+        summary = json.loads(storage.read_text(summary_path))
         console.print(f"[bold]{job.workdir} is finished[/bold]; nothing to do. Its results, from {summary_path}:")
         console.print(heldout.results_table(summary))
         if hosts.is_first() and not (job.workdir / "report" / "index.html").exists():
@@ -117,7 +116,7 @@ def convert(job: Job, teacher: Params | None = None) -> dict[str, Any]:
     export(job, student, summary)
     if hosts.is_first():
         # Its presence says that everything before is whole.
-        heldout.write_atomically(summary_path, json.dumps(summary, indent=2) + "\n")
+        storage.write_text(summary_path, json.dumps(summary, indent=2) + "\n")
         console.print(heldout.results_table(summary))
         console.print(f"how it went, as a page: {write_report(job.workdir)}")
     return summary
@@ -231,7 +230,7 @@ def _train(
             raise Interrupted(stop, f"step {step} of {recipe.steps} of {name}")
 
 
-def _non_finite_message(workdir: Path, name: str, step: int, in_a_row: int) -> str:
+def _non_finite_message(workdir: storage.AnyPath, name: str, step: int, in_a_row: int) -> str:
     return (
         f"{name}: the {in_a_row} steps from {step - in_a_row + 1} to {step} had a loss or gradient that is not finite; "
         "expected no more than config.train.max_skipped in a row. They changed nothing, and the newest checkpoint is "
@@ -297,7 +296,7 @@ def _stored_params(job: Job, checkpoints: Checkpoints, params: Params, step: int
     return checkpoints.restore_params(step, sharding.abstract(job.mesh, wanted))
 
 
-def stage_directory(job: Job, name: str) -> Path:
+def stage_directory(job: Job, name: str) -> storage.AnyPath:
     return job.workdir / "checkpoints" / name
 
 

@@ -62,8 +62,8 @@ def command(teacher: pathlib.Path, workdir: pathlib.Path, mesh: str, stages: tup
     return [sys.executable, "-m", "radlads_jax.launch", *words, *flags]
 
 
-def start(words: list[str], processes: int, devices: int) -> list[subprocess.Popen]:
-    """`processes` of them, joined over gloo, with so many devices each."""
+def start(words: list[str], processes: int, devices: int, disks: pathlib.Path | None = None) -> list[subprocess.Popen]:
+    """`processes` of them, joined over gloo, with so many devices each. disks: where each has a cache of its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -78,11 +78,11 @@ def start(words: list[str], processes: int, devices: int) -> list[subprocess.Pop
         else []
         for i in range(processes)
     ]
+    caches = [{"XDG_CACHE_HOME": str(disks / str(i))} if disks else {} for i in range(processes)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return [
-        subprocess.Popen(
-            [*words, *more], env=environ, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for more in flags
+        subprocess.Popen([*words, *more], env=environ | cache, cwd=ROOT, text=True, **pipes)
+        for more, cache in zip(flags, caches, strict=True)
     ]
 
 

@@ -18,6 +18,8 @@ from types import TracebackType
 
 import numpy as np
 
+from radlads_jax.storage import AnyPath, as_path, local_copy, publish, staged
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
@@ -35,7 +37,7 @@ class TokenFile:
         document_starts: [num_documents + 1] int64, where each document begins in `tokens`; ends with num_tokens.
     """
 
-    prefix: Path
+    prefix: AnyPath
     tokens: np.ndarray
     document_starts: np.ndarray
 
@@ -67,8 +69,8 @@ class TokenFile:
                 )
 
 
-def open_token_file(path: str | Path) -> TokenFile:
-    """Map a token file; `path` is its prefix or either file of the pair.
+def open_token_file(path: str | os.PathLike) -> TokenFile:
+    """Map a token file; `path` is its prefix or either file of the pair. Of one in a bucket, this host's copy.
 
     Raises:
         ValueError: a file is missing, truncated, of another format, or its index contradicts itself or the tokens.
@@ -81,6 +83,7 @@ def open_token_file(path: str | Path) -> TokenFile:
                 f"{each} does not exist; expected a token file as a pair {bin_path.name} and {idx_path.name}; "
                 "check the path, or copy the missing file beside the other."
             )
+    bin_path, idx_path = local_copy(bin_path), local_copy(idx_path)
     dtype, sizes, pointers, doc_idx = _read_index(idx_path)
     _check_layout(idx_path, sizes, pointers, dtype.itemsize)
     total = int(sizes.sum(dtype=np.int64))
@@ -96,12 +99,12 @@ def open_token_file(path: str | Path) -> TokenFile:
     return TokenFile(prefix, tokens, starts)
 
 
-def _prefix(path: str | Path) -> Path:
-    path = Path(path)
+def _prefix(path: str | os.PathLike) -> AnyPath:
+    path = as_path(path)
     return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
 
 
-def _with_suffix(prefix: Path, suffix: str) -> Path:
+def _with_suffix(prefix: AnyPath, suffix: str) -> AnyPath:
     return prefix.with_name(prefix.name + suffix)
 
 
@@ -176,7 +179,7 @@ class TokenFileWriter:
     Tokens are stored as uint16 for vocabularies below 65536, else as int32.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int):
+    def __init__(self, prefix: str | os.PathLike, vocab_size: int):
         self._prefix = _prefix(prefix)
         self._vocab_size = vocab_size
         self._code = 8 if vocab_size < 65536 else 4
@@ -185,8 +188,9 @@ class TokenFileWriter:
         self.num_tokens = 0
 
     def __enter__(self) -> "TokenFileWriter":
-        self._prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._temporary(".bin").open("wb")
+        temporary = self._temporary(".bin")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        self._file = temporary.open("wb")
         return self
 
     def __exit__(
@@ -215,7 +219,7 @@ class TokenFileWriter:
         self.num_tokens += len(tokens)
 
     def _temporary(self, suffix: str) -> Path:
-        return _with_suffix(self._prefix, f".tmp-{os.getpid()}{suffix}")
+        return staged(_with_suffix(self._prefix, suffix))
 
     def _publish(self) -> None:
         sizes = np.frombuffer(self._sizes, np.int32) if self._sizes else np.zeros(0, np.int32)
@@ -229,4 +233,4 @@ class TokenFileWriter:
         # The index goes last, and an older one first: at no moment does an index stand beside tokens of another file.
         _with_suffix(self._prefix, ".idx").unlink(missing_ok=True)
         for suffix in (".bin", ".idx"):
-            os.replace(self._temporary(suffix), _with_suffix(self._prefix, suffix))
+            publish(self._temporary(suffix), _with_suffix(self._prefix, suffix))

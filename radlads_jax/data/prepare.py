@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from radlads_jax.data.binidx import TokenFile, TokenFileWriter, open_token_file
 from radlads_jax.data.sources import Source, documents, fingerprint, resolve
+from radlads_jax.storage import as_path
 
 # Enough text to keep all of the tokenizer's threads busy, little enough to stop soon after max_tokens.
 BATCH_CHARACTERS = 1 << 20
@@ -26,7 +28,7 @@ class BatchTokenizer(Protocol):
 def prepare(
     source: Source,
     tokenizer: BatchTokenizer,
-    cache_dir: str | Path,
+    cache_dir: str | os.PathLike,
     *,
     vocab_size: int,
     eos_id: int | None,
@@ -66,7 +68,7 @@ def prepare(
         "eos_id": eos_id,
         "max_tokens": max_tokens,
     }
-    prefix = Path(cache_dir) / _cache_name(source, key)
+    prefix = as_path(cache_dir) / _cache_name(source, key)
     if not prefix.with_name(prefix.name + ".idx").is_file():
         with TokenFileWriter(prefix, vocab_size) as writer, _progress_bar(progress) as bar:
             task = bar.add_task(f"tokenising {source.path}", total=max_tokens)

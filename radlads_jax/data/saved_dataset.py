@@ -1,22 +1,22 @@
 """A directory that datasets' save_to_disk wrote, opened after a look at whether its files stay inside it."""
 
-from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow
 
+from radlads_jax.storage import AnyPath
 from radlads_jax.untrusted import brief, parse_json
 
 STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _ADVICE = "Save the dataset again."
 
 
-def is_saved(path: Path) -> bool:
+def is_saved(path: AnyPath) -> bool:
     return any((path / name).is_file() for name in (INFO, SPLITS))
 
 
-def open_saved(path: Path) -> Any:
+def open_saved(path: AnyPath) -> Any:
     """The dataset, or its splits; ValueError for files that are broken, missing or outside the directory."""
     if (path / SPLITS).is_file():
         splits = _read(path / SPLITS).get("splits")
@@ -36,7 +36,7 @@ def open_saved(path: Path) -> Any:
         ) from error
 
 
-def _check_part(directory: Path) -> None:
+def _check_part(directory: AnyPath) -> None:
     files = _read(directory / STATE).get("_data_files")
     listed = files if isinstance(files, list) else [None]
     names: list[Any] = [file.get("filename") if isinstance(file, dict) else file for file in listed]
@@ -50,7 +50,7 @@ def _check_part(directory: Path) -> None:
     _read(directory / INFO)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: AnyPath) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected what save_to_disk writes. {_ADVICE}")
     value = parse_json(path.read_bytes(), path, _ADVICE)

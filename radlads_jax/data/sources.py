@@ -8,7 +8,6 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from io import TextIOBase
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -17,6 +16,7 @@ import pyarrow.parquet
 
 from radlads_jax.data import synthetic
 from radlads_jax.data.saved_dataset import is_saved, open_saved
+from radlads_jax.storage import AnyPath, as_path, files_below, in_bucket, open_text, version
 from radlads_jax.untrusted import brief, listed
 
 READ_CHARACTERS = 1 << 20
@@ -92,19 +92,18 @@ def fingerprint(source: Source) -> dict[str, Any]:
     if source.kind == "synthetic":
         sample = "\0".join(synthetic.documents(source.seed, 20))
         return described | {"sample": hashlib.sha256(sample.encode()).hexdigest()}
-    path = Path(source.path)
     if source.kind == "hf":
-        files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else []
+        path = as_path(source.path)
+        files = files_below(path) if path.is_dir() else []
     else:
         files = _files(source)
-    stats = [(str(each.resolve()), each.stat().st_size, each.stat().st_mtime_ns) for each in files]
-    return described | {"files": stats}
+    return described | {"files": [version(each) for each in files]}
 
 
 def _kind_of_path(path: str) -> str:
-    place = Path(path)
     if path == "synthetic":
         return "synthetic"
+    place = as_path(path)
     if place.suffix in SUFFIXES["binidx"] or place.with_name(place.name + ".idx").is_file():
         return "binidx"
     if not place.exists():
@@ -114,7 +113,7 @@ def _kind_of_path(path: str) -> str:
         )
     if is_saved(place):
         return "hf"
-    names = [each.name for each in place.rglob("*")] if place.is_dir() else [place.name]
+    names = [each.name for each in files_below(place)] if place.is_dir() else [place.name]
     kinds = [kind for kind, suffixes in SUFFIXES.items() if any(name.endswith(suffixes) for name in names)]
     if len(kinds) != 1:
         raise ValueError(
@@ -126,16 +125,16 @@ def _kind_of_path(path: str) -> str:
     return kinds[0]
 
 
-def _files(source: Source) -> list[Path]:
+def _files(source: Source) -> list[AnyPath]:
     """The file, or all files of the source's kind below the directory, by name."""
-    path, suffixes = Path(source.path), SUFFIXES[source.kind]
+    path, suffixes = as_path(source.path), SUFFIXES[source.kind]
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise ValueError(
             f"{path} does not exist; expected a {source.kind} file or a directory of them; check the path."
         )
-    files = sorted(each for each in path.rglob("*") if each.name.endswith(suffixes) and each.is_file())
+    files = [each for each in files_below(path) if each.name.endswith(suffixes)]
     if not files:
         raise ValueError(
             f"{path} has no file ending in {' or '.join(suffixes)}; expected at least one; check the path."
@@ -148,7 +147,7 @@ def _read_text(source: Source) -> Iterator[str]:
         raise ValueError("got an empty separator; expected the text that stands between documents; give one.")
     for path in _files(source):
         try:
-            with path.open(encoding="utf-8") as file:
+            with open_text(path) as file:
                 yield from _split(file, source.separator)
         except UnicodeDecodeError as error:
             raise _not_utf8(path, error) from error
@@ -169,9 +168,8 @@ def _split(file: TextIOBase, separator: str) -> Iterator[str]:
 
 def _read_jsonl(source: Source) -> Iterator[str]:
     for path in _files(source):
-        opener: Callable[..., TextIOBase] = gzip.open if path.name.endswith(".gz") else open
         try:
-            with opener(path, "rt", encoding="utf-8") as file:
+            with open_text(path, unpack=path.name.endswith(".gz")) as file:
                 for number, line in enumerate(iter(lambda: file.readline(LINE_CHARACTERS), ""), 1):
                     if line.strip():
                         yield _text_of(_parse(line, f"{path}, line {number}"), source, f"{path}, line {number}")
@@ -205,7 +203,7 @@ def _parse(line: str, where: str) -> dict[str, Any]:
 def _read_parquet(source: Source) -> Iterator[str]:
     for path in _files(source):
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
+            with pyarrow.parquet.ParquetFile(path.open("rb") if in_bucket(path) else path) as file:
                 _check_column(file.schema_arrow.names, source, str(path))
                 for batch in file.iter_batches(ROWS_AT_ONCE, columns=[source.text_field]):
                     for value in batch.column(0).to_pylist():
@@ -227,7 +225,7 @@ def _read_hf(source: Source) -> Iterator[str]:
 
 
 def _load_hf(source: Source) -> datasets.Dataset | datasets.IterableDataset:
-    path = Path(source.path)
+    path = as_path(source.path)
     try:
         if is_saved(path):
             data = open_saved(path)
@@ -276,7 +274,7 @@ def _text_of(record: dict[str, Any], source: Source, where: str) -> str:
     return text or ""
 
 
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:
+def _not_utf8(path: AnyPath, error: UnicodeDecodeError) -> ValueError:
     return ValueError(f"{path} is no UTF-8 text ({error.reason}); expected UTF-8; convert it.")
 
 

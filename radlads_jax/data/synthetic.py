@@ -1,13 +1,14 @@
 """The project's own language: readable little tales that can only be predicted with a memory."""
 
 import json
+import os
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from radlads_jax.data.tales import PASSAGES, Span, Tale, ask, begin, scene, tell
+from radlads_jax.storage import as_path, write_text
 
 TRAIN_SEED = 0
 HELD_OUT_SEED = 1
@@ -108,11 +109,11 @@ def train_tokenizer(vocab_size: int = VOCAB_SIZE, seed: int = TRAIN_SEED, count:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike) -> None:
     """Write tokenizer.json and tokenizer_config.json as transformers reads them for a Qwen2 model."""
-    directory = Path(directory)
+    directory = as_path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    write_text(directory / "tokenizer.json", tokenizer.to_str(pretty=True))
     config = {
         "tokenizer_class": "Qwen2Tokenizer",
         "add_prefix_space": False,
@@ -125,4 +126,4 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
         "model_max_length": 131072,
         "chat_template": CHAT_TEMPLATE,
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")

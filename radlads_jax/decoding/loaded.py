@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from pathlib import Path
+import os
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from radlads_jax.porting import (
     resolve_model_dir,
 )
 from radlads_jax.porting.config_keys import read_json
+from radlads_jax.storage import AnyPath, as_path
 
 DTYPES = ("float32", "bfloat16")
 
@@ -27,7 +28,7 @@ DTYPES = ("float32", "bfloat16")
 class Model:
     """A teacher or a student; stop_ids: the tokens that end a text or a turn of a chat."""
 
-    directory: Path
+    directory: AnyPath
     cfg: ModelConfig
     params: Params
     tokenizer: Any
@@ -56,7 +57,7 @@ class Model:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def load_model(path: str | Path, *, dtype: str | None = None, for_decoding: bool = False) -> Model:
+def load_model(path: str | os.PathLike, *, dtype: str | None = None, for_decoding: bool = False) -> Model:
     """The model of a Hugging Face directory, of a hub id, or of a run's directory (its export/).
 
     dtype: of parameters and arithmetic, default bfloat16 on accelerators and float32 on a CPU. for_decoding: layers
@@ -75,9 +76,9 @@ def load_model(path: str | Path, *, dtype: str | None = None, for_decoding: bool
     return Model(directory, cfg, load_params(directory, cfg), tokenizer, stop_ids(directory, tokenizer))
 
 
-def model_directory(path: str | Path) -> Path:
+def model_directory(path: str | os.PathLike) -> AnyPath:
     """The directory with the model's files: for a run's, its export."""
-    path = Path(path)
+    path = as_path(path)
     if (path / "export" / "config.json").is_file():
         return path / "export"
     # A run's config.json holds its settings, a model's its model_type.
@@ -89,7 +90,7 @@ def model_directory(path: str | Path) -> Path:
     return resolve_model_dir(path)
 
 
-def stop_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
+def stop_ids(directory: AnyPath, tokenizer: Any) -> tuple[int, ...]:
     """The end tokens of generation_config.json, of config.json and of the tokenizer."""
     found = {tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):

@@ -5,12 +5,13 @@ right when each of its tokens is the most likely one after those before it.
 """
 
 import dataclasses
+import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from radlads_jax import storage
 from radlads_jax.data import synthetic
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.evaluation.scoring import score_rows
@@ -142,7 +143,7 @@ PROBES: dict[str, Callable[[Text, int], Example]] = {
 }
 
 
-def document(text: Text, length: int, file: Path | None) -> Example:
+def document(text: Text, length: int, file: storage.AnyPath | None) -> Example:
     """`length` tokens of the file's text from a random place, or of made-up tales; scored from the first on.
 
     Raises ValueError for a file with less text than that.
@@ -153,7 +154,7 @@ def document(text: Text, length: int, file: Path | None) -> Example:
         while len(ids) < length:
             ids += text.ids(synthetic.document(int(text.rng.integers(1 << 30)), 0) + "\n\n")
         return Example((begin + ids)[:length], 1)
-    ids = text.ids(file.read_text(encoding="utf-8"))
+    ids = text.ids(storage.read_text(file))
     if len(ids) < length:
         raise ValueError(
             f"{file} holds {len(ids)} tokens; expected at least the {length} of the longest probe. Give a longer "
@@ -170,7 +171,7 @@ def run_probes(
     samples: int = 4,
     seed: int = 0,
     batch_size: int = 8,
-    text_file: Path | None = None,
+    text_file: storage.AnyPath | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """{probe: {"lengths", "accuracy"} for PROBES, "loss_by_position": {"positions", "loss"}} of one model.
@@ -213,7 +214,7 @@ def _by_position(losses: np.ndarray) -> dict[str, list[float]]:
     return {"positions": [float(end) for end in ends], "loss": means}
 
 
-def draw_probes(probes: dict[str, dict[str, Any]], path: Path) -> None:
+def draw_probes(probes: dict[str, dict[str, Any]], path: storage.AnyPath) -> None:
     """One picture with every probe of every model, {model: its results}."""
     # Imported late: it takes a second that most commands need not spend.
     from matplotlib.figure import Figure
@@ -240,6 +241,6 @@ def draw_probes(probes: dict[str, dict[str, Any]], path: Path) -> None:
     axes[5].set_axis_off()
     handles, labels = axes[0].get_legend_handles_labels()
     axes[5].legend(handles, labels, loc="center", frameon=False)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=110, format="png")
-    partial.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
+    storage.write_bytes(path, picture.getvalue())

@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from radlads_jax.storage import AnyPath, as_path, size
 from radlads_jax.untrusted import brief, parse_json
 
 _LARGEST_DIM = 1 << 24
@@ -69,22 +70,21 @@ class ConfigKeys:
         )
 
 
-def read_config(directory: str | Path) -> dict[str, Any]:
+def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     """The parsed config.json of a model directory; ValueError where it is missing or no JSON object."""
-    return read_json(Path(directory) / "config.json")
+    return read_json(as_path(directory) / "config.json")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
     """A JSON object from a file; ValueError naming the file where it is missing or something else."""
     if not path.is_file():
         raise ValueError(
             f"{path} does not exist; expected a Hugging Face model directory with this file. "
             "Give the directory that holds the model's config.json and *.safetensors."
         )
-    if path.stat().st_size > _MAX_JSON_BYTES:
+    if (bytes_there := size(path)) > _MAX_JSON_BYTES:
         raise ValueError(
-            f"{path} has {path.stat().st_size} bytes; expected at most {_MAX_JSON_BYTES} of JSON. Download the file "
-            "again."
+            f"{path} has {bytes_there} bytes; expected at most {_MAX_JSON_BYTES} of JSON. Download the file again."
         )
     value = parse_json(path.read_bytes(), path)
     if not isinstance(value, dict):

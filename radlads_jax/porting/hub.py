@@ -1,5 +1,6 @@
 """Finding a model: a local directory, or a hub id of which only weights, configs and tokenizer files are downloaded."""
 
+import os
 import re
 from pathlib import Path
 
@@ -10,37 +11,40 @@ import transformers
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting.config_keys import read_json
 from radlads_jax.porting.safetensors_read import find_files
+from radlads_jax.storage import AnyPath, as_path, in_bucket, local_directory
 from radlads_jax.untrusted import brief
 
 # No *.bin, *.pt or *.py: pickles and code are never fetched.
-DOWNLOADED = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.*", "*.jinja")
+WEIGHTS = "*.safetensors"
+DOWNLOADED = (WEIGHTS, "*.json", "tokenizer.model", "merges.txt", "vocab.*", "*.jinja")
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _SETTINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def resolve_model_dir(path_or_id: str | Path, revision: str | None = None) -> Path:
+def resolve_model_dir(path_or_id: str | os.PathLike, revision: str | None = None) -> AnyPath:
     """The directory of a model: path_or_id itself where it exists, else the downloaded snapshot of that hub id.
 
     revision: branch, tag or commit on the hub. Raises ValueError where there is neither, where the hub cannot be
     reached and the model is not in the local cache, and for a model without safetensors.
     """
-    directory = Path(path_or_id)
-    if not directory.exists():
+    directory = as_path(path_or_id)
+    if not in_bucket(directory) and not directory.exists():
         directory = _downloaded(str(path_or_id), revision)
     find_files(directory)
     return directory
 
 
-def load_tokenizer(directory: str | Path) -> transformers.PreTrainedTokenizerBase:
+def load_tokenizer(directory: str | os.PathLike) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of a model directory, exactly as its tokenizer.json describes it where there is one."""
-    directory = Path(directory)
+    directory = as_path(directory)
+    files = local_directory(directory, [pattern for pattern in DOWNLOADED if pattern != WEIGHTS])
     for name in _SETTINGS:
-        if (directory / name).is_file():
-            read_json(directory / name)
+        if (files / name).is_file():
+            read_json(files / name)
     try:
-        tokenizer = _read_tokenizer(directory)
+        tokenizer = _read_tokenizer(files)
     except BaseException as error:
         if not _is_of_the_files(error):
             raise
@@ -48,7 +52,7 @@ def load_tokenizer(directory: str | Path) -> transformers.PreTrainedTokenizerBas
             f"{directory} has no tokenizer that can be read ({brief(error, 400)}); expected tokenizer.json or the "
             "files of a tokenizer that transformers knows. Copy the model's tokenizer files into the directory."
         ) from error
-    _check_added_tokens(directory, tokenizer)
+    _check_added_tokens(files, tokenizer)
     if type(tokenizer.model_max_length) not in (int, float):
         raise ValueError(
             f"{directory}: the tokenizer's model_max_length is {brief(repr(tokenizer.model_max_length))}; expected a "

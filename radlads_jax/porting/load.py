@@ -1,9 +1,9 @@
 """Porting: a Hugging Face checkpoint into our parameter tree, one tensor at a time."""
 
 import functools
+import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from pallas_kernels.sharded import fitting
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting.names import Layout, Location, ParamPath, disk_tensors, flatten, nest, param_shapes, shown
 from radlads_jax.porting.safetensors_read import StoredTensor, open_checkpoint
+from radlads_jax.storage import AnyPath, as_path, in_bucket
 from radlads_jax.untrusted import listed
 
 Params = dict[str, Any]
@@ -27,17 +28,19 @@ _BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
 def load_params(
-    source_dir: str | Path, cfg: ModelConfig, *, dtype: str | None = None, shardings: Shardings = None
+    source_dir: str | os.PathLike, cfg: ModelConfig, *, dtype: str | None = None, shardings: Shardings = None
 ) -> Params:
     """The parameters of a model directory, cast to dtype (default: cfg.param_dtype) and placed with their shardings.
 
     Every (stacked) parameter is allocated once on the devices; then each tensor is mapped from its file, its slices
     copied to the devices that hold them, and put into its layer in place: the host never holds more than one tensor.
+    Of a tensor in a bucket every device fetches other rows, so that all hosts together read it about once.
     Raises ValueError listing all missing, unexpected and misshapen tensors before any is read.
     """
-    stored = open_checkpoint(Path(source_dir))
+    source = as_path(source_dir)
+    stored = open_checkpoint(source)
     expected = disk_tensors(cfg)
-    check_tensors(stored, expected, Path(source_dir), tied=cfg.tie_embeddings)
+    check_tensors(stored, expected, source, tied=cfg.tie_embeddings)
     shapes = param_shapes(cfg)
     placement = _by_path(shardings, shapes)
     param_dtype = jnp.dtype(dtype or cfg.param_dtype)
@@ -49,7 +52,9 @@ def load_params(
     return nest(params)
 
 
-def check_tensors(stored: dict[str, StoredTensor], expected: dict[str, Location], source: Path, *, tied: bool) -> None:
+def check_tensors(
+    stored: dict[str, StoredTensor], expected: dict[str, Location], source: AnyPath, *, tied: bool
+) -> None:
     """Raises one ValueError with every tensor that is missing, unexpected, misshapen or of a dtype no weight has.
 
     RoPE's frequency buffers are passed over, and so is a head in the checkpoint of a tied model.
@@ -105,7 +110,7 @@ def _zeros_maker(
 
 def _place(param: jax.Array, tensor: StoredTensor, location: Location, sharding: Sharding | None) -> jax.Array:
     """The parameter with one tensor from a file put in; the old array is given up."""
-    if isinstance(sharding, NamedSharding) and not sharding.is_fully_addressable:
+    if isinstance(sharding, NamedSharding) and (in_bucket(tensor.file) or not sharding.is_fully_addressable):
         piece = _by_rows(tensor, sharding, location)
     elif isinstance(sharding, NamedSharding):
         host = tensor.open()
@@ -122,23 +127,26 @@ def _place(param: jax.Array, tensor: StoredTensor, location: Location, sharding:
 
 
 def _by_rows(tensor: StoredTensor, sharding: NamedSharding, location: Location) -> jax.Array:
-    """One tensor as it is on disk, of which every process reads other rows; the devices exchange them as it is placed.
+    """One tensor as it is stored, of which every process reads other rows; the devices exchange them as it is placed.
 
-    As the parameter itself lies, a host keeps columns of most matrices: they are in all pages of the file, so that
-    every host would read the whole of it.
+    As the parameter itself lies, a host keeps columns of most matrices: they are in all pages of a file, so that every
+    host would read the whole of it, and in a bucket they are many small ranges.
     """
     kept = _disk_sharding(sharding, location).spec[0]
     # First those axes over which rows are split in the parameter too: the others change places within their groups.
     order = sorted(
         sharding.mesh.axis_names, key=lambda axis: axis not in (kept if isinstance(kept, tuple) else (kept,))
     )
-    rows = NamedSharding(sharding.mesh, PartitionSpec(fitting(order, tensor.shape[0], sharding.mesh)))
+    placed = NamedSharding(sharding.mesh, PartitionSpec(fitting(order, tensor.shape[0], sharding.mesh)))
 
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+    def rows(index: tuple[slice, ...] | None) -> tuple[int, int]:
         assert index is not None
-        return tensor.rows(*index[0].indices(tensor.shape[0])[:2])
+        begin, end, _ = index[0].indices(tensor.shape[0])
+        return begin, end
 
-    return jax.make_array_from_callback(tensor.shape, rows, part)
+    ranges = sorted(set(map(rows, placed.addressable_devices_indices_map(tensor.shape).values())))
+    parts = dict(zip(ranges, tensor.read_rows(ranges), strict=True))
+    return jax.make_array_from_callback(tensor.shape, placed, lambda index: parts[rows(index)])
 
 
 def _disk_sharding(sharding: NamedSharding, location: Location) -> NamedSharding:

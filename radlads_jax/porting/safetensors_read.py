@@ -7,14 +7,15 @@ import collections
 import dataclasses
 import math
 import mmap
-import os
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from radlads_jax.porting.config_keys import read_json
+from radlads_jax.storage import AnyPath, in_bucket, read_ranges
+from radlads_jax.storage import size as size_of
 from radlads_jax.untrusted import brief, listed, parse_json
 
 DTYPES = {
@@ -46,33 +47,36 @@ _AGAIN = "Download or export the file again."
 class StoredTensor:
     """A tensor in a file that has not been read; start and stop are byte positions in the whole file."""
 
-    file: Path
+    file: AnyPath
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
     stop: int
 
     def open(self) -> np.ndarray:
-        """The tensor as a read-only view of the mapped file: pages are read when touched, and freed with the array."""
+        """The tensor as a read-only view of the mapped file: pages are read when touched, and freed with the array.
+
+        From a bucket it is read whole.
+        """
         if self.start == self.stop:
             return np.zeros(self.shape, self.dtype)
+        if in_bucket(self.file):
+            (data,) = read_ranges(self.file, [(self.start, self.stop)])
+            return np.frombuffer(data, self.dtype).reshape(self.shape)
         page_start = self.start - self.start % mmap.ALLOCATIONGRANULARITY
         with open(self.file, "rb") as file:
             pages = mmap.mmap(file.fileno(), self.stop - page_start, offset=page_start, access=mmap.ACCESS_READ)
         return np.frombuffer(pages, self.dtype, math.prod(self.shape), self.start - page_start).reshape(self.shape)
 
-    def rows(self, begin: int, end: int) -> np.ndarray:
-        """Rows [begin, end) of the tensor, read at once: from the disk comes hardly a page beside theirs."""
-        shape = (end - begin, *self.shape[1:])
-        size = math.prod(self.shape[1:]) * self.dtype.itemsize
-        with open(self.file, "rb", buffering=0) as file:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            data = np.fromfile(file, np.uint8, (end - begin) * size, offset=self.start + begin * size)
-        return data.view(self.dtype).reshape(shape)
+    def read_rows(self, wanted: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """Some of the tensor: for each (begin, end) its rows [end - begin, ...], and hardly a byte beside them."""
+        row = (self.stop - self.start) // self.shape[0]
+        ranges = [(self.start + begin * row, self.start + end * row) for begin, end in wanted]
+        arrays = (np.frombuffer(data, self.dtype) for data in read_ranges(self.file, ranges))
+        return [a.reshape(end - begin, *self.shape[1:]) for a, (begin, end) in zip(arrays, wanted, strict=True)]
 
 
-def open_checkpoint(directory: Path) -> dict[str, StoredTensor]:
+def open_checkpoint(directory: AnyPath) -> dict[str, StoredTensor]:
     """Every tensor of a model directory by name, not yet read.
 
     Raises ValueError as `find_files` does, for an index that does not fit its files, and for damaged files.
@@ -81,7 +85,7 @@ def open_checkpoint(directory: Path) -> dict[str, StoredTensor]:
     return _read_indexed(path) if path.name == INDEX_FILE else read_header(path)
 
 
-def find_files(directory: Path) -> Path:
+def find_files(directory: AnyPath) -> AnyPath:
     """A directory's model.safetensors, else its index, else its only safetensors file; ValueError where none is."""
     if not directory.is_dir():
         raise ValueError(f"{directory} is no directory; expected a Hugging Face model directory. Check the path.")
@@ -106,10 +110,10 @@ def find_files(directory: Path) -> Path:
     )
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: AnyPath) -> dict[str, StoredTensor]:
     """The tensors of one file; ValueError where the header is not exactly what the format asks for."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    size = size_of(path)
+    with path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > _MAX_HEADER_BYTES or 8 + length > size:
@@ -127,7 +131,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _read_indexed(index: Path) -> dict[str, StoredTensor]:
+def _read_indexed(index: AnyPath) -> dict[str, StoredTensor]:
     directory = index.parent
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -171,7 +175,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _stored_tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+def _stored_tensor(path: AnyPath, name: str, entry: Any, data_start: int) -> StoredTensor:
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -200,7 +204,7 @@ def _are_sizes(values: Any) -> bool:
     )
 
 
-def _check_layout(path: Path, tensors: dict[str, StoredTensor], data_start: int, size: int) -> None:
+def _check_layout(path: AnyPath, tensors: dict[str, StoredTensor], data_start: int, size: int) -> None:
     end = data_start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if tensor.start != end:

@@ -6,13 +6,12 @@ Source: the safetensors format; names and index as transformers' save_pretrained
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from radlads_jax.porting.safetensors_read import DTYPES, INDEX_FILE, SINGLE_FILE
+from radlads_jax.storage import AnyPath, write_text, writing
 
 Fetch = Callable[[], np.ndarray]
 
@@ -48,22 +47,20 @@ def plan_files(tensors: list[PlannedTensor], max_shard_size: int) -> dict[str, l
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def write_file(path: Path, tensors: list[PlannedTensor]) -> None:
-    """One safetensors file, flushed to disk."""
-    with open(path, "wb") as file:
+def write_file(path: AnyPath, tensors: list[PlannedTensor]) -> None:
+    """One safetensors file, safe on the disk or in the bucket."""
+    with writing(path) as file:
         file.write(_header(tensors))
         for tensor in tensors:
             file.write(_as_bytes(tensor, tensor.fetch()))
-        file.flush()
-        os.fsync(file.fileno())
 
 
-def write_index(directory: Path, files: dict[str, list[PlannedTensor]]) -> None:
+def write_index(directory: AnyPath, files: dict[str, list[PlannedTensor]]) -> None:
     """The index of several files: which tensor is in which, and the bytes of all."""
     total_size = sum(tensor.num_bytes for tensors in files.values() for tensor in tensors)
     weight_map = {tensor.name: file for file, tensors in files.items() for tensor in tensors}
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_text(directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
 
 def _header(tensors: list[PlannedTensor]) -> bytes:

@@ -4,9 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from radlads_jax.porting.load import Params, to_disk
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.names import Layout, Location, disk_tensors, flatten, param_shapes, shown
 from radlads_jax.porting.safetensors_write import PlannedTensor, plan_files, write_file, write_index
+from radlads_jax.storage import AnyPath, as_path, children, copy_file, empty, in_bucket, write_text
 
 # Copied from the teacher's directory where they are there; nothing else is, in particular no code.
 TOKENIZER_FILES = (
@@ -36,24 +37,26 @@ TOKENIZER_FILES = (
 )
 GENERATION_CONFIG = "generation_config.json"
 MODEL_CARD = "README.md"
+# In a bucket: the mark of an export that is not yet whole.
+PARTIAL = ".partial"
 EXPORT_DTYPES = ("float32", "bfloat16")
 
 
 def save_params(
     params: Params,
     cfg: ModelConfig,
-    directory: str | Path,
+    directory: str | os.PathLike,
     *,
     base_config: dict[str, Any],
     dtype: str | None = None,
     max_shard_size: int = 5_000_000_000,
-    tokenizer_from: str | Path | None = None,
+    tokenizer_from: str | os.PathLike | None = None,
     generation_config: dict[str, Any] | None = None,
     retie: bool = False,
     config_updates: dict[str, Any] | None = None,
-    extra_files: Sequence[str | Path] = (),
+    extra_files: Sequence[str | os.PathLike] = (),
     model_card: str | None = None,
-) -> Path:
+) -> AnyPath:
     """Writes safetensors, config.json, the tokenizer's files and generation_config.json; returns the directory.
 
     A student's export also gets torch modelling files, the auto_map that finds them, and a model card (README.md).
@@ -64,10 +67,13 @@ def save_params(
     retie: leave the head out and write tie_word_embeddings true. extra_files: copied in by name.
     model_card: README.md's text; default for a student: what its configuration says.
     Tensors leave the devices one at a time. Everything goes into a hidden sibling directory that is renamed at the end;
-    an earlier export of that name is removed after the rename. With several processes all must call this; the first
-    one writes. Raises ValueError where parameters do not fit cfg or the target is something other than an export.
+    an earlier export of that name is removed after the rename. In a bucket, where nothing can be renamed, an earlier
+    export goes first, and until all is there .partial lies beside it. With several processes all must call this; the
+    first one writes. Raises ValueError where parameters do not fit cfg or the target is something other than an export.
     """
-    directory = Path(directory).resolve()
+    directory = as_path(directory)
+    directory = directory if in_bucket(directory) else directory.resolve()
+    tokenizer_from = None if tokenizer_from is None else as_path(tokenizer_from)
     if dtype is not None and dtype not in EXPORT_DTYPES:
         raise ValueError(f"the export's dtype is {dtype!r}; expected one of {', '.join(EXPORT_DTYPES)}. Choose one.")
     if max_shard_size <= 0:
@@ -92,11 +98,12 @@ def save_params(
                 write_file(partial / name, planned)
             if len(files) > 1:
                 write_index(partial, files)
-            _write_json(partial / "config.json", config)
             _copy_files(partial, tokenizer_from, [*modelling_files(cfg), *extra_files])
             if model_card:
-                (partial / MODEL_CARD).write_text(model_card, encoding="utf-8")
+                write_text(partial / MODEL_CARD, model_card)
             _write_generation_config(partial, generation_config, tokenizer_from, base_config)
+            # Last: by this file one knows a model.
+            _write_json(partial / "config.json", config)
     else:
         _take_part(files)
     if jax.process_count() > 1:
@@ -158,29 +165,42 @@ def _take_part(files: dict[str, list[PlannedTensor]]) -> None:
             tensor.fetch()
 
 
-def _check_target(directory: Path, tokenizer_from: str | Path | None) -> None:
-    if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
+def _check_target(directory: AnyPath, tokenizer_from: AnyPath | None) -> None:
+    if tokenizer_from is not None and not tokenizer_from.is_dir():
         raise ValueError(
             f"{tokenizer_from} is no directory; expected the teacher's, to copy its tokenizer. Check the path."
         )
     if not directory.exists():
         return
-    if tokenizer_from is not None and directory.samefile(tokenizer_from):
+    if tokenizer_from is not None and _is_same(directory, tokenizer_from):
         raise ValueError(
             f"the export would replace {directory}, the teacher's own directory; expected another. Choose a new name."
         )
-    entries = list(directory.iterdir()) if directory.is_dir() else None
-    is_export = entries is not None and (directory / "config.json").is_file() and all(e.is_file() for e in entries)
-    if entries != [] and not is_export:
+    entries = children(directory) if directory.is_dir() else None
+    is_export = entries is not None and (entries.keys() & {"config.json", PARTIAL}) and all(entries.values())
+    if entries != {} and not is_export:
         raise ValueError(
             f"{directory} exists and is no earlier export (files only, config.json among them); expected a free name, "
             "an empty directory or an export to replace. Choose another directory, or move this one away."
         )
 
 
+def _is_same(directory: AnyPath, other: AnyPath) -> bool:
+    if in_bucket(directory) or in_bucket(other):
+        return str(directory) == str(other)
+    return directory.samefile(other)
+
+
 @contextlib.contextmanager
-def _appearing(directory: Path) -> Iterator[Path]:
+def _appearing(directory: AnyPath) -> Iterator[AnyPath]:
     """A hidden sibling that takes the directory's name when the body is through, and disappears when it fails."""
+    if in_bucket(directory):
+        empty(directory)
+        write_text(directory / PARTIAL, "")
+        # After an error the mark stays: what is there is no export, and the next one replaces it.
+        yield directory
+        (directory / PARTIAL).unlink()
+        return
     partial = directory.parent / f".{directory.name}.partial"
     replaced = directory.parent / f".{directory.name}.replaced"
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -202,21 +222,21 @@ def _appearing(directory: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _copy_files(target: Path, tokenizer_from: str | Path | None, extra_files: Sequence[str | Path]) -> None:
+def _copy_files(target: AnyPath, tokenizer_from: AnyPath | None, extra_files: Sequence[str | os.PathLike]) -> None:
     if tokenizer_from is not None:
         for name in TOKENIZER_FILES:
-            if (Path(tokenizer_from) / name).is_file():
-                shutil.copyfile(Path(tokenizer_from) / name, target / name)
-    for file in extra_files:
-        shutil.copyfile(file, target / Path(file).name)
+            if (tokenizer_from / name).is_file():
+                copy_file(tokenizer_from / name, target / name)
+    for file in map(as_path, extra_files):
+        copy_file(file, target / file.name)
 
 
 def _write_generation_config(
-    target: Path, given: dict[str, Any] | None, tokenizer_from: str | Path | None, base_config: dict[str, Any]
+    target: AnyPath, given: dict[str, Any] | None, tokenizer_from: AnyPath | None, base_config: dict[str, Any]
 ) -> None:
-    source = Path(tokenizer_from) / GENERATION_CONFIG if tokenizer_from is not None else None
+    source = tokenizer_from / GENERATION_CONFIG if tokenizer_from is not None else None
     if given is None and source is not None and source.is_file():
-        shutil.copyfile(source, target / GENERATION_CONFIG)
+        copy_file(source, target / GENERATION_CONFIG)
         return
     if given is None:
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -224,5 +244,5 @@ def _write_generation_config(
     _write_json(target / GENERATION_CONFIG, given)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write_json(path: AnyPath, value: dict[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

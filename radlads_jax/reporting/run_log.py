@@ -7,11 +7,11 @@ import math
 import os
 import statistics
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from radlads_jax.config import StageConfig
 from radlads_jax.metrics import read_metrics
+from radlads_jax.storage import AnyPath, as_path, read_text
 
 # A gap of so many times the usual is a pause of the run, not a slow step.
 PAUSE = 10
@@ -114,7 +114,7 @@ class StageLog:
 class RunLog:
     """A run as its work directory tells it; config, summary and evaluation are empty where their files are missing."""
 
-    workdir: Path
+    workdir: AnyPath
     config: dict[str, Any]
     summary: dict[str, Any]
     stages: tuple[StageLog, ...]
@@ -137,7 +137,7 @@ def read_run(workdir: str | os.PathLike) -> RunLog:
 
     Raises ValueError where there is no run, or a file is broken.
     """
-    directory = Path(workdir)
+    directory = as_path(workdir)
     config, summary = read_json(directory / "config.json"), read_json(directory / "summary.json")
     records = [record for record in read_metrics(directory) if _is_record(record)]
     if not config and not records:
@@ -151,12 +151,12 @@ def read_run(workdir: str | os.PathLike) -> RunLog:
     return RunLog(directory, config, summary, tuple(stages), evaluation)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no file. Raises ValueError for anything else."""
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}). Remove the file, or restore it from the run.") from error
     if not isinstance(value, dict):

@@ -33,6 +33,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from killed_programs import FORKING, FRESH
+
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = {"stage1": 9, "stage2": 8, "stage3": 7}
 SHORT = {"stage1": 4}
@@ -40,70 +42,6 @@ UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_p
 ROWS, TOKENS = 4, 32
 TIMEOUT = 600
 
-# Counts the operations on files below a directory and, before one of them, sends the process the signals it was told.
-HOOK = """
-import json, os, runpy, signal, sys, threading
-KINDS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
-
-def watch(place, at, signals):
-    counted, lock = 0, threading.Lock()
-
-    def hook(event, arguments):
-        nonlocal counted
-        if event not in KINDS or not arguments or not isinstance(arguments[0], (str, bytes, os.PathLike)):
-            return
-        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            return
-        path = os.fsdecode(arguments[0])
-        if not path.startswith(place):
-            return
-        with lock:
-            counted += 1
-            if counted != at:
-                return
-        os.write(2, f"\\nbefore operation {at}: {event} {path[len(place):]}\\n".encode())
-        for name in signals.split(","):
-            os.kill(os.getpid(), signal.Signals["SIG" + name])
-
-    sys.addaudithook(hook)
-    return lambda: os.write(2, f"\\n{counted} operations\\n".encode())
-"""
-# One process as a user starts it.
-FRESH = (
-    HOOK
-    + """
-order = json.loads(sys.argv[1])
-tell = watch(order["place"], order["at"], order["signals"])
-sys.argv = ["launch", *order["words"]]
-try:
-    runpy.run_module("radlads_jax.launch", run_name="__main__", alter_sys=True)
-finally:
-    tell()
-"""
-)
-# A process that has imported all and done nothing; every order is carried out by a fork of it.
-FORKING = (
-    HOOK
-    + """
-from absl import app
-from radlads_jax import launch
-import radlads_jax.job, radlads_jax.train, radlads_jax.workdir
-
-for line in sys.stdin:
-    order, child = json.loads(line), os.fork()
-    if child == 0:
-        log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1), os.dup2(log, 2)
-        tell = watch(order["place"], order["at"], order["signals"])
-        sys.argv = ["launch", *order["words"]]
-        try:
-            app.run(lambda argv: sys.exit(launch.interruptible(argv)), flags_parser=launch.parse_flags)
-        finally:
-            tell()
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-)
 UNFINISHED = (
     "checkpoints/*/*.orbax-checkpoint-tmp*",
     "**/.*.partial",

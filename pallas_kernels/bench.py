@@ -137,7 +137,7 @@ def compare_losses(size: loss_forms.Size, repeats: int) -> None:
     """Prints time and the compiler's memory of every loss with its gradients, sliced and plain, in float32."""
     for loss in loss_forms.LOSSES:
         given = loss_forms.arguments(loss, size, jnp.float32)
-        programs = {
+        programs: dict[str, Any] = {
             form: jax.jit(loss_forms.value_and_gradients(loss, form)).lower(given).compile()
             for form in loss_forms.FORMS
         }
@@ -162,8 +162,8 @@ def main() -> None:
     parser.add_argument("--chunk-size", type=int, default=None)
     arguments = parser.parse_args()
     if "linear_loss" in arguments.operations:
-        size = loss_forms.Size(arguments.tokens, arguments.vocab, arguments.width)
-        compare_losses(size, arguments.repeats)
+        sizes = loss_forms.Size(arguments.tokens, arguments.vocab, arguments.width)
+        compare_losses(sizes, arguments.repeats)
     for operation in (name for name in arguments.operations if name != "linear_loss"):
         for shape in arguments.shape or SHAPES:
             batch, length, heads, size = (int(n) for n in shape.split(","))

@@ -12,6 +12,7 @@ from pallas_kernels.sharded import VOCAB, split_vocab
 
 LOSSES = ("cross_entropy", "kl", "topk_kl")
 FORMS = ("sliced", "plain")
+Loss = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +28,13 @@ class Size:
 def shapes(loss: str, size: Size, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """The arguments of one loss; kernels are float32."""
     hidden, kernel, row = (size.tokens, size.width), (size.width, size.vocab), (size.tokens, size.stored)
-    rest: dict[str, tuple[tuple[int, ...], Any]] = {
+    rest: dict[str, dict[str, tuple[tuple[int, ...], Any]]] = {
         "cross_entropy": {"targets": (hidden[:1], jnp.int32)},
         "kl": {"teacher_hidden": (hidden, dtype), "teacher_kernel": (kernel, jnp.float32)},
         "topk_kl": {"teacher_log_probs": (row, jnp.float32), "teacher_indices": (row, jnp.int32)},
-    }[loss]
-    made = {"hidden": (hidden, dtype), "kernel": (kernel, jnp.float32), "weights": (hidden[:1], jnp.float32), **rest}
+    }
+    made = {"hidden": (hidden, dtype), "kernel": (kernel, jnp.float32), "weights": (hidden[:1], jnp.float32)}
+    made |= rest[loss]
     return {name: jax.ShapeDtypeStruct(*one) for name, one in made.items()}
 
 
@@ -56,8 +58,9 @@ def arguments(loss: str, size: Size, dtype: Any) -> dict[str, jax.Array]:
 
 def value_and_gradients(loss: str, form: str) -> Callable[[dict[str, jax.Array]], Any]:
     """The loss with its gradients in hidden and kernel, as a function of the arguments' dict."""
-    sliced = {"cross_entropy": linear_cross_entropy, "kl": linear_kl, "topk_kl": linear_topk_kl}
-    run = sliced[loss] if form == "sliced" else {"cross_entropy": _cross_entropy, "kl": _kl, "topk_kl": _topk_kl}[loss]
+    sliced: dict[str, Loss] = {"cross_entropy": linear_cross_entropy, "kl": linear_kl, "topk_kl": linear_topk_kl}
+    plain: dict[str, Loss] = {"cross_entropy": _cross_entropy, "kl": _kl, "topk_kl": _topk_kl}
+    run = (sliced if form == "sliced" else plain)[loss]
 
     def both(arguments: dict[str, jax.Array]) -> Any:
         rest = {name: x for name, x in arguments.items() if name not in ("hidden", "kernel")}

@@ -28,8 +28,8 @@ def wkv7_reference(
     keep = jnp.ones((batch, length), dtype) if segment_ids is None else (~boundaries(segment_ids)).astype(dtype)
 
     def step(state: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        *arrays, keep_t = token
-        out, state = wkv7_step(*arrays, state * keep_t[:, None, None, None])
+        r_t, log_w_t, k_t, v_t, a_t, b_t, keep_t = token
+        out, state = wkv7_step(r_t, log_w_t, k_t, v_t, a_t, b_t, state * keep_t[:, None, None, None])
         return state, out
 
     tokens = tuple(jnp.moveaxis(x.astype(dtype), 1, 0) for x in (r, log_w, k, v, a, b, keep))

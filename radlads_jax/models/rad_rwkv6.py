@@ -99,7 +99,8 @@ class RadRwkv6(Mixer):
 
 def _recurrence(r, log_w, k, v, initial_state, segment_ids):
     if r.shape[1] == 1 and initial_state is not None:
-        out, final = wkv6_step(*(x[:, 0] for x in (r, log_w, k, v)), initial_state)
+        r, log_w, k, v = (x[:, 0] for x in (r, log_w, k, v))
+        out, final = wkv6_step(r, log_w, k, v, initial_state)
         return out[:, None], final
     return wkv6(r, log_w, k, v, initial_state=initial_state, segment_ids=segment_ids)
 

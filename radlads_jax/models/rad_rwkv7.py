@@ -87,7 +87,8 @@ class RadRwkv7(Mixer):
 
 def _recurrence(r, log_w, k, v, a, b, initial_state, segment_ids):
     if r.shape[1] == 1 and initial_state is not None:
-        out, final = wkv7_step(*(x[:, 0] for x in (r, log_w, k, v, a, b)), initial_state)
+        r, log_w, k, v, a, b = (x[:, 0] for x in (r, log_w, k, v, a, b))
+        out, final = wkv7_step(r, log_w, k, v, a, b, initial_state)
         return out[:, None], final
     return wkv7(r, log_w, k, v, a, b, initial_state=initial_state, segment_ids=segment_ids)
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ class Planner:
         optim, slice_tokens = self.run.optim, self.run.train.slice_tokens
         key = _key(self.student, self.teacher, self.run.stage(name), optim, slice_tokens, asked)
         if key not in self.known:
+            print(f"compiling {name} for {topology}", file=sys.stderr, flush=True)
             devices = topology_devices(topology)
             mesh = sharding.make_mesh(self.run, devices) or sharding.one_device_mesh(devices[0])
             found = stage_lib.compiled(self.run, self.student, self.teacher, name, mesh)

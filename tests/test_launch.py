@@ -48,7 +48,7 @@ def tiny_config(teacher_dir, **changes) -> ConfigDict:
     for name, steps in (("stage1", 5), ("stage2", 4), ("stage3", 3)):
         stage = config[name]
         stage.seq_len, stage.batch_size, stage.tokens, stage.warmup_steps = 32, 4, 32 * 4 * steps, 2
-        stage.lr = stage.mixer_lr = 1e-3
+        stage.lr = stage.mixer_lr = 3e-3
     config.update(changes)
     return config
 

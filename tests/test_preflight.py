@@ -187,7 +187,7 @@ def test_preflight_only_stops_before_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "convert", lambda *_: pytest.fail("the run began"))
     assert launch.main(["launch"]) == 0
     assert list(lines(capsys.readouterr().out)) == NAMES
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["data"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "data"}
 
 
 def test_a_problem_ends_the_command_before_the_run(untrained, tmp_path):
@@ -199,4 +199,4 @@ def test_a_problem_ends_the_command_before_the_run(untrained, tmp_path):
     done = subprocess.run([*command, *flags], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
     assert list(lines(done.stdout)) == NAMES and done.stderr.startswith("error: the teacher ")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["data"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "data"}

@@ -21,6 +21,7 @@ from radlads_jax.job import Job
 from radlads_jax.metrics import MetricsLogger, is_spike
 from radlads_jax.models.decoder import Params
 from radlads_jax.optim import learning_rates
+from radlads_jax.planning.cost import model_flops
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.save import save_params
 from radlads_jax.porting.student import init_mixers, transfer_table, whole_student
@@ -187,8 +188,9 @@ def _train(
     step_fn = make_step(job.run, job.student, job.teacher, name, job.mesh)
     rates = learning_rates(recipe)
     pending: dict[int, dict[str, jax.Array]] = {}
-    logger.begin(name, start, recipe.steps, tokens_per_step=recipe.batch_size * recipe.seq_len)
-
+    flops = model_flops(job.student, job.teacher, name, recipe.seq_len)
+    tokens_per_step = recipe.batch_size * recipe.seq_len
+    logger.begin(name, start, recipe.steps, tokens_per_step=tokens_per_step, flops_per_token=flops)
     in_a_row, late = 0, False
 
     def flush() -> None:
@@ -219,7 +221,7 @@ def _train(
         if must_save or late or wants_line:
             flush()
             pace = clock.tick(step)
-            logger.progress(step, pace and pace * recipe.batch_size * recipe.seq_len)
+            logger.progress(step, pace and pace * tokens_per_step)
         # A run of skipped steps that may end the run keeps the checkpoint from before it.
         if must_save or (late and not in_a_row):
             late = False

@@ -199,33 +199,10 @@ def gathered(layer: Any, cfg: ModelConfig, prefix: str = "") -> Any:
         divides = "mlp/" in name or by % mesh.shape["tensor"] == 0
         dropped = {"fsdp"} if divides and not _USED_WHOLE.search(name) else {"fsdp", "tensor"}
         used = tuple(_without(entry, dropped) for entry in stored)
-        x = cast(x, cfg.dtype, str(x.dtype)) if x.ndim > 1 and x.dtype != cfg.dtype else x
+        x = x.astype(cfg.dtype) if x.ndim > 1 else x
         return moved(x, stored, PartitionSpec(*used))
 
     return jax.tree_util.tree_map_with_path(one, layer)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def cast(x: jax.Array, dtype: str, own: str) -> jax.Array:
-    """x, of the dtype `own`, in another; its gradient in its own again.
-
-    The barrier keeps the cast behind the slice that is one layer's: the compiler would cast a whole stack of layers
-    before it runs the first, and hold that copy until the last.
-    """
-    del own
-    return jax.lax.optimization_barrier(x).astype(dtype)
-
-
-def _cast_forward(x: jax.Array, dtype: str, own: str) -> tuple[jax.Array, None]:
-    return cast(x, dtype, own), None
-
-
-def _cast_backward(dtype: str, own: str, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    del dtype
-    return (gradient.astype(own),)
-
-
-cast.defvjp(_cast_forward, _cast_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -100,6 +100,7 @@ def load_as_host(directory: Path, host: int, port: int) -> dict[str, float]:
     from radlads_jax.models.decoder import abstract_params
     from radlads_jax.porting import model_config_from_hf, read_config
     from radlads_jax.porting.load import load_params
+    from radlads_jax.porting.safetensors_read import read_header
 
     cfg = model_config_from_hf(read_config(directory))
     mesh = sharding.make_mesh(RunConfig(mesh=Mesh(fsdp=HOSTS // 2, tensor=2), stages=()))
@@ -108,6 +109,10 @@ def load_as_host(directory: Path, host: int, port: int) -> dict[str, float]:
     params = load_params(directory, cfg, dtype="bfloat16", shardings=placed)
     found = usage.report()
     held = sum(part.data.nbytes for leaf in jax.tree.leaves(params) for part in leaf.addressable_shards)
+    (part,) = params["stacks"][0]["mlp"]["up"]["kernel"].addressable_shards
+    whole = read_header(directory / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].open().T
+    if np.asarray(part.data[0]).tobytes() != whole[part.index[1:]].tobytes():
+        raise RuntimeError("a host was given other numbers than the file holds")
     return found | {"held": held}
 
 

@@ -53,6 +53,9 @@ def temporary_bytes(
         parts["mixers' inputs and targets"] = kept * student.hidden_size * (axes["tensor"] + 1)
     if student.recurrent_mixer == "rad_rwkv7":
         parts["value residuals"] = kept * student.num_heads * student.head_dim
+    if student.dtype == "bfloat16":
+        # The compiler casts whole stacks before it runs the first layer, and holds the copy until the last.
+        parts["layers in bfloat16"] = gradients / 2
     # The layer's own in bfloat16, whole over fsdp, and its gradients.
     parts["one layer's weights"] = 2 * 2 * layer / axes["tensor"]
     parts["one layer's activations"] = tokens * (max(mixer, mlp) + _ROW_BYTES * student.hidden_size)

@@ -44,6 +44,9 @@ def test_reads_what_the_official_library_writes(tmp_path):
         got = stored[name].open()
         assert (got.shape, got.dtype) == (value.shape, value.dtype)
         assert got.tobytes() == value.tobytes()
+        if value.ndim and value.size:
+            some = stored[name].rows(1, 3)
+            assert (some.shape, some.dtype, some.tobytes()) == ((2, 5), value.dtype, value[1:3].tobytes())
 
 
 def test_the_official_library_reads_what_we_write(tmp_path):

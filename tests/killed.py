@@ -103,7 +103,8 @@ def settings(teacher: pathlib.Path, mixer: str, steps: dict[str, int] = STEPS) -
 def flags(teacher: pathlib.Path, workdir: pathlib.Path, mixer: str, steps: dict[str, int] = STEPS) -> list[str]:
     """launch's command line."""
     words = [f"--config.{name}={value}" for name, value in settings(teacher, mixer, steps).items()]
-    return ["--config=configs/convert.py", f"--workdir={workdir}", *words]
+    # The teacher is random, which a run otherwise refuses.
+    return ["--config=configs/convert.py", f"--workdir={workdir}", "--force", *words]
 
 
 def environment(cache: pathlib.Path, xla_flags: str = "") -> dict[str, str]:

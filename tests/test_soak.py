@@ -29,7 +29,7 @@ def test_verdicts(given: dict, fine: bool, capsys: pytest.CaptureFixture) -> Non
 
 
 def test_the_slope_is_the_leak(tmp_path) -> None:
-    mean, slope = soak.slope_per_hour(samples(leak=0.05), 0)
-    assert slope == pytest.approx(0.05 * 3600, rel=0.02) and 900 < mean < 925
+    mean, slope, error = soak.slope_per_hour(samples(leak=0.05), 0)
+    assert slope == pytest.approx(0.05 * 3600, rel=0.02) and 900 < mean < 925 and 0 < error < 5
     soak.draw(samples(), tmp_path / "plot.png")
     assert 1000 < (tmp_path / "plot.png").stat().st_size < 100_000

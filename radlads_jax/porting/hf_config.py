@@ -151,13 +151,19 @@ def _mixer_config(keys: ConfigKeys, mixer: str, hidden_size: int) -> MixerConfig
             "config.json: use_tokenshift is true in a model of type rwkv7qwen2; expected false, because RAD-RWKV7 has "
             "no token shift here. Choose a checkpoint without token shift."
         )
+    balance_state = keys.flag("balance_state", not group_norm)
+    if balance_state and group_norm:
+        raise ValueError(
+            "config.json: balance_state and groupnorm_att are both true; expected one of them, because either alone "
+            "bounds the mixer's output. Choose a checkpoint that was trained with one."
+        )
     return MixerConfig.for_student(
         mixer,
         hidden_size,
         use_rope=keys.flag("use_rope", False),
         token_shift=token_shift,
         gate=GATE_TYPES[gate_type],
-        balance_state=keys.flag("balance_state", not group_norm),
+        balance_state=balance_state,
         group_norm=group_norm,
         **{field: keys.integer(key, 0, low=0) for field, key in RANK_KEYS.items()},
     )

@@ -149,7 +149,7 @@ REFUSED = [
     ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": LLAMA3}, "different things"),
     ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e5}}, "rope_theta"),
     ({"model_type": "rwkv7qwen2", "use_tokenshift": True}, "use_tokenshift"),
-    ({"model_type": "rwkv7qwen2", "balance_state": True, "groupnorm_att": True}, "group_norm"),
+    ({"model_type": "rwkv7qwen2", "balance_state": True, "groupnorm_att": True}, "groupnorm_att"),
     ({"model_type": "rwkv7qwen2", "teacher_model_type": "gemma2"}, "gemma2"),
 ]
 WRONG = [

@@ -207,7 +207,9 @@ class Starter:
 
 
 def leftovers(workdir: pathlib.Path) -> set[str]:
-    return {str(path.relative_to(workdir)) for pattern in UNFINISHED for path in workdir.glob(pattern)}
+    """What a write left unfinished; what lies in such a directory goes with it."""
+    found = {path.relative_to(workdir) for pattern in UNFINISHED for path in workdir.glob(pattern)}
+    return {str(path) for path in found if not found & set(path.parents)}
 
 
 def result(workdir: pathlib.Path, steps: dict[str, int] = STEPS) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.sharded import TOKENS, VOCAB_OF_ONE, constrain, split_vocab
+from pallas_kernels.sharded import TOKENS, VOCAB_OF_ONE, constrain, current_mesh, split_vocab
 
 Slice = tuple[jax.Array, ...]
 
@@ -65,12 +65,18 @@ def is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[:, None]
 
 
+def of_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """The targets' logits [S]: read where one device has the whole vocabulary, else summed out of all columns."""
+    if current_mesh() is None:
+        return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return jnp.sum(jnp.where(is_target(logits, targets), logits, 0.0), axis=-1)
+
+
 def cross_entropy_slice(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, Callable[[], jax.Array]]:
     """Losses [S] of one slice, and their gradient in the logits (called only where it is wanted)."""
-    hit = is_target(logits, targets)
     partition = log_partition(logits)
-    losses = partition[:, 0] - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-    return losses, lambda: jnp.exp(logits - partition) - hit
+    losses = partition[:, 0] - of_targets(logits, targets)
+    return losses, lambda: jnp.exp(logits - partition) - is_target(logits, targets)
 
 
 def kl_slice(logits: jax.Array, teacher_logits: jax.Array) -> tuple[jax.Array, Callable[[], jax.Array]]:

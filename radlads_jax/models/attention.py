@@ -13,8 +13,10 @@ from radlads_jax.models import rope
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import RMSNorm, linear, repeat_kv, split_heads
 
-# Scores are [B, H, block, S]: with blocks of queries a long row needs memory linear in its length.
+# Scores are [B, H, block, S]: with blocks of queries a long row needs memory linear in its length, and a block's queries
+# do not multiply the keys behind them.
 QUERY_BLOCK = 512
+SMALLEST_BLOCK = 128
 
 
 class Context(NamedTuple):
@@ -111,12 +113,12 @@ def _attend(
         return jax.nn.dot_product_attention(queries, keys, values, mask=mask)
 
     total = q.shape[1]
-    if total <= QUERY_BLOCK:
+    size = min(QUERY_BLOCK, max(total // 4, SMALLEST_BLOCK))
+    if total <= size:
         return block(q, 0, k, v)
     pieces = []
-    for i in range(0, total, QUERY_BLOCK):
-        # Without a state, a block's queries see no key behind its end: those are never multiplied.
-        end = k.shape[1] if offset is not None else min(i + QUERY_BLOCK, total)
-        piece = jax.checkpoint(block, static_argnums=1)(q[:, i : i + QUERY_BLOCK], i, k[:, :end], v[:, :end])
+    for i in range(0, total, size):
+        end = k.shape[1] if offset is not None else min(i + size, total)
+        piece = jax.checkpoint(block, static_argnums=1)(q[:, i : i + size], i, k[:, :end], v[:, :end])
         pieces.append(piece)
     return jnp.concatenate(pieces, axis=1)

@@ -13,8 +13,8 @@ from radlads_jax.models import rope
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import RMSNorm, linear, repeat_kv, split_heads
 
-# Scores are [B, H, block, S]: with blocks of queries a long row needs memory linear in its length, and a block's queries
-# do not multiply the keys behind them.
+# Scores are [B, H, block, S]: with blocks of queries a long row needs memory linear in its length and skips the
+# keys behind each block.
 QUERY_BLOCK = 512
 SMALLEST_BLOCK = 128
 

@@ -12,7 +12,8 @@ export, samples and scores have to be those of the undisturbed run to the bit, a
 field "time"; no step may be there twice or not at all, nothing unfinished may lie about, and what lay about after a
 kill has to be named in the log that removed it. Exits with 1 where anything differs.
 
-INTINT is Ctrl-C twice. TERM and INT may end a process by the signal itself while nothing is trained yet or any more.
+INTINT is Ctrl-C twice. TERM and INT have to end in 128 + the signal's number; only a process that still imports, and
+has done nothing, may be ended by the signal itself.
 """
 
 import argparse
@@ -275,10 +276,10 @@ def may_end_so(signals: str) -> Callable[[Attempt], bool]:
     last = signal.Signals[f"SIG{signals.split(',')[-1]}"]
 
     def accepted(done: Attempt) -> bool:
-        trained = done.phase.startswith("stage")
-        by_itself = last != signal.SIGKILL and done.code == 128 + last
-        # Handlers are there while stages are trained; what has only begun or is through has nothing to save.
-        return by_itself or (done.code == -last and (last == signal.SIGKILL or not trained))
+        if last == signal.SIGKILL:
+            return done.code == -last
+        has_begun = done.phase != "import and data" or "before " in done.text
+        return done.code == 128 + last or (done.code == -last and not has_begun)
 
     return accepted
 

@@ -45,7 +45,6 @@ finally:
 FORKING = (
     HOOK
     + """
-from absl import app
 from radlads_jax import launch
 import radlads_jax.job, radlads_jax.train, radlads_jax.workdir
 
@@ -57,7 +56,7 @@ for line in sys.stdin:
         tell = watch(order["place"], order["at"], order["signals"])
         sys.argv = ["launch", *order["words"]]
         try:
-            app.run(lambda argv: sys.exit(launch.interruptible(argv)), flags_parser=launch.parse_flags)
+            launch.command_line()
         finally:
             tell()
     print(child, flush=True)

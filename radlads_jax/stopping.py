@@ -85,7 +85,7 @@ def outlive_readers() -> None:
 class _Output(io.FileIO):
     """A file descriptor that writes to nowhere once its reader has left."""
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:

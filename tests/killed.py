@@ -12,8 +12,8 @@ export, samples and scores have to be those of the undisturbed run to the bit, a
 field "time"; no step may be there twice or not at all, nothing unfinished may lie about, and what lay about after a
 kill has to be named in the log that removed it. Exits with 1 where anything differs.
 
-INTINT is Ctrl-C twice. TERM and INT have to end in 128 + the signal's number; only a process that still imports, and
-has done nothing, may be ended by the signal itself.
+INTINT is Ctrl-C twice. TERM and INT have to end in 128 + the signal's number. Only a process that still imports and has
+done nothing, or has done all and is taken down by the interpreter, may be ended by the signal itself.
 """
 
 import argparse
@@ -279,7 +279,8 @@ def may_end_so(signals: str) -> Callable[[Attempt], bool]:
         if last == signal.SIGKILL:
             return done.code == -last
         has_begun = done.phase != "import and data" or "before " in done.text
-        return done.code == 128 + last or (done.code == -last and not has_begun)
+        is_through = "how it went, as a page" in done.text or "nothing to do" in done.text
+        return done.code == 128 + last or (done.code == -last and (is_through or not has_begun))
 
     return accepted
 

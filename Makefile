@@ -3,6 +3,7 @@
 #   make test    the default test suite
 #   make lint    ruff and mypy
 #   make hashes  the hashes of the pinned versions' files, after a pin has moved
+#   make audit   the pinned packages' licences, and known advisories where an index tells them
 # PYTHON=/path/to/python3.12 picks another interpreter; .venv is then made again for it.
 # REQUIRE_HASHES=no takes packages from an index that builds its own.
 
@@ -21,7 +22,7 @@ REQUIRE_HASHES ?= yes
 STAMP := .venv/.made-for-python-$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint venv hashes clean
+.PHONY: help demo test lint venv hashes audit clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -43,13 +44,18 @@ venv: $(STAMP)
 # Without torch: its wheels differ from index to index, and on Linux bring CUDA or not.
 hashes: hashes-3.11 hashes-3.12
 
-.cache/uv:
+.cache/uv .cache/pip-audit:
 	$(PYTHON) -m venv $@
-	$@/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$@/bin/python -m pip install --quiet --disable-pip-version-check $(notdir $@)
 
 hashes-%: .cache/uv
 	grep -v '^torch==' constraints/py$(subst .,,$*).txt | UV_CUSTOM_COMPILE_COMMAND='make hashes' $</bin/uv pip compile - \
 	    --quiet --no-deps --universal --generate-hashes --python-version $* --output-file constraints/py$(subst .,,$*).hashed.txt
+
+# Strict: a package that the index knows no advisories of, for it has no such service, is an error and no pass.
+audit: $(STAMP) .cache/pip-audit
+	$(BIN)/python tests/audit.py
+	.cache/pip-audit/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off --requirement $(PINS)
 
 clean:
 	rm -rf .venv

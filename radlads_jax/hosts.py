@@ -36,6 +36,8 @@ def start(
     if distributed == "off" and not explicit:
         return
     options = _checked(distributed, explicit) if explicit else slurm_processes(os.environ) or {}
+    # It would take SIGTERM away from this package, which has its own way to stop all processes at one step.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**options)
     except ValueError as error:

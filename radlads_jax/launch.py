@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -17,6 +17,7 @@ from rich.console import Console
 
 from radlads_jax import config as config_lib
 from radlads_jax import storage
+from radlads_jax.stopping import leave_on_signals, outlive_readers
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A Python file with get_config(arg), e.g. configs/demo.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the export go; made when missing.")
@@ -170,15 +171,19 @@ def flat_settings(settings: dict, where: str = "config") -> dict[str, Any]:
     return flat
 
 
-def interruptible(argv: list[str]) -> int:
-    """`main`, with a Ctrl-C before or after the training told in one line too."""
-    try:
-        return main(argv, join_hosts)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped by SIGINT; the same command continues from what is saved.", style="yellow")
-        return EXIT_STOPPED + signal.SIGINT
+def command_line() -> NoReturn:
+    """What `python -m radlads_jax.launch` does, from its flags to its exit code."""
+    # `--help | head` ends quietly.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    leave_on_signals()
+    app.run(lambda argv: sys.exit(_begun(argv)), flags_parser=parse_flags)
+    raise AssertionError("app.run does not return")
+
+
+def _begun(argv: list[str]) -> int:
+    outlive_readers()
+    return main(argv, join_hosts)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    app.run(lambda argv: sys.exit(interruptible(argv)), flags_parser=parse_flags)
+    command_line()

@@ -1,6 +1,10 @@
-"""Ending a run by a signal: the first asks it to save and stop, a second Ctrl-C ends the process at once."""
+"""Ending a run by a signal: while it trains the first has it save and stop, and a second Ctrl-C ends it at once.
+
+Before and after the training there is nothing to save, and the first ends it at once. Readers of its output may leave.
+"""
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -12,27 +16,48 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOW_CURSOR = "\x1b[?25h"
 
 
+def leave_on_signals() -> None:
+    """From here on SIGINT and SIGTERM end the process with 128 + their number and a line that says so, at any moment.
+
+    Nothing is lost by it, as by the second SIGINT in `stop_signals`. For a command line: it lasts until the process
+    ends.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for signum in SIGNALS:
+        signal.signal(signum, _do_nothing)
+    threading.Thread(target=_watch, args=(reader, SIGNALS), daemon=True).start()
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], int | None]]:
     """Yields a function that tells which of SIGINT and SIGTERM has come first, if any.
 
     A SIGINT after that ends the process with 128 + SIGINT, even while its main thread waits for a device, for the
-    compiler or for a bucket. Nothing is lost by it: what is being written then is not yet under its name.
+    compiler or for a bucket. Nothing is lost by it: what is being written then is not yet under its name. A signal
+    that came when nobody asked any more is sent once again at the end, to whoever had it before.
     """
     received: list[int] = []
+    told = False
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
     def note(signum: int, _: Any) -> None:
         received.append(signum)
 
+    def first() -> int | None:
+        nonlocal told
+        told = bool(received)
+        return received[0] if received else None
+
     before = {signum: signal.signal(signum, note) for signum in SIGNALS}
     descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     # Python runs `note` when the main thread is back from compiled code; the number is in the pipe at once.
-    watcher = threading.Thread(target=_watch, args=(reader,), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(reader, ()), daemon=True)
     watcher.start()
     try:
-        yield lambda: received[0] if received else None
+        yield first
     finally:
         signal.set_wakeup_fd(descriptor)
         for signum, handler in before.items():
@@ -40,17 +65,54 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
         os.close(writer)
         watcher.join()
         os.close(reader)
+    if received and not told:
+        signal.raise_signal(received[0])
 
 
-def _watch(reader: int) -> None:
-    asked = False
+def outlive_readers() -> None:
+    """From here on the process goes on when nobody reads its output any more, as behind `| head -1`.
+
+    The first write that finds it so says it on stderr; all that follows is dropped. Metrics are files of their own.
+    """
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+        stream.flush()
+        raw = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
+        text = io.TextIOWrapper(raw, encoding=stream.encoding, errors=stream.errors, line_buffering=True)
+        setattr(sys, name, text)
+
+
+class _Output(io.FileIO):
+    """A file descriptor that writes to nowhere once its reader has left."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.fileno())
+            with contextlib.suppress(OSError):
+                os.write(2, b"nobody reads the output any more; going on without it.\n")
+            return len(data)
+
+
+def _do_nothing(signum: int, _: Any) -> None:
+    """Python writes a signal's number to the pipe only where it has a handler for it."""
+
+
+def _watch(reader: int, leave: tuple[int, ...]) -> None:
+    """leave: the signals that end the process; once one has asked for it, SIGINT does."""
     while number := os.read(reader, 1):
-        if number[0] == signal.SIGINT and asked:
-            _leave()
-        asked = asked or number[0] in SIGNALS
+        if number[0] in leave:
+            _leave(number[0])
+        if number[0] in SIGNALS:
+            leave = (signal.SIGINT,)
 
 
-def _leave() -> None:
+def _leave(signum: int) -> None:
     cursor = SHOW_CURSOR if sys.stderr.isatty() else ""
-    os.write(2, f"{cursor}\nleaving at once; the same command continues from the newest checkpoint.\n".encode())
-    os._exit(128 + signal.SIGINT)
+    name = signal.Signals(signum).name
+    # Nobody may be left to read it.
+    with contextlib.suppress(OSError):
+        os.write(2, f"{cursor}\nleaving at once by {name}; the same command continues from what is saved.\n".encode())
+    os._exit(128 + signum)

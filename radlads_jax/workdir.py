@@ -8,6 +8,7 @@ import pathlib
 import socket
 import time
 from collections.abc import Iterator
+from typing import TextIO
 
 from absl import logging
 from etils import epath
@@ -28,7 +29,8 @@ def held(workdir: str | os.PathLike) -> Iterator[None]:
     The lock is a POSIX one on DIR/.lock, which the system takes back when the process ends, however it ends. It holds
     between processes of one machine, and between machines where the file system passes locks on, as NFS and Lustre do.
     A bucket has none, and nothing keeps a second run out of it. Of several processes of one run the first has the lock.
-    Raises ValueError, in every process, where another run has it.
+    Where the body leaves nothing, neither the lock nor directories made for it stay. Raises ValueError, in every
+    process, where another run has it.
     """
     with contextlib.ExitStack() as stack:
         refused = _locked(epath.Path(workdir), stack) if hosts.is_first() else None
@@ -54,26 +56,52 @@ def _locked(workdir: epath.Path, stack: contextlib.ExitStack) -> str | None:
     """Takes the lock until the stack ends; returns what to say where it could not."""
     if "://" in os.fspath(workdir):
         return None
+    directory = pathlib.Path(workdir)
+    stack.callback(_remove_empty, [path for path in (directory, *directory.parents) if not path.exists()])
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = stack.enter_context((pathlib.Path(workdir) / LOCK).open("a+", encoding="utf-8"))
+        directory.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context((directory / LOCK).open("a+", encoding="utf-8"))
     except OSError as error:
         return f"--workdir {workdir} cannot be written to: {error}. Choose another, or make room and give permission."
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in NO_LOCKS:
-            logging.warning("%s is on a file system without locks: nothing keeps a second run out of it", workdir)
-            return None
-        file.seek(0)
-        owner = file.read().strip() if error.errno in (errno.EACCES, errno.EAGAIN) else error
-        return (
-            f"{workdir} is in use by another run ({owner}); expected one run at a time in a work directory. Wait for "
-            "its end or stop it, or choose another --workdir."
-        )
+        if error.errno not in NO_LOCKS:
+            file.seek(0)
+            owner = file.read().strip() if error.errno in (errno.EACCES, errno.EAGAIN) else error
+            return (
+                f"{workdir} is in use by another run ({owner}); expected one run at a time in a work directory. Wait "
+                "for its end or stop it, or choose another --workdir."
+            )
+        logging.warning("%s is on a file system without locks: nothing keeps a second run out of it", workdir)
+    if not _still_named(file, directory / LOCK):
+        # A run that left nothing has removed it since it was opened: the lock on it would keep nobody out.
+        return _locked(workdir, stack)
+    stack.callback(_remove_lone_lock, directory)
     # Without these lines the lock holds as well: a full disk is for what follows to tell of.
     with contextlib.suppress(OSError):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
     return None
+
+
+def _still_named(file: TextIO, path: pathlib.Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_lone_lock(directory: pathlib.Path) -> None:
+    """Comes before the lock is let go of, so that whoever has it by then finds that it is no longer there."""
+    with contextlib.suppress(OSError):
+        if os.listdir(directory) == [LOCK]:
+            (directory / LOCK).unlink()
+
+
+def _remove_empty(directories: list[pathlib.Path]) -> None:
+    """Removes directories, each of them in the next, up to the first that holds something."""
+    with contextlib.suppress(OSError):
+        for directory in directories:
+            directory.rmdir()

@@ -2,7 +2,7 @@
 
 # Counts the operations on files below a directory and, before one of them, sends the process the signals it was told.
 HOOK = """
-import json, os, runpy, signal, sys, threading
+import json, os, runpy, signal, sys, threading, time
 KINDS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 
 def watch(place, at, signals):
@@ -24,6 +24,8 @@ def watch(place, at, signals):
         os.write(2, f"\\nbefore operation {at}: {event} {path[len(place):]}\\n".encode())
         for name in signals.split(","):
             os.kill(os.getpid(), signal.Signals["SIG" + name])
+            # For it to arrive by itself, and before the operation.
+            time.sleep(0.1)
 
     sys.addaudithook(hook)
     return lambda: os.write(2, f"\\n{counted} operations\\n".encode())
@@ -45,7 +47,6 @@ finally:
 FORKING = (
     HOOK
     + """
-from absl import app
 from radlads_jax import launch
 import radlads_jax.job, radlads_jax.train, radlads_jax.workdir
 
@@ -57,7 +58,7 @@ for line in sys.stdin:
         tell = watch(order["place"], order["at"], order["signals"])
         sys.argv = ["launch", *order["words"]]
         try:
-            app.run(lambda argv: sys.exit(launch.interruptible(argv)), flags_parser=launch.parse_flags)
+            launch.command_line()
         finally:
             tell()
     print(child, flush=True)

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,16 @@ try:
     hosts.require_same({"config.seed": 1, "config.stage1.lr": jax.process_index()})
 except ValueError as error:
     print(error)
+"""
+
+
+TERMINATED = """
+import os, signal, sys, time
+from radlads_jax import hosts, stopping
+stopping.leave_on_signals()
+hosts.start(**eval(sys.argv[1]))
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
 """
 
 
@@ -72,6 +83,17 @@ def test_a_task_of_a_slurm_step_and_a_process_by_flags_join() -> None:
 
 def port_of(job: int) -> int:
     return 61440 + job % 4096
+
+
+def test_joining_does_not_take_sigterm_away() -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        options = {"coordinator": f"localhost:{free.getsockname()[1]}", "num_processes": 1, "process_id": 0}
+    command = [sys.executable, "-c", TERMINATED, repr(options)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, timeout=120
+    )
+    assert done.returncode == 128 + signal.SIGTERM and b"leaving at once by SIGTERM" in done.stderr, done.stderr
 
 
 def test_the_command_line_joins_before_it_makes_a_job(tmp_path: pathlib.Path) -> None:

@@ -1,9 +1,12 @@
-"""A few of the kills of killed.py."""
+"""A few of the kills of killed.py, and a run whose output loses its reader."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import killed
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -14,3 +17,18 @@ def test_killed_right_before_operations_on_files_a_run_loses_nothing():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5 times ended" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_behind_head(tmp_path: Path) -> None:
+    teacher = killed.make_teacher(tmp_path / "teacher")
+    words = killed.flags(teacher, tmp_path / "run", "rad_rwkv7", killed.SHORT)
+    command = [sys.executable, "-m", "radlads_jax.launch", *words]
+    environment = killed.environment(tmp_path / "cache", killed.UNOPTIMIZED)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
+    assert process.stdout is not None and "before the run" in process.stdout.readline()
+    process.stdout.close()
+    said = process.communicate()[1]
+    assert process.returncode == 0 and said.count("nobody reads the output any more") == 1, said
+    assert killed.problems(tmp_path / "run", {}, killed.SHORT) == []

@@ -45,7 +45,7 @@ class Pair:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        base = killed.environment(root / "cache")
+        base = killed.environment(root / "cache", killed.UNOPTIMIZED)
         words = [*killed.flags(root / "teacher" / "model", workdir, "rad_rwkv7", STEPS), "--config.mesh.fsdp=2"]
         self.logs = [workdir.with_name(f"{workdir.name}.{port}.{i}.log") for i in range(2)]
         self.processes: list[subprocess.Popen] = []
@@ -114,6 +114,16 @@ def test_a_lost_process_ends_the_other_and_the_job_goes_on(
 
 def test_a_late_process_is_waited_for(root: pathlib.Path, tmp_path: pathlib.Path) -> None:
     Pair(root, tmp_path / "run", late=30.0).finish(0)
+    assert killed.problems(tmp_path / "run", killed.result(root / "undisturbed", STEPS), STEPS) == []
+
+
+def test_a_process_that_stands_still_is_waited_for(root: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    pair = Pair(root, tmp_path / "run")
+    pair.wait_for(lambda: a_step(pair))
+    pair.processes[1].send_signal(signal.SIGSTOP)
+    time.sleep(30)
+    pair.processes[1].send_signal(signal.SIGCONT)
+    pair.finish(0)
     assert killed.problems(tmp_path / "run", killed.result(root / "undisturbed", STEPS), STEPS) == []
 
 

@@ -1,9 +1,11 @@
-"""The pinned versions and the hashes of their files: both lists say the same, and leave nothing out."""
+"""The pinned versions, the hashes of their files, their licences: the lists say the same and leave nothing out."""
 
+import importlib.metadata
 import pathlib
 import re
 import tomllib
 
+import audit
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -41,3 +43,15 @@ def test_what_the_project_asks_for_is_pinned(name: str) -> None:
     for requirement in asked:
         if requirement.marker is None or requirement.marker.evaluate(here):
             assert requirement.specifier.contains(found[canonicalize_name(requirement.name)]), requirement
+
+
+def test_every_licence_is_a_known_one() -> None:
+    installed = {
+        canonicalize_name(distribution.name): distribution for distribution in importlib.metadata.distributions()
+    }
+    wanted = [installed[name] for name in pins("py311.txt") if name in installed]
+    found = {distribution.name: audit.families(audit.said(distribution.metadata)) for distribution in wanted}
+    assert found["jax"] == ["Apache-2.0"] and found["tqdm"] == ["MPL-2.0", "MIT"] and found["numpy"][0] == "BSD"
+    for unknown in ("GPL-3.0-only", "MIT AND LGPL-2.1-only", "none"):
+        with pytest.raises(ValueError, match="Read it before it is added"):
+            audit.families(unknown)

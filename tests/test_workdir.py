@@ -1,4 +1,4 @@
-"""One run at a time in a work directory, and signals that end one: a lock no dead process keeps, a second Ctrl-C."""
+"""One run at a time in a work directory, by a lock no dead process keeps; what signals and broken pipes do to one."""
 
 import errno
 import fcntl
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from radlads_jax import config, launch
-from radlads_jax.stopping import stop_signals
+from radlads_jax.stopping import SIGNALS, stop_signals
 from radlads_jax.workdir import held
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -62,6 +62,40 @@ def test_the_command_line_asks_for_the_lock(tmp_path: pathlib.Path, holder: Any,
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
+def test_a_run_that_never_began_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: Any, capsys: Any) -> None:
+    chosen = config.defaults()
+    chosen.teacher.path, chosen.data.source = "./no-such-teacher", "synthetic"
+    monkeypatch.setattr(launch, "_CONFIG", SimpleNamespace(value=chosen))
+    monkeypatch.setattr(launch, "_WORKDIR", SimpleNamespace(value=str(tmp_path / "runs" / "one")))
+    assert launch.main(["launch"]) == 1
+    assert "no-such-teacher" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stays_of_an_empty_and_of_a_used_directory(tmp_path: pathlib.Path) -> None:
+    with held(tmp_path):
+        assert (tmp_path / ".lock").exists()
+    assert list(tmp_path.iterdir()) == [], "it was there before, and so it stays"
+    with held(tmp_path / "run"):
+        (tmp_path / "run" / "data").mkdir()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "data"}
+
+
+def test_a_lock_that_its_holder_removed_meanwhile_is_taken_anew(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    lockf, removed = fcntl.lockf, []
+
+    def removed_before(file: Any, how: int) -> None:
+        if not removed:
+            removed.append((tmp_path / ".lock").unlink())
+        lockf(file, how)
+
+    monkeypatch.setattr(fcntl, "lockf", removed_before)
+    with held(tmp_path):
+        command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
+        again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert "BlockingIOError" in again.stderr or "PermissionError" in again.stderr
+
+
 def test_what_cannot_be_written_or_locked(tmp_path: pathlib.Path, monkeypatch: Any, caplog: Any) -> None:
     (tmp_path / "file").touch()
     # Nobody, root neither, can make a directory in either.
@@ -92,9 +126,10 @@ def test_leftovers_are_removed_and_named(tmp_path: pathlib.Path, caplog: Any) ->
 
 # Its main thread waits in compiled code, as for a device, where Python runs no handler.
 BLOCKED = """
-import ctypes, sys
-from radlads_jax.stopping import stop_signals
-with stop_signals() as stopping:
+import contextlib, ctypes
+from radlads_jax.stopping import leave_on_signals, stop_signals
+{before}
+with {context}:
     print("ready", flush=True)
     mutex = ctypes.create_string_buffer(64)
     for _ in range(2):
@@ -102,9 +137,9 @@ with stop_signals() as stopping:
 """
 
 
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", SIGNALS)
 def test_a_second_ctrl_c_leaves_at_once(first: int) -> None:
-    command = [sys.executable, "-c", BLOCKED]
+    command = [sys.executable, "-c", BLOCKED.format(before="", context="stop_signals()")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
@@ -118,11 +153,73 @@ def test_a_second_ctrl_c_leaves_at_once(first: int) -> None:
         process.kill()
 
 
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_before_and_after_training_the_first_leaves_at_once(signum: int, after: bool) -> None:
+    before = "leave_on_signals()" + after * "\nwith stop_signals(): pass"
+    command = [sys.executable, "-c", BLOCKED.format(before=before, context="contextlib.nullcontext()")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        process.send_signal(signum)
+        assert process.wait(60) == 128 + signum
+        said = f"leaving at once by {signal.Signals(signum).name}; the same command continues from what is saved."
+        assert said.encode() in process.communicate()[1]
+    finally:
+        process.kill()
+
+
+def test_a_signal_that_nobody_asked_for_is_passed_on() -> None:
+    passed: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda signum, _: passed.append(signum))
+    try:
+        with stop_signals() as stopping:
+            stopping()
+            signal.raise_signal(signal.SIGTERM)
+        assert passed == [signal.SIGTERM]
+        with stop_signals() as stopping:
+            signal.raise_signal(signal.SIGTERM)
+            assert stopping() == signal.SIGTERM
+        assert passed == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+TALKING = """
+import os, signal, sys
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+from radlads_jax.stopping import outlive_readers
+outlive_readers()
+print("first", flush=True)
+sys.stdin.readline()
+for number in range(3):
+    print("more", number, file=sys.stderr if number == 1 else sys.stdout, flush=True)
+os.write(1, b"from compiled code")
+open(sys.argv[1], "w").write("all done")
+"""
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_readers_of_the_output_may_leave(both: bool, tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-c", TALKING, str(tmp_path / "result")]
+    errors = subprocess.STDOUT if both else subprocess.PIPE
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None and process.stdout.readline() == "first\n"
+    process.stdout.close()
+    process.stdin.write("go on\n")
+    process.stdin.close()
+    said = "" if process.stderr is None else process.stderr.read()
+    assert process.wait(60) == 0 and (tmp_path / "result").read_text() == "all done"
+    assert said == ("" if both else "nobody reads the output any more; going on without it.\nmore 1\n")
+
+
 def test_the_first_signal_is_told_and_handlers_come_back() -> None:
-    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(signum) for signum in SIGNALS]
     with stop_signals() as stopping:
         assert stopping() is None
         signal.raise_signal(signal.SIGTERM)
         assert stopping() == signal.SIGTERM
-    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(signum) for signum in SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1

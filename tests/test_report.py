@@ -85,7 +85,7 @@ def config_dict() -> dict[str, Any]:
     config.teacher.path = f"models/{HOSTILE}"
     config.student.attention_layers = (1,)
     config.data.path = HOSTILE
-    config.train.sample_prompts = (HOSTILE,)
+    config.train.sample_prompts, config.train.log_every = (HOSTILE,), 2
     for name, steps in STEPS.items():
         config[name].batch_size, config[name].seq_len, config[name].tokens = 4, 32, 128 * steps
     return json.loads(json.dumps(config.to_dict()))
@@ -282,6 +282,16 @@ def test_paces_leave_pauses_out(together: int) -> None:
     assert sum(steps for _, steps, _ in paces) == 60 - 2 * together
     assert all(seconds / steps == pytest.approx(0.5, rel=1e-2) for _, steps, seconds in paces)
     assert paces[-1][0] == 960
+
+
+@pytest.mark.parametrize(("count", "paces"), [(30, 2), (12, 1), (10, 0), (4, 0)])
+def test_few_lines_written_together_slowly(count: int, paces: int) -> None:
+    """Steps of 50 s whose lines a loaded machine writes ten at once, 20 ms apart."""
+    written = [min(-(-step // 10) * 10, count) for step in range(1, count + 1)]
+    records = [{"stage": "s", "step": i, "time": 50.0 * at + 0.02 * i} for i, at in enumerate(written, 1)]
+    found = run_log.StageLog("s", tuple(records), {}, log_every=10).paces()
+    assert len(found) == paces
+    assert all(seconds / steps == pytest.approx(50.0, rel=1e-2) for _, steps, seconds in found)
 
 
 def place(html: str, kind: str) -> list[tuple[float, float]]:

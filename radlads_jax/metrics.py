@@ -4,7 +4,9 @@ import contextlib
 import json
 import math
 import os
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -220,6 +222,15 @@ def peak_flops(device_kind: str) -> float | None:
     # A GPU's kind goes on with form factor and memory: "NVIDIA H100 80GB HBM3".
     names = [name for name in PEAK_FLOPS if device_kind == name or device_kind.startswith((f"{name} ", f"{name}-"))]
     return PEAK_FLOPS[max(names, key=len)] if names else None
+
+
+def peak_bytes() -> int:
+    """The most memory taken so far: of the first device, or of this process where devices do not tell, as on a CPU."""
+    told = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if told is not None:
+        return int(told)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def mfu(tokens_per_second: float, flops_per_token: float | None) -> float | None:

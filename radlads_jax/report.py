@@ -5,7 +5,6 @@ python -m radlads_jax.report --workdir runs/demo [--usd_per_hour=12.5]
 
 import json
 import os
-import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -34,12 +33,11 @@ from radlads_jax.reporting.quality import evaluation, quality, samples
 from radlads_jax.reporting.run_log import RunLog, StageLog, number, ranges, read_run
 
 LOSSES = {
-    "stage1": "distance to the attention layers' outputs",
+    "stage1": "distance to attention's outputs",
     "stage2": "KL to the teacher",
     "stage2a": "KL to the teacher",
 }
 CROSS_ENTROPY = "next-token cross-entropy"
-MEMORY = re.compile(r"memory|bytes", re.IGNORECASE)
 
 
 def write_report(workdir: str | os.PathLike, *, usd_per_hour: Real | None = None) -> storage.AnyPath:
@@ -70,7 +68,7 @@ def report_html(run: RunLog, usd_per_hour: Real | None = None) -> str:
         ("gradient", "Gradient norm", one_chart_each(trained, "grad_norm", "norm before the clip")),
         ("throughput", "Throughput", throughput(trained)),
         ("skipped", "Skipped steps and spikes", skipped(trained) + spikes(trained)),
-        ("memory", "Memory and cost", memory(trained) + cost(run, usd_per_hour)),
+        ("memory", "Memory and cost", memory(run) + cost(run, usd_per_hour)),
         ("recipe", "Recipe and data", recipe(run)),
     ]
     return page(title, sections, head(run))
@@ -208,18 +206,14 @@ def spikes(stages: Sequence[StageLog]) -> str:
     return table(["stage", "spikes", "which"], rows) + f'<p class="soft">{said}</p>'
 
 
-def memory(stages: Sequence[StageLog]) -> str:
-    """A chart for every metric that is an amount of memory."""
-    figures = []
-    for stage in stages:
-        for name in sorted({name for record in stage.records for name in record if MEMORY.search(name)}):
-            unit = _gigabytes if "bytes" in name else None
-            figures.append(_chart(stage, [Curve(name, stage.curve(name), 4)], name, from_zero=True, format_y=unit))
-    return charts(figures) if figures else none("The run logged no memory figures.")
-
-
-def _gigabytes(size: Real) -> str:
-    return f"{size / 1e9:.3g} GB"
+def memory(run: RunLog) -> str:
+    """The most memory that was taken by the end of every stage."""
+    found = [(stage.name, number(run.stage_summary(stage.name).get("peak_bytes"))) for stage in run.stages]
+    rows = [[escape(name), f"{size / 1e9:.3g} GB"] for name, size in found if size]
+    if not rows:
+        return none("Measured when the run has finished.")
+    said = "Of the first device, on a CPU of the process, from the run's start on."
+    return table(["stage", "peak memory"], rows) + f'<p class="soft">{said}</p>'
 
 
 def cost(run: RunLog, usd_per_hour: Real | None) -> str:
@@ -250,12 +244,7 @@ def recipe(run: RunLog) -> str:
     columns = ["stage", "tokens", "row length", "rows", "rate of mixers", "rate of the rest", "warm-up", "frozen"]
     rows = [_recipe_row(stage) for stage in run.stages if stage.recipe]
     whole = escape(json.dumps(run.config, indent=2, sort_keys=True, ensure_ascii=False))
-    return (
-        facts(lines)
-        + "<p></p>"
-        + table(columns, rows)
-        + f"<details><summary>All settings</summary><pre>{whole}</pre></details>"
-    )
+    return facts(lines) + table(columns, rows) + f"<details><summary>All settings</summary><pre>{whole}</pre></details>"
 
 
 def _recipe_row(stage: StageLog) -> list[str]:

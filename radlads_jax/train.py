@@ -18,7 +18,7 @@ from radlads_jax.checkpoint_sums import DamagedCheckpoint
 from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.job import Job
-from radlads_jax.metrics import MetricsLogger, is_spike
+from radlads_jax.metrics import MetricsLogger, is_spike, peak_bytes
 from radlads_jax.models.decoder import Params
 from radlads_jax.optim import learning_rates
 from radlads_jax.planning.cost import model_flops
@@ -50,13 +50,14 @@ class TooManyNonFinite(RuntimeError):
 
 
 class Clock:
-    """Time and losses of a stage, carried over restarts in the checkpoints' meta; compilation is not timed."""
+    """Time, losses and memory of a stage, carried over restarts in the checkpoints' meta; compilation is not timed."""
 
     def __init__(self, meta: dict[str, Any]):
         self.seconds: float = meta.get("seconds", 0.0)
         self.timed_steps: int = meta.get("timed_steps", 0)
         self.first_loss: float | None = meta.get("first_loss")
         self.last_losses: list[float] = list(meta.get("last_losses", []))
+        self.peak_bytes: int = meta.get("peak_bytes", 0)
         self._mark, self._marked_step = 0.0, 0
 
     def start(self, step: int) -> None:
@@ -69,6 +70,7 @@ class Clock:
         seconds, steps = now - self._mark, step - self._marked_step
         self.seconds, self.timed_steps = self.seconds + seconds, self.timed_steps + steps
         self._mark, self._marked_step = now, step
+        self.peak_bytes = max(self.peak_bytes, peak_bytes())
         return steps / seconds if steps else None
 
     def note_loss(self, loss: float) -> bool:
@@ -86,6 +88,7 @@ class Clock:
             "timed_steps": self.timed_steps,
             "first_loss": self.first_loss,
             "last_losses": self.last_losses,
+            "peak_bytes": self.peak_bytes,
         }
 
 
@@ -242,7 +245,10 @@ def _non_finite_message(workdir: storage.AnyPath, name: str, step: int, in_a_row
 
 
 def _summary_line(job: Job, name: str, meta: dict[str, Any]) -> dict[str, Any]:
-    """A stage in summary.json. last_loss: the mean of the last steps; tokens_per_second: without compilation."""
+    """A stage in summary.json. last_loss: the mean of the last steps; tokens_per_second: without compilation.
+
+    peak_bytes: the most memory that the first device, on a CPU the process, had taken by the stage's end.
+    """
     recipe = job.run.stage(name)
     tokens_per_step = recipe.batch_size * recipe.seq_len
     timed = meta["timed_steps"] * tokens_per_step
@@ -254,6 +260,7 @@ def _summary_line(job: Job, name: str, meta: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_second": timed / meta["seconds"] if meta["seconds"] else None,
         "first_loss": meta["first_loss"],
         "last_loss": statistics.fmean(meta["last_losses"]) if meta["last_losses"] else None,
+        "peak_bytes": meta.get("peak_bytes"),
     }
 
 

@@ -222,7 +222,7 @@ def result(workdir: pathlib.Path, steps: dict[str, int] = STEPS) -> dict[str, An
 
     summary = json.loads((workdir / "summary.json").read_text())
     for line in summary["stages"]:
-        line["seconds"] = line["tokens_per_second"] = None
+        line["seconds"] = line["tokens_per_second"] = line["peak_bytes"] = None
     found: dict[str, Any] = {"summary": summary, "samples": (workdir / "samples.md").read_bytes()}
     found["export"] = {path.name: path.read_bytes() for path in sorted((workdir / "export").iterdir())}
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

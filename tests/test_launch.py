@@ -81,6 +81,7 @@ def test_summary(finished):
     assert [s["steps"] for s in summary["stages"]] == [5, 4, 3]
     assert all(s["tokens"] == s["steps"] * 128 and s["tokens_per_second"] > 0 for s in summary["stages"])
     # Three steps on an untrained teacher's text say nothing of stage 3's loss.
+    assert all(s["peak_bytes"] > 1e8 for s in summary["stages"])
     assert all(s["last_loss"] < s["first_loss"] for s in summary["stages"][:2])
     assert 0 < summary["student"]["agreement"] <= 1 and summary["student"]["kl"] > 0
     assert summary["relative_top1"] == pytest.approx(summary["student"]["top1"] / summary["teacher"]["top1"])

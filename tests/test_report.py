@@ -85,7 +85,7 @@ def config_dict() -> dict[str, Any]:
     config.teacher.path = f"models/{HOSTILE}"
     config.student.attention_layers = (1,)
     config.data.path = HOSTILE
-    config.train.sample_prompts = (HOSTILE,)
+    config.train.sample_prompts, config.train.log_every = (HOSTILE,), 2
     for name, steps in STEPS.items():
         config[name].batch_size, config[name].seq_len, config[name].tokens = 4, 32, 128 * steps
     return json.loads(json.dumps(config.to_dict()))
@@ -97,7 +97,7 @@ def log_stage(workdir: pathlib.Path, name: str, steps: int) -> None:
         for step in range(1, steps + 1):
             loss = math.nan if (name, step) == ("stage2", BAD_STEP) else 4.0 / step
             values = {"loss": loss, "grad_norm": 2 * loss, "finite": float(math.isfinite(loss))}
-            values |= {"lr_mixer": 1e-3 / step, "lr_rest": 1e-5, "peak_bytes_in_use": 1e9 + step}
+            values |= {"lr_mixer": 1e-3 / step, "lr_rest": 1e-5}
             if name == "stage1":
                 values["layer_loss"] = [0.5 / step, 1.0 / step, 2.0 / step]
             logger.log(name, step, values)
@@ -136,7 +136,9 @@ def finished(tmp_path: pathlib.Path) -> pathlib.Path:
         "relative_top1": 0.8,
         "tokens": 5000,
         "samples": [{"prompt": HOSTILE, "teacher": "four, six, eight", "student": f"four, six{HOSTILE}"}],
-        "stages": [{"name": name, "seconds": 1800.0, "tokens_per_second": 4321.0} for name in STEPS],
+        "stages": [
+            {"name": name, "seconds": 1800.0, "tokens_per_second": 4321.0, "peak_bytes": 2.5e9} for name in STEPS
+        ],
     }
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "export").mkdir()
@@ -164,7 +166,7 @@ def test_every_chart_is_there(finished: pathlib.Path) -> None:
     assert tree.count("path", "rates", "line") == 3 * 2
     assert tree.count("path", "gradient", "line") == 3 + 1
     assert tree.count("path", "throughput", "line") == 3
-    assert tree.count("path", "memory", "line") == 3 and "1 GB" in tree.text["memory"]
+    assert tree.text["memory"].count("2.5 GB") == 3
     assert tree.count("path", "alignment", "line") == 2
     assert tree.count("rect", "alignment", "over") == 3
     assert tree.count("path", "evaluation", "line") == 2 * 2
@@ -207,14 +209,13 @@ def test_hostile_metrics_are_text(tmp_path: pathlib.Path) -> None:
         "step": 1,
         "time": "never",
         "loss": HOSTILE,
-        HOSTILE + "bytes": 3,
         "layer_loss": [{}, "x"],
     }
     lines = [record, record | {"step": 2, "time": 5}, record | {"step": 2, "time": 9}, {"stage": 3}, {"step": 1}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     _, tree = page(tmp_path)
     assert {tag for tag, _, _ in tree.elements}.isdisjoint({"script", "img"})
-    assert HOSTILE in tree.text["stages"] and HOSTILE in tree.text["memory"]
+    assert HOSTILE in tree.text["stages"] and HOSTILE in tree.text["loss"]
 
 
 def test_nothing_is_loaded_from_elsewhere(finished: pathlib.Path) -> None:
@@ -283,6 +284,16 @@ def test_paces_leave_pauses_out(together: int) -> None:
     assert paces[-1][0] == 960
 
 
+@pytest.mark.parametrize(("count", "paces"), [(30, 2), (12, 1), (10, 0), (4, 0)])
+def test_few_lines_written_together_slowly(count: int, paces: int) -> None:
+    """Steps of 50 s whose lines a loaded machine writes ten at once, 20 ms apart."""
+    written = [min(-(-step // 10) * 10, count) for step in range(1, count + 1)]
+    records = [{"stage": "s", "step": i, "time": 50.0 * at + 0.02 * i} for i, at in enumerate(written, 1)]
+    found = run_log.StageLog("s", tuple(records), {}, log_every=10).paces()
+    assert len(found) == paces
+    assert all(seconds / steps == pytest.approx(50.0, rel=1e-2) for _, steps, seconds in found)
+
+
 def place(html: str, kind: str) -> list[tuple[float, float]]:
     return [
         (float(x), float(y)) for x, y in re.findall(r"([\d.]+) ([\d.]+)", re.search(kind + r'" d="M([^"]*)"', html)[1])
@@ -330,7 +341,16 @@ def test_linear_ticks(low: float, high: float, ticks: list[float]) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1.2e6, "1.2M"), (1e-5, "1e-5"), (512, "512"), (0.25, "0.25"), (3.5e9, "3.5B"), (-2000, "-2K"), (0, "0")],
+    [
+        (1.2e6, "1.2M"),
+        (1e-5, "1e-5"),
+        (-2.54e-4, "-2.54e-4"),
+        (512, "512"),
+        (0.25, "0.25"),
+        (3.5e9, "3.5B"),
+        (-2000, "-2K"),
+        (0, "0"),
+    ],
 )
 def test_short_numbers(value: float, text: str) -> None:
     assert chart_module.short(value) == text

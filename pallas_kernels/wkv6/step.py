@@ -1,4 +1,4 @@
-"""One token of wkv6, for decoding: the equations as they stand."""
+"""One token of wkv6, for decoding, with the output from the state before it, as in wkv7's."""
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ def wkv6_step(
     layout.check_step("wkv6_step", {"r": r, "log_w": log_w, "k": k}, v, state)
     dtype = v.dtype
     r, log_w, k, v = (x.astype(state.dtype) for x in (r, log_w, k, v))
-    state = jnp.exp(log_w)[..., None] * state + k[..., None] * v[..., None, :]
+    w = jnp.exp(log_w)
     # As exact as the state's dtype on a TPU too.
-    return jnp.einsum("bhkv,bhk->bhv", state, r, precision=jax.lax.Precision.HIGHEST).astype(dtype), state
+    kept = jnp.einsum("bhk,bhkv->bhv", w * r, state, precision=jax.lax.Precision.HIGHEST)
+    out = kept + jnp.sum(k * r, axis=-1, keepdims=True) * v
+    return out.astype(dtype), w[..., None] * state + k[..., None] * v[..., None, :]

@@ -1,4 +1,8 @@
-"""One token of wkv7, for decoding: the equations as they stand."""
+"""One token of wkv7, for decoding, with the output from the state before it.
+
+o = S^T r = S_before^T (e^log_w r) + (b^T r) (S_before^T a) + (k^T r) v reads the state once. Out of the new state, XLA
+on a CPU would compute that twice, once for the product and once to keep it.
+"""
 
 import functools
 
@@ -31,7 +35,8 @@ def wkv7_step(
     layout.check_step("wkv7_step", {"r": r, "log_w": log_w, "k": k, "a": a, "b": b}, v, state)
     dtype = v.dtype
     r, log_w, k, v, a, b = (x.astype(state.dtype) for x in (r, log_w, k, v, a, b))
-    removed = _dot("bhk,bhkv->bhv", a, state)
-    decayed = jnp.exp(log_w)[..., None] * state
-    state = decayed + b[..., None] * removed[..., None, :] + k[..., None] * v[..., None, :]
-    return _dot("bhkv,bhk->bhv", state, r).astype(dtype), state
+    w = jnp.exp(log_w)
+    removed, kept = jnp.moveaxis(_dot("bhnk,bhkv->bhnv", jnp.stack([a, w * r], axis=2), state), 2, 0)
+    out = kept + jnp.sum(b * r, axis=-1, keepdims=True) * removed + jnp.sum(k * r, axis=-1, keepdims=True) * v
+    state = w[..., None] * state + b[..., None] * removed[..., None, :] + k[..., None] * v[..., None, :]
+    return out.astype(dtype), state

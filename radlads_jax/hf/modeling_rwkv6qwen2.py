@@ -37,7 +37,7 @@ def wkv6(r, log_w, k, v, state):
 def wkv6_step(r, log_w, k, v, state):
     """The recurrence for one token."""
     r, log_w, k, v = (x[:, 0].float() for x in (r, log_w, k, v))
-    state = log_w.exp()[..., None] * state + k[..., None] * v[..., None, :]
+    state = torch.addcmul(log_w.exp()[..., None] * state, k[..., None], v[..., None, :])
     return (r[..., None, :] @ state).transpose(1, 2), state
 
 

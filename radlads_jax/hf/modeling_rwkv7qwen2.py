@@ -43,7 +43,8 @@ def wkv7_step(r, log_w, k, v, a, b, state):
     """The recurrence for one token."""
     r, log_w, k, v, a, b = (x[:, 0].float() for x in (r, log_w, k, v, a, b))
     removed = a[..., None, :] @ state
-    state = log_w.exp()[..., None] * state + b[..., None] * removed + k[..., None] * v[..., None, :]
+    state = torch.addcmul(log_w.exp()[..., None] * state, b[..., None], removed)
+    state = torch.addcmul(state, k[..., None], v[..., None, :])
     return (r[..., None, :] @ state).transpose(1, 2), state
 
 

@@ -59,7 +59,8 @@ def line_chart(
         return f"{(x - first) / span * WIDTH:.1f} {axis.place(y) * height:.1f}"
 
     drawn = [_mark((x - first) / span, height) for x in marks]
-    for curve, runs in columns:
+    # The dashed curve comes last: where both are the same it lets the other be seen.
+    for curve, runs in sorted(columns, key=lambda column: column[0].color):
         drawn += [_band(run, at, curve.color) for run in runs if any(low != high for _, _, low, high in run)]
         drawn += [_line(run, at, curve.color) for run in runs]
     show = format_y or short
@@ -171,13 +172,14 @@ def log_ticks(low: Real, high: Real) -> list[float]:
 
 
 def short(value: Real) -> str:
-    """A number in few characters: 1.2M, 350K, 0.25, 1e-5."""
+    """A number in few characters: 1.2M, 350K, 0.25, 3e-4."""
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(value) >= size:
             return f"{value / size:.4g}{suffix}"
-    text = f"{value:.3g}"
-    mantissa, e, exponent = text.partition("e")
-    return f"{mantissa}e{int(exponent)}" if e else text
+    if value == 0 or abs(value) >= 1e-3:
+        return f"{value:.3g}"
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _heat_cells(points: Sequence[Point], x_end: Real) -> dict[int, Real]:

@@ -36,12 +36,12 @@ a{color:var(--c1);text-decoration:none}a:hover{text-decoration:underline}
 .tile b{display:block;font-size:1.45rem;font-weight:650;line-height:1.3;font-variant-numeric:tabular-nums}
 .tile span{font-size:.86rem;color:var(--soft)}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%%,320px),1fr));gap:14px;margin-top:10px}
-figure{margin:0;padding:12px 14px 10px;min-width:0}
-figcaption{margin-bottom:10px;line-height:1.35}
+figure{display:flex;flex-direction:column;margin:0;padding:12px 14px 10px;min-width:0}
+figcaption{margin-bottom:auto;padding-bottom:10px;line-height:1.35}
 figcaption .note{display:block}
 .note,.legend{font-size:.83rem}
 .plot{padding:4px 6px 26px 44px}
-.plot>svg{display:block;overflow:visible}
+.plot svg{display:block;overflow:visible}
 .plot text{fill:var(--soft);font-size:12px;font-variant-numeric:tabular-nums}
 .plot .y{text-anchor:end}.plot .middle{text-anchor:middle}.plot .last{text-anchor:end}
 .plot line{stroke:var(--rule);stroke-width:1}
@@ -60,15 +60,16 @@ figcaption .note{display:block}
 .scale{width:130px;height:10px;vertical-align:middle;border-radius:2px}
 .empty{fill:var(--bar);opacity:.35}
 .over{fill:transparent}.over:hover{fill:var(--text);fill-opacity:.16}
-.scroll{overflow-x:auto}
+.scroll{overflow-x:auto}.scroll+.scroll{margin-top:12px}
 table{border-collapse:collapse;width:100%%;font-variant-numeric:tabular-nums}
 th,td{padding:7px 12px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
 th{font-weight:600;color:var(--soft);font-size:.86rem}
 tr:last-child td{border-bottom:0}
-th:first-child,td:first-child{text-align:left}
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--card)}
 .facts td{text-align:left;white-space:normal;overflow-wrap:anywhere}
 .facts td:first-child{color:var(--soft);width:11em;vertical-align:top}
-.progress{display:block;height:6px;min-width:90px;border-radius:3px;background:var(--bar);overflow:hidden}
+.progress{display:block;height:6px;min-width:90px;margin:4px 0 3px;
+border-radius:3px;background:var(--bar);overflow:hidden}
 .progress i{display:block;height:100%%;background:var(--c1)}
 .sample{margin:0 0 12px;padding:12px 14px}
 .sample p{margin:0 0 10px;max-width:none}
@@ -81,8 +82,10 @@ mark{background:color-mix(in srgb,var(--c2) 24%%,transparent);color:inherit;bord
 details{padding:10px 14px;margin-top:12px}
 summary{cursor:pointer}
 pre{overflow-x:auto;font-size:.83rem;margin:10px 0 0}
-@media (max-width:560px){main{padding:18px 12px 40px}.plot{padding-left:40px}th,td{padding:7px 10px}
-.tiles{grid-template-columns:repeat(2,1fr)}.facts td:first-child{width:8em}.tile b{font-size:1.2rem}}
+@media (max-width:560px){main{padding:18px 12px 40px}.plot{padding-left:40px}th,td{padding:7px 6px}
+table{font-size:.92rem}
+.tiles{grid-template-columns:repeat(2,1fr)}.facts td:first-child{width:8em}
+.tile:last-child:nth-child(odd){grid-column:1/-1}.tile b{font-size:1.2rem}}
 @media print{figure,.sample,.tile{break-inside:avoid}}
 """
 

@@ -108,7 +108,7 @@ def _probe(name: str, probes: dict[str, Any]) -> str:
     return line_chart(
         name.replace("_", " "),
         curves,
-        what=what,
+        what="nats a token" if what == "loss" else what,
         x_name="position" if place == "positions" else "context length",
         x_ticks=ticks[:: -(-len(ticks) // 6) or 1],
         format_y=(lambda share: f"{share:.0%}") if what == "accuracy" else None,

@@ -23,11 +23,15 @@ LOSSES_MEANT = 20
 
 @dataclasses.dataclass(frozen=True)
 class StageLog:
-    """A stage's records in order. recipe: its part of config.json, empty where there is none."""
+    """A stage's records in order. recipe: its part of config.json, empty where there is none.
+
+    log_every: how many lines the run writes together.
+    """
 
     name: str
     records: tuple[dict[str, Any], ...]
     recipe: dict[str, Any]
+    log_every: int = 1
 
     @property
     def steps_done(self) -> int:
@@ -91,7 +95,7 @@ class StageLog:
         A run writes the lines of some steps together, so only the first line of such a group tells a time.
         """
         marks = [(r["step"], t) for r in self.records if (t := number(r.get("time"))) is not None]
-        apart = max(TOGETHER_SECONDS, _usual_gap([t for _, t in marks]) / 2)
+        apart = max(TOGETHER_SECONDS, _usual_gap([t for _, t in marks], self.log_every) / 2)
         groups = marks[:1]
         for (_, before), (step, now) in itertools.pairwise(marks):
             if now - before >= apart:
@@ -146,7 +150,10 @@ def read_run(workdir: str | os.PathLike) -> RunLog:
             "radlads_jax.launch. Check the path."
         )
     names = list(dict.fromkeys([*(config.get("stages") or ()), *(record["stage"] for record in records)]))
-    stages = [StageLog(name, tuple(r for r in records if r["stage"] == name), config.get(name) or {}) for name in names]
+    every = max(int(number((config.get("train") or {}).get("log_every")) or 1), 1)
+    stages = [
+        StageLog(name, tuple(r for r in records if r["stage"] == name), config.get(name) or {}, every) for name in names
+    ]
     evaluation = read_json(directory / "evaluation.json") or read_json(directory / "export" / "evaluation.json")
     return RunLog(directory, config, summary, tuple(stages), evaluation)
 
@@ -186,8 +193,11 @@ def _is_record(value: dict[str, Any]) -> bool:
     return isinstance(value.get("stage"), str) and isinstance(value.get("step"), int)
 
 
-def _usual_gap(times: Sequence[float]) -> float:
-    """Seconds from line to line: the low median over windows of an eighth of the lines, which few pauses can't move."""
-    width = max(len(times) // 8, 1)
+def _usual_gap(times: Sequence[float], together: int) -> float:
+    """Seconds from line to line: the low median over windows of an eighth of the lines, which few pauses can't move.
+
+    A window holds at least the `together` lines that are written at once; infinite where there are no more than those.
+    """
+    width = max(len(times) // 8, together)
     means = [(end - begin) / width for begin, end in zip(times, times[width:], strict=False)]
-    return statistics.median_low(means) if means else 0.0
+    return statistics.median_low(means) if means else math.inf

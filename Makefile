@@ -10,8 +10,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?= -n logical --dist loadfile
 DEMO_WORKDIR ?= runs/demo
-# glibc's heap in huge pages: without them a CPU spends a fifth of a training step on page faults. The demo's is also
-# kept from step to step, as launch/three_stages.sh does it.
+# Huge pages for glibc's heap: without them a CPU spends a fifth of a training step on page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -27,7 +26,6 @@ STAMP := .venv/.made-for-python-$(VERSION)
 help:
 	@sed -n 's/^#   //p' Makefile
 
-demo: GLIBC_TUNABLES := $(GLIBC_TUNABLES):glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736
 demo: $(STAMP)
 	$(BIN)/python -m radlads_jax.launch --config configs/demo.py --workdir $(DEMO_WORKDIR)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radlads_jax.models import MixerConfig, ModelConfig, bind, init_params, init_state
+from radlads_jax.models import MixerConfig, ModelConfig, bind, init_params, init_state, layers
 from radlads_jax.models.decoder import graphdef
 from radlads_jax.train_state import path_leaves
 
@@ -194,3 +194,17 @@ def test_contradicting_switches_are_refused():
 
 def test_structure_is_built_once():
     assert graphdef(TEACHER) is graphdef(dataclasses.replace(TEACHER))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)])
+def test_matmul_has_the_gradients_of_jax_itself(dtype, tolerance):
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((2, 5, 7), (7, 3)))
+
+    def gradients(product):
+        return jax.grad(lambda x, kernel: jnp.sum(jnp.sin(product(x, kernel))), (0, 1))(x, kernel)
+
+    for ours, theirs in zip(gradients(layers.matmul), gradients(jnp.matmul), strict=True):
+        assert ours.dtype == theirs.dtype
+        ours, theirs = (np.asarray(gradient, np.float32) for gradient in (ours, theirs))
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)

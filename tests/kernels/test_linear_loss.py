@@ -345,3 +345,15 @@ def test_the_form_measured_beside_it_is_the_same_loss(loss):
     sliced, plain = (loss_forms.value_and_gradients(loss, form)(given) for form in loss_forms.FORMS)
     for got, want in zip(jax.tree.leaves(sliced), jax.tree.leaves(plain), strict=True):
         assert rms_ratio(got, want) < TOLERANCE["float32_stress"]
+
+
+def test_a_masked_target_may_lie_outside_the_vocabulary():
+    rng = np.random.default_rng(3)
+    hidden, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 8), (8, 16)))
+    weights = jnp.asarray([1.0, 0.0, 1.0, 0.0])
+
+    def value(targets):
+        return jax.value_and_grad(lambda h: linear_cross_entropy(h, kernel, jnp.asarray(targets), weights))(hidden)
+
+    for inside, outside in zip(value([3, 0, 5, 0]), value([3, -100, 5, 10**6]), strict=True):
+        np.testing.assert_array_equal(inside, outside)

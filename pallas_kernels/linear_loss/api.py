@@ -5,14 +5,17 @@ from typing import Literal
 import jax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import backend
 from pallas_kernels.linear_loss import sliced
 from pallas_kernels.linear_loss.stats import stats
 from pallas_kernels.sharded import TOKENS, VOCAB, shards
 
 Layout = Literal["dv", "vd"]
 
-# One slice's float32 logits, in elements: enough tokens to repay reading and adding up the kernel's gradient.
-SLICE_ELEMENTS = 2**26
+# The elements of one slice's float32 logits, and the tokens it has at least: enough to repay reading and adding up the
+# kernel's gradient. On a CPU a pass over large logits waits for the memory.
+SLICE = (2**26, 128)
+CPU_SLICE = (2**24, 256)
 
 
 def linear_cross_entropy(
@@ -126,7 +129,7 @@ def linear_stats(
 
 
 def _slice_tokens(hidden: jax.Array, kernel: jax.Array, layout: str, slice_tokens: int | None) -> int:
-    """The slice asked for, or even slices whose logits fit SLICE_ELEMENTS, in multiples of 8 tokens.
+    """The slice asked for, or even slices whose logits fit the backend's elements, in multiples of 8 tokens.
 
     Over many devices each holds all of a slice's hidden states and its share of the logits: the larger one has to fit.
     """
@@ -135,7 +138,8 @@ def _slice_tokens(hidden: jax.Array, kernel: jax.Array, layout: str, slice_token
     if slice_tokens is None:
         vocab, devices = kernel.shape[1 if layout == "dv" else 0], shards(VOCAB)
         width = vocab if devices == 1 else max(-(-vocab // devices), hidden.shape[1])
-        slices = -(-hidden.shape[0] // max(128, SLICE_ELEMENTS // width))
+        elements, least = CPU_SLICE if backend() == "cpu" else SLICE
+        slices = -(-hidden.shape[0] // max(least, elements // width))
         multiple = 8 * shards(TOKENS)
         slice_tokens = -(-hidden.shape[0] // slices // multiple) * multiple
     return min(slice_tokens, hidden.shape[0])

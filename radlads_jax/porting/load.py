@@ -4,7 +4,7 @@ import functools
 import os
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from radlads_jax.untrusted import listed
 Params = dict[str, Any]
 # A parameter tree's shardings, one for all, or None for the default device.
 Shardings = dict[str, Any] | Sharding | None
+_Array = TypeVar("_Array", np.ndarray, jax.Array)
 
 _WEIGHT_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 _BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -110,6 +111,7 @@ def _zeros_maker(
 
 def _place(param: jax.Array, tensor: StoredTensor, location: Location, sharding: Sharding | None) -> jax.Array:
     """The parameter with one tensor from a file put in; the old array is given up."""
+    layout = location.layout
     if isinstance(sharding, NamedSharding) and (in_bucket(tensor.file) or not sharding.is_fully_addressable):
         piece = _by_rows(tensor, sharding, location)
     elif isinstance(sharding, NamedSharding):
@@ -117,11 +119,12 @@ def _place(param: jax.Array, tensor: StoredTensor, location: Location, sharding:
         piece_sharding = _disk_sharding(sharding, location)
         piece = jax.make_array_from_callback(host.shape, piece_sharding, lambda index: host[index])
     elif sharding is None or isinstance(sharding, SingleDeviceSharding):
-        piece = jax.device_put(tensor.open(), sharding)
+        # A view of the file: it changes its layout on its way to the device, in one pass over the memory.
+        piece, layout = jax.device_put(to_ours(tensor.open(), layout), sharding), "same"
     else:
         raise NotImplementedError(f"porting places parameters with NamedSharding, not {type(sharding).__name__}.")
     index = np.array(location.index, np.int32)
-    placed = _writer(sharding)(param, piece, index, layout=location.layout)
+    placed = _writer(sharding)(param, piece, index, layout=layout)
     # The next tensor is mapped only when this one has left the host.
     return jax.block_until_ready(placed)
 
@@ -174,7 +177,7 @@ def _written(param: jax.Array, piece: jax.Array, index: jax.Array, *, layout: La
     return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(whole, part, starts), param.dtype)
 
 
-def to_ours(tensor: jax.Array, layout: Layout) -> jax.Array:
+def to_ours(tensor: _Array, layout: Layout) -> _Array:
     """A tensor as it is on disk, in our layout."""
     return {"same": tensor, "transposed": tensor.T, "vector": tensor.reshape(-1)}[layout]
 

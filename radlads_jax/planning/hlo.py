@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "u16": 2, "s16": 2, "f64": 8, "u64": 8, "s64": 8, "c64": 8, "token": 0}
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "s16": 2, "token": 0}
+_BYTES |= {"f64": 8, "u64": 8, "s64": 8, "c64": 8}
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -321,6 +322,10 @@ def _hbm_bytes(one: Instruction, body: Computation, computations: dict[str, Comp
         return 2.0 * result
     if one.opcode == "dynamic-update-slice":
         return 2.0 * sizes[1]
+    if one.opcode == "slice-start":
+        # The type is ((operand), slice, context): of an array that goes to VMEM piece by piece, one piece.
+        piece = _SHAPE.search(one.type, _closing(one.type, 1))
+        return float(_size(piece[0]) + _size(piece[0], hbm=True)) if piece else 0.0
     if one.opcode.endswith("-start"):
         return float(result)
     return float(sum(sizes) + result)

@@ -18,6 +18,17 @@ from radlads_jax.models.decoder import Params, abstract_params
 from radlads_jax.optim import make_optimizer
 from radlads_jax.train_state import TrainState, split_params
 
+# What the compiler is asked for beside its defaults, by the kind of chip.
+COMPILER_OPTIONS: dict[str, dict[str, str]] = {
+    "TPU v6 lite": {
+        # The sparse cores gather and scatter weights beside the matrix units, along two axes of the torus too.
+        "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+        # One operation may take half of the 128 MiB of VMEM: larger tiles of a matrix product.
+        "xla_tpu_scoped_vmem_limit_kib": "65536",
+    }
+}
 BATCH_DTYPES = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "loss_mask": jnp.float32}
 
 
@@ -58,7 +69,8 @@ def create_state(run: RunConfig, name: str, params: Params, mesh: Mesh | None) -
 def make_step(run: RunConfig, student: ModelConfig, teacher: ModelConfig, name: str, mesh: Mesh | None) -> Any:
     """The stage's step(state, frozen, teacher, batch) -> (state, metrics), jitted, state donated.
 
-    Over a mesh everything comes and stays as `sharding` places it; metrics are on every device.
+    Over a mesh everything comes and stays as `sharding` places it; metrics are on every device. It is compiled with the
+    COMPILER_OPTIONS of the mesh's devices, or of this process's first.
     """
     recipe = run.stage(name)
 
@@ -74,15 +86,18 @@ def make_step(run: RunConfig, student: ModelConfig, teacher: ModelConfig, name: 
         )
 
     step = make_train_step(loss_fn, make_optimizer(recipe, run.optim), accumulate=recipe.accumulate)
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    options = COMPILER_OPTIONS.get(device.device_kind)
     if mesh is None:
-        return jax.jit(step, donate_argnums=0)
+        return jax.jit(step, donate_argnums=0, compiler_options=options)
 
     def step_over_mesh(*arguments: Any) -> Any:
         with sharding.traced_over(mesh):
             return step(*arguments)
 
     state = sharding.shardings(mesh, abstract_state(run, student, name, mesh))
-    return jax.jit(step_over_mesh, donate_argnums=0, out_shardings=(state, NamedSharding(mesh, PartitionSpec())))
+    placed = (state, NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(step_over_mesh, donate_argnums=0, out_shardings=placed, compiler_options=options)
 
 
 def abstract_arguments(

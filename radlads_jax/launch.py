@@ -32,8 +32,9 @@ flags.DEFINE_alias("preflight-only", "preflight_only")
 _FORCE = flags.DEFINE_bool("force", False, "Begin although one of these checks found a problem.")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
-# What may differ between a run and its continuation: none of it changes the result.
+# What may differ between a run and its continuation: none of it changes the result, but for the rounding of sums.
 FREE_FIELDS = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "wandb_project")
+FREE_FIELDS += ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "accumulate", "remat")
 EXIT_FAILED, EXIT_STOPPED = 1, 128
 
 
@@ -141,13 +142,15 @@ def _message(error: BaseException) -> str:
 
 
 def check_same_config(workdir: storage.AnyPath, config: dict) -> None:
-    """Raises ValueError where DIR belongs to a run with other settings."""
+    """Raises ValueError where DIR belongs to a run with other settings; what it did not know yet had its default."""
     path = workdir / "config.json"
     if not path.exists():
         return
     before = json.loads(storage.read_text(path))
-    old, new = flat_settings(before), flat_settings(json.loads(json.dumps(config)))
-    names = [name for name in sorted(old.keys() | new.keys()) if name.rsplit(".")[-1] not in FREE_FIELDS]
+    defaults = config_lib.defaults().to_dict()
+    known, given = (flat_settings(json.loads(json.dumps(settings))) for settings in (defaults, config))
+    old, new = known | flat_settings(before), known | given
+    names = [n for n in sorted(old.keys() | new.keys()) if not n.endswith(tuple(f".{f}" for f in FREE_FIELDS))]
     changed = [f"{n} was {old.get(n)!r} and is now {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
     if changed:
         raise ValueError(

@@ -33,8 +33,8 @@ _FORCE = flags.DEFINE_bool("force", False, "Begin although one of these checks f
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 # What may differ between a run and its continuation: none of it changes the result, but for the rounding of sums.
-FREE_FIELDS = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "wandb_project")
-FREE_FIELDS += ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "accumulate", "remat")
+_FREE_OF_TRAIN = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "wandb_project")
+FREE_FIELDS = (*_FREE_OF_TRAIN, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "accumulate", "remat")
 EXIT_FAILED, EXIT_STOPPED = 1, 128
 
 

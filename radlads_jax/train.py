@@ -34,6 +34,8 @@ console = Console()
 
 # The mean of so many steps is what a summary calls the last loss.
 LOSSES_KEPT = 20
+# After so long there is a line, however few steps it was.
+LINE_SECONDS = 10
 
 
 class Interrupted(RuntimeError):
@@ -63,6 +65,11 @@ class Clock:
     def start(self, step: int) -> None:
         """`step` has just been computed and the program compiled: what follows is timed."""
         self._mark, self._marked_step = time.monotonic(), step
+
+    def waited(self, step: int | None = None) -> float:
+        """Seconds since the last tick; with a step, on average of the steps until it."""
+        steps = 1 if step is None else max(1, step - self._marked_step)
+        return (time.monotonic() - self._mark) / steps
 
     def tick(self, step: int) -> float | None:
         """`step` has just been computed; returns the steps per second since the last tick."""
@@ -194,7 +201,7 @@ def _train(
     flops = model_flops(job.student, job.teacher, name, recipe.seq_len)
     tokens_per_step = recipe.batch_size * recipe.seq_len
     logger.begin(name, start, recipe.steps, tokens_per_step=tokens_per_step, flops_per_token=flops)
-    in_a_row, late = 0, False
+    in_a_row, late, seconds_each = 0, False, 0
 
     def flush() -> None:
         nonlocal in_a_row
@@ -215,10 +222,19 @@ def _train(
         if step == start + 1:
             jax.block_until_ready(state.step)
             clock.start(step)
+        # One step is queued behind the one that runs, no more: a signal is not to wait for a queue of them.
+        jax.block_until_ready(pending.get(step - 1))
         is_last = step == recipe.steps
         wants_line = is_last or step % train.log_every == 0
-        # Several processes stop at the same step; they ask each other where they wait for their devices anyway.
-        stop = stopping() if jax.process_count() == 1 else (wants_line and hosts.agreed(stopping() or 0)) or None
+        if jax.process_count() == 1:
+            stop = stopping()
+            wants_line = wants_line or clock.waited() > LINE_SECONDS
+        else:
+            # Several processes stop, and have their lines, at the same steps: they ask each other, at each long one.
+            asks = wants_line or seconds_each > 0
+            stop = (asks and hosts.agreed(stopping() or 0)) or None
+            seconds_each = hosts.agreed(int(clock.waited(step))) if asks else seconds_each
+            wants_line = wants_line or seconds_each > LINE_SECONDS
         must_save = is_last or stop is not None
         late = late or checkpoints.due(step)
         if must_save or late or wants_line:

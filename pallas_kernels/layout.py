@@ -79,7 +79,7 @@ def transposed(x: jax.Array) -> jax.Array:
 
 
 def row_sums(x: jax.Array) -> jax.Array:
-    """[...,M,N] -> [...,M,1], as a product: XLA's CPU backend takes up to ten times as long over a batch's reduction."""
+    """[...,M,N] -> [...,M,1], as a product: XLA's CPU backend can take ten times as long over the reduction."""
     ones = jnp.ones((*x.shape[:-2], x.shape[-1], 1), x.dtype)
     return jnp.matmul(x, ones, precision=jax.lax.Precision.HIGHEST)
 

@@ -17,7 +17,7 @@ from pallas_kernels.static_profile import BACKWARD, FORWARD
 # Two lengths, a whole number of any kernel's blocks: a profile simulates every grid step, so it takes short sequences,
 # and the cost per token is the slope between them.
 PROFILED_LENGTHS = (256, 512)
-# A long sequence lies in HBM: a short one must not be moved into VMEM before the kernel, for which a profile has no room.
+# A long sequence lies in HBM: a short one must not be moved into VMEM before, for which a profile may have no room.
 PROFILE_FLAGS = "--xla_jf_dump_static_llo_profile_to={folder} --xla_gf_vmem_memory_space_assignment=false"
 DUMP_FLAGS = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
 

@@ -17,7 +17,8 @@ from pallas_kernels.static_profile import BACKWARD, FORWARD
 # Two lengths, a whole number of any kernel's blocks: a profile simulates every grid step, so it takes short sequences,
 # and the cost per token is the slope between them.
 PROFILED_LENGTHS = (256, 512)
-PROFILE_FLAG = "--xla_jf_dump_static_llo_profile_to={folder}"
+# A long sequence lies in HBM: a short one must not be moved into VMEM before, for which a profile may have no room.
+PROFILE_FLAGS = "--xla_jf_dump_static_llo_profile_to={folder} --xla_gf_vmem_memory_space_assignment=false"
 DUMP_FLAGS = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
 
 
@@ -114,7 +115,7 @@ def measure(
     kernel_cycles: float | None = 0.0
     if has_kernel:
         short = [
-            compiled_in_child(request | {"batch": 1, "length": length}, PROFILE_FLAG) for length in PROFILED_LENGTHS
+            compiled_in_child(request | {"batch": 1, "length": length}, PROFILE_FLAGS) for length in PROFILED_LENGTHS
         ]
         kernel_cycles = extrapolated(short, shape)
     kernels = whole["kernels"].values()

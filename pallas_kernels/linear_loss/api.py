@@ -56,8 +56,8 @@ def linear_kl(
     sum_n weights_n sum_v p_nv (log p_nv - log q_nv),   p = softmax(teacher_hidden @ teacher_kernel),
     q = softmax(hidden @ kernel)
 
-    Layouts, dtypes, memory and gradients as in `linear_cross_entropy`; the teacher is a constant and gets none.
-    Teacher and student may differ in width, not in vocabulary.
+    Layouts, dtypes and gradients as in `linear_cross_entropy`; the teacher is a constant and gets none. Its logits of
+    one slice lie beside the student's. Teacher and student may differ in width, not in vocabulary.
     """
     _check("linear_kl", hidden, kernel, kernel_layout, weights)
     _check("linear_kl", teacher_hidden, teacher_kernel, teacher_kernel_layout, weights, name="teacher_")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import layout
-from pallas_kernels.layout import Resets, transpose
+from pallas_kernels.layout import Resets, transpose, transposed
 
 DEFAULT_CHUNK_SIZE = 16
 # Multiples of this add up exactly in float32 as long as the sums stay above -1024.
@@ -113,7 +113,7 @@ def decayed(p: Pairs, state: jax.Array) -> jax.Array:
 def chunk_forward(chunk: Inputs, state: jax.Array, resets: Resets | None) -> tuple[jax.Array, jax.Array]:
     """Outputs [B,H,C,V] of one chunk and the state after it."""
     p = chunk_pairs(chunk, resets)
-    return p.r_head @ state + p.inner @ chunk.v, decayed(p, state) + transpose(p.k_tail) @ chunk.v
+    return p.r_head @ state + p.inner @ chunk.v, decayed(p, state) + transposed(p.k_tail) @ chunk.v
 
 
 def chunk_backward(
@@ -125,28 +125,26 @@ def chunk_backward(
     """
     p = chunk_pairs(chunk, resets)
     d_inner = jnp.where(earlier(chunk.r.shape[2], resets), d_out @ transpose(chunk.v), 0.0)
-    d_rs, d_ks = d_inner @ p.ks, transpose(d_inner) @ p.rs
+    d_rs, d_ks = d_inner @ p.ks, transposed(d_inner) @ p.rs
     d_itself = jnp.sum(d_out * chunk.v, axis=-1, keepdims=True)
     d_r_head, d_k_tail = d_out @ transpose(state), chunk.v @ transpose(d_next)
     if resets is not None:
         d_r_head, d_k_tail = d_r_head * resets.head, d_k_tail * resets.tail
-    d_end = transpose(jnp.sum(d_next * state * p.end, axis=-1, keepdims=True))
+    d_end = transpose(p.end * layout.row_sums(d_next * state))
     d_chunk = Inputs(
         r=d_rs * p.r_decay + d_r_head * p.from_start + d_itself * chunk.k,
         log_w=decay_gradient(p.rs * d_rs - p.ks * d_ks + p.r_head * d_r_head, p.k_tail * d_k_tail, d_end, resets),
         k=d_ks * p.k_decay + d_k_tail * p.to_end + d_itself * chunk.r,
-        v=transpose(p.inner) @ d_out + p.k_tail @ d_next,
+        v=transposed(p.inner) @ d_out + p.k_tail @ d_next,
     )
-    return d_chunk, decayed(p, d_next) + transpose(p.r_head) @ d_out
+    return d_chunk, decayed(p, d_next) + transposed(p.r_head) @ d_out
 
 
 def decay_gradient(d_total: jax.Array, d_rest: jax.Array, d_end: jax.Array, resets: Resets | None) -> jax.Array:
     """d log_w [B,H,C,K]: the gradients of G from each token on, of G_C - G of the tokens before, and of G_C [1,K]."""
     size = d_total.shape[2]
     later = jnp.triu(jnp.ones((size, size), jnp.float32))
-    sums = jnp.concatenate([later, 1 - later], axis=1)
-    terms = jnp.concatenate([d_total, d_rest], axis=2)
-    d_log_w = layout.summed(sums, terms) + d_end
+    d_log_w = layout.summed(later, d_total) + layout.summed(1 - later, d_rest) + d_end
     return d_log_w if resets is None else d_log_w * resets.inside
 
 

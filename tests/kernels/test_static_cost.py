@@ -32,10 +32,16 @@ def test_the_kernels_compile_for_every_tpu(operation, topology, dtype, size):
     assert all(0 < kernel["vmem"] <= 2**26 for kernel in found["kernels"].values())
 
 
+# How many arrays of logits a slice needs at once: the teacher's lie beside the student's.
+HELD = {"cross_entropy": 1, "kl": 2, "topk_kl": 2}
+
+
 def test_a_split_vocabulary_never_lies_whole_on_a_device():
-    """Of many devices each has a quarter of one slice's logits at a time, where the plain form has all tokens'."""
+    """Of four devices each has a quarter of one slice's logits at a time, where the plain form has all tokens'."""
     size = loss_forms.Size(tokens=2048, vocab=152064, width=128)
     found = static_cost_tpu.compiled_in_child({"operation": "linear_loss", "topology": "v5e:2x2", **vars(size)}, "")
     assert found is not None, "the compiler aborted"
-    for bytes_of in found.values():
-        assert bytes_of["sliced"] < size.tokens * size.vocab * 4 / 4 < bytes_of["plain"]
+    one_slice = size.tokens // 2 * size.vocab // 4 * 4  # float32; by default these tokens are two slices
+    assert set(found) == set(HELD)
+    for loss, bytes_of in found.items():
+        assert bytes_of["sliced"] < 1.1 * HELD[loss] * one_slice < bytes_of["plain"], (loss, bytes_of)

@@ -293,6 +293,7 @@ def test_static_cost_table(capsys):
 @needs_jax_triton
 @pytest.mark.parametrize(("operation", "calls"), [("wkv7", 8), ("wkv6", 7)])
 def test_lowers_into_a_jax_program_for_cuda(operation, calls, monkeypatch):
+    """Every kernel of forward and backward: with the value asked for too, or the outputs' kernel is left out."""
     jax_triton = importlib.import_module("jax_triton")
     deviceless = functools.partial(jax_triton.triton_call, compute_capability=90)
     monkeypatch.setattr(jax_triton, "triton_call", deviceless)
@@ -303,7 +304,7 @@ def test_lowers_into_a_jax_program_for_cuda(operation, calls, monkeypatch):
             out, state = OPERATIONS[operation](**inputs, implementation="triton_gpu")
             return jnp.sum(out.astype(jnp.float32)) + jnp.sum(state)
 
-        return jax.grad(loss)(inputs)
+        return jax.value_and_grad(loss)(inputs)
 
     inputs = {
         name: jax.ShapeDtypeStruct(x.shape, jnp.float32 if name == "log_w" else jnp.bfloat16)

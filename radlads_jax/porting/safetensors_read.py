@@ -122,10 +122,15 @@ def read_header(path: AnyPath) -> dict[str, StoredTensor]:
                 f"{_MAX_HEADER_BYTES}); expected a whole safetensors file. {_AGAIN}"
             )
         text = file.read(length)
-    header = parse_json(text, f"{path}: the header", _AGAIN, object_pairs_hook=_without_duplicates)
+    strict: dict[str, Any] = {"object_pairs_hook": _checked_object, "parse_constant": _refuse_constant}
+    header = parse_json(text, f"{path}: the header", _AGAIN, **strict)
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the header is a JSON {type(header).__name__}; expected an object. {_AGAIN}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(
+            f"{path}: the header's __metadata__ is {brief(metadata)}; expected an object of texts. {_AGAIN}"
+        )
     tensors = {name: _stored_tensor(path, name, entry, 8 + length) for name, entry in header.items()}
     _check_layout(path, tensors, 8 + length, size)
     return tensors
@@ -168,11 +173,17 @@ def _is_plain(name: str) -> bool:
     return name.endswith(".safetensors") and not any(sign in name for sign in "/\\:\0") and not name.startswith(".")
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Without a key twice; half a surrogate pair, which UTF-8 has no code for, is a ValueError too."""
+    "".join([part for pair in pairs for part in pair if isinstance(part, str)]).encode()
     counts = collections.Counter(key for key, _ in pairs)
     if len(counts) != len(pairs):
         raise ValueError(f"the key {brief(next(key for key, count in counts.items() if count > 1))} is there twice")
     return dict(pairs)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _stored_tensor(path: AnyPath, name: str, entry: Any, data_start: int) -> StoredTensor:

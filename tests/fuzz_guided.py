@@ -1,14 +1,13 @@
 """Kinds for fuzz_files.py that are guided by coverage: a case changes one before it that reached new lines.
 
-Lines are those of the package's own readers. Words in the readers' source are what a changed file gets as keys and
-values, so that cases come to branches that wait for a name.
+The first are those of the generated kinds; lines are those of the package's own readers. Words in the readers' source
+are what a changed file gets as keys and values, so that cases come to branches that wait for a name.
 """
 
 import ast
 import contextlib
 import dataclasses
 import json
-import random
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -16,8 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import fuzz_cases
 import fuzz_readers as readers
-from fuzz_cases import INDEX, packed
+from fuzz_cases import Kind, packed
 from fuzz_damage import JUNK, Rng, flipped, mutated, truncated
 
 PACKAGE = Path(readers.prepare.__file__).parents[1]
@@ -53,26 +53,28 @@ def noting(reached: set[tuple[str, int]]) -> Iterator[None]:
 
 @dataclasses.dataclass
 class Guided:
-    """A Kind of fuzz_cases.py with a memory. write: a sound directory; name: its file that is changed."""
+    """A Kind of fuzz_cases.py with a memory. seeds: the kinds that begin it; name: the file that it changes."""
 
-    write: Callable[[Path], None]
+    seeds: list[Kind]
     name: str
     change: Callable[[Rng, bytes], bytes]
-    reader: Callable[[Path, Path], None]
+    read_case: Callable[[Path, Path], None]
     may_be_sound: bool = True
-    kept: list[bytes] = dataclasses.field(default_factory=list)
+    kept: list[dict[str, bytes]] = dataclasses.field(default_factory=list)
     lines: set[tuple[str, int]] = dataclasses.field(default_factory=set)
 
     def make(self, rng: Rng, place: Path) -> None:
-        self.write(place)
-        self.kept = self.kept or [(place / self.name).read_bytes()]
-        (place / self.name).write_bytes(self.change(rng, rng.choice(self.kept)))
+        if not self.kept or rng.random() < 0.3:
+            rng.choice(self.seeds).make(rng, place)
+            return
+        for name, data in rng.choice(self.kept).items():
+            (place / name).write_bytes(self.change(rng, data) if name == self.name else data)
 
     def read(self, place: Path, work: Path) -> None:
-        case, reached = (place / self.name).read_bytes(), set[tuple[str, int]]()
+        case, reached = {path.name: path.read_bytes() for path in place.iterdir()}, set[tuple[str, int]]()
         try:
             with noting(reached):
-                self.reader(place, work)
+                self.read_case(place, work)
         finally:
             if reached - self.lines:
                 self.lines |= reached
@@ -113,13 +115,13 @@ def change_bytes(rng: Rng, data: bytes) -> bytes:
     return rng.choice([*choices, truncated(rng, data), flipped(rng, data)]) if data else word
 
 
-def write_token_file(place: Path) -> None:
-    readers.write_token_file(place, readers.token_file_parts(random.Random(0)))
+def beginning(name: str) -> list[Kind]:
+    return [kind for title, kind in fuzz_cases.KINDS.items() if title.startswith(name)]
 
 
 KINDS = {
-    "guided: safetensors": Guided(readers.write_model, readers.WEIGHTS, change_weights, readers.read_weights),
-    "guided: index": Guided(lambda p: readers.write_model(p, 3), INDEX, change_json, readers.read_indexed),
-    "guided: config": Guided(readers.write_model, "config.json", change_json, readers.read_config_only),
-    "guided: token file's index": Guided(write_token_file, "t.idx", change_bytes, readers.read_token_file),
+    "guided: safetensors": Guided(beginning("safetensors"), readers.WEIGHTS, change_weights, readers.read_weights),
+    "guided: index": Guided(beginning("index"), fuzz_cases.INDEX, change_json, readers.read_indexed),
+    "guided: config": Guided(beginning("config"), "config.json", change_json, readers.read_config_only),
+    "guided: token file's index": Guided(beginning("token file"), "t.idx", change_bytes, readers.read_token_file),
 }

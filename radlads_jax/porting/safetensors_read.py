@@ -122,8 +122,7 @@ def read_header(path: AnyPath) -> dict[str, StoredTensor]:
                 f"{_MAX_HEADER_BYTES}); expected a whole safetensors file. {_AGAIN}"
             )
         text = file.read(length)
-    strict: dict[str, Any] = {"object_pairs_hook": _checked_object, "parse_constant": _refuse_constant}
-    header = parse_json(text, f"{path}: the header", _AGAIN, **strict)
+    header = parse_json(text, f"{path}: the header", _AGAIN, strict=True, object_pairs_hook=_without_duplicates)
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the header is a JSON {type(header).__name__}; expected an object. {_AGAIN}")
     metadata = header.pop("__metadata__", {})
@@ -173,17 +172,11 @@ def _is_plain(name: str) -> bool:
     return name.endswith(".safetensors") and not any(sign in name for sign in "/\\:\0") and not name.startswith(".")
 
 
-def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Without a key twice; half a surrogate pair, which UTF-8 has no code for, is a ValueError too."""
-    "".join([part for pair in pairs for part in pair if isinstance(part, str)]).encode()
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     counts = collections.Counter(key for key, _ in pairs)
     if len(counts) != len(pairs):
         raise ValueError(f"the key {brief(next(key for key, count in counts.items() if count > 1))} is there twice")
     return dict(pairs)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _stored_tensor(path: AnyPath, name: str, entry: Any, data_start: int) -> StoredTensor:

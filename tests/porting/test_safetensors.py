@@ -87,6 +87,10 @@ BAD_HEADERS = {
     "not a number": ('{"__metadata__": {"a": NaN}}', b""),
     "half a surrogate pair": (r'{"__metadata__": {"a": "\ud800"}}', b""),
     "half a surrogate pair as a key": (r'{"__metadata__": {"\ud800": "a"}}', b""),
+    "half a surrogate pair in a list": (
+        r'{"a": {"dtype":"F32","shape":[0],"data_offsets":[0,0],"more":[["\ud800"]]}}',
+        b"",
+    ),
     "no entry": ({"a": 7}, b""),
     "unknown dtype": ({"a": entry(0, 4, "F4")}, bytes(4)),
     "dtype of another type": ({"a": entry(0, 4, ["F32"])}, bytes(4)),

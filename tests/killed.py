@@ -42,7 +42,7 @@ STEPS = {"stage1": 9, "stage2": 8, "stage3": 7}
 SHORT = {"stage1": 4}
 UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ROWS, TOKENS = 4, 32
-TIMEOUT = 600
+TIMEOUT = 1800
 
 UNFINISHED = (
     "checkpoints/*/*.orbax-checkpoint-tmp*",

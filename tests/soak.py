@@ -139,11 +139,7 @@ def watch(minutes: float, directory: Path) -> tuple[list[Sample], list[int]]:
 
 
 def slope_per_hour(samples: list[Sample], quantity: int) -> tuple[float, float, float]:
-    """(mean, least-squares slope per hour with an intercept for each life, its error) after the lives' first parts.
-
-    Samples are no independent draws: garbage lies about for a minute or two until it is collected. The error is that of
-    an autoregressive process with the residuals' correlation from one sample to the next.
-    """
+    """(mean, least-squares slope per hour with an intercept for each life, its error) after the lives' first parts."""
     times, values = [], []
     for life in range(LIVES):
         points = [(s.seconds, s.values[quantity]) for s in samples if s.life == life]
@@ -153,9 +149,7 @@ def slope_per_hour(samples: list[Sample], quantity: int) -> tuple[float, float, 
         values.append(v)
     t, centred = np.concatenate(times), np.concatenate([v - v.mean() for v in values])
     slope = float(t @ centred / (t @ t))
-    left = centred - slope * t
-    alike = max(float(left[1:] @ left[:-1] / max(left @ left, 1e-9)), 0.0)
-    error = float(np.std(left) / np.sqrt(t @ t) * np.sqrt((1 + alike) / (1 - alike)))
+    error = float(np.std(centred - slope * t) / np.sqrt(t @ t))
     return float(np.concatenate(values).mean()), slope * 3600, error * 3600
 
 

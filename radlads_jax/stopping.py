@@ -1,9 +1,11 @@
 """Ending a run by a signal: while it trains the first has it save and stop, and a second Ctrl-C ends it at once.
 
-Before and after the training there is nothing to save, and the first ends it at once. Readers of its output may leave.
+Before and after the training there is nothing to save, and the first ends it at once. Readers of its output may leave,
+and its terminal may be closed.
 """
 
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -12,12 +14,12 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHOW_CURSOR = "\x1b[?25h"
 
 
 def leave_on_signals() -> None:
-    """From here on SIGINT and SIGTERM end the process with 128 + their number and a line that says so, at any moment.
+    """From here on one of SIGNALS ends the process with 128 + its number and a line that says so, at any moment.
 
     Nothing is lost by it, as by the second SIGINT in `stop_signals`. For a command line: it lasts until the process
     ends.
@@ -25,14 +27,14 @@ def leave_on_signals() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for signum in SIGNALS:
+    for signum in _heeded():
         signal.signal(signum, _do_nothing)
     threading.Thread(target=_watch, args=(reader, SIGNALS), daemon=True).start()
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], int | None]]:
-    """Yields a function that tells which of SIGINT and SIGTERM has come first, if any.
+    """Yields a function that tells which of SIGNALS has come first, if any.
 
     A SIGINT after that ends the process with 128 + SIGINT, even while its main thread waits for a device, for the
     compiler or for a bucket. Nothing is lost by it: what is being written then is not yet under its name. A signal
@@ -51,7 +53,7 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
         told = bool(received)
         return received[0] if received else None
 
-    before = {signum: signal.signal(signum, note) for signum in SIGNALS}
+    before = {signum: signal.signal(signum, note) for signum in _heeded()}
     descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     # Python runs `note` when the main thread is back from compiled code; the number is in the pipe at once.
     watcher = threading.Thread(target=_watch, args=(reader, ()), daemon=True)
@@ -70,7 +72,7 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
 
 
 def outlive_readers() -> None:
-    """From here on the process goes on when nobody reads its output any more, as behind `| head -1`.
+    """From here on the process goes on when nobody reads its output any more: behind `| head -1`, on a closed terminal.
 
     The first write that finds it so says it on stderr; all that follows is dropped. Metrics are files of their own.
     """
@@ -88,12 +90,20 @@ class _Output(io.FileIO):
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
+            # EIO is a terminal's that is gone.
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
             with open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), self.fileno())
             with contextlib.suppress(OSError):
                 os.write(2, b"nobody reads the output any more; going on without it.\n")
             return len(data)
+
+
+def _heeded() -> list[signal.Signals]:
+    """SIGNALS, but for SIGHUP where it is ignored: so nohup starts a run that is to outlive its terminal."""
+    return [s for s in SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
 
 
 def _do_nothing(signum: int, _: Any) -> None:

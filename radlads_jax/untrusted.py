@@ -22,15 +22,25 @@ def listed(names: Collection[Any]) -> str:
     return ", ".join(first) + (f" and {more:,} more" if more > 0 else "")
 
 
-def parse_json(text: str | bytes, where: Any, advice: str = "Download the file again.", **options: Any) -> Any:
+def parse_json(
+    text: str | bytes, where: Any, advice: str = "Download the file again.", *, strict: bool = False, **options: Any
+) -> Any:
     """The value of a JSON text; ValueError naming `where` for what is none, nested without end or a number without end.
 
-    options: json.loads' own.
+    strict: also for what Python alone reads, NaN, Infinity and halves of surrogate pairs. options: json.loads' own.
     """
+    options |= {"parse_constant": _refuse_constant} if strict else {}
     try:
-        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, **options)
+        value = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, **options)
+        if strict:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError as error:
         raise ValueError(f"{where} is JSON nested too deeply; expected a few levels. {advice}") from error
     # Also of bytes that are no UTF-8, and of numbers with more digits than Python reads.
     except ValueError as error:
         raise ValueError(f"{where} is not JSON ({brief(error)}); expected one JSON object. {advice}") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")

@@ -1,9 +1,11 @@
-"""Licences of the pinned packages, as the metadata of the installed ones gives them.
+"""Licences of the pinned packages, as the metadata of the installed ones gives them; known advisories, from a clone.
 
 python tests/audit.py [--pins constraints/py311.txt]    # by default those of the Python that runs it
+                      [--advisories DIR]                # a clone of https://github.com/pypa/advisory-database
 
 Prints a line for each licence with the packages under it; exits with 1 where a pinned package is not installed in its
-version, or names a licence that is not in KNOWN. Advisories are for pip-audit: `make audit` runs both.
+version, names a licence that is not in KNOWN, or has an advisory in the clone. `make audit` runs this and pip-audit,
+which asks the index; a clone is for where that has no advisories, and knows those of its last commit alone.
 """
 
 import argparse
@@ -12,8 +14,12 @@ import importlib.metadata
 import pathlib
 import re
 import sys
+from typing import Any
 
+import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Each asks for its notice at most; MPL-2.0 for the source of changed files too, and none is changed here.
@@ -70,17 +76,54 @@ def audit(pins: pathlib.Path) -> tuple[dict[str, list[str]], list[str]]:
         # A local label, as +cpu, names a build of the version.
         if distribution.version.split("+")[0] != version:
             wrong.append(f"{name}: {distribution.version} is installed; expected the pinned {version}.")
-        packages[first].append(f"{name} (also {', '.join(sorted(set(more)))})" if more else name)
+        others = ", ".join(sorted(set(more) - {first}))
+        packages[first].append(f"{name} (also {others})" if others else name)
     return packages, wrong
+
+
+def is_affected(version: Version, affected: dict[str, Any]) -> bool:
+    """Whether the version is in an OSV entry's list of versions or in one of its ranges."""
+    if str(version) in map(str, affected.get("versions", ())):
+        return True
+    for part in affected.get("ranges", ()):
+        if part["type"] != "ECOSYSTEM":
+            continue
+        inside = False
+        for kind, where in sorted((e.popitem() for e in part["events"]), key=lambda event: Version(event[1])):
+            if version > Version(where) or (version == Version(where) and kind != "last_affected"):
+                inside = kind == "introduced"
+        if inside:
+            return True
+    return False
+
+
+def advisories(pins: pathlib.Path, directory: pathlib.Path) -> tuple[int, list[str]]:
+    """How many advisories of the pinned packages the clone has, and what it says against their pinned versions."""
+    if not (directory / "vulns").is_dir():
+        raise ValueError(f"{directory} has no vulns/; expected a clone of https://github.com/pypa/advisory-database.")
+    read, wrong = 0, []
+    for name, version in pinned(pins).items():
+        for path in sorted((directory / "vulns" / canonicalize_name(name)).glob("*.yaml")):
+            entry = yaml.safe_load(path.read_text(encoding="utf-8"))
+            read += 1
+            if "withdrawn" not in entry and any(is_affected(Version(version), part) for part in entry["affected"]):
+                wrong.append(f"{name} {version}: {entry['id']} {entry.get('details', '').strip()[:200]}")
+    return read, wrong
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Licences of the pinned packages; see the file's head.")
     here = "py311.txt" if sys.version_info < (3, 12) else "py312.txt"
     parser.add_argument("--pins", type=pathlib.Path, default=ROOT / "constraints" / here)
-    packages, wrong = audit(parser.parse_args().pins)
+    parser.add_argument("--advisories", type=pathlib.Path)
+    given = parser.parse_args()
+    packages, wrong = audit(given.pins)
     for family, names in sorted(packages.items(), key=lambda item: -len(item[1])):
         print(f"{family} ({len(names)}): {', '.join(sorted(names, key=str.lower))}")
+    if given.advisories:
+        read, against = advisories(given.pins, given.advisories)
+        wrong += against
+        print(f"advisories: {read} of the pinned packages in the clone, {len(against)} of the pinned versions")
     print("\n".join(wrong) or "nothing else.")
     return 1 if wrong else 0
 

@@ -5,6 +5,8 @@ python tests/fuzz_files.py [--count=10000] [--seed=0] [--kind=PART_OF_A_NAME] [-
 A worker process reads the cases under a limit of address space; one that dies or takes too long is a fault, and another
 takes its place. A case that a reader takes is a fault unless random changes of its kind may leave the file sound.
 Prints a table of kinds and outcomes; exit code 1 if there was a fault.
+
+A case of the kinds called guided depends on all before it: it is repeated by the kind, not by its number.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 MEMORY = 2 << 30  # Bytes of address space beyond what the libraries take.
 SECONDS = 20.0
@@ -32,18 +35,28 @@ os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "RUST_BACKTRACE": "0"}
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """refused, sound, or a fault; what: the fault's description; mebibytes: the process's largest so far."""
+    """refused, sound, or a fault; what: the fault's description; mebibytes: the process's largest so far.
+
+    lines: how many of the readers' the guided cases of its kind have reached so far.
+    """
 
     verdict: str
     what: str = ""
     seconds: float = 0.0
     mebibytes: float = 0.0
+    lines: int = 0
+
+
+def all_kinds() -> dict[str, Any]:
+    import fuzz_cases
+    import fuzz_guided
+
+    return {**fuzz_cases.KINDS, **fuzz_guided.KINDS}
 
 
 def work(connection: Connection, seed: int) -> None:
     """Reads (kind, number) and sends the outcome until the other end closes."""
-    from fuzz_cases import KINDS
-
+    kinds = all_kinds()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # The panics of a Rust library are reported there and raised.
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
@@ -55,7 +68,7 @@ def work(connection: Connection, seed: int) -> None:
                 kind, number = connection.recv()
             except EOFError:
                 return
-            connection.send(one_case(KINDS[kind], random.Random(f"{seed} {kind} {number}"), Path(root) / "case"))
+            connection.send(one_case(kinds[kind], random.Random(f"{seed} {kind} {number}"), Path(root) / "case"))
 
 
 def one_case(kind, rng: random.Random, root: Path) -> Outcome:
@@ -75,7 +88,8 @@ def one_case(kind, rng: random.Random, root: Path) -> Outcome:
         if left or snapshot(root, output) != before:
             verdict = Outcome("fault", f"left {left}, or changed its input")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return dataclasses.replace(verdict, seconds=time.monotonic() - began, mebibytes=peak)
+    lines = len(getattr(kind, "lines", ()))
+    return dataclasses.replace(verdict, seconds=time.monotonic() - began, mebibytes=peak, lines=lines)
 
 
 def snapshot(root: Path, output: Path) -> dict[Path, int]:
@@ -129,15 +143,13 @@ class Worker:
 
 
 def main() -> int:
-    from fuzz_cases import KINDS
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", default="")
     parser.add_argument("--case", type=int)
     arguments = parser.parse_args()
-    kinds = [kind for kind in KINDS if arguments.kind in kind]
+    kinds = [kind for kind in all_kinds() if arguments.kind in kind]
     worker = Worker(arguments.seed)
     outcomes: dict[str, list[Outcome]] = collections.defaultdict(list)
     faults: dict[str, list[int]] = collections.defaultdict(list)
@@ -153,7 +165,8 @@ def main() -> int:
         counts = [sum(o.verdict == verdict for o in found) for verdict in ("refused", "sound", "fault")]
         figures = "".join(f"{n:{width}}" for n, width in zip(counts, (9, 7, 8), strict=True))
         longest, peak = max(o.seconds for o in found), max(o.mebibytes for o in found)
-        print(f"{kind:32}{len(found):7}{figures}{longest:11.2f}{peak:10.0f}")
+        reached = f"   {found[-1].lines} lines reached" if kind.startswith("guided") else ""
+        print(f"{kind:32}{len(found):7}{figures}{longest:11.2f}{peak:10.0f}{reached}")
     for what, cases in sorted(faults.items()):
         print(f"FAULT in {len(cases)} (case {cases[0]} first) {what}")
     return 1 if faults else 0

@@ -1,6 +1,7 @@
 """Ends a small conversion again and again, at any moment, and compares what comes out with an undisturbed one.
 
-    python tests/killed.py [--kills 50] [--signal KILL|TERM|INT|INTINT] [--mixer rad_rwkv7] [--seed 0] [--directory DIR]
+    python tests/killed.py [--kills 50] [--signal KILL|TERM|HUP|INT|INTINT] [--mixer rad_rwkv7] [--seed 0]
+                            [--directory DIR]
     python tests/killed.py --short    # in seconds: stage 1 alone, a few kills, all right before operations on files
 
 All three stages, a checkpoint at every second step, evaluation and export; each attempt is a process of its own, some
@@ -12,8 +13,8 @@ export, samples and scores have to be those of the undisturbed run to the bit, a
 field "time"; no step may be there twice or not at all, nothing unfinished may lie about, and what lay about after a
 kill has to be named in the log that removed it. Exits with 1 where anything differs.
 
-INTINT is Ctrl-C twice. TERM and INT have to end in 128 + the signal's number. Only a process that still imports and has
-done nothing, or has done all and is taken down by the interpreter, may be ended by the signal itself.
+INTINT is Ctrl-C twice. TERM, HUP and INT have to end in 128 + the signal's number. Only a process that still imports
+and has done nothing, or has done all and is taken down by the interpreter, may be ended by the signal itself.
 """
 
 import argparse
@@ -41,7 +42,7 @@ STEPS = {"stage1": 9, "stage2": 8, "stage3": 7}
 SHORT = {"stage1": 4}
 UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ROWS, TOKENS = 4, 32
-TIMEOUT = 600
+TIMEOUT = 1800
 
 UNFINISHED = (
     "checkpoints/*/*.orbax-checkpoint-tmp*",
@@ -291,7 +292,7 @@ def may_end_so(signals: str) -> Callable[[Attempt], bool]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Ends a small conversion at random moments; see the file's head.")
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--signal", choices=["KILL", "TERM", "INT", "INTINT"], default="KILL")
+    parser.add_argument("--signal", choices=["KILL", "TERM", "HUP", "INT", "INTINT"], default="KILL")
     parser.add_argument("--mixer", choices=["rad_rwkv6", "rad_rwkv7"], default="rad_rwkv7")
     parser.add_argument("--fresh", type=float, default=0.25, help="share of processes that are no forks")
     parser.add_argument("--seed", type=int, default=0)
@@ -302,6 +303,9 @@ def main() -> int:
     if given.short:
         given.kills, given.fresh = min(given.kills, 5), 0.0
     signals = "INT,INT" if given.signal == "INTINT" else given.signal
+    if given.signal == "HUP":
+        # Started by nohup, this process ignores it, and all that it starts would.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     rng = random.Random(given.seed)
     with tempfile.TemporaryDirectory(prefix="killed-") as temporary, contextlib.ExitStack() as stack:
         root = given.directory or pathlib.Path(temporary)

@@ -5,7 +5,8 @@ python tests/soak.py [--minutes=30] [--plot=FILE.png] [--directory=DIR]
 A child process trains; after every checkpoint it evaluates on held-out rows and writes samples. SIGTERM stops it, and
 another goes on: three lives in all. Memory, open files, threads and the checkpoints on the disk are sampled. Prints,
 for each, the mean and, within a life after its first part, the slope per hour with its standard error; exit code 1
-where one grows.
+where one grows. Memory is what the process wrote itself, resident or swapped out: pages of mapped files come and go as
+the system has room for them.
 """
 
 import argparse
@@ -30,7 +31,7 @@ SETTLING = 0.4
 # What may be gained in an hour: a share of the mean, or a number of files and threads.
 SHARE, COUNT = 0.05, 2.0
 QUANTITIES = {
-    "resident memory": "MiB",
+    "memory of its own": "MiB",
     "open files": "",
     "threads": "",
     "checkpoints on disk": "MiB",
@@ -84,13 +85,14 @@ def sample(life: int, began: float, pid: int, run: Path) -> Sample | None:
     """None once the process is gone."""
     process = Path("/proc") / str(pid)
     try:
-        resident = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        kilobytes = dict(line.split(":") for line in (process / "status").read_text().splitlines())
+        own = sum(int(kilobytes[name].split()[0]) for name in ("RssAnon", "RssShmem", "VmSwap"))
         counts = [len(os.listdir(process / name)) for name in ("fd", "task")]
-    except FileNotFoundError:
+    except (FileNotFoundError, KeyError):
         return None
     kept = run / "checkpoints" / "stage2"
     steps = tuple(sorted(int(path.name) for path in kept.glob("[0-9]*") if path.name.isdigit()))
-    values = (resident / 2**20, *map(float, counts), disk_bytes(kept) / 2**20)
+    values = (own / 2**10, *map(float, counts), disk_bytes(kept) / 2**20)
     return Sample(life, time.monotonic() - began, values, steps)
 
 

@@ -1,6 +1,8 @@
-"""A few of the kills of killed.py, and a run whose output loses its reader."""
+"""A few of the kills of killed.py, and runs whose output loses its reader or its terminal."""
 
 import os
+import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,3 +34,32 @@ def test_a_run_goes_on_behind_head(tmp_path: Path) -> None:
     said = process.communicate()[1]
     assert process.returncode == 0 and said.count("nobody reads the output any more") == 1, said
     assert killed.problems(tmp_path / "run", {}, killed.SHORT) == []
+
+
+# As a shell's foreground job: the terminal is its session's, and closing it sends SIGHUP.
+ON_A_TERMINAL = """
+import os, runpy, signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.open(os.ttyname(0), os.O_RDWR)
+runpy.run_module("radlads_jax.launch", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_is_closed_saves(tmp_path: Path) -> None:
+    teacher = killed.make_teacher(tmp_path / "teacher")
+    words = killed.flags(teacher, tmp_path / "run", "rad_rwkv7", {"stage1": 400})
+    environment = killed.environment(tmp_path / "cache", killed.UNOPTIMIZED)
+    ours, its = pty.openpty()
+    command = [sys.executable, "-c", ON_A_TERMINAL, *words]
+    process = subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdin=its, stdout=its, stderr=its, start_new_session=True
+    )
+    os.close(its)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        said = os.read(ours, 10_000)
+    os.close(ours)
+    assert process.wait(600) == 128 + signal.SIGHUP, said.decode(errors="replace")
+    saved = max(int(path.name) for path in (tmp_path / "run" / "checkpoints" / "stage1").iterdir())
+    assert 3 <= saved < 400 and metrics.read_text().count("\n") == saved

@@ -55,3 +55,26 @@ def test_every_licence_is_a_known_one() -> None:
     for unknown in ("GPL-3.0-only", "MIT AND LGPL-2.1-only", "none"):
         with pytest.raises(ValueError, match="Read it before it is added"):
             audit.families(unknown)
+
+
+def test_advisories_of_a_clone(tmp_path: pathlib.Path) -> None:
+    entry = """
+id: PYSEC-1
+details: Numbers are added wrongly.
+affected:
+- ranges:
+  - {type: GIT, events: [{introduced: "0"}]}
+  - {type: ECOSYSTEM, events: [{introduced: "0"}, {fixed: 1.0.1}, {fixed: 1.10.2}, {introduced: 1.2.0}]}
+  - {type: ECOSYSTEM, events: [{introduced: 2.0.0}, {last_affected: 2.1.0}]}
+  versions: [3.0rc1]
+"""
+    (tmp_path / "vulns" / "some-package").mkdir(parents=True)
+    (tmp_path / "vulns" / "some-package" / "PYSEC-1.yaml").write_text(entry)
+    affected = {"0.9", "1.0", "1.2.0", "1.10.1", "2.0.0", "2.1.0", "3.0rc1"}
+    for version in [*affected, "1.0.1", "1.1", "1.10.2", "1.11", "2.1.1", "3.0"]:
+        (tmp_path / "pins.txt").write_text(f"Some_Package=={version}\n")
+        read, wrong = audit.advisories(tmp_path / "pins.txt", tmp_path)
+        assert read == 1 and bool(wrong) == (version in affected), version
+        assert not wrong or wrong == [f"Some_Package {version}: PYSEC-1 Numbers are added wrongly."]
+    with pytest.raises(ValueError, match="has no vulns/"):
+        audit.advisories(tmp_path / "pins.txt", tmp_path / "vulns")

@@ -25,7 +25,7 @@ def samples(leak: float = 0.0, files: float = 0.0, kept: int = 2) -> list[soak.S
 def test_verdicts(given: dict, fine: bool, capsys: pytest.CaptureFixture) -> None:
     assert soak.report(samples(**given), [10, 20, 30]) == fine
     said = capsys.readouterr().out
-    assert ("NOT" in said) == (not fine) and "resident memory" in said
+    assert ("NOT" in said) == (not fine) and "memory of its own" in said
 
 
 def test_the_slope_is_the_leak(tmp_path) -> None:

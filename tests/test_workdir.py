@@ -1,8 +1,10 @@
-"""One run at a time in a work directory, by a lock no dead process keeps; what signals and broken pipes do to one."""
+"""One run at a time in a work directory, by a lock no dead process keeps; signals, broken pipes, closed terminals."""
 
 import errno
 import fcntl
+import os
 import pathlib
+import pty
 import signal
 import subprocess
 import sys
@@ -126,8 +128,9 @@ def test_leftovers_are_removed_and_named(tmp_path: pathlib.Path, caplog: Any) ->
 
 # Its main thread waits in compiled code, as for a device, where Python runs no handler.
 BLOCKED = """
-import contextlib, ctypes
+import contextlib, ctypes, signal
 from radlads_jax.stopping import leave_on_signals, stop_signals
+signal.signal(signal.SIGHUP, signal.{hangup})
 {before}
 with {context}:
     print("ready", flush=True)
@@ -139,7 +142,7 @@ with {context}:
 
 @pytest.mark.parametrize("first", SIGNALS)
 def test_a_second_ctrl_c_leaves_at_once(first: int) -> None:
-    command = [sys.executable, "-c", BLOCKED.format(before="", context="stop_signals()")]
+    command = [sys.executable, "-c", BLOCKED.format(hangup="SIG_DFL", before="", context="stop_signals()")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
@@ -157,7 +160,8 @@ def test_a_second_ctrl_c_leaves_at_once(first: int) -> None:
 @pytest.mark.parametrize("signum", SIGNALS)
 def test_before_and_after_training_the_first_leaves_at_once(signum: int, after: bool) -> None:
     before = "leave_on_signals()" + after * "\nwith stop_signals(): pass"
-    command = [sys.executable, "-c", BLOCKED.format(before=before, context="contextlib.nullcontext()")]
+    code = BLOCKED.format(hangup="SIG_DFL", before=before, context="contextlib.nullcontext()")
+    command = [sys.executable, "-c", code]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
@@ -167,6 +171,58 @@ def test_before_and_after_training_the_first_leaves_at_once(signum: int, after: 
         assert said.encode() in process.communicate()[1]
     finally:
         process.kill()
+
+
+@pytest.mark.parametrize("context", ["contextlib.nullcontext()", "stop_signals()"])
+def test_a_run_that_nohup_started_ignores_sighup(context: str) -> None:
+    code = BLOCKED.format(hangup="SIG_IGN", before="leave_on_signals()", context=context)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.send_signal(signal.SIGINT)
+        if context == "stop_signals()":
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.5)
+            process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 128 + signal.SIGINT
+    finally:
+        process.kill()
+        process.communicate()
+
+
+# A shell's foreground job: the terminal is its session's, and closing it sends SIGHUP.
+ON_A_TERMINAL = """
+import os, signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.open(os.ttyname(0), os.O_RDWR)
+from radlads_jax.stopping import leave_on_signals, outlive_readers, stop_signals
+leave_on_signals()
+outlive_readers()
+with stop_signals() as stopping:
+    print("ready")
+    while (signum := stopping()) is None:
+        time.sleep(0.01)
+    print("saving", file=sys.stderr)
+    print("saved")
+open(sys.argv[1], "w").write(signal.Signals(signum).name)
+"""
+
+
+def test_a_run_whose_terminal_is_closed_saves(tmp_path: pathlib.Path) -> None:
+    ours, its = pty.openpty()
+    command = [sys.executable, "-c", ON_A_TERMINAL, str(tmp_path / "result")]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=its, stdout=its, stderr=its, start_new_session=True)
+    os.close(its)
+    try:
+        assert os.read(ours, 100).strip() == b"ready"
+        os.close(ours)
+        assert process.wait(60) == 0 and (tmp_path / "result").read_text() == "SIGHUP"
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_signal_that_nobody_asked_for_is_passed_on() -> None:

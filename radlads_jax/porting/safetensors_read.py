@@ -122,10 +122,14 @@ def read_header(path: AnyPath) -> dict[str, StoredTensor]:
                 f"{_MAX_HEADER_BYTES}); expected a whole safetensors file. {_AGAIN}"
             )
         text = file.read(length)
-    header = parse_json(text, f"{path}: the header", _AGAIN, object_pairs_hook=_without_duplicates)
+    header = parse_json(text, f"{path}: the header", _AGAIN, strict=True, object_pairs_hook=_without_duplicates)
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the header is a JSON {type(header).__name__}; expected an object. {_AGAIN}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(
+            f"{path}: the header's __metadata__ is {brief(metadata)}; expected an object of texts. {_AGAIN}"
+        )
     tensors = {name: _stored_tensor(path, name, entry, 8 + length) for name, entry in header.items()}
     _check_layout(path, tensors, 8 + length, size)
     return tensors

@@ -21,10 +21,12 @@ from radlads_jax.train_state import TrainState, split_params
 # What the compiler is asked for beside its defaults, by the kind of chip.
 COMPILER_OPTIONS: dict[str, dict[str, str]] = {
     "TPU v6 lite": {
-        # The sparse cores gather and scatter weights beside the matrix units, along two axes of the torus too.
+        # The sparse cores gather and scatter weights beside the matrix units, along two axes of the torus too; several
+        # transfers may wait there while others run.
         "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
         "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
         "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+        "xla_tpu_enable_sparse_core_offload_queuing_in_lhs": "true",
         # One operation may take half of the 128 MiB of VMEM: larger tiles of a matrix product.
         "xla_tpu_scoped_vmem_limit_kib": "65536",
     }

@@ -38,7 +38,6 @@ def align_loss(
     context, _ = make_context(teacher_cfg, tokens, segment_ids, batch["positions"], None)
     student_dtype = jnp.dtype(student_cfg.dtype)
     x = decoder.embed(tokens)
-    v_first = sharding.by_heads(jnp.zeros((*tokens.shape, student_cfg.num_heads, student_cfg.head_dim), student_dtype))
     layer_sums = []
     stacks = zip(student_cfg.stack_starts, student_cfg.stacks, decoder.stacks, strict=True)
     for i, (start, (mixer_name, n), stack) in enumerate(stacks):
@@ -47,29 +46,38 @@ def align_loss(
             continue
         structure = _mixer_structure(student_cfg, mixer_name)
 
-        def error(mixer_params, layer_id, h, target, v_first, structure=structure):
-            mixer = nnx.merge(structure, sharding.gathered(mixer_params, student_cfg, "mixer/"))
-            out, v_first, _ = mixer(h.astype(student_dtype), context, v_first, layer_id, None)
-            return jnp.sum(_distance(target, sharding.to_residual(out)) * counted), v_first
+        def mixer_of(params, structure=structure):
+            return nnx.merge(structure, sharding.gathered(params, student_cfg, "mixer/"))
 
-        def body(carry, inputs, error=error):
-            x, v_first = carry
-            layer, mixer_params, layer_id = inputs
+        def first_values(params, h, mixer_of=mixer_of):
+            first = jax.tree.map(lambda param: param[0], params)
+            return mixer_of(first).first_values(h.astype(student_dtype))
+
+        mixers = student["stacks"][i]["mixer"]
+        if start == student_cfg.first_recurrent_layer:
+            first = sharding.gathered(jax.tree.map(lambda param: param[0], stack), teacher_cfg)
+            v_first = rematted(first_values, remat)(mixers, first.mixer_input(x))
+            context = context._replace(v_first=v_first)
+
+        def error(params, layer_id, h, target, mixer_of=mixer_of, context=context):
+            out, _ = mixer_of(params)(h.astype(student_dtype), context, layer_id, None)
+            return jnp.sum(_distance(target, sharding.to_residual(out)) * counted)
+
+        def body(x, inputs, error=error, context=context):
+            layer, params, layer_id = inputs
             layer = sharding.gathered(layer, teacher_cfg)
-            h = sharding.whole_rows(layer.input_norm(x))
-            target = sharding.residual(layer.mixer(h, context, None, None, None)[0])
-            layer_sum, v_first = rematted(error, remat)(mixer_params, layer_id, h, target, v_first)
-            return (layer.after_mixer(x, target), v_first), layer_sum
+            h = layer.mixer_input(x)
+            target = sharding.residual(layer.mixer(h, context, None, None)[0])
+            return layer.after_mixer(x, target), rematted(error, remat)(params, layer_id, h, target)
 
-        inputs = (stack, student["stacks"][i]["mixer"], start + jnp.arange(n))
-        (x, v_first), sums = jax.lax.scan(body, (x, v_first), inputs)
+        x, sums = jax.lax.scan(body, x, (stack, mixers, start + jnp.arange(n)))
         layer_sums.append(sums)
     layer_loss = jnp.concatenate(layer_sums)
     return LossSums(layer_loss.mean(), counted.sum(), {"layer_loss": layer_loss})
 
 
 def _teacher_layer(cfg: ModelConfig, context: Context, x: Array, layer: Any) -> tuple[Array, None]:
-    return sharding.gathered(layer, cfg)(x, context, None, None, None)[0], None
+    return sharding.gathered(layer, cfg)(x, context, None, None)[0], None
 
 
 def _distance(target: Float[Array, "B T D"], out: Float[Array, "B T D"]) -> Float[Array, "B T"]:

@@ -25,6 +25,7 @@ class Context(NamedTuple):
     segment_ids: [B, T], None where every row is one segment.   starts: [B, T], True where a segment begins (or None).
     offset: the number of tokens before these in the decoding state.
     key_segment_ids: [B, S], of the state's keys; None outside decoding.
+    v_first: [B, T, H, K], the first recurrent layer's values, where its mixer has any to give.
     """
 
     cos: Float[Array, "B T 1 half"]
@@ -33,6 +34,7 @@ class Context(NamedTuple):
     starts: Bool[Array, "B T"] | None = None
     offset: Int[Array, ""] | None = None
     key_segment_ids: Int[Array, "B S"] | None = None
+    v_first: Float[Array, "B T H K"] | None = None
 
 
 class Mixer(nnx.Module):
@@ -59,6 +61,11 @@ class Mixer(nnx.Module):
             q, k = rope.rotate(q, context.cos, context.sin), rope.rotate(k, context.cos, context.sin)
         return sharding.by_heads(q), sharding.by_heads(k), sharding.by_heads(v)
 
+    def first_values(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"] | None:
+        """What later layers find as context.v_first where this one is the first recurrent layer; None: nothing."""
+        del x
+        return None
+
 
 class Attention(Mixer):
     """Causal grouped-query attention with RoPE; tokens see their own segment only."""
@@ -67,15 +74,15 @@ class Attention(Mixer):
         del layer_id
         super().__init__(cfg, rngs=rngs)
 
-    def __call__(self, x, context: Context, v_first, layer_id, state):
-        """[B, T, D] -> [B, T, D]; state {"k", "v"} [B, S, G, K] is written at context.offset; v_first is not used."""
+    def __call__(self, x, context: Context, layer_id, state):
+        """[B, T, D] -> [B, T, D]; state {"k", "v"} [B, S, G, K] is written at context.offset."""
         del layer_id
         q, k, v = self.project(x, x, x, context, use_rope=True)
         if state is not None:
             state = {name: _written(state[name], new, context) for name, new in (("k", k), ("v", v))}
             k, v = state["k"].astype(q.dtype), state["v"].astype(q.dtype)
         out = softmax_attention(q, k, v, context)
-        return self.o(out.reshape(*x.shape[:2], -1)), v_first, state
+        return self.o(out.reshape(*x.shape[:2], -1)), state
 
 
 def _written(cache: Float[Array, "B S G K"], new: Float[Array, "B T G K"], context: Context) -> Float[Array, "B S G K"]:

@@ -52,10 +52,13 @@ class Layer(nnx.Module):
         self.post_norm = RMSNorm(cfg.hidden_size, cfg)
         self.mlp = MLP(cfg, rngs=rngs)
 
-    def __call__(self, x, context: Context, v_first, layer_id, state):
-        h = sharding.whole_rows(self.input_norm(x))
-        out, v_first, state = self.mixer(h, context, v_first, layer_id, state)
-        return self.after_mixer(x, out), v_first, state
+    def __call__(self, x, context: Context, layer_id, state):
+        out, state = self.mixer(self.mixer_input(x), context, layer_id, state)
+        return self.after_mixer(x, out), state
+
+    def mixer_input(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The normed residual stream, whole rows of it."""
+        return sharding.whole_rows(self.input_norm(x))
 
     def after_mixer(self, x: Float[Array, "B T D"], out: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The layer's result, given its input and its mixer's output."""
@@ -94,22 +97,25 @@ class Decoder(nnx.Module):
         for RoPE; by default they count on from the state's length. remat: a name of REMAT_POLICIES.
         """
         context, state = make_context(self.cfg, tokens, segment_ids, positions, state)
-        x = self.embed(tokens)
-        v_first = jnp.zeros((*tokens.shape, self.cfg.num_heads, self.cfg.head_dim), x.dtype)
-        carry, stack_states = (x, sharding.by_heads(v_first)), []
+        x, stack_states = self.embed(tokens), []
         for start, stack, (_, n), stack_state in zip(
             self.cfg.stack_starts, self.stacks, self.cfg.stacks, _stack_states(state, self.cfg), strict=True
         ):
+            if start == self.cfg.first_recurrent_layer:
+                context = context._replace(v_first=rematted(self._first_values, remat)(stack, x))
 
-            def body(carry, inputs):
+            def body(x, inputs, context=context):
                 layer, layer_id, layer_state = inputs
-                layer = sharding.gathered(layer, self.cfg)
-                x, v_first, layer_state = layer(carry[0], context, carry[1], layer_id, layer_state)
-                return (x, v_first), layer_state
+                return sharding.gathered(layer, self.cfg)(x, context, layer_id, layer_state)
 
-            carry, stack_state = jax.lax.scan(rematted(body, remat), carry, (stack, start + jnp.arange(n), stack_state))
+            x, stack_state = jax.lax.scan(rematted(body, remat), x, (stack, start + jnp.arange(n), stack_state))
             stack_states.append(stack_state)
-        return sharding.whole_rows(self.norm(carry[0])), None if state is None else state | {"stacks": stack_states}
+        return sharding.whole_rows(self.norm(x)), None if state is None else state | {"stacks": stack_states}
+
+    def _first_values(self, stack: Layer, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"] | None:
+        """Of the stack's first layer: computed before the scan, that not every layer's carry holds them."""
+        layer = sharding.gathered(jax.tree.map(lambda param: param[0], stack), self.cfg)
+        return layer.mixer.first_values(layer.mixer_input(x))
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """hidden times the head (the embedding where they are tied), accumulated and returned in float32."""

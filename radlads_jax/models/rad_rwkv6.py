@@ -68,8 +68,8 @@ class RadRwkv6(Mixer):
         if mixer.group_norm:
             self.ln_x = GroupNorm(cfg)
 
-    def __call__(self, x: Float[Array, "B T D"], context: Context, v_first, layer_id, state):
-        """-> (out [B, T, D], v_first unchanged, state {"wkv": [B, H, K, V] float32, "shift": [B, D]})."""
+    def __call__(self, x: Float[Array, "B T D"], context: Context, layer_id, state):
+        """-> (out [B, T, D], state {"wkv": [B, H, K, V] float32, "shift": [B, D]})."""
         del layer_id
         cfg, mixer = self.cfg, self.cfg.mixer
         x_r = x_k = x_v = x_w = x_g = x
@@ -94,7 +94,7 @@ class RadRwkv6(Mixer):
             out = out * self.gate(x_g)
         if state is not None:
             state = {"wkv": final} | ({"shift": x[:, -1].astype(state["shift"].dtype)} if mixer.token_shift else {})
-        return self.o(out), v_first, state
+        return self.o(out), state
 
 
 def _recurrence(r, log_w, k, v, initial_state, segment_ids):

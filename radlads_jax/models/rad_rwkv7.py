@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.pieces import over_pieces
 from pallas_kernels.sharded import per_shard
 from pallas_kernels.wkv7 import wkv7, wkv7_step
+from radlads_jax import sharding
 from radlads_jax.models.attention import Context, Mixer
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, repeat_kv, split_heads
@@ -50,18 +51,17 @@ class RadRwkv7(Mixer):
         self.k_a = nnx.Param(jnp.ones((size,), cfg.param_dtype))
         self.r_k = nnx.Param(jnp.zeros((cfg.num_heads, cfg.head_dim), cfg.param_dtype))
 
-    def __call__(self, x: Float[Array, "B T D"], context: Context, v_first, layer_id, state):
-        """-> (out [B, T, D], v_first [B, T, H, K], state {"wkv": [B, H, K, V] float32})."""
+    def __call__(self, x: Float[Array, "B T D"], context: Context, layer_id, state):
+        """-> (out [B, T, D], state {"wkv": [B, H, K, V] float32})."""
         cfg, mixer = self.cfg, self.cfg.mixer
         r, k, v = self.project(x, x, x, context, use_rope=mixer.use_rope)
         k, v = repeat_kv(k, cfg.num_heads), repeat_kv(v, cfg.num_heads)
         log_w = split_heads(LOG_W_BOUND * jax.nn.sigmoid(self.decay(x)), cfg.num_heads)
         iclr = split_heads(jax.nn.sigmoid(self.iclr(x)), cfg.num_heads)
 
-        is_first = layer_id == cfg.first_recurrent_layer
+        assert context.v_first is not None
         residual = split_heads(jax.nn.sigmoid(self.value(x)), cfg.num_heads).astype(v.dtype)
-        v_first = jnp.where(is_first, v, v_first)
-        v = v + (v_first - v) * residual
+        v = v + (context.v_first - v) * jnp.where(layer_id == cfg.first_recurrent_layer, 0, residual)
 
         kk, k = self._keys(k.astype(jnp.float32), log_w, iclr)
         a, b = (-kk).astype(x.dtype), (kk * iclr).astype(x.dtype)
@@ -74,7 +74,11 @@ class RadRwkv7(Mixer):
             out = out * self.gate(x)
         elif mixer.gate == "full":
             out = out * jax.nn.sigmoid(self.gate(x))
-        return self.o(out), v_first, None if state is None else {"wkv": final}
+        return self.o(out), None if state is None else {"wkv": final}
+
+    def first_values(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"]:
+        """v' of all heads: the value residual of every later layer."""
+        return repeat_kv(sharding.by_heads(split_heads(self.v(x), self.cfg.num_kv_heads)), self.cfg.num_heads)
 
     def _keys(self, k, log_w, iclr):
         """The removal key kk (unit length per head) and the key that is written, [B, T, H, K] float32."""

@@ -73,16 +73,19 @@ def gaps_by_hand(student_cfg, teacher_cfg, mixers, teacher, batch) -> list[jax.A
     """(attention output - mixer output) of every recurrent layer, layer by layer without a scan."""
     decoder = bind(teacher_cfg, teacher)
     context, _ = make_context(teacher_cfg, batch["tokens"], batch["segment_ids"], batch["positions"], None)
-    x, v_first = decoder.embed(batch["tokens"]), jnp.zeros((*batch["tokens"].shape, 4, 8))
+    x = decoder.embed(batch["tokens"])
     whole = bind(student_cfg, whole_student(student_cfg, teacher, mixers))
     gaps, number = [], 0
     for i, (mixer, n) in enumerate(student_cfg.stacks):
         for j in range(n):
             block = layer(decoder.stacks[i], j)
             h = block.input_norm(x)
-            target, _, _ = block.mixer(h, context, None, None, None)
+            target, _ = block.mixer(h, context, None, None)
             if mixer != "attention":
-                out, v_first, _ = layer(whole.stacks[i], j).mixer(h, context, v_first, jnp.asarray(number), None)
+                mixer_of_layer = layer(whole.stacks[i], j).mixer
+                if not gaps:
+                    context = context._replace(v_first=mixer_of_layer.first_values(h))
+                out, _ = mixer_of_layer(h, context, jnp.asarray(number), None)
                 gaps.append(target - out)
             x = x + target
             x = x + block.mlp(block.post_norm(x))

@@ -64,7 +64,8 @@ def run_mixer(name: str, g: dict, dtype) -> np.ndarray:
     v_first = jnp.zeros((1, x.shape[1], cfg.num_heads, cfg.head_dim), dtype)
     if "v_first" in g:
         v_first = jnp.asarray(g["v_first"], dtype).reshape(v_first.shape)
-    out, _, _ = nnx.merge(structure, params)(x, context, v_first, jnp.asarray(g["layer"]), None)
+    context = context._replace(v_first=v_first)
+    out, _ = nnx.merge(structure, params)(x, context, jnp.asarray(g["layer"]), None)
     return np.asarray(out[0], np.float64)
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+import tensorstore
 from absl import logging
 from etils import epath
 
@@ -26,6 +27,10 @@ MAX_LISTED = 10
 MAX_REASON = 300
 # What Orbax raises for a damaged checkpoint. Trouble on the way to it (no permission, no connection) is something else.
 DAMAGE = (ValueError, LookupError, AttributeError, TypeError, NotImplementedError, FileNotFoundError)
+
+# Orbax asks for these counters twice a save, for a line in its log, and tensorstore (0.1.76 to 0.1.86) never frees what
+# it answers: without them a run that saves often does not grow.
+tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
 
 
 class Checkpoints:

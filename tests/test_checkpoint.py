@@ -1,5 +1,6 @@
 """Checkpoints: bits, shardings, interrupted saves, and what a mismatch says."""
 
+import gc
 import json
 import os
 import pathlib
@@ -147,6 +148,17 @@ def test_keeps_the_newest_and_saves_a_step_once(tmp_path: pathlib.Path) -> None:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["20", "30"]
         state, data_state, _ = checkpoints.restore(30, {"x": jnp.float32(0)})
     assert (float(state["x"]), data_state) == (30.0, {"row": 30})
+
+
+def test_saving_leaves_no_objects_behind(tmp_path: pathlib.Path) -> None:
+    """Orbax keeps a few objects for each of the last 32 directories it knows, and nothing is to be added to these."""
+    state, alive = make_state(), []
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for step in range(1, 13):
+            checkpoints.save(step, state, data_state={}, meta={}, wait=True)
+            gc.collect()
+            alive.append(len(gc.get_objects()))
+    assert np.median(np.diff(alive[4:])) <= 8, alive
 
 
 def test_a_failed_save_is_raised_and_deletes_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

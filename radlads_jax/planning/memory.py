@@ -52,7 +52,8 @@ def temporary_bytes(
     else:
         parts["mixers' inputs and targets"] = kept * student.hidden_size * (axes["tensor"] + 1)
     if student.recurrent_mixer == "rad_rwkv7":
-        parts["value residuals"] = kept * student.num_heads * student.head_dim
+        # The first layer's values, for all the others, and their gradient.
+        parts["value residual"] = 2 * 2 * tokens * columns
     if student.dtype == "bfloat16":
         # The compiler casts whole stacks before it runs the first layer, and holds the copy until the last.
         parts["layers in bfloat16"] = gradients / 2

@@ -36,9 +36,9 @@ def wkv6(
     S_t = diag(e^log_w_t) S_{t-1} + k_t v_t^T;   o_t = S_t^T r_t
 
     log_w is the log decay per token and key channel, never positive; RAD-RWKV6 keeps it at or above -5. The chunked
-    form is right down to -10 a token in chunks of 16, the default, and where log_w sums to more than -80 over any half
-    chunk in larger ones; beyond -81 all that depends on such a sum is NaN, never a wrong number. pallas_tpu is right
-    down to -10 in chunks of any size.
+    form is right where log_w sums to -60 or more over any half chunk, as it does down to -7.5 a token in chunks of 16,
+    the default; beyond, all that depends on such a sum is NaN, never a wrong number. pallas_tpu is right down to -10
+    in chunks of any size.
     The state resets to zero before each token t > 0 whose segment id differs from the one before it; initial_state
     (zeros by default) continues into token 0's segment. The state and all sums are float32, o has v's dtype.
     Source: RADLADS (arXiv 2505.03005), appendix on RAD-RWKV6.

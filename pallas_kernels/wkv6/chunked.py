@@ -1,10 +1,9 @@
 """wkv6 by chunks: only matrix products, with a backward pass written by hand.
 
-Notation, per chunk of C tokens, with G the cumulative log decay and M its value at the chunk's middle:
-    R = r e^(G - M), K = k e^(M - G),   O = r e^G S + (tril(R K^T, -1) + diag(r k^T)) V,
-    S' = e^G_C S + (k e^(G_C - G))^T V
-Decays of -5 a token make these exponents large: they are summed exactly (`exponents`), so that a quotient of two
-exponentials has no more error than one of them.
+Notation, per chunk of C tokens, with G the cumulative log decay and M its value at the chunk's middle token:
+    R = r e^(G - M), K = k e^(M - G), X = e^M S,   O = R X + tril(R K^T) V,   S' = e^(G_C - M) (X + K^T V)
+All of a chunk is counted from its middle, so that one pair of exponentials serves tokens and states alike. From one
+chunk's X to the next's is one decay, e^(G_C - M) of the one and e^M of the other.
 A scan goes from chunk to chunk and does all of a chunk's work: its arrays are small enough to stay in cache.
 """
 
@@ -18,10 +17,9 @@ from pallas_kernels import layout
 from pallas_kernels.layout import Resets, transpose, transposed
 
 DEFAULT_CHUNK_SIZE = 16
-# Multiples of this add up exactly in float32 as long as the sums stay above -1024.
-GRID = 2.0**-14
-# Below this sum of log_w over half a chunk, quotients of float32 exponentials lose digits, then all of them.
-LOWEST_SUM = -81.0
+# The lowest sum of log_w over half a chunk: its exponential scales a state, which float32 must hold with what is read
+# from it, and its inverse a chunk's keys.
+LOWEST_SUM = -60.0
 
 
 class Inputs(NamedTuple):
@@ -33,111 +31,106 @@ class Inputs(NamedTuple):
     v: jax.Array
 
 
-class Pairs(NamedTuple):
-    """What a chunk holds beside its state, [B,H,...] float32.
+class Decays(NamedTuple):
+    """What a chunk makes of log_w, [B,H,...] float32.
 
-    `r_decay` and `k_decay` [C,K] are e^(G - M) and e^(M - G), `rs` and `ks` r and k times those; `from_start` and
-    `to_end` [C,K] are e^G and e^(G_C - G), `r_head` and `k_tail` r and k times those, without the tokens that resets
-    part from the chunk's start or end; `inner` [C,C] holds the pairs i >= j; `end` and `rest` [K,1] are e^G_C rounded
-    to float32 and what the rounding left out.
+    `since` and `until` [C,K] are e^(G - M) and e^(M - G); `before` and `after` [1,K] are M and G_C - M.
     """
 
-    r_decay: jax.Array
-    k_decay: jax.Array
-    rs: jax.Array
-    ks: jax.Array
-    from_start: jax.Array
-    to_end: jax.Array
-    r_head: jax.Array
-    k_tail: jax.Array
-    inner: jax.Array
-    end: jax.Array
-    rest: jax.Array
+    since: jax.Array
+    until: jax.Array
+    before: jax.Array
+    after: jax.Array
 
 
-def exponents(log_w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """G as two terms [B,H,C,K]: a sum of multiples of GRID, which is exact, and that of the small remainders."""
-    coarse = jnp.round(log_w * (1 / GRID)) * GRID
-    sums = layout.prefix_sums(jnp.concatenate([coarse, log_w - coarse], axis=-1))
-    return sums[..., : log_w.shape[-1]], sums[..., log_w.shape[-1] :]
+class Carried(NamedTuple):
+    """What goes from chunk to chunk, in either direction: the state is e^log_decay (state + update).
+
+    `state` and `update` [B,H,K,V], and `log_decay` [B,H,1,K] from their chunk's middle to its end that is left.
+    """
+
+    state: jax.Array
+    update: jax.Array
+    log_decay: jax.Array
 
 
-def exponential(coarse: jax.Array, fine: jax.Array) -> jax.Array:
-    """e^(coarse + fine); |fine| is at most GRID times a chunk's tokens: three terms of its series are enough."""
-    return jnp.exp(coarse) * (1 + fine + 0.5 * fine * fine)
+def carried(state: jax.Array) -> Carried:
+    """A state outside of all chunks."""
+    return Carried(state, jnp.zeros_like(state), jnp.zeros_like(transpose(state[..., :1])))
 
 
-def earlier(size: int, resets: Resets | None) -> jax.Array:
-    """[C,C] bool, with resets [B,1,C,C]: the tokens before each one, in its segment."""
-    mask = jnp.tril(jnp.ones((size, size), bool), -1)
+def decays(log_w: jax.Array) -> Decays:
+    """Sums from the middle of a chunk [B,H,C,K] to each of its tokens, and their exponentials."""
+    size = log_w.shape[2]
+    index, middle = jnp.arange(size), max(size // 2, 1) - 1
+    row, column = index[:, None], index[None, :]
+    after, before = (column > middle) & (column <= row), (column > row) & (column <= middle)
+    sums = layout.summed(after.astype(jnp.float32) - before.astype(jnp.float32), log_w)
+    since = jnp.exp(jnp.where(jnp.abs(sums) > -LOWEST_SUM, jnp.nan, sums))
+    return Decays(since, 1 / since, log_w[:, :, :1] - sums[:, :, :1], sums[:, :, -1:])
+
+
+def decayed(last: Carried, log_decay: jax.Array | None = None) -> jax.Array:
+    """The state handed over, at its chunk's end, or decayed by a further log_decay [B,H,1,K].
+
+    Strong decays are taken one after the other, since a state's update is as large as their product may be small. Of a
+    weak one the change is added: over a thousand chunks of the same decay the rounding of a factor just below one
+    would add up, always to the same side.
+    """
+    state = last.state + last.update
+    further = jnp.zeros_like(last.log_decay) if log_decay is None else log_decay
+    total = last.log_decay + further
+    weak = total > -0.5
+    kept = weak.astype(jnp.float32)
+    first = jnp.where(weak, 1.0, jnp.exp(last.log_decay))
+    second = jnp.where(weak, jnp.expm1(total), jnp.exp(further))
+    return transpose(kept) * state + transpose(second) * (transpose(first) * state)
+
+
+def visible(size: int, resets: Resets | None, itself: bool) -> jax.Array:
+    """[C,C] bool, with resets [B,1,C,C]: the tokens of its segment before each one, and `itself`."""
+    mask = jnp.tril(jnp.ones((size, size), bool), 0 if itself else -1)
     return mask if resets is None else mask & (resets.pairs > 0)
 
 
-def chunk_pairs(chunk: Inputs, resets: Resets | None) -> Pairs:
-    """Everything of one chunk that does not depend on its state."""
-    size = chunk.r.shape[2]
-    coarse, fine = exponents(chunk.log_w)
-    half = max(size // 2, 1)
-    middle, last = slice(half - 1, half), slice(size - 1, size)
-    centred, small = coarse - coarse[:, :, middle], fine - fine[:, :, middle]
-    centred = jnp.where(jnp.abs(centred) > -LOWEST_SUM, jnp.nan, centred)
-    r_decay, k_decay = exponential(centred, small), exponential(-centred, -small)
-    from_start = r_decay * exponential(coarse[:, :, middle], fine[:, :, middle])
-    to_end = k_decay * r_decay[:, :, last]
-    rs, ks = chunk.r * r_decay, chunk.k * k_decay
-    itself = jnp.sum(chunk.r * chunk.k, axis=-1, keepdims=True) * jnp.eye(size, dtype=jnp.float32)
-    # Pairs that are not `earlier` may overflow: they are left out, not multiplied by zero.
-    inner = jnp.where(earlier(size, resets), rs @ transpose(ks), 0.0) + itself
-    r_head, k_tail = chunk.r * from_start, chunk.k * to_end
-    end, rest = chunk_decay(transpose(coarse[:, :, last]), transpose(fine[:, :, last]))
+def chunk_forward(chunk: Inputs, d: Decays, x: jax.Array, resets: Resets | None) -> tuple[jax.Array, Carried]:
+    """Outputs [B,H,C,V] of one chunk, and what it hands to the next."""
+    rs, ks = chunk.r * d.since, chunk.k * d.until
+    # Pairs that are not visible may overflow: they are left out, not multiplied by zero.
+    inner = jnp.where(visible(chunk.r.shape[2], resets, True), rs @ transpose(ks), 0.0)
+    kept = x
     if resets is not None:
-        r_head, k_tail = r_head * resets.head, k_tail * resets.tail
-        end, rest = end * resets.keep, rest * resets.keep
-    return Pairs(r_decay, k_decay, rs, ks, from_start, to_end, r_head, k_tail, inner, end, rest)
-
-
-def chunk_decay(coarse: jax.Array, fine: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """e^(coarse + fine) as a float32 and the remainder, kept where decay is weak.
-
-    Over a thousand chunks of the same weak decay the rounding of e^total would add up, always to the same side.
-    """
-    end = exponential(coarse, fine)
-    return end, jnp.where(end > 0.5, jnp.expm1(coarse + fine) - (end - 1.0), 0.0)
-
-
-def decayed(p: Pairs, state: jax.Array) -> jax.Array:
-    """diag(e^G_C) state."""
-    return p.end * state + p.rest * state
-
-
-def chunk_forward(chunk: Inputs, state: jax.Array, resets: Resets | None) -> tuple[jax.Array, jax.Array]:
-    """Outputs [B,H,C,V] of one chunk and the state after it."""
-    p = chunk_pairs(chunk, resets)
-    return p.r_head @ state + p.inner @ chunk.v, decayed(p, state) + transposed(p.k_tail) @ chunk.v
+        rs, ks, kept = rs * resets.head, ks * resets.tail, x * resets.keep
+    return rs @ x + inner @ chunk.v, Carried(kept, transposed(ks) @ chunk.v, d.after)
 
 
 def chunk_backward(
-    chunk: Inputs, state: jax.Array, d_out: jax.Array, d_next: jax.Array, resets: Resets | None
-) -> tuple[Inputs, jax.Array]:
-    """Gradients of one chunk's inputs and of the state before it, given that state.
+    chunk: Inputs, d: Decays, x: jax.Array, d_out: jax.Array, d_end: jax.Array, resets: Resets | None
+) -> tuple[Inputs, Carried]:
+    """Gradients of one chunk's inputs, and what it hands to the chunk before it.
 
-    d_out is the gradient of the chunk's outputs, d_next that of the state after it.
+    x is the chunk's X, d_out the gradient of its outputs, d_end that of X + K^T V.
     """
-    p = chunk_pairs(chunk, resets)
-    d_inner = jnp.where(earlier(chunk.r.shape[2], resets), d_out @ transpose(chunk.v), 0.0)
-    d_rs, d_ks = d_inner @ p.ks, transposed(d_inner) @ p.rs
-    d_itself = jnp.sum(d_out * chunk.v, axis=-1, keepdims=True)
-    d_r_head, d_k_tail = d_out @ transpose(state), chunk.v @ transpose(d_next)
+    size = chunk.r.shape[2]
+    rs, ks = chunk.r * d.since, chunk.k * d.until
+    inner = jnp.where(visible(size, resets, True), rs @ transpose(ks), 0.0)
+    products = d_out @ transpose(chunk.v)
+    d_inner = jnp.where(visible(size, resets, False), products, 0.0)
+    d_itself = layout.row_sums(products * jnp.eye(size))
+    d_rs, d_ks = d_inner @ ks, transposed(d_inner) @ rs
+    d_head, d_tail = d_out @ transpose(x), chunk.v @ transpose(d_end)
+    kept, rs_head, ks_tail = d_end, rs, ks
     if resets is not None:
-        d_r_head, d_k_tail = d_r_head * resets.head, d_k_tail * resets.tail
-    d_end = transpose(p.end * layout.row_sums(d_next * state))
+        d_head, d_tail = d_head * resets.head, d_tail * resets.tail
+        kept, rs_head, ks_tail = d_end * resets.keep, rs * resets.head, ks * resets.tail
+    d_rs = d_rs + d_head
     d_chunk = Inputs(
-        r=d_rs * p.r_decay + d_r_head * p.from_start + d_itself * chunk.k,
-        log_w=decay_gradient(p.rs * d_rs - p.ks * d_ks + p.r_head * d_r_head, p.k_tail * d_k_tail, d_end, resets),
-        k=d_ks * p.k_decay + d_k_tail * p.to_end + d_itself * chunk.r,
-        v=transposed(p.inner) @ d_out + p.k_tail @ d_next,
+        r=d_rs * d.since + d_itself * chunk.k,
+        log_w=decay_gradient(rs * d_rs - ks * d_ks, ks * d_tail, transpose(layout.row_sums(kept * x)), resets),
+        k=(d_ks + d_tail) * d.until + d_itself * chunk.r,
+        v=transposed(inner) @ d_out + ks_tail @ d_end,
     )
-    return d_chunk, decayed(p, d_next) + transposed(p.r_head) @ d_out
+    return d_chunk, Carried(kept, transposed(rs_head) @ d_out, d.before)
 
 
 def decay_gradient(d_total: jax.Array, d_rest: jax.Array, d_end: jax.Array, resets: Resets | None) -> jax.Array:
@@ -157,36 +150,40 @@ def recurrence(
 
 
 def recurrence_forward(size: int, inputs: Inputs, initial_state: jax.Array, starts: jax.Array | None) -> Any:
-    """Keeps the inputs and the state each chunk begins with."""
+    """Keeps the inputs and each chunk's X."""
 
     def step(carry: Any, index: jax.Array) -> Any:
-        state, out = carry
+        last, out = carry
         chunk = Inputs(*layout.take(inputs, index, size))
-        chunk_out, next_state = chunk_forward(chunk, state, layout.resets(starts, index, size))
-        return (next_state, layout.put(out, index, chunk_out)), state
+        d = decays(chunk.log_w)
+        x = decayed(last, d.before)
+        chunk_out, last = chunk_forward(chunk, d, x, layout.resets(starts, index, size))
+        return (last, layout.put(out, index, chunk_out)), x
 
     chunks = jnp.arange(inputs.r.shape[1] // size)
-    (final_state, out), states = jax.lax.scan(step, (initial_state, jnp.zeros_like(inputs.v)), chunks)
-    return (out, final_state), (inputs, starts, states)
+    (last, out), xs = jax.lax.scan(step, (carried(initial_state), jnp.zeros_like(inputs.v)), chunks)
+    return (out, decayed(last)), (inputs, starts, xs)
 
 
 def recurrence_backward(size: int, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
     """The chunks in reverse."""
-    inputs, starts, states = kept
+    inputs, starts, all_x = kept
     d_out, d_final = cotangents
 
     def step(carry: Any, xs: tuple[jax.Array, jax.Array]) -> Any:
-        d_state, gradients = carry
-        index, state = xs
+        following, gradients = carry
+        index, x = xs
         chunk = Inputs(*layout.take(inputs, index, size))
         (d_one,) = layout.take((d_out,), index, size)
-        d_chunk, d_state = chunk_backward(chunk, state, d_one, d_state, layout.resets(starts, index, size))
+        d = decays(chunk.log_w)
+        d_end = decayed(following, d.after)
+        d_chunk, following = chunk_backward(chunk, d, x, d_one, d_end, layout.resets(starts, index, size))
         gradients = Inputs(*(layout.put(all_of, index, one) for all_of, one in zip(gradients, d_chunk, strict=True)))
-        return (d_state, gradients), None
+        return (following, gradients), None
 
-    start = (d_final, jax.tree.map(jnp.zeros_like, inputs))
-    (d_initial, gradients), _ = jax.lax.scan(step, start, (jnp.arange(states.shape[0]), states), reverse=True)
-    return gradients, d_initial, None
+    start = (carried(d_final), jax.tree.map(jnp.zeros_like, inputs))
+    (first, gradients), _ = jax.lax.scan(step, start, (jnp.arange(all_x.shape[0]), all_x), reverse=True)
+    return gradients, decayed(first), None
 
 
 recurrence.defvjp(recurrence_forward, recurrence_backward)

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from .configuration_student import StudentConfig
-from .layers_student import MLP, Context, RecurrentMixer, RMSNorm, SoftmaxAttention, StudentCache, rope_tables
+from .layers_student import MLP, Context, Linear, RecurrentMixer, RMSNorm, SoftmaxAttention, StudentCache, rope_tables
 
 
 class StudentLayer(GradientCheckpointingLayer):
@@ -146,7 +146,7 @@ class StudentForCausalLM(StudentPreTrainedModel, GenerationMixin):
     def __init__(self, config: StudentConfig):
         super().__init__(config)
         self.model = self.model_class(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

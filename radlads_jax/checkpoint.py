@@ -12,11 +12,13 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-import tensorstore
 from absl import logging
 from etils import epath
 
-from radlads_jax import hosts
+from radlads_jax import (
+    hosts,
+    tensorstore_memory,  # noqa: F401 (mends tensorstore)
+)
 from radlads_jax.checkpoint_sums import DamagedCheckpoint, difference, shapes_sum, sums_document
 from radlads_jax.storage import in_bucket
 
@@ -27,10 +29,6 @@ MAX_LISTED = 10
 MAX_REASON = 300
 # What Orbax raises for a damaged checkpoint. Trouble on the way to it (no permission, no connection) is something else.
 DAMAGE = (ValueError, LookupError, AttributeError, TypeError, NotImplementedError, FileNotFoundError)
-
-# Orbax asks for these counters twice a save, for a line in its log, and tensorstore (0.1.76 to 0.1.86) never frees what
-# it answers: 24 lists a save, for as long as the run lasts.
-tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
 
 
 class Checkpoints:

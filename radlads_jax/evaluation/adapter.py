@@ -83,7 +83,7 @@ class RadladsLM(TemplateLM):
             row = (context + continuation)[-(self.max_length + 1) :]
             rows.append(row)
             starts.append(max(1, len(row) - len(continuation)))
-        scores = score_rows(self.model.cfg, self.model.params, rows, starts, self.batch_size)
+        scores = score_rows(self.model.cfg, self.model.params, rows, starts, self.batch_size, bar=True)
         return [(float(score.log_probabilities.sum(dtype="float64")), bool(score.is_best.all())) for score in scores]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from radlads_jax.decoding.loop import Sequences, empty_sequences, read_piece, read_tokens
 from radlads_jax.models import ModelConfig, bind
@@ -30,11 +32,18 @@ class Score(NamedTuple):
 
 
 def score_rows(
-    cfg: ModelConfig, params: Params, rows: Sequence[Sequence[int]], starts: Sequence[int], batch_size: int = 8
+    cfg: ModelConfig,
+    params: Params,
+    rows: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    batch_size: int = 8,
+    *,
+    bar: bool = False,
 ) -> list[Score]:
     """log p(row[t] | row[:t]) for t >= start >= 1, for every row with its start.
 
     Rows of similar length are read together, the longest first, so that what does not fit in memory shows at once.
+    bar: show on stderr how many rows are scored.
     """
     for row, start in zip(rows, starts, strict=True):
         if not 1 <= start < len(row):
@@ -44,14 +53,18 @@ def score_rows(
             )
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     scores: dict[int, Score] = {}
-    while order:
-        width = padded_width(len(rows[order[0]]) - 1)
-        size = min(batch_size, max(1, batch_size * FULL_BATCH_WIDTH // width))
-        batch, order = order[:size], order[size:]
-        # An incomplete batch is filled up, since another number of rows is another program.
-        filled = batch + [batch[-1]] * (size - len(batch))
-        found = _score_batch(cfg, params, [rows[i] for i in filled], [starts[i] for i in filled], width)
-        scores |= dict(zip(batch, found, strict=False))
+    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not bar) as progress:
+        task = progress.add_task("", total=len(rows))
+        while order:
+            width = padded_width(len(rows[order[0]]) - 1)
+            size = min(batch_size, max(1, batch_size * FULL_BATCH_WIDTH // width))
+            batch, order = order[:size], order[size:]
+            # An incomplete batch is filled up, since another number of rows is another program.
+            filled = batch + [batch[-1]] * (size - len(batch))
+            found = _score_batch(cfg, params, [rows[i] for i in filled], [starts[i] for i in filled], width)
+            scores |= dict(zip(batch, found, strict=False))
+            progress.update(task, completed=len(scores))
     return [scores[i] for i in range(len(rows))]
 
 

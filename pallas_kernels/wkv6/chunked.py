@@ -46,7 +46,8 @@ class Decays(NamedTuple):
 class Carried(NamedTuple):
     """What goes from chunk to chunk, in either direction: the state is e^log_decay (state + update).
 
-    `state` and `update` [B,H,K,V], and `log_decay` [B,H,1,K] from their chunk's middle to its end that is left.
+    `state` and `update` [B,H,K,V] as of the middle of the chunk they come from, `log_decay` [B,H,1,K] from there to its
+    edge.
     """
 
     state: jax.Array

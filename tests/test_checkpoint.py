@@ -181,7 +181,14 @@ def test_saving_holds_no_memory(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", [{"driver": "file", "path": "/a b/c/"}, {"driver": "memory", "path": "x/"}, "file:///a%20b/"], ids=str
+    "spec",
+    [
+        {"driver": "file", "path": "/a b/c/"},
+        {"driver": "file", "path": "/a/", "file_io_locking": {"mode": "non_atomic"}},
+        {"driver": "memory", "path": "x/"},
+        "file:///a%20b/",
+    ],
+    ids=str,
 )
 def test_tensorstores_specs_are_what_they_were(spec: Any) -> None:
     made = tensorstore.KvStore.Spec(spec)

@@ -81,6 +81,7 @@ class Data:
 class StageConfig:
     """One stage's recipe (RADLADS section 2). Batches are of batch_size rows of seq_len tokens, in `accumulate` parts.
 
+    accumulate: 0 for as many parts as leave one row to every group of devices along data and fsdp.
     lr -> lr_final: all weights but the mixers'; mixer_lr -> mixer_lr_final: the mixers'; a quarter cosine between the
     fractions decay_begin and decay_end of the steps, after warmup_steps from 1% to 100%. freeze: path regexes that are
     not trained. remat: "none", "dots" or "full".
@@ -268,15 +269,16 @@ def validate(config: ConfigDict) -> RunConfig:
 
 
 def _check_stage(where: str, stage: StageConfig, pieces: int) -> None:
-    _at_least(1, stage, where, "tokens", "seq_len", "batch_size", "accumulate")
+    _at_least(1, stage, where, "tokens", "seq_len", "batch_size")
+    _at_least(0, stage, where, "accumulate")
     divisible = stage.seq_len % pieces == 0
     _require(divisible, f"{where}.seq_len", stage.seq_len, f"a multiple of config.mesh.context, {pieces}")
     _at_least(0, stage, where, "lr", "lr_final", "mixer_lr", "mixer_lr_final", "warmup_steps")
     _require(
-        stage.batch_size % stage.accumulate == 0,
+        not stage.accumulate or stage.batch_size % stage.accumulate == 0,
         f"{where}.accumulate",
         stage.accumulate,
-        f"a divisor of batch_size ({stage.batch_size})",
+        f"a divisor of batch_size ({stage.batch_size}), or 0 for one row at a time on every group of devices",
     )
     _require(
         0 <= stage.decay_begin < stage.decay_end <= 1,

@@ -18,7 +18,6 @@ def paper(teacher: str, mixer: str, arg: str | None = None) -> ConfigDict:
     config.data.streaming = True
     # The published runs let a row's documents see each other.
     config.data.cross_document = True
-    # 8 rows at a time: a whole batch of long rows is more than any machine's memory holds.
-    config.stage2a.accumulate = 4
-    config.stage3.accumulate = 12
+    # One long row at a time on every group of devices: a whole batch is more than any machine's memory holds.
+    config.stage2a.accumulate = config.stage3.accumulate = 0
     return config

@@ -7,6 +7,7 @@ rows (data, fsdp) and by positions (context, tensor); inside them, by rows, by p
 
 import contextlib
 import functools
+import math
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -105,7 +106,13 @@ def make_abstract_mesh(run: config_lib.RunConfig, devices: int) -> AbstractMesh:
 
 
 def _rows_at_once(run: config_lib.RunConfig) -> dict[str, int]:
-    return {name: run.stage(name).batch_size // run.stage(name).accumulate for name in run.stages}
+    return {name: run.stage(name).batch_size // max(run.stage(name).accumulate, 1) for name in run.stages}
+
+
+def batch_parts(recipe: config_lib.StageConfig, mesh: AnyMesh | None) -> int:
+    """How many parts a batch is computed in. accumulate = 0: so many that a group of devices has one row of each."""
+    groups = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+    return recipe.accumulate or recipe.batch_size // groups
 
 
 def traced_over(mesh: DeviceMesh | None) -> AbstractContextManager[Any]:

@@ -1,10 +1,12 @@
 """Tokens/s of every stage's step beside a plain torch loop of the same step, float32 on CPU, in one run.
 
-    python tests/speed_beside_torch.py TEACHER_DIR [--batch 4] [--seq-len 512] [--repeats 5]
+    python tests/speed_beside_torch.py TEACHER_DIR [--batch 4] [--seq-len 512] [--repeats 5] [--devices 1]
 
 The torch loop is transformers' model as teacher and, as student, RAD-RWKV7 in plain torch with autograd, its recurrence
 by chunks ("same"). "softmax" is a loop that has it easier: its student keeps the softmax attention (copies of the
-attention modules in stage 1). All take turns on the same rows; printed are the medians and their ratios.
+attention modules in stage 1). All take turns on the same rows; printed are the medians and their ratios. --devices:
+ours splits the rows over so many CPU devices that share the cores. "limit": tokens/s of the step's FLOPs alone at the
+rate of one large float32 matrix product, the faster of JAX's and torch's, which takes its turns too.
 """
 
 import argparse
@@ -25,47 +27,70 @@ import numpy as np
 import torch
 import transformers
 
-from radlads_jax.config import Optim, StageConfig
+from radlads_jax import sharding
+from radlads_jax.config import Mesh, RunConfig, StageConfig, Teacher
+from radlads_jax.distill.program import create_state, make_step
 from radlads_jax.distill.stages import STAGES
-from radlads_jax.distill.step import make_train_step
-from radlads_jax.models import MixerConfig
-from radlads_jax.optim import make_optimizer
+from radlads_jax.models import MixerConfig, ModelConfig
+from radlads_jax.planning.cost import model_flops
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.student import init_mixers, whole_student
-from radlads_jax.train_state import TrainState, split_params
+from radlads_jax.train_state import split_params
 
 Maker = Callable[[], Callable[[], None]]
+# 4096 x 4096 x 4096.
+PRODUCT_FLOPS = 2 * 4096**3
+MIXER = "rad_rwkv7"
 
 
-def jax_step(stage: str, directory: Path, mixer: str, rows: np.ndarray, remat: str) -> Callable[[], None]:
+def configs(directory: Path, mixer: str) -> tuple[ModelConfig, ModelConfig]:
+    """(student, teacher) of float32."""
+    teacher = dataclasses.replace(model_config_from_hf(read_config(directory)), dtype="float32")
+    return teacher.as_student(mixer, MixerConfig.for_student(mixer, teacher.hidden_size)), teacher
+
+
+def jax_step(stage: str, directory: Path, mixer: str, rows: np.ndarray, remat: str, devices: int) -> Callable[[], None]:
     """One call runs one optimizer step of ours."""
-    teacher_cfg = dataclasses.replace(model_config_from_hf(read_config(directory)), dtype="float32")
-    student_cfg = teacher_cfg.as_student(mixer, MixerConfig.for_student(mixer, teacher_cfg.hidden_size))
+    jax.config.update("jax_num_cpu_devices", devices)
+    student_cfg, teacher_cfg = configs(directory, mixer)
+    recipe = StageConfig(tokens=10**9, batch_size=rows.shape[0], seq_len=rows.shape[1], remat=remat)
+    run = RunConfig(
+        teacher=Teacher(path=str(directory), dtype="float32"), dtype="float32", mesh=Mesh(data=devices, fsdp=1)
+    )
+    run = dataclasses.replace(run, stages=(stage,), **{stage: recipe})
+    mesh = sharding.make_mesh(run)
     teacher = load_params(directory, teacher_cfg, dtype="float32")
     student = init_mixers(student_cfg, teacher, 0)
     if STAGES[stage].whole_student:
         student = whole_student(student_cfg, jax.tree.map(jnp.copy, teacher), student)
     params, frozen = split_params(student, lambda path: STAGES[stage].trainable(path, student_cfg))
-    optimizer = make_optimizer(StageConfig(tokens=10**9), Optim())
-
-    def loss_fn(student, teacher, batch):
-        return STAGES[stage].loss_fn(student_cfg, teacher_cfg, student, teacher, batch, remat=remat)
-
-    step = jax.jit(make_train_step(loss_fn, optimizer), donate_argnums=0)
-    state = TrainState.create(params, optimizer)
+    if mesh is not None:
+        params, frozen, teacher = (jax.device_put(x, sharding.shardings(mesh, x)) for x in (params, frozen, teacher))
+    step, state = make_step(run, student_cfg, teacher_cfg, stage, mesh), create_state(run, stage, params, mesh)
     mask = np.ones(rows.shape, np.float32)
     mask[:, -1] = 0
     positions = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)
     batch = {"tokens": rows, "segment_ids": np.ones_like(rows), "positions": positions, "loss_mask": mask}
+    batch = sharding.place_rows(mesh, batch, rows.shape[0])
 
-    def run() -> None:
+    def run_step() -> None:
         nonlocal state
         state, metrics = step(state, frozen, teacher if STAGES[stage].needs_teacher else None, batch)
         assert np.isfinite(metrics["loss"])
 
-    return run
+    return run_step
+
+
+def product(library: str) -> Callable[[], None]:
+    """One call runs PRODUCT_FLOPS in one float32 matrix product."""
+    size = round((PRODUCT_FLOPS / 2) ** (1 / 3))
+    if library == "torch":
+        x = torch.ones(size, size)
+        return lambda: (x @ x, None)[1]
+    y, multiply = jnp.ones((size, size)), jax.jit(jnp.matmul)
+    return lambda: (multiply(y, y).block_until_ready(), None)[1]
 
 
 class TorchRwkv7(torch.nn.Module):
@@ -244,23 +269,29 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--remat", default="none", choices=["none", "dots", "full"])
+    parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--stages", default="stage1,stage2,stage3")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     vocab = read_config(args.teacher)["vocab_size"]
     rows = rng.integers(0, vocab, (args.batch, args.seq_len)).astype(np.int32)
-    print(f"rad_rwkv7, {args.batch} rows of {args.seq_len}, float32, {torch.get_num_threads()} torch threads")
-    print(f"{'tokens/s':8} {'ours':>8} {'same':>8} {'softmax':>8} {'ours/same':>10} {'ours/softmax':>13}")
+    threads, both = torch.get_num_threads(), configs(args.teacher, MIXER)
+    print(f"{MIXER}, {args.batch} rows of {args.seq_len}, float32, {threads} torch threads, {args.devices} JAX devices")
+    print(f"{'tokens/s':8} {'ours':>8} {'same':>8} {'softmax':>8} {'limit':>8} {'ours/same':>10} {'ours/softmax':>13}")
     for stage in args.stages.split(","):
         makers: dict[str, Maker] = {
-            "ours": functools.partial(jax_step, stage, args.teacher, "rad_rwkv7", rows, args.remat)
+            "ours": functools.partial(jax_step, stage, args.teacher, MIXER, rows, args.remat, args.devices)
         }
         for student in ("same", "softmax"):
             makers[student] = functools.partial(torch_step, stage, args.teacher, rows, student)
-        ours, same, softmax = (rows.size / seconds for seconds in medians(makers, args.repeats).values())
-        print(
-            f"{stage:8} {ours:8.0f} {same:8.0f} {softmax:8.0f} {ours / same:10.2f} {ours / softmax:13.2f}", flush=True
-        )
+        for library in ("jax", "torch"):
+            makers[library] = functools.partial(product, library)
+        seconds = medians(makers, args.repeats)
+        ours, same, softmax = (rows.size / seconds[name] for name in ("ours", "same", "softmax"))
+        rate = PRODUCT_FLOPS / min(seconds["jax"], seconds["torch"])
+        limit = rate / model_flops(*both, stage, args.seq_len)
+        speeds = " ".join(f"{speed:8.0f}" for speed in (ours, same, softmax, limit))
+        print(f"{stage:8} {speeds} {ours / same:10.2f} {ours / softmax:13.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def test_a_context_axis_that_does_not_divide_the_rows_is_refused():
 
 def run_of(name: str, mesh: Mesh, accumulate: int = 1) -> RunConfig:
     rates = {"lr": 1e-3, "lr_final": 1e-3, "mixer_lr": 1e-3, "mixer_lr_final": 1e-3}
-    size = {"batch_size": 8 * accumulate, "seq_len": 16, "accumulate": accumulate}
+    size = {"batch_size": 8 * max(accumulate, 1), "seq_len": 16, "accumulate": accumulate}
     stage = StageConfig(tokens=10**6, warmup_steps=0, **rates, **size)
     teacher = Teacher(path="teacher", dtype="float32")
     return dataclasses.replace(
@@ -197,7 +197,8 @@ def trained(mixer: str, name: str, shape: Mesh, accumulate: int = 1, steps: int 
     teacher_params = start if STAGES[name].needs_teacher else None
     losses = []
     for _ in range(steps):
-        batch = sharding.place_rows(mesh, make_batch(8 * accumulate), 8 * accumulate)
+        rows = run.stage(name).batch_size
+        batch = sharding.place_rows(mesh, make_batch(rows), rows)
         state, metrics = step(state, frozen, teacher_params, batch)
         losses.append(float(metrics["loss"]))
     return mesh, losses, state
@@ -227,8 +228,20 @@ def test_eight_devices_train_as_one_does_with_fewer_kv_heads_than_tensor(name):
 
 
 @pytest.mark.slow
-def test_eight_devices_train_as_one_does_in_parts():
-    check_equal("rad_rwkv6", "stage2", Mesh(data=2, fsdp=2, tensor=2), accumulate=2)
+@pytest.mark.parametrize("accumulate", [2, 0])
+def test_eight_devices_train_as_one_does_in_parts(accumulate):
+    check_equal("rad_rwkv6", "stage2", Mesh(data=2, fsdp=2, tensor=2), accumulate)
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "mesh", "parts"),
+    [(4, Mesh(data=2, fsdp=4, tensor=4), 4), (0, Mesh(data=2, fsdp=16, tensor=4), 3), (0, Mesh(fsdp=1), 96)],
+)
+def test_a_batch_is_cut_as_told_or_into_one_row_for_every_group(accumulate, mesh, parts):
+    recipe = StageConfig(tokens=10**6, batch_size=96, accumulate=accumulate)
+    run = dataclasses.replace(RunConfig(), mesh=mesh, stages=("stage2",), stage2=recipe)
+    placed = sharding.make_abstract_mesh(run, mesh.data * mesh.fsdp * max(mesh.tensor, 1))
+    assert sharding.batch_parts(recipe, placed) == parts
 
 
 def check_equal(mixer: str, name: str, shape: Mesh, accumulate: int = 1) -> None:

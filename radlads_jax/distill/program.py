@@ -87,7 +87,7 @@ def make_step(run: RunConfig, student: ModelConfig, teacher: ModelConfig, name: 
             slice_tokens=run.train.slice_tokens or None,
         )
 
-    step = make_train_step(loss_fn, make_optimizer(recipe, run.optim), accumulate=recipe.accumulate)
+    step = make_train_step(loss_fn, make_optimizer(recipe, run.optim), accumulate=sharding.batch_parts(recipe, mesh))
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     options = COMPILER_OPTIONS.get(device.device_kind)
     if mesh is None:

@@ -10,7 +10,7 @@ import jax
 from radlads_jax.config import StageConfig
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import abstract_params
-from radlads_jax.sharding import AnyMesh
+from radlads_jax.sharding import AnyMesh, batch_parts
 
 # Bytes for each token and column of r in a mixer's backward pass. bfloat16: r, k, v, a, b and the output; float32:
 # decay, in-context rate, value residual; the gradients of all of them; the kernel's state every 64 tokens.
@@ -39,13 +39,14 @@ def temporary_bytes(
     """What a step needs beside its arguments, by what it is for. gradients: bytes of one device's share of them."""
     axes = mesh.shape
     rows_split = axes["data"] * axes["fsdp"]
-    tokens = recipe.batch_size // recipe.accumulate * recipe.seq_len / (rows_split * axes["context"])
+    parts_of_batch = batch_parts(recipe, mesh)
+    tokens = recipe.batch_size // parts_of_batch * recipe.seq_len / (rows_split * axes["context"])
     kept = tokens / axes["tensor"] * student.num_layers * 2
     columns = student.num_heads * student.head_dim / axes["tensor"]
     mixer = _MIXER_BYTES[student.recurrent_mixer or "attention"] * columns
     mlp = _MLP_BYTES * student.intermediate_size / axes["tensor"]
     layer = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(student)["stacks"])) / student.num_layers
-    parts = {"gradients": float(gradients) * (2 if recipe.accumulate > 1 else 1)}
+    parts = {"gradients": float(gradients) * (2 if parts_of_batch > 1 else 1)}
     if whole_student:
         parts["layers' inputs"] = kept * student.hidden_size
         parts["last hidden states"] = 3 * 2 * tokens * student.hidden_size

@@ -45,7 +45,8 @@ def by_arithmetic(
     }
     gradients = memory.shard_bytes(state.params)
     needed = memory.temporary_bytes(recipe, student, gradients, mesh, whole_student=STAGES[name].whole_student)
-    sizes = {"name": name, "steps": recipe.steps, "tokens_per_step": tokens, "accumulate": recipe.accumulate}
+    parts = sharding.batch_parts(recipe, mesh)
+    sizes = {"name": name, "steps": recipe.steps, "tokens_per_step": tokens, "accumulate": parts}
     return (
         sizes
         | held

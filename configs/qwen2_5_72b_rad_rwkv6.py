@@ -15,4 +15,4 @@ from radlads_jax.recipes import paper
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    return paper("Qwen/Qwen2.5-72B-Instruct", "rad_rwkv6", arg)
+    return paper("Qwen/Qwen2.5-72B-Instruct", "rad_rwkv6", arg, tensor=4)

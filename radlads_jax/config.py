@@ -141,13 +141,13 @@ class Train:
 class Mesh:
     """Devices along each axis: rows over data, fsdp; weights over fsdp; heads, widths over tensor; tokens over context.
 
-    fsdp -1: all devices that the others leave (on a CPU one). tensor 0: 1, or with fsdp -1 as few as let the rows of
-    every stage be split over the rest.
+    fsdp -1: all devices that the others leave (on a CPU one); tensor is then the least, and as many more are taken as
+    the rows of every stage need to be split over the rest.
     """
 
     data: int = 1
     fsdp: int = -1
-    tensor: int = 0
+    tensor: int = 1
     context: int = 1
 
 
@@ -260,8 +260,7 @@ def validate(config: ConfigDict) -> RunConfig:
     _at_least(1, run.train, "config.train", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped")
     _at_least(1, run.train, "config.train", "eval_batch_size", "sample_tokens")
     _at_least(0, run.train, "config.train", "slice_tokens")
-    _at_least(1, run.mesh, "config.mesh", "data", "context")
-    _at_least(0, run.mesh, "config.mesh", "tensor")
+    _at_least(1, run.mesh, "config.mesh", "data", "tensor", "context")
     fsdp = run.mesh.fsdp
     _require(fsdp == -1 or fsdp >= 1, "config.mesh.fsdp", fsdp, "at least 1, or -1 for all devices")
     _require(run.export.max_shard_gb > 0, "config.export.max_shard_gb", run.export.max_shard_gb, "more than 0")

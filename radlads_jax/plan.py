@@ -3,7 +3,7 @@
 python -m radlads_jax.plan --config configs/qwen2_5_72b_rad_rwkv6.py --topology v5p:4x4x8 [--json] [--price v5p=2.1]
     [--results plans.jsonl]
 
---topology auto takes the smallest slice of every chip on which all stages fit, and each stage's own smallest one, and
+--topology auto takes, of every chip, each stage's smallest slice on which it fits (a run continues on any other), and
 ranks the chips by cost. GPUs (h100:8, a100:16) are planned by arithmetic alone.
 """
 
@@ -150,19 +150,21 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def show_ranking(found: list[dict[str, Any]], console: Console) -> None:
-    """What --topology auto found: a line for every chip, the cheapest first."""
-    table = Table(title="The smallest slices on which all stages fit", title_justify="left")
-    for column in ("slice", "by", "stage: its own smallest slice, USD", "hours", "chip-hours", "USD"):
-        table.add_column(column, justify="right" if column in ("hours", "chip-hours", "USD") else "left")
+    """What --topology auto found: a row for every chip, the cheapest first."""
+    table = Table(title="Every stage on the smallest slice on which it fits", title_justify="left")
+    for column in ("chip", "by", "stage: slice, hours, USD", "chip-hours", "USD"):
+        table.add_column(column, justify="right" if column in ("chip-hours", "USD") else "left")
     for one in found:
-        each = [f"{name}: {stage['topology']}, {stage['usd']:,.0f}" for name, stage in one["each"].items()]
-        if one["all"] is None:
-            table.add_row(f"{one['chip']}: none", "", "\n".join(each))
-            continue
-        hours = sum(stage["hours"] for stage in one["all"]["stages"])
-        how = "arithmetic" if all(stage["counts"] is None for stage in one["all"]["stages"]) else "compiler"
-        bill = (f"{hours:,.1f}", f"{one['all']['chip_hours']:,.1f}", f"{one['all']['usd']:,.0f}")
-        table.add_row(one["all"]["topology"], how, "\n".join(each), *bill)
+        stages = one["stages"]
+        how = "arithmetic" if all(stage["counts"] is None for stage in stages) else "compiler"
+        each = [
+            f"{stage['name']}: {stage['topology']}, {stage['hours']:,.1f}, {stage['usd']:,.0f}"
+            if stage["fits"]
+            else f"{stage['name']}: fits none, {stage['peak_bytes'] / 2**30:.1f} GiB on {stage['topology']}"
+            for stage in stages
+        ]
+        bill = (f"{one['chip_hours']:,.1f}", f"{one['usd']:,.0f}") if one["usd"] is not None else ()
+        table.add_row(one["chip"], how, "\n".join(each), *bill)
     console.print(table)
 
 

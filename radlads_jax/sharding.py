@@ -60,7 +60,7 @@ def mesh_sizes(mesh: config_lib.Mesh, devices: int, rows: Mapping[str, int], *, 
     rows: of every stage, those computed at once. shared: the devices are those of a CPU, of which fsdp = -1 takes one.
     Raises ValueError where the sizes do not go with the devices, or the rows not with the sizes.
     """
-    fixed = mesh.data * max(mesh.tensor, 1) * mesh.context
+    fixed = mesh.data * mesh.tensor * mesh.context
     asked = fixed * max(mesh.fsdp, 1)
     if asked > devices or (mesh.fsdp == -1 and not shared and devices % fixed):
         raise ValueError(
@@ -68,11 +68,10 @@ def mesh_sizes(mesh: config_lib.Mesh, devices: int, rows: Mapping[str, int], *, 
             f"x context), but there are {devices}; expected no more, and with fsdp = -1 a divisor. Change config.mesh."
         )
     left = mesh.fsdp if mesh.fsdp != -1 else 1 if shared else devices // fixed
-    tensors = range(1, left + 1) if mesh.fsdp == -1 and not mesh.tensor else [1]
-    for more in tensors:
+    for more in range(1, left + 1) if mesh.fsdp == -1 else [1]:
         fsdp = left // more
         if fsdp * more == left and all(n % (mesh.data * fsdp) == 0 for n in rows.values()):
-            return {"data": mesh.data, "fsdp": fsdp, "tensor": more * max(mesh.tensor, 1), "context": mesh.context}
+            return {"data": mesh.data, "fsdp": fsdp, "tensor": more * mesh.tensor, "context": mesh.context}
     shown = ", ".join(f"{name} has {n}" for name, n in rows.items())
     raise ValueError(
         f"the rows computed at once (batch_size / accumulate: {shown}) can not be split over data x fsdp = "

@@ -123,6 +123,7 @@ def test_mesh_sizes():
     assert sizes(Mesh(), 128, rows | {"stage3": 8}) == (1, 8, 16)
     assert sizes(Mesh(data=4), 128, rows) == (4, 8, 4)
     assert sizes(Mesh(tensor=8), 128, rows) == (1, 16, 8)
+    assert sizes(Mesh(tensor=2), 128, rows) == (1, 32, 4)
     assert sizes(Mesh(fsdp=2), 8, rows) == (1, 2, 1)
     assert sizes(Mesh(), 8, rows, shared=True) == (1, 1, 1)
     assert sizes(Mesh(tensor=2), 8, rows, shared=True) == (1, 1, 2)
@@ -135,7 +136,7 @@ def test_mesh_sizes():
         (Mesh(tensor=3), 8, "asks for 3 devices or a multiple"),
         (Mesh(data=16), 8, "asks for 16 devices"),
         (Mesh(fsdp=5), 8, "stage2 has 8"),
-        (Mesh(tensor=1), 16, "can not be split over data x fsdp = 16"),
+        (Mesh(fsdp=16), 16, "can not be split over data x fsdp = 16"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(mesh, devices, words):
@@ -240,7 +241,7 @@ def test_eight_devices_train_as_one_does_in_parts(accumulate):
 def test_a_batch_is_cut_as_told_or_into_one_row_for_every_group(accumulate, mesh, parts):
     recipe = StageConfig(tokens=10**6, batch_size=96, accumulate=accumulate)
     run = dataclasses.replace(RunConfig(), mesh=mesh, stages=("stage2",), stage2=recipe)
-    placed = sharding.make_abstract_mesh(run, mesh.data * mesh.fsdp * max(mesh.tensor, 1))
+    placed = sharding.make_abstract_mesh(run, mesh.data * mesh.fsdp * mesh.tensor)
     assert sharding.batch_parts(recipe, placed) == parts
 
 

@@ -1,4 +1,4 @@
-"""Plans of whole runs: on one topology, or on the smallest slices of every chip on which they fit."""
+"""Plans of whole runs: on one topology, or every stage on the smallest slice of each chip on which it fits."""
 
 import hashlib
 import json
@@ -38,49 +38,48 @@ class Planner:
         chip = CHIPS[known_chip(topology)]
         mesh = sharding.make_abstract_mesh(self.run, chip_count(topology))
         record = stage_lib.by_arithmetic(self.run, self.student, self.teacher, name, mesh)
-        if not chip.is_compiled_for:
-            record |= stage_lib.uncompiled(record)
-        elif record["least_bytes"] > chip.usable:
-            record |= stage_lib.too_large(record)
-        else:
+        if chip.is_compiled_for and record["peak_bytes_by_hand"] <= chip.usable:
             record |= self._compiled(topology, name, dict(mesh.shape))
+        else:
+            record |= stage_lib.uncompiled(record)
         return stage_lib.priced(record, chip, self.prices[known_chip(topology)], mesh.size)
 
     def topology(self, topology: str) -> dict[str, Any]:
         """Every stage on one topology: a document for JSON. Raises ValueError for a topology that is not known."""
         chip = CHIPS[known_chip(topology)]
         mesh = sharding.make_abstract_mesh(self.run, chip_count(topology))
-        stages = [self.stage(topology, name) for name in self.run.stages]
-        fit = all(stage["fits"] for stage in stages)
-        return {
+        document = {
             "topology": topology,
             "chips": mesh.size,
             "mesh": dict(mesh.shape),
             "usd_per_chip_hour": self.prices[known_chip(topology)],
-            "stages": stages,
-            "chip_hours": sum(stage["chip_hours"] for stage in stages) if fit else None,
-            "usd": sum(stage["usd"] for stage in stages) if fit else None,
+            "stages": [self.stage(topology, name) for name in self.run.stages],
             "assumptions": list(ASSUMPTIONS if chip.is_compiled_for else ASSUMPTIONS_UNCOMPILED),
         }
+        return document | totals(document["stages"])
 
     def smallest(self, name: str) -> dict[str, Any]:
-        """Of one chip: the smallest slice on which all stages fit, as `topology` has it (or None), and each stage's."""
-        waiting, alone = list(self.run.stages), {}
-        for shape in CHIPS[name].slices:
-            topology = f"{name}:{shape}"
-            for stage in waiting:
-                planned = self.stage(topology, stage)
+        """A chip's smallest slices: every stage on the first on which it fits, else as it is on the largest there is.
+
+        A stage's record has its `topology` too.
+        """
+        mesh = self.run.mesh
+        least = mesh.data * mesh.tensor * mesh.context
+        slices = [f"{name}:{shape}" for shape in CHIPS[name].slices]
+        possible = [topology for topology in slices if chip_count(topology) % least == 0]
+        stages = []
+        for stage in self.run.stages:
+            for topology in possible:
+                planned = {"topology": topology} | self.stage(topology, stage)
                 if planned["fits"]:
-                    alone[stage] = planned | {"topology": topology}
-            waiting = [stage for stage in waiting if stage not in alone]
-            if not waiting:
-                return {"chip": name, "all": self.topology(topology), "each": alone}
-        return {"chip": name, "all": None, "each": alone}
+                    break
+            stages.append(planned)
+        return {"chip": name, "stages": stages} | totals(stages)
 
     def auto(self) -> list[dict[str, Any]]:
         """`smallest` of every chip, the cheapest first, those on which a stage fits nowhere last."""
         found = [self.smallest(name) for name in CHIPS]
-        return sorted(found, key=lambda one: math.inf if one["all"] is None else one["all"]["usd"])
+        return sorted(found, key=lambda one: math.inf if one["usd"] is None else one["usd"])
 
     def _compiled(self, topology: str, name: str, mesh_sizes: dict[str, int]) -> dict[str, Any]:
         asked: dict[str, Any] = {"teacher": self.run.teacher.path, "student": self.run.student.mixer, "stage": name}
@@ -96,6 +95,12 @@ class Planner:
             if self.results is not None:
                 _write_results(self.results, self.known)
         return {k: v for k, v in self.known[key].items() if k not in asked}
+
+
+def totals(stages: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The bill of all of these stages; None where one does not fit."""
+    fit = all(stage["fits"] for stage in stages)
+    return {key: sum(stage[key] for stage in stages) if fit else None for key in ("chip_hours", "usd")}
 
 
 def chip_count(topology: str) -> int:

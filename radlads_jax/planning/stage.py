@@ -27,9 +27,9 @@ _TIMES = ("step_seconds", "tokens_per_second", "mfu", "bound", "hours", "chip_ho
 def by_arithmetic(
     run: RunConfig, student: ModelConfig, teacher: ModelConfig, name: str, mesh: sharding.AnyMesh
 ) -> dict[str, Any]:
-    """What is known of a stage on one device before anything is compiled: bytes that it holds, the model's FLOPs.
+    """What is known of a stage on one device before anything is compiled: the model's FLOPs, and bytes by hand.
 
-    least_bytes: arguments and gradients, without which no step is.
+    The compiler has always needed more bytes than this count.
     """
     recipe = run.stage(name)
     state, frozen, weights, _ = abstract_arguments(run, student, teacher, name, mesh)
@@ -47,12 +47,9 @@ def by_arithmetic(
     needed = memory.temporary_bytes(recipe, student, gradients, mesh, whole_student=STAGES[name].whole_student)
     parts = sharding.batch_parts(recipe, mesh)
     sizes = {"name": name, "steps": recipe.steps, "tokens_per_step": tokens, "accumulate": parts}
-    return (
-        sizes
-        | held
-        | flops
-        | {"least_bytes": sum(held.values()) + gradients, "temp_bytes_by_hand": sum(needed.values())}
-    )
+    temporary = sum(needed.values())
+    by_hand = {"temp_bytes_by_hand": temporary, "peak_bytes_by_hand": sum(held.values()) + temporary}
+    return sizes | held | flops | by_hand
 
 
 def compiled(
@@ -81,16 +78,10 @@ def compiled(
     }
 
 
-def too_large(record: dict[str, Any]) -> dict[str, Any]:
-    """In the place of `compiled`, for what can not fit: its least bytes alone."""
-    return {"peak_bytes": record["least_bytes"], "temp_bytes": None, "counts": None, "compile_seconds": 0.0}
-
-
 def uncompiled(record: dict[str, Any]) -> dict[str, Any]:
-    """In the place of `compiled`, for a chip without a compiler here: all by hand."""
-    arguments = sum(record[f"{part}_bytes"] for part in ("parameter", "optimizer", "teacher"))
-    temporary = record["temp_bytes_by_hand"]
-    return {"peak_bytes": arguments + temporary, "temp_bytes": temporary, "counts": None, "compile_seconds": 0.0}
+    """In the place of `compiled`, for a chip without a compiler here, or what can not fit: all by hand."""
+    counted = {"peak_bytes": record["peak_bytes_by_hand"], "temp_bytes": record["temp_bytes_by_hand"]}
+    return counted | {"counts": None, "compile_seconds": 0.0}
 
 
 def priced(record: dict[str, Any], chip: Chip, price: float, chips: int) -> dict[str, Any]:

@@ -1,6 +1,9 @@
-"""The page of plans: every run's smallest slices as Markdown; what --results has is not compiled again.
+"""The page of plans: every stage of every run on its smallest slices, as Markdown.
 
-python -m radlads_jax.planning.table --results configs/plans.jsonl configs/qwen2_5_7b_rad_rwkv7.py ... > PLANS.md
+python -m radlads_jax.planning.table --results configs/plans.jsonl configs/qwen2_5_{7,32,72}b_rad_rwkv{6,7}.py
+
+Of a stage: the slice, the peak GiB of a device, a step's seconds, the share of the chips' peak, chip-hours and what
+bounds the step. What --results has is not compiled again.
 """
 
 import argparse
@@ -10,15 +13,12 @@ from typing import Any
 
 from radlads_jax import config as config_lib
 from radlads_jax.plan import make_planner, prepare_environment
+from radlads_jax.planning.plans import totals
 
 CHIPS = ("v6e", "v5p", "v5e")
 STAGES = ("stage1", "stage2", "stage2a", "stage3")
-SHORT, LONG = ("stage1", "stage2", "stage3"), ("stage1", "stage2a")
-PER_SLICE = (
-    ("conversion", "slice (chips)", *STAGES, "USD 1, 2, 3", "USD 1, 2a"),
-    "The smallest slice on which all stages fit: peak GiB of a device, chip-hours and what bounds the step.",
-)
-PER_STAGE = (("conversion", *STAGES), "Every stage on its own smallest slice: the slice and USD.")
+RECIPES = (("stage1", "stage2", "stage3"), ("stage1", "stage2a"))
+COLUMNS = ("conversion", "chip", *STAGES, *(f"USD {', '.join(s[5:] for s in recipe)}" for recipe in RECIPES))
 
 
 def read_config(path: Path) -> config_lib.RunConfig:
@@ -32,26 +32,19 @@ def read_config(path: Path) -> config_lib.RunConfig:
     return config_lib.validate(config)
 
 
-def slice_row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
-    """One run on one chip's slice for all stages, from `Planner.smallest`."""
-    planned = found["all"]
-    if planned is None:
-        return (name, f"{found['chip']}: none", *[""] * (len(PER_SLICE[0]) - 2))
-    stages = {stage["name"]: stage for stage in planned["stages"]}
-    cells = [f"{s['peak_bytes'] / 2**30:.1f}, {s['chip_hours']:,.1f}, {s['bound']}" for s in stages.values()]
-    bills = [f"{sum(stages[stage]['usd'] for stage in names):,.0f}" for names in (SHORT, LONG)]
-    return (name, f"{planned['topology']} ({planned['chips']})", *cells, *bills)
+def row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
+    """One run on one chip, from `Planner.smallest`."""
+    stages = {stage["name"]: stage for stage in found["stages"]}
+    bills = [totals([stages[stage] for stage in recipe])["usd"] for recipe in RECIPES]
+    return (name, found["chip"], *map(cell, stages.values()), *("" if usd is None else f"{usd:,.0f}" for usd in bills))
 
 
-def stage_row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
-    """One run on every stage's own slice of one chip, from `Planner.smallest`."""
-    each = found["each"]
-    return (name, *[f"{each[s]['topology']}, {each[s]['usd']:,.0f}" if s in each else "none" for s in STAGES])
-
-
-def markdown(columns: tuple[str, ...], title: str, rows: list[tuple[str, ...]]) -> str:
-    lines = [columns, ("---",) * len(columns), *rows]
-    return "\n".join([title, "", *(f"| {' | '.join(line)} |" for line in lines)])
+def cell(stage: dict[str, Any]) -> str:
+    shape = stage["topology"].partition(":")[2]
+    peak = f"{shape}: {stage['peak_bytes'] / 2**30:.1f}"
+    if not stage["fits"]:
+        return f"{peak}, does not fit"
+    return f"{peak}, {stage['step_seconds']:.2f}, {stage['mfu']:.0%}, {stage['chip_hours']:,.0f}, {stage['bound']}"
 
 
 def main() -> None:
@@ -62,11 +55,9 @@ def main() -> None:
     prepare_environment()
     planners = {path.stem: make_planner(read_config(path), {}, args.results) for path in args.configs}
     # The chips outermost: what is compiled first is the cheapest.
-    found = [(name, planner.smallest(chip)) for chip in CHIPS for name, planner in planners.items()]
-    found.sort(key=lambda one: list(planners).index(one[0]))
-    print(markdown(*PER_SLICE, [slice_row(*one) for one in found]))
-    print()
-    print(markdown(*PER_STAGE, [stage_row(*one) for one in found]))
+    rows = [row(name, planner.smallest(chip)) for chip in CHIPS for name, planner in planners.items()]
+    rows.sort(key=lambda one: list(planners).index(one[0]))
+    print("\n".join(f"| {' | '.join(line)} |" for line in (COLUMNS, ("---",) * len(COLUMNS), *rows)))
 
 
 if __name__ == "__main__":

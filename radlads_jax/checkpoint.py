@@ -17,7 +17,7 @@ from etils import epath
 
 from radlads_jax import (
     hosts,
-    tensorstore_memory,  # noqa: F401 (mends tensorstore)
+    process_memory,  # noqa: F401 (keeps the process from growing)
 )
 from radlads_jax.checkpoint_sums import DamagedCheckpoint, difference, shapes_sum, sums_document
 from radlads_jax.storage import in_bucket

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import tracemalloc
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -17,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tensorstore
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from radlads_jax.checkpoint import Checkpoints
@@ -161,39 +159,6 @@ def test_saving_leaves_no_objects_behind(tmp_path: pathlib.Path) -> None:
             gc.collect()
             alive.append(len(gc.get_objects()))
     assert np.median(np.diff(alive[4:])) <= 8, alive
-
-
-def test_saving_holds_no_memory(tmp_path: pathlib.Path) -> None:
-    """Strings, which no garbage collector counts, beside what it does; the names of directories come and go."""
-    state = {f"p{i}": jnp.ones(8) for i in range(40)}
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        tracemalloc.start()
-        for step in range(1, 46):
-            checkpoints.save(step, state, data_state={}, meta={}, wait=True)
-            if step == 35:
-                before = tracemalloc.take_snapshot()
-        after = tracemalloc.take_snapshot()
-        tracemalloc.stop()
-    own = tracemalloc.Filter(False, tracemalloc.__file__)
-    differences = after.filter_traces([own]).compare_to(before.filter_traces([own]), "lineno")
-    grown = {str(s.traceback): s.count_diff for s in differences}
-    assert max(grown.values()) < 10 * 40, {place: count for place, count in grown.items() if count > 100}
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        {"driver": "file", "path": "/a b/c/"},
-        {"driver": "file", "path": "/a/", "file_io_locking": {"mode": "non_atomic"}},
-        {"driver": "memory", "path": "x/"},
-        "file:///a%20b/",
-    ],
-    ids=str,
-)
-def test_tensorstores_specs_are_what_they_were(spec: Any) -> None:
-    made = tensorstore.KvStore.Spec(spec)
-    assert tensorstore.KvStore.Spec(made.to_json()) == made
-    assert made.to_json()["path"] == made.path
 
 
 def test_a_failed_save_is_raised_and_deletes_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

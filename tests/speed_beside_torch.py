@@ -241,7 +241,10 @@ def medians(makers: dict[str, Maker], repeats: int) -> dict[str, float]:
     for _ in range(repeats):
         for name, pipe in pipes.items():
             pipe.send("step")
-            times[name].append(pipe.recv())
+            try:
+                times[name].append(pipe.recv())
+            except EOFError:
+                raise RuntimeError(f"the process of {name} ended; all of them together may need more memory") from None
     for process in processes:
         process.terminate()
         process.join()

@@ -29,7 +29,7 @@ def by_arithmetic(
 ) -> dict[str, Any]:
     """What is known of a stage on one device before anything is compiled: the model's FLOPs, and bytes by hand.
 
-    The compiler has always needed more bytes than this count.
+    The compiler has so far needed more bytes than this count each time.
     """
     recipe = run.stage(name)
     state, frozen, weights, _ = abstract_arguments(run, student, teacher, name, mesh)

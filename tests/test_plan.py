@@ -182,12 +182,28 @@ def test_the_smallest_slices_are_found_and_kept(compilations, tmp_path):
     assert found["usd"] == pytest.approx(2 * found["chip_hours"])
     spread = dataclasses.replace(run, mesh=Mesh(tensor=8))
     assert plan.make_planner(spread, {}).smallest("v6e")["stages"][0]["topology"] == "v6e:2x4"
+    with pytest.raises(
+        ValueError, match=r"takes 7 devices or a multiple.*expected a number that divides one of v6e:2x2"
+    ):
+        plan.make_planner(dataclasses.replace(run, mesh=Mesh(tensor=7)), {}).smallest("v6e")
     compilations.clear()
     again = plan.make_planner(run, {"v6e": 2.0}, results).smallest("v6e")
     assert again == found and not compilations
     results.write_text("[1]\n")
     with pytest.raises(ValueError, match="holds no results of plans"):
         plan.make_planner(run, {}, results)
+
+
+def test_two_runs_share_a_file_of_results(compilations, tmp_path):
+    results, path = tmp_path / "plans.jsonl", "Qwen/Qwen2.5-7B-Instruct"
+    runs = [
+        dataclasses.replace(RunConfig(), teacher=Teacher(path=path), stages=(name,)) for name in ("stage1", "stage2")
+    ]
+    planners = [plan.make_planner(run, {}, results) for run in runs]
+    found = [planner.topology("v6e:4x4") for planner in planners]
+    assert len(compilations) == 2 and len(results.read_text().splitlines()) == 2
+    assert [plan.make_planner(run, {}, results).topology("v6e:4x4") for run in runs] == found
+    assert len(compilations) == 2
 
 
 def test_chips_are_ranked_by_cost(compilations, capsys):

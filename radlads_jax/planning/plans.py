@@ -31,7 +31,7 @@ class Planner:
         results: Path | None = None,
     ):
         self.run, self.student, self.teacher, self.prices, self.results = run, student, teacher, prices, results
-        self.known = read_results(results) if results is not None and results.exists() else {}
+        self.known = read_results(results)
 
     def stage(self, topology: str, name: str) -> dict[str, Any]:
         """One stage on one topology, priced; compiled unless that is known, or by arithmetic it can not fit."""
@@ -61,12 +61,17 @@ class Planner:
     def smallest(self, name: str) -> dict[str, Any]:
         """A chip's smallest slices: every stage on the first on which it fits, else as it is on the largest there is.
 
-        A stage's record has its `topology` too.
+        A stage's record has its `topology` too. Raises ValueError for a mesh that none of the slices has chips for.
         """
         mesh = self.run.mesh
-        least = mesh.data * mesh.tensor * mesh.context
+        least = mesh.data * max(mesh.fsdp, 1) * mesh.tensor * mesh.context
         slices = [f"{name}:{shape}" for shape in CHIPS[name].slices]
         possible = [topology for topology in slices if chip_count(topology) % least == 0]
+        if not possible:
+            raise ValueError(
+                f"config.mesh takes {least} devices or a multiple (data x fsdp x tensor x context); expected a number "
+                f"that divides one of {', '.join(slices)}. Change config.mesh."
+            )
         stages = []
         for stage in self.run.stages:
             for topology in possible:
@@ -93,6 +98,8 @@ class Planner:
             found = stage_lib.compiled(self.run, self.student, self.teacher, name, mesh)
             self.known[key] = asked | found
             if self.results is not None:
+                # Another run's plan may have written to it since.
+                self.known = read_results(self.results) | self.known
                 _write_results(self.results, self.known)
         return {k: v for k, v in self.known[key].items() if k not in asked}
 
@@ -124,8 +131,10 @@ def topology_devices(topology: str) -> Any:
         ) from error
 
 
-def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """What was compiled, by key. Raises ValueError for a file that is none of results."""
+def read_results(path: Path | None) -> dict[str, dict[str, Any]]:
+    """What was compiled, by key; nothing without a file. Raises ValueError for a file that is none of results."""
+    if path is None or not path.exists():
+        return {}
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return {line.pop("key"): line for line in lines}

@@ -21,7 +21,7 @@ def paper(teacher: str, mixer: str, arg: str | None = None, *, tensor: int = 1) 
     config.data.streaming = True
     # The published runs let a row's documents see each other.
     config.data.cross_document = True
-    # One long row at a time on every group of devices: a whole batch is more than any machine's memory holds.
     config.mesh.tensor = tensor
+    # One long row at a time on every group of devices: a whole batch is more than any machine's memory holds.
     config.stage2a.accumulate = config.stage3.accumulate = 0
     return config

@@ -1,6 +1,6 @@
 """The page of plans: every stage of every run on its smallest slices, as Markdown.
 
-python -m radlads_jax.planning.table --results configs/plans.jsonl configs/qwen2_5_{7,32,72}b_rad_rwkv{6,7}.py
+python -m radlads_jax.planning.table --results plans.jsonl configs/qwen2_5_{7,32,72}b_rad_rwkv{6,7}.py
 
 Of a stage: the slice, the peak GiB of a device, a step's seconds, the share of the chips' peak, chip-hours and what
 bounds the step. What --results has is not compiled again.

@@ -10,6 +10,7 @@ ranks the chips by cost. GPUs (h100:8, a100:16) are planned by arithmetic alone.
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     if _JSON.value:
         print(json.dumps(result, indent=2))
     elif automatic:
-        show_ranking(result, Console())
+        show_ranking(result, planner.prices, Console())
     else:
         show(result, Console())
     return 0
@@ -149,8 +150,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         console.print(f"  {line}", soft_wrap=True)
 
 
-def show_ranking(found: list[dict[str, Any]], console: Console) -> None:
-    """What --topology auto found: a row for every chip, the cheapest first."""
+def show_ranking(found: list[dict[str, Any]], chips: Iterable[str], console: Console) -> None:
+    """What --topology auto found among the chips: a row for each, the cheapest first."""
     table = Table(title="Every stage on the smallest slice on which it fits", title_justify="left")
     for column in ("chip", "by", "stage: slice, hours, USD", "chip-hours", "USD"):
         table.add_column(column, justify="right" if column in ("chip-hours", "USD") else "left")
@@ -166,6 +167,8 @@ def show_ranking(found: list[dict[str, Any]], console: Console) -> None:
         bill = (f"{one['chip_hours']:,.1f}", f"{one['usd']:,.0f}") if one["usd"] is not None else ()
         table.add_row(one["chip"], how, "\n".join(each), *bill)
     console.print(table)
+    if left_out := [name for name in chips if name not in {one["chip"] for one in found}]:
+        console.print(f"Left out, with no slice for config.mesh: {', '.join(left_out)}.")
 
 
 def _parse_prices(given: list[str]) -> dict[str, float]:

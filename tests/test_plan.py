@@ -211,10 +211,22 @@ def test_chips_are_ranked_by_cost(compilations, capsys):
     ranking = plan.make_planner(run, {"a100": 1e6}).auto()
     costs = [one["usd"] for one in ranking]
     assert len(ranking) == len(chips.CHIPS) and costs == sorted(costs) and ranking[-1]["chip"] == "a100"
-    plan.show_ranking(ranking, Console(width=200))
+    plan.show_ranking(ranking, chips.CHIPS, Console(width=200))
     shown = capsys.readouterr().out
     assert all(one["stages"][0]["topology"] in shown for one in ranking)
-    assert "arithmetic" in shown and "compiler" in shown
+    assert "arithmetic" in shown and "compiler" in shown and "Left out" not in shown
+
+
+def test_chips_without_a_slice_for_the_mesh_are_left_out(compilations, capsys):
+    run = dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen2.5-7B-Instruct"), stages=("stage1",))
+    stage1 = dataclasses.replace(run.stage1, batch_size=128)
+    run = dataclasses.replace(run, mesh=Mesh(data=128), stage1=stage1)
+    ranking = plan.make_planner(run, {}).auto()
+    assert {one["chip"] for one in ranking} == {"v5e", "v5p", "v6e"}
+    plan.show_ranking(ranking, chips.CHIPS, Console(width=200))
+    assert "Left out, with no slice for config.mesh: a100, h100." in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"takes 7 devices or a multiple.*divides one of v5e:2x2.*h100:64"):
+        plan.make_planner(dataclasses.replace(run, mesh=Mesh(data=7)), {}).auto()
 
 
 def test_a_gpu_is_planned_by_arithmetic(compilations):

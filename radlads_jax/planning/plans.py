@@ -58,23 +58,20 @@ class Planner:
         }
         return document | totals(document["stages"])
 
+    def slices(self, name: str) -> list[str]:
+        """Those of a chip's slices whose number of chips the run's mesh can take, the smallest first."""
+        slices = [f"{name}:{shape}" for shape in CHIPS[name].slices]
+        return [topology for topology in slices if chip_count(topology) % self._least_devices() == 0]
+
     def smallest(self, name: str) -> dict[str, Any]:
         """A chip's smallest slices: every stage on the first on which it fits, else as it is on the largest there is.
 
         A stage's record has its `topology` too. Raises ValueError for a mesh that none of the slices has chips for.
         """
-        mesh = self.run.mesh
-        least = mesh.data * max(mesh.fsdp, 1) * mesh.tensor * mesh.context
-        slices = [f"{name}:{shape}" for shape in CHIPS[name].slices]
-        possible = [topology for topology in slices if chip_count(topology) % least == 0]
-        if not possible:
-            raise ValueError(
-                f"config.mesh takes {least} devices or a multiple (data x fsdp x tensor x context); expected a number "
-                f"that divides one of {', '.join(slices)}. Change config.mesh."
-            )
+        self._require_slices([name])
         stages = []
         for stage in self.run.stages:
-            for topology in possible:
+            for topology in self.slices(name):
                 planned = {"topology": topology} | self.stage(topology, stage)
                 if planned["fits"]:
                     break
@@ -82,9 +79,25 @@ class Planner:
         return {"chip": name, "stages": stages} | totals(stages)
 
     def auto(self) -> list[dict[str, Any]]:
-        """`smallest` of every chip, the cheapest first, those on which a stage fits nowhere last."""
-        found = [self.smallest(name) for name in CHIPS]
+        """`smallest` of every chip, the cheapest first, those on which a stage fits nowhere last.
+
+        Chips without a slice for the run's mesh are not among them; raises ValueError where that is all of them.
+        """
+        self._require_slices(list(CHIPS))
+        found = [self.smallest(name) for name in CHIPS if self.slices(name)]
         return sorted(found, key=lambda one: math.inf if one["usd"] is None else one["usd"])
+
+    def _least_devices(self) -> int:
+        mesh = self.run.mesh
+        return mesh.data * max(mesh.fsdp, 1) * mesh.tensor * mesh.context
+
+    def _require_slices(self, names: list[str]) -> None:
+        if not any(map(self.slices, names)):
+            every = ", ".join(f"{name}:{shape}" for name in names for shape in CHIPS[name].slices)
+            raise ValueError(
+                f"config.mesh takes {self._least_devices()} devices or a multiple (data x fsdp x tensor x context); "
+                f"expected a number that divides one of {every}. Change config.mesh."
+            )
 
     def _compiled(self, topology: str, name: str, mesh_sizes: dict[str, int]) -> dict[str, Any]:
         asked: dict[str, Any] = {"teacher": self.run.teacher.path, "student": self.run.student.mixer, "stage": name}

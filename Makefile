@@ -11,7 +11,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?= -n logical --dist loadfile
 DEMO_WORKDIR ?= runs/demo
-# Huge pages for glibc's heap: without them a CPU spends a fifth of a training step on page faults.
+# Huge pages for the tests; a run asks for them by itself (radlads_jax/huge_pages.py).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')

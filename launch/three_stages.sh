@@ -20,7 +20,5 @@ python=${PYTHON:-.venv/bin/python}
 if [[ -z ${PYTHON:-} && ! -x $python ]]; then
     launch/setup_env.sh cpu
 fi
-# Huge pages for glibc's heap: without them a CPU spends a fifth of a training step on page faults.
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 # In the shell's place, so that a signal to this script reaches the run.
 exec "$python" -m radlads_jax.launch --config "$config" --workdir "$workdir" "$@"

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from radlads_jax import config as config_lib
-from radlads_jax import storage
+from radlads_jax import huge_pages, storage
 from radlads_jax.stopping import leave_on_signals, outlive_readers
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A Python file with get_config(arg), e.g. configs/demo.py.")
@@ -176,6 +176,7 @@ def flat_settings(settings: dict, where: str = "config") -> dict[str, Any]:
 
 def command_line() -> NoReturn:
     """What `python -m radlads_jax.launch` does, from its flags to its exit code."""
+    huge_pages.restart_with()
     # `--help | head` ends quietly.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     leave_on_signals()

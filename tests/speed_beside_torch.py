@@ -16,6 +16,7 @@ import functools
 import math
 import multiprocessing
 import multiprocessing.connection
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 import transformers
 
-from radlads_jax import sharding
+from radlads_jax import huge_pages, sharding
 from radlads_jax.config import Mesh, RunConfig, StageConfig, Teacher
 from radlads_jax.distill.program import create_state, make_step
 from radlads_jax.distill.stages import STAGES
@@ -224,7 +225,7 @@ def _torch_cross_entropy(student, tokens):
     return loss
 
 
-def medians(makers: dict[str, Maker], repeats: int) -> dict[str, float]:
+def medians(makers: dict[str, Maker], repeats: int, environments: dict[str, dict[str, str]]) -> dict[str, float]:
     """Median seconds of each step in the midst of its training, taken in turns.
 
     Each lives in a process of its own: the idle threads of one library slow the other down where they share one.
@@ -234,7 +235,11 @@ def medians(makers: dict[str, Maker], repeats: int) -> dict[str, float]:
     for name, make in makers.items():
         pipes[name], theirs = context.Pipe()
         processes.append(context.Process(target=serve, args=(theirs, make), daemon=True))
+        before = dict(os.environ)
+        os.environ.update(environments.get(name, {}))
         processes[-1].start()
+        os.environ.clear()
+        os.environ.update(before)
         theirs.close()
         pipes[name].recv()  # the turn that compiles
     times: dict[str, list[float]] = {name: [] for name in makers}
@@ -289,7 +294,7 @@ def main() -> None:
             makers[student] = functools.partial(torch_step, stage, args.teacher, rows, student)
         for library in ("jax", "torch"):
             makers[library] = functools.partial(product, library)
-        seconds = medians(makers, args.repeats)
+        seconds = medians(makers, args.repeats, {"ours": huge_pages.setting()})
         ours, same, softmax = (rows.size / seconds[name] for name in ("ours", "same", "softmax"))
         rate = PRODUCT_FLOPS / min(seconds["jax"], seconds["torch"])
         limit = rate / model_flops(*both, stage, args.seq_len)

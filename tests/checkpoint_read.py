@@ -1,11 +1,12 @@
 """What loading a checkpoint takes: bytes and memory of one host of eight, and of a whole model beside transformers.
 
-    python tests/checkpoint_read.py DIRECTORY [--layers 20]
+    python tests/checkpoint_read.py DIRECTORY [--layers 20] [--dtype bfloat16]
 
 makes a bfloat16 checkpoint of 4 GB in DIRECTORY where none is, then loads it three ways, each in processes of its own:
 by eight that are hosts of one mesh (the third reports), by this project whole, by transformers whole. Bytes are those
 that the kernel fetched from the disk for the process, with nothing of the file in its cache before. Memory is the
-largest resident set while loading (file pages that are mapped count), less what was there before.
+largest resident set while loading (file pages that are mapped count), less what was there before. --dtype float32:
+the whole models are cast, so that transformers can not just map the file. Ours has the huge pages of a run.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from radlads_jax import huge_pages
 
 HOSTS, HOST = 8, 3
 CONFIG = {
@@ -116,7 +119,7 @@ def load_as_host(directory: Path, host: int, port: int) -> dict[str, float]:
     return found | {"held": held}
 
 
-def load_whole(directory: Path) -> dict[str, float]:
+def load_whole(directory: Path, dtype: str) -> dict[str, float]:
     import jax
 
     from radlads_jax.porting import model_config_from_hf, read_config
@@ -125,17 +128,17 @@ def load_whole(directory: Path) -> dict[str, float]:
     cfg = model_config_from_hf(read_config(directory))
     jax.block_until_ready(jax.numpy.zeros(1))
     usage = Usage()
-    params = load_params(directory, cfg, dtype="bfloat16")
+    params = load_params(directory, cfg, dtype=dtype)
     return usage.report() | {"held": sum(leaf.nbytes for leaf in jax.tree.leaves(params))}
 
 
-def load_by_transformers(directory: Path) -> dict[str, float]:
+def load_by_transformers(directory: Path, dtype: str) -> dict[str, float]:
     import torch
     import transformers
 
     transformers.Qwen2ForCausalLM  # noqa: B018  imported before the clock starts
     usage = Usage()
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
     held = sum(p.nbytes for p in model.parameters())
     # Touched once: what is only mapped is not loaded yet.
     sum(float(p.flatten()[::2048].float().sum()) for p in model.parameters())
@@ -146,6 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--as", dest="role", choices=("host", "whole", "transformers"), help=argparse.SUPPRESS)
     parser.add_argument("--host", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
@@ -153,14 +157,14 @@ def main() -> None:
     if args.role == "host":
         print(json.dumps(load_as_host(args.directory, args.host, args.port)))
     elif args.role == "whole":
-        print(json.dumps(load_whole(args.directory)))
+        print(json.dumps(load_whole(args.directory, args.dtype)))
     elif args.role == "transformers":
-        print(json.dumps(load_by_transformers(args.directory)))
+        print(json.dumps(load_by_transformers(args.directory, args.dtype)))
     else:
-        compare(args.directory, args.layers)
+        compare(args.directory, args.layers, args.dtype)
 
 
-def compare(directory: Path, layers: int) -> None:
+def compare(directory: Path, layers: int, dtype: str) -> None:
     file = directory / "model.safetensors"
     if not file.exists():
         make(directory, layers)
@@ -181,7 +185,7 @@ def compare(directory: Path, layers: int) -> None:
     turns: dict[str, list[dict[str, float]]] = {"whole": [], "transformers": []}
     for _ in range(3):
         for role, found in turns.items():
-            found.append(finish(start(directory, role)))
+            found.append(finish(start(directory, role, "--dtype", dtype)))
     middle = {role: sorted(found, key=lambda f: f["seconds"])[1] for role, found in turns.items()}
     for role, found in middle.items():
         extra = found["peak"] - found["held"]
@@ -197,6 +201,8 @@ def compare(directory: Path, layers: int) -> None:
 def start(directory: Path, role: str, *more: str) -> subprocess.Popen:
     root = Path(__file__).parent.parent
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
+    if role != "transformers":
+        environment |= huge_pages.setting()
     command = [sys.executable, __file__, str(directory), "--as", role, *more]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 

@@ -77,7 +77,14 @@ def test_flops_of_the_stages():
     mixer = 2 * 32 * 32 + 2 * 32 * 16 + 4 * (32 * 32 + 32 * 32)  # q, o; k, v; decay, iclr, value and gate of rank 32
     assert student.mixer is not None and student.mixer.rank_gate == student.mixer.rank_decay == 32
     alone = 2 * 2 * mixer + 2 * 9 * 8 * 32
-    assert cost.model_flops(student, teacher, "stage1", 128) == others - 2 * 64 * 32 + 3 * alone
+    # Of what a mixer reads no gradient is wanted: q, k, v and the first halves of the others.
+    unwanted = 2 * 2 * (32 * 32 + 2 * 32 * 16 + 4 * 32 * 32)
+    assert cost.model_flops(student, teacher, "stage1", 128) == others - 2 * 64 * 32 + 3 * alone - unwanted
+    # A learned token shift stands before RAD-RWKV6's projections, and learns by the gradient of what they read.
+    shifted = TEACHER.as_student("rad_rwkv6", MixerConfig.for_student("rad_rwkv6", 32))
+    plain = dataclasses.replace(shifted, mixer=dataclasses.replace(shifted.mixer, token_shift=False))
+    assert cost.first_matrices(shifted) == 3 * 32 * 5 * 32
+    assert cost.first_matrices(plain) == 3 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 32 * 32)
 
 
 def test_known_models_have_their_published_sizes():
@@ -257,13 +264,16 @@ def test_a_step_is_compiled_with_the_options_of_its_chips(monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the extra tpu)")
 @pytest.mark.parametrize(("topology", "price"), [("v5e:2x2", 1.2), ("v6e:2x2", 2.7)])
 def test_a_plan_for_a_pod_that_is_not_there(tmp_path, topology, price):
-    """The JSON of a small model on four chips, and of one that is too large for them."""
+    """The JSON of a small model on four chips, and of one that is too large for them.
+
+    Of four layers: with two, split over four devices, libtpu 0.0.48 aborts (in ring_sum_emitter.cc).
+    """
     sizes = {"batch_size": 8, "seq_len": 128, "tokens": 8 * 128 * 10}
     flat = [
         f"--config.{stage}.{key}={value}" for stage in ("stage1", "stage2", "stage3") for key, value in sizes.items()
     ]
     (tmp_path / "config.json").write_text(
-        json.dumps(KNOWN_CONFIGS["Qwen/Qwen2.5-0.5B-Instruct"] | {"num_hidden_layers": 2})
+        json.dumps(KNOWN_CONFIGS["Qwen/Qwen2.5-0.5B-Instruct"] | {"num_hidden_layers": 4})
     )
     done = launch_plan(topology, f"--config.teacher.path={tmp_path}", "--config.stage3.accumulate=1", *flat)
     assert [stage["name"] for stage in done["stages"]] == ["stage1", "stage2", "stage3"]

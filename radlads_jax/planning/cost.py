@@ -43,6 +43,16 @@ def matmul_weights(cfg: ModelConfig, *, mixers_of: ModelConfig | None = None) ->
     return total
 
 
+def first_matrices(cfg: ModelConfig) -> int:
+    """Elements of the recurrent mixers' matrices that what a mixer reads is multiplied with: of a learned token shift's
+    first where there is one, else of the projections and the low-rank layers' first."""
+    leaves = path_leaves(abstract_params(cfg)).items()
+    sizes = {path: leaf.size for path, leaf in leaves if is_recurrent_mixer(path, cfg)}
+    shifts = {path: size for path, size in sizes.items() if path.endswith("/shift/a")}
+    ends = ("/a", "/q/kernel", "/k/kernel", "/v/kernel", "/gate/kernel")
+    return sum((shifts or {path: size for path, size in sizes.items() if path.endswith(ends)}).values())
+
+
 def mixing_flops(cfg: ModelConfig, seq_len: int, *, recurrent_only: bool = False) -> float:
     """Of a token's forward pass through scores or states; causal attention sees half the row.
 
@@ -57,14 +67,14 @@ def mixing_flops(cfg: ModelConfig, seq_len: int, *, recurrent_only: bool = False
 def model_flops(student: ModelConfig, teacher: ModelConfig, name: str, seq_len: int, *, remat: bool = False) -> float:
     """Of a token in a stage's training step: what trains forward and (twice that) backward, its teacher forward.
 
-    remat: with the one forward pass that is computed again.
+    Stage 1 has no use for the gradient of what a mixer reads. remat: with the one forward pass that is computed again.
     """
     passes = 4 if remat else 3
     whole_teacher = 2.0 * matmul_weights(teacher) + mixing_flops(teacher, seq_len)
     if name == "stage1":
         head = 2.0 * teacher.vocab_size * teacher.hidden_size
         mixers = 2.0 * matmul_weights(student, mixers_of=student) + mixing_flops(student, seq_len, recurrent_only=True)
-        return whole_teacher - head + passes * mixers
+        return whole_teacher - head + passes * mixers - 2.0 * first_matrices(student)
     own = 2.0 * matmul_weights(student) + mixing_flops(student, seq_len)
     return passes * own + (whole_teacher if STAGES[name].needs_teacher else 0.0)
 

@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from radlads_jax import huge_pages
+
 ROOT = Path(__file__).parent.parent
 LIVES = 3
 KEPT = 2
@@ -113,7 +115,7 @@ def watch(minutes: float, directory: Path) -> tuple[list[Sample], list[int]]:
     run, samples, ends = directory / "run", [], []
     began = time.monotonic()
     for life in range(LIVES):
-        environ = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        environ = os.environ | huge_pages.setting() | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
         environ |= {"JAX_COMPILATION_CACHE_DIR": str(directory / "cache")}
         command = [sys.executable, __file__, "--child", f"--directory={directory}"]
         with (directory / "log.txt").open("a") as log:

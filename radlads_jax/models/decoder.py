@@ -207,4 +207,9 @@ def init_params(cfg: ModelConfig, seed: int | Array) -> Params:
 
 def abstract_params(cfg: ModelConfig) -> Params:
     """Shapes and dtypes of the parameters, without any array."""
+    return jax.tree.map(lambda leaf: leaf, _abstract_params(cfg))
+
+
+@functools.cache
+def _abstract_params(cfg: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init_params(cfg, 0))

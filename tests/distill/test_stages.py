@@ -154,7 +154,7 @@ def start_of(name, pair):
     return TrainState.create(params, OPTIMIZER), frozen, teacher
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])
+@pytest.mark.parametrize("name", ["stage1", "stage2", pytest.param("stage3", marks=pytest.mark.slow)])
 def test_accumulated_parts_equal_the_whole_batch(name):
     pair = make_pair("rwkv7")
     start, batch = start_of(name, pair), make_batch()

@@ -5,8 +5,9 @@
 The torch loop is transformers' model as teacher and, as student, RAD-RWKV7 in plain torch with autograd, its recurrence
 by chunks ("same"). "softmax" is a loop that has it easier: its student keeps the softmax attention (copies of the
 attention modules in stage 1). All take turns on the same rows; printed are the medians and their ratios. --devices:
-ours splits the rows over so many CPU devices that share the cores. "limit": tokens/s of the step's FLOPs alone at the
-rate of one large float32 matrix product, the faster of JAX's and torch's, which takes its turns too.
+ours splits the rows over so many CPU devices that share the cores. Ours has the huge pages of a run. "limit": tokens/s
+of the step's FLOPs alone at the rate of one large float32 matrix product, the faster of JAX's and torch's, which takes
+its turns too.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import multiprocessing.connection
 import os
 import statistics
 import time
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 
@@ -226,7 +228,7 @@ def _torch_cross_entropy(student, tokens):
 
 
 def medians(makers: dict[str, Maker], repeats: int, environments: dict[str, dict[str, str]]) -> dict[str, float]:
-    """Median seconds of each step in the midst of its training, taken in turns.
+    """Median seconds of each step in the midst of its training, taken in turns; environments: what some have besides.
 
     Each lives in a process of its own: the idle threads of one library slow the other down where they share one.
     """
@@ -235,11 +237,8 @@ def medians(makers: dict[str, Maker], repeats: int, environments: dict[str, dict
     for name, make in makers.items():
         pipes[name], theirs = context.Pipe()
         processes.append(context.Process(target=serve, args=(theirs, make), daemon=True))
-        before = dict(os.environ)
-        os.environ.update(environments.get(name, {}))
-        processes[-1].start()
-        os.environ.clear()
-        os.environ.update(before)
+        with unittest.mock.patch.dict(os.environ, environments.get(name, {})):
+            processes[-1].start()
         theirs.close()
         pipes[name].recv()  # the turn that compiles
     times: dict[str, list[float]] = {name: [] for name in makers}

@@ -244,10 +244,10 @@ def medians(makers: dict[str, Maker], repeats: int, environments: dict[str, dict
     times: dict[str, list[float]] = {name: [] for name in makers}
     for _ in range(repeats):
         for name, pipe in pipes.items():
-            pipe.send("step")
             try:
+                pipe.send("step")
                 times[name].append(pipe.recv())
-            except EOFError:
+            except (EOFError, BrokenPipeError):
                 raise RuntimeError(f"the process of {name} ended; all of them together may need more memory") from None
     for process in processes:
         process.terminate()

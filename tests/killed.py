@@ -64,17 +64,9 @@ PHASES = {
 
 def make_teacher(directory: pathlib.Path) -> pathlib.Path:
     """A tiny teacher of random weights with its tokenizer."""
-    import jax
+    from untrained import save_teacher
 
-    from radlads_jax.data import synthetic
-    from radlads_jax.models import ModelConfig, init_params
-    from radlads_jax.porting.save import save_params
-
-    cfg = ModelConfig("qwen2", 300, 32, 64, 4, 2, 8, (("attention", 2),), qkv_bias=True, tie_embeddings=True)
-    synthetic.save_tokenizer(synthetic.train_tokenizer(300, count=200), directory / "tokenizer")
-    params = jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, init_params(cfg, 0))
-    base = {"model_type": "qwen2", "eos_token_id": 0, "bos_token_id": 0}
-    return save_params(params, cfg, directory / "model", base_config=base, tokenizer_from=directory / "tokenizer")
+    return save_teacher(directory)
 
 
 def settings(teacher: pathlib.Path, mixer: str, steps: dict[str, int] = STEPS) -> dict[str, Any]:

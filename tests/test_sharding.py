@@ -11,18 +11,18 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
+from untrained import random_mixers, random_params, save_teacher
 
 from pallas_kernels.linear_loss import linear_kl
 from pallas_kernels.sharded import fitting_spec, per_shard
 from radlads_jax import sharding, train
 from radlads_jax.checkpoint import Checkpoints
 from radlads_jax.config import Mesh, RunConfig, StageConfig, Teacher, defaults, validate
-from radlads_jax.data import synthetic
 from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.job import make_job
 from radlads_jax.metrics import MetricsLogger, read_metrics
-from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, init_params
+from radlads_jax.models import MixerConfig, ModelConfig, abstract_params
 from radlads_jax.models.attention import Context, softmax_attention
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.save import save_params
@@ -133,18 +133,12 @@ def make_batch(rows: int, length: int = 16) -> dict[str, np.ndarray]:
 
 
 def trained(mixer: str, name: str, shape: Mesh, accumulate: int = 1, steps: int = 2):
-    """(mesh, losses, state) after some steps from weights far from their quiet start."""
+    """(mesh, losses, state) after some steps."""
     run = run_of(name, shape, accumulate)
     mesh = sharding.make_mesh(run)
     student = student_of(TEACHER, mixer)
     teacher = TEACHER.as_teacher_of(student)
-    start = jax.tree.map(lambda x: 5 * x if x.ndim > 2 else x, init_params(teacher, 0))
-    mixers = init_mixers(student, start, 1)
-    leaves, tree = jax.tree.flatten(mixers)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    mixers = jax.tree.unflatten(
-        tree, [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
+    start, mixers = random_params(teacher, 0.1), random_mixers(student, 0.1, seed=1)
     params = whole_student(student, start, mixers) if STAGES[name].whole_student else mixers
     params, frozen = split_params(params, is_trainable(run, student, name))
     # Copies: the state is donated, and shares arrays with the teacher.
@@ -284,7 +278,7 @@ def test_a_kernel_runs_on_each_devices_own_rows_and_heads():
 def test_parameters_are_born_where_they_lie(tmp_path):
     mesh = eight(fsdp=4, tensor=2)
     base = {"model_type": "qwen2", "eos_token_id": 0, "bos_token_id": 0}
-    params = init_params(TEACHER, 0)
+    params = random_params(TEACHER)
     save_params(params, TEACHER, tmp_path / "teacher", base_config=base)
     placed = sharding.shardings(mesh, params)
     loaded = load_params(tmp_path / "teacher", TEACHER, dtype="float32", shardings=placed)
@@ -301,7 +295,7 @@ def test_a_state_goes_from_eight_devices_to_one_and_back(tmp_path):
     student = student_of(TEACHER, "rad_rwkv7")
     many, one = run_of("stage2", Mesh(fsdp=8)), run_of("stage2", Mesh(fsdp=1))
     mesh = sharding.make_mesh(many)
-    params = jax.device_put(init_params(student, 0), sharding.shardings(mesh, init_params(student, 0)))
+    params = jax.device_put(random_params(student), sharding.shardings(mesh, abstract_params(student)))
     state = create_state(many, "stage2", params, mesh)
     state = state._replace(step=state.step + 3, opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
     for i, (run, target) in enumerate(((one, None), (many, mesh))):
@@ -320,7 +314,7 @@ def test_a_run_continues_on_other_devices(tmp_path, monkeypatch, first, then):
     def config(fsdp: int) -> ConfigDict:
         config = defaults()
         config.dtype = config.teacher.dtype = config.export.dtype = "float32"
-        config.teacher.path = str(tmp_path / "teacher")
+        config.teacher.path = str(tmp_path / "model")
         config.data.source, config.data.documents, config.data.eval_rows = "synthetic", 60, 32
         config.train.log_every, config.train.checkpoint_every = 1, 2
         config.stages, config.mesh.fsdp = ("stage1", "stage2"), fsdp
@@ -330,11 +324,7 @@ def test_a_run_continues_on_other_devices(tmp_path, monkeypatch, first, then):
             stage.lr = stage.mixer_lr = 1e-3
         return config
 
-    synthetic.save_tokenizer(synthetic.train_tokenizer(320, count=200), tmp_path / "tokenizer")
-    teacher = dataclasses.replace(TEACHER, vocab_size=320)
-    params = jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, init_params(teacher, 0))
-    base = {"model_type": "qwen2", "eos_token_id": 0, "bos_token_id": 0}
-    save_params(params, teacher, tmp_path / "teacher", base_config=base, tokenizer_from=tmp_path / "tokenizer")
+    save_teacher(tmp_path, dataclasses.replace(TEACHER, vocab_size=320))
     whole = train.convert(make_job(validate(config(first)), tmp_path / "whole"))
 
     class Killed(Exception):

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from untrained import random_mixers, random_params
 
 from radlads_jax.config import Optim, RunConfig, StageConfig
 from radlads_jax.distill.align import align_loss
 from radlads_jax.distill.losses import cross_entropy_loss, kl_loss
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.step import make_train_step
-from radlads_jax.models import MixerConfig, ModelConfig, bind, init_params
+from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, bind
 from radlads_jax.models.decoder import make_context
 from radlads_jax.optim import learning_rates, make_optimizer
 from radlads_jax.porting.student import init_mixers, whole_student
@@ -31,17 +32,12 @@ STUDENTS = {
 def make_pair(name: str):
     student = STUDENTS[name]
     teacher = TEACHER.as_teacher_of(student)
-    params = jax.tree.map(lambda x: 5 * x if x.ndim > 2 else x, init_params(teacher, 0))
-    mixers = init_mixers(student, params, 1)
-    leaves, tree = jax.tree.flatten(mixers)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return student, teacher, params, jax.tree.unflatten(tree, noisy)
+    return student, teacher, random_params(teacher, 0.1), random_mixers(student, 0.1, seed=1)
 
 
 @pytest.fixture(params=STUDENTS)
 def pair(request):
-    """(student cfg, teacher cfg, teacher params, mixers), with weights far from their quiet start."""
+    """(student cfg, teacher cfg, teacher params, mixers)."""
     return make_pair(request.param)
 
 
@@ -252,12 +248,12 @@ def test_a_tied_teacher_is_untied(pair):
     student = whole_student(student_cfg, teacher, mixers)
     assert "head" not in teacher
     np.testing.assert_array_equal(student["head"]["kernel"], teacher["embed"]["embedding"].T)
-    assert path_leaves(student).keys() == path_leaves(init_params(student_cfg, 0)).keys()
+    assert path_leaves(student).keys() == path_leaves(abstract_params(student_cfg)).keys()
 
 
 def test_fresh_projections():
     student = STUDENTS["rwkv6"]
-    teacher = init_params(TEACHER, 0)
+    teacher = random_params(TEACHER)
     copied, fresh = (init_mixers(student, teacher, 1, fresh_qkvo=f)["stacks"][0]["mixer"] for f in (False, True))
     np.testing.assert_array_equal(copied["q"]["kernel"], teacher["stacks"][0]["mixer"]["q"]["kernel"])
     bound = 0.5 * 32**-0.5

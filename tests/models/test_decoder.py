@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from untrained import random_params
 
 from radlads_jax.models import MixerConfig, ModelConfig, attention, bind, init_params, init_state, layers
 from radlads_jax.models.decoder import graphdef
@@ -38,18 +39,18 @@ CONFIGS = {
 
 @pytest.fixture(params=CONFIGS, scope="module")
 def model(request):
-    """A model whose zero-initialised matrices are random, so that every branch matters."""
     cfg = CONFIGS[request.param]
-    params = init_params(cfg, 0)
-    keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
-    leaves, tree = jax.tree.flatten(params)
-    noisy = [x + 0.1 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)]
-    return cfg, jax.tree.unflatten(tree, noisy)
+    return cfg, random_params(cfg)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="remat")
 def hidden_of(cfg, params, rows, **options):
     return bind(cfg, params).hidden(rows, **options)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def gradients_of(cfg, params, rows, remat):
+    return jax.grad(lambda params: jnp.square(hidden_of(cfg, params, rows, remat=remat)[0] - 0.3).sum())(params)
 
 
 def tokens(batch: int, length: int, seed: int = 0):
@@ -64,9 +65,9 @@ def relative(got, expected) -> float:
 def test_prefill_equals_decode(model):
     cfg, params = model
     rows = tokens(2, 12)
-    whole, whole_state = hidden_of(cfg, params, rows, state=init_state(cfg, 2, 16))
+    whole, whole_state = hidden_of(cfg, params, rows, state=init_state(cfg, 2, 24))
     plain, _ = hidden_of(cfg, params, rows)
-    pieces, state = [], init_state(cfg, 2, 16)
+    pieces, state = [], init_state(cfg, 2, 24)
     for piece in jnp.split(rows, [7, 8, 9, 10, 11], axis=1):
         hidden, state = hidden_of(cfg, params, piece, state=state)
         pieces.append(hidden)
@@ -78,13 +79,12 @@ def test_prefill_equals_decode(model):
 
 def test_packed_rows_equal_documents_apart(model):
     cfg, params = model
-    first, second = tokens(1, 12, seed=1), tokens(1, 12, seed=2)
-    packed = jnp.concatenate([first, second, jnp.zeros((1, 3), jnp.int32)], axis=1)
+    apart = tokens(2, 12)
+    packed = jnp.concatenate([apart.reshape(1, 24), jnp.zeros((1, 3), jnp.int32)], axis=1)
     segments = jnp.asarray([[1] * 12 + [2] * 12 + [0] * 3])
     positions = jnp.asarray([[*range(12), *range(12), 0, 0, 0]])
     hidden, _ = hidden_of(cfg, params, packed, segment_ids=segments, positions=positions)
-    assert relative(hidden[:, :12], hidden_of(cfg, params, first)[0]) < 2e-6
-    assert relative(hidden[:, 12:24], hidden_of(cfg, params, second)[0]) < 2e-6
+    assert relative(hidden[:, :24].reshape(2, 12, -1), hidden_of(cfg, params, apart)[0]) < 2e-6
 
 
 def test_new_segment_clears_a_decoding_state(model):
@@ -98,37 +98,35 @@ def test_new_segment_clears_a_decoding_state(model):
 
 def test_left_padding_changes_nothing(model):
     cfg, params = model
-    row = tokens(1, 12)
-    padded = jnp.concatenate([jnp.zeros((1, 5), jnp.int32), row], axis=1)
-    options = {"positions": jnp.asarray([[0] * 5 + [*range(12)]]), "segment_ids": jnp.asarray([[0] * 5 + [1] * 12])}
-    hidden, _ = hidden_of(cfg, params, padded, state=init_state(cfg, 1, 20), **options)
-    assert relative(hidden[:, 5:], hidden_of(cfg, params, row)[0]) < 2e-6
+    rows = tokens(2, 12)
+    padded = jnp.pad(rows, ((0, 0), (5, 0)))
+    options = {"positions": jnp.maximum(jnp.arange(17) - 5, 0), "segment_ids": jnp.where(jnp.arange(17) < 5, 0, 1)}
+    options = {name: jnp.tile(value, (2, 1)) for name, value in options.items()}
+    hidden, _ = hidden_of(cfg, params, padded, state=init_state(cfg, 2, 24), **options)
+    assert relative(hidden[:, 5:], hidden_of(cfg, params, rows)[0]) < 2e-6
 
 
 def test_later_tokens_change_nothing_before_them(model):
     cfg, params = model
-    row = tokens(1, 12)
-    changed = row.at[0, 8].set((row[0, 8] + 1) % 64)
-    before, after = hidden_of(cfg, params, row)[0], hidden_of(cfg, params, changed)[0]
-    assert relative(after[:, :8], before[:, :8]) < 2e-6
-    assert relative(after[:, 8:], before[:, 8:]) > 1e-3
+    row = np.asarray(tokens(1, 12))
+    changed = row.copy()
+    changed[0, 8] = (row[0, 8] + 1) % 64
+    before, after = hidden_of(cfg, params, jnp.asarray(np.concatenate([row, changed])))[0]
+    assert relative(after[:8], before[:8]) < 2e-6
+    assert relative(after[8:], before[8:]) > 1e-3
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_no_gradient(remat):
     cfg = CONFIGS["hybrid7"]
-    params, row = init_params(cfg, 0), tokens(1, 10)
-
-    def loss(params, remat):
-        return jnp.square(bind(cfg, params).hidden(row, remat=remat)[0] - 0.3).sum()
-
-    expected, got = jax.grad(loss)(params, "none"), jax.grad(loss)(params, remat)
+    params, row = random_params(cfg), tokens(1, 10)
+    expected, got = gradients_of(cfg, params, row, "none"), gradients_of(cfg, params, row, remat)
     jax.tree.map(lambda e, g: np.testing.assert_allclose(g, e, rtol=1e-3, atol=1e-4), expected, got)
 
 
 def test_long_rows_are_read_in_blocks_of_queries():
     row = tokens(1, 1100)
-    params = init_params(TEACHER, 0)
+    params = random_params(TEACHER)
     segments = jnp.asarray([[1] * 700 + [2] * 400])
     whole, _ = hidden_of(TEACHER, params, row, segment_ids=segments, positions=jnp.arange(1100)[None])
     alone, _ = hidden_of(TEACHER, params, row[:, 700:], positions=jnp.arange(700, 1100)[None])
@@ -147,7 +145,7 @@ def test_program_does_not_grow_with_depth():
 def test_value_residual_starts_at_the_first_recurrent_layer():
     cfg = student("rad_rwkv7", attention_layers=(0,))
     assert cfg.first_recurrent_layer == 1
-    params = init_params(cfg, 0)
+    params = random_params(cfg)
     base = params["stacks"][1]["mixer"]["value"]["base"]
     row = tokens(1, 6)
     hidden = hidden_of(cfg, params, row)[0]
@@ -160,7 +158,7 @@ def test_value_residual_starts_at_the_first_recurrent_layer():
 @pytest.mark.parametrize("mixer", ["rad_rwkv6", "rad_rwkv7"])
 def test_published_initial_values(mixer):
     cfg = student(mixer)
-    params = init_params(cfg, 0)["stacks"][0]["mixer"]
+    params = jax.jit(lambda: init_params(cfg, 0))()["stacks"][0]["mixer"]
     n = np.arange(48) / 47
     for layer in range(3):
         depth = layer / 2
@@ -221,7 +219,7 @@ def test_attention_by_blocks_of_queries_is_that_of_the_whole_row(monkeypatch):
             out = attention.softmax_attention(q, k, v, context)
             return jnp.sum(jnp.sin(out)), out
 
-        return jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
 
     blocks = value_and_gradients()
     monkeypatch.setattr(attention, "SMALLEST_BLOCK", 300)

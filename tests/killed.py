@@ -35,13 +35,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import tiny_run
 from killed_programs import FORKING, FRESH
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = {"stage1": 9, "stage2": 8, "stage3": 7}
 SHORT = {"stage1": 4}
 UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-ROWS, TOKENS = 4, 32
 TIMEOUT = 1800
 
 UNFINISHED = (
@@ -62,41 +62,11 @@ PHASES = {
 }
 
 
-def make_teacher(directory: pathlib.Path) -> pathlib.Path:
-    """A tiny teacher of random weights with its tokenizer."""
-    from untrained import save_teacher
-
-    return save_teacher(directory)
-
-
-def settings(teacher: pathlib.Path, mixer: str, steps: dict[str, int] = STEPS) -> dict[str, Any]:
-    """Every setting that is not convert.py's, by its name."""
-    chosen: dict[str, Any] = {
-        "dtype": "float32",
-        "teacher.dtype": "float32",
-        "export.dtype": "float32",
-        "teacher.path": str(teacher),
-        "student.mixer": mixer,
-        "data.source": "synthetic",
-        "data.documents": 60,
-        "data.eval_rows": 32,
-        "stages": tuple(steps),
-        "train.log_every": 1,
-        "train.checkpoint_every": 2,
-        "train.sample_prompts": ("This is a tale of",),
-        "train.sample_tokens": 3,
-        "export.max_shard_gb": 6e-5,
-    }
-    for name, count in steps.items():
-        recipe: dict[str, Any] = {"seq_len": TOKENS, "batch_size": ROWS, "tokens": ROWS * TOKENS * count}
-        recipe |= dict.fromkeys(("lr", "lr_final", "mixer_lr", "mixer_lr_final"), 1e-3) | {"warmup_steps": 2}
-        chosen |= {f"{name}.{field}": value for field, value in recipe.items()}
-    return chosen
-
-
 def flags(teacher: pathlib.Path, workdir: pathlib.Path, mixer: str, steps: dict[str, int] = STEPS) -> list[str]:
     """launch's command line."""
-    words = [f"--config.{name}={value}" for name, value in settings(teacher, mixer, steps).items()]
+    # In several files, for the moments between their writes.
+    chosen = tiny_run.settings(teacher, mixer, steps) | {"export.max_shard_gb": 6e-5}
+    words = [f"--config.{name}={value}" for name, value in chosen.items()]
     # The teacher is random, which a run otherwise refuses.
     return ["--config=configs/convert.py", f"--workdir={workdir}", "--force", *words]
 
@@ -282,6 +252,8 @@ def may_end_so(signals: str) -> Callable[[Attempt], bool]:
 
 
 def main() -> int:
+    from untrained import save_teacher
+
     parser = argparse.ArgumentParser(description="Ends a small conversion at random moments; see the file's head.")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--signal", choices=["KILL", "TERM", "HUP", "INT", "INTINT"], default="KILL")
@@ -301,7 +273,7 @@ def main() -> int:
     rng = random.Random(given.seed)
     with tempfile.TemporaryDirectory(prefix="killed-") as temporary, contextlib.ExitStack() as stack:
         root = given.directory or pathlib.Path(temporary)
-        teacher = make_teacher(root / "teacher")
+        teacher = save_teacher(root / "teacher")
         starter = stack.enter_context(Starter(root / "cache", UNOPTIMIZED if given.short else ""))
         undisturbed = [root / "first"] if given.short else [root / "first", root / "second"]
         for workdir in undisturbed:

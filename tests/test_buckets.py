@@ -15,10 +15,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tiny_run
 from etils.epath import backend
 from fake_gcs import FakeGcs
 from ml_collections import ConfigDict
 from test_many_hosts import assert_same_run, command, finish, start
+from untrained import TEACHER, random_params, save_teacher
 
 from radlads_jax import launch, storage, train
 from radlads_jax.config import defaults, validate
@@ -29,7 +31,6 @@ from radlads_jax.evaluate import output_directory
 from radlads_jax.export import export_again
 from radlads_jax.job import make_job
 from radlads_jax.metrics import MetricsLogger, read_metrics
-from radlads_jax.models import ModelConfig, init_params
 from radlads_jax.models.decoder import abstract_params
 from radlads_jax.plan import teacher_config
 from radlads_jax.porting.load import load_params
@@ -38,7 +39,6 @@ from radlads_jax.report import write_report
 from radlads_jax.sharding import make_mesh, shardings
 
 ROOT = pathlib.Path(__file__).parent.parent
-TEACHER = ModelConfig("qwen2", 300, 32, 64, 4, 2, 8, (("attention", 2),), qkv_bias=True, tie_embeddings=True)
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +68,7 @@ def another_host(gcs, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def teacher_dir(tmp_path_factory):
-    tokenizer_dir = tmp_path_factory.mktemp("tokenizer")
-    synthetic.save_tokenizer(synthetic.train_tokenizer(300, count=200), tokenizer_dir)
-    params = jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, init_params(TEACHER, 0))
-    base = {"model_type": "qwen2", "eos_token_id": 0, "bos_token_id": 0}
-    directory = tmp_path_factory.mktemp("teacher") / "model"
-    return save_params(params, TEACHER, directory, base_config=base, tokenizer_from=tokenizer_dir)
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +79,11 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 
 
 def tiny_config(teacher, data) -> ConfigDict:
+    settings = tiny_run.settings(teacher, steps={"stage1": tiny_run.STEPS["stage1"]})
+    settings |= {"data.source": "jsonl", "data.path": str(data)}
+    settings |= {"train.log_every": 2, "train.checkpoint_every": 4}
     config = defaults()
-    config.dtype = config.teacher.dtype = config.export.dtype = "float32"
-    config.teacher.path, config.data.path = str(teacher), str(data)
-    config.data.source, config.data.eval_rows = "jsonl", 8
-    config.train.log_every, config.train.checkpoint_every = 2, 4
-    config.stages = ("stage1",)
-    config.stage1.update(seq_len=32, batch_size=4, tokens=32 * 4 * 6, warmup_steps=2)
+    config.update_from_flattened_dict(settings)
     return config
 
 
@@ -145,7 +138,7 @@ def test_a_run_in_a_bucket_is_the_run_on_the_disk(gcs, run, finished, tmp_path):
     assert summaries[0]["student"] == summaries[1]["student"]
     assert (found / "report" / "index.html").read_text().count("<section") > 5
     assert len(list((found / "tensorboard" / "stage1").glob("events*"))) == 2
-    assert sorted(p.name for p in (found / "checkpoints" / "stage1").iterdir()) == ["4", "6"]
+    assert sorted(p.name for p in (found / "checkpoints" / "stage1").iterdir()) == ["4", "5"]
 
 
 def test_a_finished_run_in_a_bucket_does_nothing(gcs, run, capsys):
@@ -237,7 +230,7 @@ def test_text_of_every_kind_is_read_in_place(gcs, tmp_path):
 def test_an_export_that_fails_is_none_and_is_replaced(gcs, monkeypatch):
     def save(directory: str, shard: int = 10**9):
         base = {"model_type": "qwen2", "eos_token_id": 0}
-        return save_params(init_params(TEACHER, 0), TEACHER, directory, base_config=base, max_shard_size=shard)
+        return save_params(random_params(TEACHER), TEACHER, directory, base_config=base, max_shard_size=shard)
 
     save("gs://bucket/export", 50_000)
     assert len(gcs.names("bucket", "export/model-")) > 1 and "export/config.json" in gcs.names("bucket")

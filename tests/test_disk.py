@@ -15,16 +15,14 @@ import jax.numpy as jnp
 import killed
 import numpy as np
 import pytest
+import tiny_run
+from untrained import TEACHER, random_params, save_teacher
 
-from radlads_jax import config, train
+from radlads_jax import train
 from radlads_jax.checkpoint import Checkpoints
 from radlads_jax.curves import Curves
-from radlads_jax.job import make_job
 from radlads_jax.metrics import MetricsLogger, read_metrics
-from radlads_jax.models import ModelConfig, init_params
 from radlads_jax.porting.save import save_params
-
-TEACHER = ModelConfig("qwen2", 300, 32, 64, 4, 2, 8, (("attention", 2),), qkv_bias=True, tie_embeddings=True)
 
 
 @contextlib.contextmanager
@@ -58,7 +56,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: pathlib.Path) -> None:
 
 
 def test_an_export_that_does_not_fit_leaves_the_one_before(tmp_path: pathlib.Path) -> None:
-    first, second = (init_params(TEACHER, seed) for seed in (0, 1))
+    first, second = (random_params(TEACHER, seed=seed) for seed in (0, 1))
     save_params(first, TEACHER, tmp_path / "export", base_config={})
     before = {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()}
     with full_beyond(20_000), pytest.raises(OSError, match="File too large"):
@@ -70,12 +68,12 @@ def test_an_export_that_does_not_fit_leaves_the_one_before(tmp_path: pathlib.Pat
 
 
 def test_an_export_ended_between_its_two_renames_is_still_there(tmp_path: pathlib.Path) -> None:
-    save_params(init_params(TEACHER, 0), TEACHER, tmp_path / "export", base_config={})
+    save_params(random_params(TEACHER), TEACHER, tmp_path / "export", base_config={})
     weights = (tmp_path / "export" / "model.safetensors").read_bytes()
     (tmp_path / "export").rename(tmp_path / ".export.replaced")
     (tmp_path / ".export.partial").mkdir()
     with full_beyond(20_000), pytest.raises(OSError, match="File too large"):
-        save_params(init_params(TEACHER, 1), TEACHER, tmp_path / "export", base_config={})
+        save_params(random_params(TEACHER, seed=1), TEACHER, tmp_path / "export", base_config={})
     assert (tmp_path / "export" / "model.safetensors").read_bytes() == weights
 
 
@@ -106,13 +104,7 @@ def test_curves_that_do_not_fit_are_an_error_and_no_wait(tmp_path: pathlib.Path)
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return killed.make_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-def run(teacher: pathlib.Path, workdir: pathlib.Path, steps: dict[str, int]) -> None:
-    chosen = config.defaults()
-    chosen.update_from_flattened_dict(killed.settings(teacher, "rad_rwkv7", steps))
-    train.convert(make_job(config.validate(chosen), workdir))
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def damage(checkpoint: pathlib.Path) -> None:
@@ -129,30 +121,32 @@ def damage(checkpoint: pathlib.Path) -> None:
 
 def test_a_run_goes_on_from_the_newest_whole_checkpoints(teacher, tmp_path, monkeypatch, capsys) -> None:
     """The last one of a stage that is over, and the newest of the one after it, each with one flipped bit."""
-    steps = {"stage1": 3, "stage2": 5}
-    run(teacher, tmp_path / "undisturbed", steps)
+    steps = {name: tiny_run.STEPS[name] for name in ("stage1", "stage2")}
+    assert steps == {"stage1": 5, "stage2": 4}
+    settings = tiny_run.settings(teacher, steps=steps)
+    tiny_run.convert(tmp_path / "undisturbed", settings)
     log = MetricsLogger.log
 
     def log_and_stop(self: MetricsLogger, stage: str, step: int, values: Any) -> None:
         log(self, stage, step, values)
-        if (stage, step) == ("stage2", 3):
+        if (stage, step) == ("stage2", 2):
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patched:
         patched.setattr(MetricsLogger, "log", log_and_stop)
         with pytest.raises(train.Interrupted):
-            run(teacher, tmp_path / "damaged", steps)
+            tiny_run.convert(tmp_path / "damaged", settings)
     checkpoints = tmp_path / "damaged" / "checkpoints"
-    damage(checkpoints / "stage1" / "3")
-    damage(checkpoints / "stage2" / "4")
+    damage(checkpoints / "stage1" / "5")
+    damage(checkpoints / "stage2" / "3")
     capsys.readouterr()
-    run(teacher, tmp_path / "damaged", steps)
+    tiny_run.convert(tmp_path / "damaged", settings)
     said = capsys.readouterr().out
-    assert "stage2: continuing from the checkpoint of step 2 of 5" in said
-    assert "going back to repeat the steps up to 3" in said
-    assert "stage1: continuing from the checkpoint of step 2 of 3" in said
+    assert "stage2: continuing from the checkpoint of step 2 of 4" in said
+    assert "going back to repeat the steps up to 5" in said
+    assert "stage1: continuing from the checkpoint of step 4 of 5" in said
     aside = {path.name for path in checkpoints.glob("*-damaged")}
-    assert aside == {"stage1-3-damaged", "stage2-4-damaged"}
+    assert aside == {"stage1-5-damaged", "stage2-3-damaged"}
     for name in aside:
         shutil.rmtree(checkpoints / name)
     expected, found = (killed.result(tmp_path / name, steps) for name in ("undisturbed", "damaged"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import killed
 import pytest
+from untrained import save_teacher
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,7 +24,7 @@ def test_killed_right_before_operations_on_files_a_run_loses_nothing():
 
 @pytest.mark.slow
 def test_a_run_goes_on_behind_head(tmp_path: Path) -> None:
-    teacher = killed.make_teacher(tmp_path / "teacher")
+    teacher = save_teacher(tmp_path / "teacher")
     words = killed.flags(teacher, tmp_path / "run", "rad_rwkv7", killed.SHORT)
     command = [sys.executable, "-m", "radlads_jax.launch", *words]
     environment = killed.environment(tmp_path / "cache", killed.UNOPTIMIZED)
@@ -47,7 +48,7 @@ runpy.run_module("radlads_jax.launch", run_name="__main__", alter_sys=True)
 
 @pytest.mark.slow
 def test_a_run_whose_terminal_is_closed_saves(tmp_path: Path) -> None:
-    teacher = killed.make_teacher(tmp_path / "teacher")
+    teacher = save_teacher(tmp_path / "teacher")
     words = killed.flags(teacher, tmp_path / "run", "rad_rwkv7", {"stage1": 400})
     environment = killed.environment(tmp_path / "cache", killed.UNOPTIMIZED)
     ours, its = pty.openpty()

@@ -4,64 +4,40 @@ import dataclasses
 import json
 import signal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
+import tiny_run
+from untrained import TEACHER, save_teacher
 
 from radlads_jax import launch, train
 from radlads_jax.checkpoint import Checkpoints
-from radlads_jax.config import defaults, validate
-from radlads_jax.data import synthetic
-from radlads_jax.job import make_job
 from radlads_jax.metrics import MetricsLogger, read_metrics
-from radlads_jax.models import ModelConfig, bind, init_params
+from radlads_jax.models import abstract_params, bind
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.save import save_params
 from radlads_jax.train_state import path_leaves
 
-TEACHER = ModelConfig(
-    "qwen2", 300, 32, 64, 4, 2, 8, (("attention", 2),), qkv_bias=True, tie_embeddings=True, max_position_embeddings=512
-)
+# As many checkpoints as stages 1 and 2 have both in their middle and at their end.
+SETTINGS = {"train.log_every": 2, "train.checkpoint_every": 3}
 
 
 @pytest.fixture(scope="module")
 def teacher_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("teacher") / "model"
-    tokenizer_dir = tmp_path_factory.mktemp("tokenizer")
-    synthetic.save_tokenizer(synthetic.train_tokenizer(300, count=200), tokenizer_dir)
-    params = jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, init_params(TEACHER, 0))
-    base = {"model_type": "qwen2", "eos_token_id": 0, "bos_token_id": 0}
-    return save_params(params, TEACHER, directory, base_config=base, tokenizer_from=tokenizer_dir)
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
 
 
-def tiny_config(teacher_dir, **changes) -> ConfigDict:
-    config = defaults()
-    config.dtype = config.teacher.dtype = config.export.dtype = "float32"
-    config.teacher.path = str(teacher_dir)
-    config.data.source, config.data.documents, config.data.eval_rows = "synthetic", 60, 32
-    config.train.log_every, config.train.checkpoint_every = 2, 3
-    config.train.sample_prompts, config.train.sample_tokens = ("This is a tale of", "What is"), 5
-    for name, steps in (("stage1", 5), ("stage2", 4), ("stage3", 3)):
-        stage = config[name]
-        stage.seq_len, stage.batch_size, stage.tokens, stage.warmup_steps = 32, 4, 32 * 4 * steps, 2
-        stage.lr = stage.mixer_lr = 3e-3
-    config.update(changes)
-    return config
-
-
-def run(config: ConfigDict, workdir) -> dict:
-    return train.convert(make_job(validate(config), workdir))
+def run(teacher, workdir, **more) -> dict:
+    return tiny_run.convert(workdir, tiny_run.settings(teacher) | SETTINGS | more)
 
 
 @pytest.fixture(scope="module")
 def finished(teacher_dir, tmp_path_factory):
     """(work directory, summary) of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("run")
-    return workdir, run(tiny_config(teacher_dir), workdir)
+    return workdir, run(teacher_dir, workdir)
 
 
 def exported(workdir):
@@ -78,9 +54,9 @@ def test_summary(finished):
     assert set(summary["teacher"]) == {"loss", "top1"}
     assert set(summary["student"]) == {"loss", "top1", "kl", "agreement"}
     assert [s["name"] for s in summary["stages"]] == ["stage1", "stage2", "stage3"]
-    assert [s["steps"] for s in summary["stages"]] == [5, 4, 3]
+    assert [s["steps"] for s in summary["stages"]] == list(tiny_run.STEPS.values())
     assert all(s["tokens"] == s["steps"] * 128 and s["tokens_per_second"] > 0 for s in summary["stages"])
-    # Three steps on an untrained teacher's text say nothing of stage 3's loss.
+    # A few steps on an untrained teacher's text say nothing of stage 3's loss.
     assert all(s["peak_bytes"] > 1e8 for s in summary["stages"])
     assert all(s["last_loss"] < s["first_loss"] for s in summary["stages"][:2])
     assert 0 < summary["student"]["agreement"] <= 1 and summary["student"]["kl"] > 0
@@ -91,7 +67,7 @@ def test_summary(finished):
 def test_metrics_hold_every_step_once(finished):
     records = read_metrics(finished[0])
     steps = [(r["stage"], r["step"]) for r in records]
-    assert steps == [(name, i + 1) for name, n in (("stage1", 5), ("stage2", 4), ("stage3", 3)) for i in range(n)]
+    assert steps == [(name, i + 1) for name, n in tiny_run.STEPS.items() for i in range(n)]
     first = records[0]
     assert [r["tokens"] for r in records[:2]] == [128, 256]
     assert first["finite"] == 1 and len(first["layer_loss"]) == 2
@@ -105,7 +81,7 @@ def test_export_is_the_student(finished):
     cfg = model_config_from_hf(read_config(workdir / "export"))
     params = load_params(workdir / "export", cfg, dtype="float32")
     with Checkpoints(workdir / "checkpoints" / "stage3") as checkpoints:
-        last = checkpoints.restore_params(3, jax.eval_shape(lambda: init_params(cfg, 0)))
+        last = checkpoints.restore_params(tiny_run.STEPS["stage3"], abstract_params(cfg))
     for path, leaf in path_leaves(last).items():
         np.testing.assert_array_equal(path_leaves(params)[path], leaf, err_msg=path)
     assert cfg.recurrent_mixer == "rad_rwkv7" and not cfg.tie_embeddings
@@ -118,7 +94,7 @@ def test_export_is_the_student(finished):
 def test_a_finished_run_does_nothing(finished, teacher_dir, capsys):
     workdir, summary = finished
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-    assert run(tiny_config(teacher_dir), workdir) == summary
+    assert run(teacher_dir, workdir) == summary
     assert "nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
@@ -139,11 +115,11 @@ def test_a_stopped_run_continues_to_the_same_bits(
 
     monkeypatch.setattr(MetricsLogger, "log", log_and_stop)
     with pytest.raises(train.Interrupted, match=f"stopped by {signal.Signals(signum).name}"):
-        run(tiny_config(teacher_dir), tmp_path)
+        run(teacher_dir, tmp_path)
     assert not (tmp_path / "export").exists() and not (tmp_path / "summary.json").exists()
     monkeypatch.setattr(MetricsLogger, "log", log)
     capsys.readouterr()
-    summary = run(tiny_config(teacher_dir), tmp_path)
+    summary = run(teacher_dir, tmp_path)
     said = capsys.readouterr().out
     assert "continuing from the checkpoint of step" in said or "steps are done already" in said
     workdir, undisturbed = finished
@@ -160,11 +136,8 @@ def test_other_settings_do_not_continue_a_run(tmp_path):
 
 
 def test_frozen_and_hybrid_and_retied(teacher_dir, tmp_path):
-    config = tiny_config(teacher_dir, stages=("stage1", "stage2"))
-    config.student.mixer, config.student.attention_layers = "rad_rwkv6", (1,)
-    config.stage2.freeze = ("mlp", "embed")
-    config.export.retie = True
-    run(config, tmp_path)
+    hybrid = {"stages": ("stage1", "stage2"), "student.mixer": "rad_rwkv6", "student.attention_layers": (1,)}
+    run(teacher_dir, tmp_path, **hybrid, **{"stage2.freeze": ("mlp", "embed"), "export.retie": True})
     base = load_params(teacher_dir, TEACHER, dtype="float32")
     cfg = model_config_from_hf(read_config(tmp_path / "export"))
     assert cfg.tie_embeddings and cfg.layer_mixers == ("rad_rwkv6", "attention")
@@ -182,8 +155,6 @@ def test_non_finite_losses_end_the_run(teacher_dir, tmp_path):
     broken = load_params(teacher_dir, TEACHER, dtype="float32")
     broken["norm"]["scale"] = broken["norm"]["scale"].at[3].set(jnp.nan)
     save_params(broken, TEACHER, tmp_path / "teacher", base_config=read_config(teacher_dir), tokenizer_from=teacher_dir)
-    config = tiny_config(tmp_path / "teacher", stages=("stage2",))
-    config.train.max_skipped = 2
     with pytest.raises(train.TooManyNonFinite, match="stage2: the 3 steps from 1 to 3 had"):
-        run(config, tmp_path / "run")
+        run(tmp_path / "teacher", tmp_path / "run", **{"stages": ("stage2",), "train.max_skipped": 2})
     assert not (tmp_path / "run" / "export").exists()

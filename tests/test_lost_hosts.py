@@ -12,6 +12,7 @@ from typing import Any
 
 import killed
 import pytest
+from untrained import save_teacher
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +25,7 @@ BOUND = 300
 def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A directory with the teacher, and with what the job leaves that is not disturbed."""
     directory = tmp_path_factory.mktemp("hosts")
-    killed.make_teacher(directory / "teacher")
+    save_teacher(directory / "teacher")
     Pair(directory, directory / "undisturbed").finish(0)
     return directory
 

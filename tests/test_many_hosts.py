@@ -9,29 +9,21 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from untrained import save_teacher
 
-from radlads_jax.data import synthetic
 from radlads_jax.metrics import read_metrics
-from radlads_jax.models import ModelConfig, init_params
-from radlads_jax.porting.save import save_params
 
 ROOT = pathlib.Path(__file__).parent.parent
-TEACHER = ModelConfig("qwen2", 300, 32, 64, 4, 2, 8, (("attention", 2),), qkv_bias=True, tie_embeddings=True)
 STEPS = {"stage1": 6, "stage2": 4, "stage3": 4}
 ROWS, TOKENS = 8, 16
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> pathlib.Path:
-    directory = tmp_path_factory.mktemp("teacher")
-    synthetic.save_tokenizer(synthetic.train_tokenizer(300, count=200), directory / "tokenizer")
-    params = jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, init_params(TEACHER, 0))
-    base = {"model_type": "qwen2", "eos_token_id": 0, "bos_token_id": 0}
-    return save_params(params, TEACHER, directory / "model", base_config=base, tokenizer_from=directory / "tokenizer")
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def command(teacher: pathlib.Path, workdir: pathlib.Path, mesh: str, stages: tuple[str, ...], mixer: str) -> list[str]:
@@ -117,9 +109,10 @@ def assert_same_run(found: pathlib.Path, expected: pathlib.Path) -> None:
 def test_two_processes_convert_as_one_does(teacher, tmp_path) -> None:
     """Also: only the first one speaks, and a run of one process goes on as a run of two."""
     stages, mixer = ("stage1", "stage2"), "rad_rwkv7"
-    finish(start(command(teacher, tmp_path / "one", "fsdp=1", stages, mixer), 1, 1))
+    alone = start(command(teacher, tmp_path / "one", "fsdp=1", stages, mixer), 1, 1)
     words = command(teacher, tmp_path / "two", "fsdp=2,tensor=2", stages, mixer)
     first, second = finish(start(words, 2, 2))
+    finish(alone)
     assert "exporting to" in first
     assert "stage1" not in second and "before the run" not in second
     assert "ok  checkpoints" in first and "fsdp 2 x tensor 2 of 4" in first and "NO  teacher" in first

@@ -11,30 +11,29 @@ import killed
 import numpy as np
 import optax
 import pytest
+import tiny_run
+from untrained import save_teacher
 
-from radlads_jax import config, train
+from radlads_jax import train
 from radlads_jax.checkpoint import Checkpoints
 from radlads_jax.distill.losses import LossSums
 from radlads_jax.distill.step import make_train_step
-from radlads_jax.job import make_job
 from radlads_jax.metrics import is_spike, read_metrics
 from radlads_jax.train_state import TrainState
 
 # The stage whose loss reads the tokens' weights, and which has no teacher to compile.
-STEPS = {"stage3": 8}
+STEPS = {"stage3": tiny_run.STEPS["stage3"]}
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return killed.make_teacher(tmp_path_factory.mktemp("teacher"))
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def run(
     teacher: pathlib.Path, workdir: pathlib.Path, steps: dict[str, int], mixer: str = "rad_rwkv7", **more: Any
 ) -> None:
-    chosen = config.defaults()
-    chosen.update_from_flattened_dict(killed.settings(teacher, mixer, steps) | more)
-    train.convert(make_job(config.validate(chosen), workdir))
+    tiny_run.convert(workdir, tiny_run.settings(teacher, mixer, steps) | more)
 
 
 def bits(tree: Any) -> list[bytes]:
@@ -77,13 +76,13 @@ def bad_weights(values: dict[int, float]) -> Callable[[int, Any, Any], tuple[Any
 def test_a_bad_weight_changes_nothing_and_is_named(teacher, tmp_path, monkeypatch, capsys) -> None:
     seen = planting(monkeypatch, bad_weights({2: np.nan, 4: np.inf, 5: -np.inf}))
     run(teacher, tmp_path, STEPS)
-    assert [step for step, same in seen if same] == [2, 4, 5] and len(seen) == 8
+    assert [step for step, same in seen if same] == [2, 4, 5] and len(seen) == 11
     said = capsys.readouterr().out
     for step, in_a_row in ((2, 1), (4, 1), (5, 2)):
         assert f"stage3: step {step} is skipped, its loss or gradient is not finite ({in_a_row} in a row)" in said
     lines = read_metrics(tmp_path)
-    assert [line["finite"] for line in lines] == [1, 0, 1, 0, 0, 1, 1, 1]
-    assert [line["skipped"] for line in lines] == [0, 1, 1, 2, 3, 3, 3, 3]
+    assert [line["finite"] for line in lines] == [1, 0, 1, 0, 0, 1, 1, 1, 1, 1, 1]
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 2, 3, 3, 3, 3, 3, 3, 3]
     assert np.isfinite(json.loads((tmp_path / "summary.json").read_text())["stages"][0]["last_loss"])
 
 
@@ -107,7 +106,7 @@ def test_a_bad_parameter_ends_the_run_with_the_checkpoint_before_it(teacher, tmp
 def test_a_run_of_them_costs_nothing_but_the_time(teacher, tmp_path, monkeypatch) -> None:
     run(teacher, tmp_path / "undisturbed", STEPS)
     with monkeypatch.context() as patched:
-        planting(patched, bad_weights(dict.fromkeys(range(4, 9), np.nan)))
+        planting(patched, bad_weights(dict.fromkeys(range(4, 12), np.nan)))
         with pytest.raises(train.TooManyNonFinite, match="the 4 steps from 4 to 7 "):
             run(teacher, tmp_path / "disturbed", STEPS, **{"train.max_skipped": 3})
     run(teacher, tmp_path / "disturbed", STEPS, **{"train.max_skipped": 3})
@@ -148,13 +147,13 @@ def test_spikes() -> None:
 
 def test_a_spike_is_marked_and_reported(teacher, tmp_path, monkeypatch) -> None:
     def plant(step: int, state: Any, batch: Any) -> tuple[Any, Any]:
-        if step == 13:
+        if step == 11:
             state = state._replace(params=jax.tree.map(lambda x: x * 5, state.params))
         return state, batch
 
     planting(monkeypatch, plant)
-    run(teacher, tmp_path, {"stage3": 13})
-    assert [line["step"] for line in read_metrics(tmp_path) if line["spike"]] == [13]
+    run(teacher, tmp_path, STEPS)
+    assert [line["step"] for line in read_metrics(tmp_path) if line["spike"]] == [11]
     page = (tmp_path / "report" / "index.html").read_text()
     assert "spikes" in page and "six deviations" in page
 

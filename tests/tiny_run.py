@@ -1,0 +1,42 @@
+"""A small conversion that many test files run, with one recipe: what one compiles is there for the others."""
+
+import pathlib
+from typing import Any
+
+STEPS = {"stage1": 5, "stage2": 4, "stage3": 11}
+ROWS, TOKENS = 4, 32
+
+
+def settings(teacher: pathlib.Path | str, mixer: str = "rad_rwkv7", steps: dict[str, int] = STEPS) -> dict[str, Any]:
+    """Every setting that is not the default one, by its name. steps: of each stage to run."""
+    chosen: dict[str, Any] = {
+        "dtype": "float32",
+        "teacher.dtype": "float32",
+        "export.dtype": "float32",
+        "teacher.path": str(teacher),
+        "student.mixer": mixer,
+        "data.source": "synthetic",
+        "data.documents": 60,
+        "data.eval_rows": 32,
+        "stages": tuple(steps),
+        "train.log_every": 1,
+        "train.checkpoint_every": 2,
+        "train.sample_prompts": ("This is a tale of", "What is"),
+        "train.sample_tokens": 3,
+    }
+    for name, count in steps.items():
+        recipe: dict[str, Any] = {"seq_len": TOKENS, "batch_size": ROWS, "tokens": ROWS * TOKENS * count}
+        recipe |= dict.fromkeys(("lr", "lr_final", "mixer_lr", "mixer_lr_final"), 3e-3) | {"warmup_steps": 2}
+        chosen |= {f"{name}.{field}": value for field, value in recipe.items()}
+    return chosen
+
+
+def convert(workdir: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Runs it in this process; returns the summary."""
+    # Late, because who only starts processes needs none of it.
+    from radlads_jax import config, train
+    from radlads_jax.job import make_job
+
+    chosen = config.defaults()
+    chosen.update_from_flattened_dict(settings)
+    return train.convert(make_job(config.validate(chosen), workdir))

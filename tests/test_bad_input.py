@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import pytest
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from untrained import random_params
 
 from radlads_jax import launch
 from radlads_jax.config import defaults, validate
 from radlads_jax.job import make_job
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.decoder import init_params
 from radlads_jax.porting import save_params
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,7 @@ INDEX = "model.safetensors.index.json"
 def good(tmp_path_factory) -> Path:
     """A directory with a teacher, the same teacher in several files, and text."""
     root = tmp_path_factory.mktemp("good")
-    params = init_params(CONFIG, 0)
+    params = random_params(CONFIG, 0.02)
     tokenizer = byte_tokenizer()
     for name, size in (("teacher", 10**9), ("sharded", 10_000)):
         save_params(params, CONFIG, root / name, base_config={"eos_token_id": 256}, max_shard_size=size)

@@ -4,17 +4,17 @@ import importlib.util
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
+from untrained import random_params, save_tokenizer
 
 from radlads_jax import evaluate
 from radlads_jax.data import synthetic
 from radlads_jax.decoding.loaded import load_model
 from radlads_jax.evaluation import paper
 from radlads_jax.evaluation.scoring import padded_width, score_rows
-from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, bind
+from radlads_jax.models import MixerConfig, ModelConfig, bind
 from radlads_jax.porting.save import save_params
 
 TEACHER = ModelConfig("qwen2", 300, 32, 48, 4, 2, 8, (("attention", 2),), qkv_bias=True, max_position_embeddings=128)
@@ -26,22 +26,10 @@ needs_lm_eval = pytest.mark.skipif(
 )
 
 
-def random_params(cfg: ModelConfig):
-    """Parameters with which no branch is silent and no two tokens are nearly as likely."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        is_scale = getattr(path[-1], "key", None) == "scale"
-        return jnp.asarray(rng.normal(is_scale, 0.2, leaf.shape), leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, abstract_params(cfg))
-
-
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
     """The teacher's and the student's directories."""
-    tokenizer_dir = tmp_path_factory.mktemp("tokenizer")
-    synthetic.save_tokenizer(synthetic.train_tokenizer(300, count=200), tokenizer_dir)
+    tokenizer_dir = save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     base = {"model_type": "qwen2", "eos_token_id": 0, "bos_token_id": 0}
     return {
         name: save_params(

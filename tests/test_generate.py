@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
+from untrained import random_params, save_tokenizer
 
 from radlads_jax import generate
-from radlads_jax.data import synthetic
 from radlads_jax.decoding import loop
 from radlads_jax.decoding.loaded import Model, cache_bytes, load_model, state_bytes
 from radlads_jax.decoding.loop import decode, empty_sequences, generate_greedy, left_padded, pieces, prefill, unrolled
 from radlads_jax.decoding.sampling import Sampling, choose, likely
 from radlads_jax.decoding.text_stream import TextStream
 from radlads_jax.generate import Memory
-from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, bind
+from radlads_jax.models import MixerConfig, ModelConfig, bind
 from radlads_jax.porting import load_tokenizer
 from radlads_jax.porting.save import save_params
 
@@ -48,17 +48,6 @@ SMALLEST = {
 }
 
 
-def random_params(cfg: ModelConfig):
-    """Parameters with which no branch is silent and no two tokens are nearly as likely."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        is_scale = getattr(path[-1], "key", None) == "scale"
-        return jnp.asarray(rng.normal(is_scale, 0.2, leaf.shape), leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, abstract_params(cfg))
-
-
 @pytest.fixture(scope="module", params=CONFIGS)
 def model(request):
     cfg = CONFIGS[request.param]
@@ -67,9 +56,7 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    synthetic.save_tokenizer(synthetic.train_tokenizer(300, count=200), directory)
-    return directory
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

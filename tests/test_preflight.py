@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
+from untrained import random_params
 
 from radlads_jax import job as job_lib
 from radlads_jax import launch, preflight, train
 from radlads_jax.checkpoint import Checkpoints
 from radlads_jax.config import defaults, validate
 from radlads_jax.distill.program import abstract_state
-from radlads_jax.models.decoder import init_params
 from radlads_jax.porting import model_config_from_hf, read_config, save_params
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -51,7 +51,7 @@ def untrained(tmp_path) -> pathlib.Path:
     """The demo's teacher with fresh weights."""
     cfg = model_config_from_hf(read_config(TEACHER))
     base = read_config(TEACHER)
-    return save_params(init_params(cfg, 0), cfg, tmp_path / "untrained", base_config=base, tokenizer_from=TEACHER)
+    return save_params(random_params(cfg, 0.02), cfg, tmp_path / "untrained", base_config=base, tokenizer_from=TEACHER)
 
 
 def lines(text: str) -> dict[str, str]:
@@ -113,7 +113,7 @@ def test_the_disk_that_is_asked_for_is_what_a_run_fills(tmp_path, capsys):
             for step in (2, 3):
                 written.save(step, state, data_state={}, meta={})
     export = tmp_path / "run" / "export"
-    save_params(init_params(job.student, 0), job.student, export, base_config=job.base_config)
+    save_params(random_params(job.student, 0.02), job.student, export, base_config=job.base_config)
     checkpoints = size_of(tmp_path / "run" / "checkpoints")
     third = max(map(size_of, (tmp_path / "run" / "checkpoints").glob("*/*")))
     exported = (export / "model.safetensors").stat().st_size

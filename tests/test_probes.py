@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from untrained import save_tokenizer
 
-from radlads_jax.data import synthetic
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.evaluation import probes
 from radlads_jax.evaluation.probes import Text
@@ -19,9 +19,7 @@ STUDENT = TEACHER.as_student("rad_rwkv7", MixerConfig.for_student("rad_rwkv7", 3
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    synthetic.save_tokenizer(synthetic.train_tokenizer(300, count=200), directory)
-    return load_tokenizer(directory)
+    return load_tokenizer(save_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture(scope="module")

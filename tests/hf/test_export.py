@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from untrained import save_tokenizer
 
 from radlads_jax.config import RunConfig, Student, Teacher
-from radlads_jax.data import synthetic
 from radlads_jax.export import export_again, llama_cpp_obstacles
 from radlads_jax.models import MixerConfig, ModelConfig
 from radlads_jax.porting import load_params, model_config_from_hf, param_shapes, read_config, save_params
@@ -37,8 +37,7 @@ def run_settings(path: str = "Qwen/Qwen2.5-0.5B-Instruct") -> dict:
 
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    synthetic.save_tokenizer(synthetic.train_tokenizer(259, count=200), directory)
+    directory = save_tokenizer(tmp_path_factory.mktemp("tokenizer"), 259)
     return directory
 
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from untrained import save_tokenizer
 
-from radlads_jax.data import synthetic
 from radlads_jax.models import MixerConfig, ModelConfig, bind
 from radlads_jax.models.config import RopeScaling
 from radlads_jax.porting import load_params, model_config_from_hf, param_shapes, read_config, save_params
@@ -76,8 +76,7 @@ def code_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    synthetic.save_tokenizer(synthetic.train_tokenizer(259, count=200), directory)
+    directory = save_tokenizer(tmp_path_factory.mktemp("tokenizer"), 259)
     (directory / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
     return directory
 

@@ -37,6 +37,7 @@ from typing import Any
 
 import tiny_run
 from killed_programs import FORKING, FRESH
+from untrained import save_teacher
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = {"stage1": 9, "stage2": 8, "stage3": 7}
@@ -252,8 +253,6 @@ def may_end_so(signals: str) -> Callable[[Attempt], bool]:
 
 
 def main() -> int:
-    from untrained import save_teacher
-
     parser = argparse.ArgumentParser(description="Ends a small conversion at random moments; see the file's head.")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--signal", choices=["KILL", "TERM", "HUP", "INT", "INTINT"], default="KILL")

@@ -20,7 +20,7 @@ from radlads_jax.porting.load import load_params
 from radlads_jax.porting.save import save_params
 from radlads_jax.train_state import path_leaves
 
-# As many checkpoints as stages 1 and 2 have both in their middle and at their end.
+# Stages 1 and 2 then save both in their middle and at their end.
 SETTINGS = {"train.log_every": 2, "train.checkpoint_every": 3}
 
 

@@ -3,6 +3,9 @@
 import pathlib
 from typing import Any
 
+from radlads_jax import config, train
+from radlads_jax.job import make_job
+
 STEPS = {"stage1": 5, "stage2": 4, "stage3": 11}
 ROWS, TOKENS = 4, 32
 
@@ -33,10 +36,6 @@ def settings(teacher: pathlib.Path | str, mixer: str = "rad_rwkv7", steps: dict[
 
 def convert(workdir: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Runs it in this process; returns the summary."""
-    # Late, because who only starts processes needs none of it.
-    from radlads_jax import config, train
-    from radlads_jax.job import make_job
-
     chosen = config.defaults()
     chosen.update_from_flattened_dict(settings)
     return train.convert(make_job(config.validate(chosen), workdir))

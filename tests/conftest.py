@@ -12,7 +12,7 @@ if DEVICE_FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICE_FLAG}=8".strip()
 
 # Many tests compile the same small programs; the workers of one session share what each has compiled. Single operations
-# too: to keep one costs nothing that can be measured, and to read it back half of what it takes to compile.
+# too: to keep one costs no CPU time that can be measured, to read it back half of compiling it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = tempfile.TemporaryDirectory(prefix="jax-cache-")
     atexit.register(cache.cleanup)

@@ -11,7 +11,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?= -n logical --dist loadfile
 DEMO_WORKDIR ?= runs/demo
-# Huge pages for the tests; a run asks for them by itself (radlads_jax/huge_pages.py).
+# Huge pages for the tests; a run asks for them by itself (radlads_jax/system/huge_pages.py).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -53,7 +53,7 @@ hashes-%: .cache/uv
 
 # Strict: a package that the index knows no advisories of, for it has no such service, is an error and no pass.
 audit: $(STAMP) $(if $(ADVISORIES),,.cache/pip-audit)
-	$(BIN)/python tests/audit.py $(if $(ADVISORIES),--advisories '$(ADVISORIES)')
+	$(BIN)/python tests/measure/audit.py $(if $(ADVISORIES),--advisories '$(ADVISORIES)')
 	$(if $(ADVISORIES),,.cache/pip-audit/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off \
 	    --requirement $(PINS) || { echo "That is an advisory, or an index that serves none: then give a clone, ADVISORIES=DIR."; exit 1; })
 

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import layout, loss_forms
+from pallas_kernels import layout
+from pallas_kernels.measure import loss_forms
 from pallas_kernels.testing import recurrence_inputs
 from pallas_kernels.wkv6 import wkv6
 from pallas_kernels.wkv7 import wkv7

@@ -36,17 +36,17 @@ def main() -> None:
     if arguments.operation == "linear_loss":
         if arguments.topology is None:
             raise ValueError("static_cost got linear_loss with --target, expected --topology: it has no GPU kernel.")
-        from pallas_kernels import static_cost_loss
+        from pallas_kernels.measure import static_cost_loss
 
         static_cost_loss.report(arguments.topology, arguments.tokens, arguments.vocab, arguments.width)
         return
     if arguments.target is not None:
-        from pallas_kernels import static_cost_gpu
+        from pallas_kernels.measure import static_cost_gpu
 
         sizes = (arguments.B, arguments.T, arguments.H, arguments.K)
         static_cost_gpu.main(arguments.operation, arguments.target, *sizes, dtype=arguments.dtype)
         return
-    from pallas_kernels import static_cost_tpu
+    from pallas_kernels.measure import static_cost_tpu
 
     shape = static_cost_tpu.Shape(arguments.B, arguments.T, arguments.H, arguments.K, arguments.dtype)
     static_cost_tpu.report(

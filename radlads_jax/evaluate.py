@@ -17,12 +17,12 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 
-from radlads_jax import command, storage
 from radlads_jax.decoding.loaded import DTYPES, Model, load_model
 from radlads_jax.evaluation.paper import SUITE, published_scores, relative_score
 from radlads_jax.evaluation.probes import DEFAULT_LENGTHS, draw_probes, run_probes
 from radlads_jax.evaluation.task_code import check_task_code
 from radlads_jax.models import ModelConfig
+from radlads_jax.system import command, storage
 
 console = Console(stderr=True, highlight=False)
 

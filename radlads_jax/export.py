@@ -10,7 +10,6 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 
-from radlads_jax import command, storage
 from radlads_jax.decoding.loaded import model_directory
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting.config_keys import read_config, read_json
@@ -18,6 +17,7 @@ from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.save import EXPORT_DTYPES, MODEL_CARD, save_params
+from radlads_jax.system import command, storage
 
 console = Console(highlight=False)
 RUNTIMES = ("", "llama.cpp")

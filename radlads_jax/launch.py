@@ -4,20 +4,19 @@ python -m radlads_jax.launch --config configs/demo.py --workdir runs/demo [--con
 """
 
 import json
-import re
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 from rich.console import Console
 
 from radlads_jax import config as config_lib
-from radlads_jax import huge_pages, storage
-from radlads_jax.stopping import leave_on_signals, outlive_readers
+from radlads_jax.system import huge_pages, storage
+from radlads_jax.system.command import explain, parse_flags, refuse
+from radlads_jax.system.stopping import leave_on_signals, outlive_readers
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A Python file with get_config(arg), e.g. configs/demo.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the export go; made when missing.")
@@ -30,12 +29,11 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, f
 _PREFLIGHT_ONLY = flags.DEFINE_bool("preflight_only", False, "Stop after the checks before the run.")
 flags.DEFINE_alias("preflight-only", "preflight_only")
 _FORCE = flags.DEFINE_bool("force", False, "Begin although one of these checks found a problem.")
-_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 # What may differ between a run and its continuation: none of it changes the result, but for the rounding of sums.
 _FREE_OF_TRAIN = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "wandb_project")
 FREE_FIELDS = (*_FREE_OF_TRAIN, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "accumulate", "remat")
-EXIT_FAILED, EXIT_STOPPED = 1, 128
+EXIT_STOPPED = 128
 
 
 def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
@@ -62,10 +60,11 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
     except storage.access_errors() as error:
         return refuse(error)
     # Imported late: the models and their compiler take seconds that a typo should not.
-    from radlads_jax import hosts, preflight
-    from radlads_jax.job import make_job
-    from radlads_jax.train import Interrupted, TooManyNonFinite, convert
-    from radlads_jax.workdir import held
+    from radlads_jax.run import preflight
+    from radlads_jax.run.job import make_job
+    from radlads_jax.run.train import Interrupted, TooManyNonFinite, convert
+    from radlads_jax.system import hosts
+    from radlads_jax.system.workdir import held
 
     try:
         join()
@@ -91,54 +90,9 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
 
 def join_hosts() -> None:
     """Joins the other hosts' processes, if the flags ask for it."""
-    from radlads_jax import hosts
+    from radlads_jax.system import hosts
 
     hosts.start(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-
-
-def refuse(error: Exception | str) -> int:
-    """Prints the error as one paragraph; returns the exit code. --verbosity=1 shows where it was raised."""
-    text = " ".join(str(error).split())
-    Console(stderr=True).print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
-    logging.debug("where it was raised", exc_info=True)
-    return EXIT_FAILED
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's reading of the command line, but that a mistake there or in the config file is one paragraph."""
-    try:
-        for override in filter(None, map(_OVERRIDE.match, argv[1:])):
-            config_lib.check_override(override[1], override[2])
-        positional = flags.FLAGS(argv)
-    # A locked ConfigDict raises AttributeError or KeyError for a field that it lacks, TypeError for a value's type.
-    except (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError) as error:
-        sys.exit(refuse(explain(error)))
-    if flags.FLAGS["verbosity"].using_default_value:
-        # The libraries tell much about every checkpoint.
-        logging.set_verbosity(logging.WARNING)
-    return positional
-
-
-def explain(error: BaseException) -> str:
-    """The message of an error in reading the configuration; with file and line, if get_config raised it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if frame.name == "get_config"]
-        if frames:
-            return f"{frames[-1].filename}, line {frames[-1].lineno}: {_message(cause)}"
-        cause = cause.__context__
-    return _message(error)
-
-
-def _message(error: BaseException) -> str:
-    """An error's last line: ml_collections puts tracebacks and lists of all fields before it, and nests errors."""
-    while error.args and isinstance(error.args[0], BaseException):
-        error = error.args[0]
-    is_lookup = isinstance(error, AttributeError | KeyError)
-    # str() of a KeyError is a quoted repr, with its line ends escaped.
-    lines = str(error.args[0] if is_lookup and error.args else error).split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), type(error).__name__)
-    return f"no such field: {last}" if is_lookup else last
 
 
 def check_same_config(workdir: storage.AnyPath, config: dict) -> None:

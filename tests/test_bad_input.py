@@ -17,9 +17,9 @@ from untrained import random_params
 
 from radlads_jax import launch
 from radlads_jax.config import defaults, validate
-from radlads_jax.job import make_job
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting import save_params
+from radlads_jax.run.job import make_job
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ModelConfig(

@@ -22,21 +22,25 @@ from ml_collections import ConfigDict
 from test_many_hosts import assert_same_run, command, finish, start
 from untrained import TEACHER, random_params, save_teacher
 
-from radlads_jax import launch, storage, train
+from radlads_jax import launch
 from radlads_jax.config import defaults, validate
 from radlads_jax.data import binidx, synthetic
 from radlads_jax.data.sources import Source, documents, fingerprint
 from radlads_jax.decoding.loaded import load_model
+from radlads_jax.distill.mesh import make_mesh
 from radlads_jax.evaluate import output_directory
 from radlads_jax.export import export_again
-from radlads_jax.job import make_job
-from radlads_jax.metrics import MetricsLogger, read_metrics
 from radlads_jax.models.decoder import abstract_params
+from radlads_jax.models.sharding import shardings
 from radlads_jax.plan import teacher_config
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.save import save_params
 from radlads_jax.report import write_report
-from radlads_jax.sharding import make_mesh, shardings
+from radlads_jax.reporting.metrics_file import read_metrics
+from radlads_jax.run import train
+from radlads_jax.run.job import make_job
+from radlads_jax.run.metrics import MetricsLogger
+from radlads_jax.system import storage
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -18,7 +18,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from radlads_jax.checkpoint import Checkpoints
+from radlads_jax.run.checkpoint import Checkpoints
 
 
 @flax.struct.dataclass
@@ -209,7 +209,7 @@ def test_killed_while_saving(tmp_path: pathlib.Path) -> None:
     program = """
         import os, sys
         import jax.numpy as jnp
-        from radlads_jax.checkpoint import Checkpoints
+        from radlads_jax.run.checkpoint import Checkpoints
         checkpoints = Checkpoints(sys.argv[1], keep=1)
         for step in (1, 2):
             state = {"x": jnp.full((2**24,), step, jnp.float32)}

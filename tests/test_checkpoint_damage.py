@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from radlads_jax.checkpoint import Checkpoints
-from radlads_jax.checkpoint_sums import DamagedCheckpoint, array_sum, document_sum
+from radlads_jax.run.checkpoint import Checkpoints
+from radlads_jax.run.checkpoint_sums import DamagedCheckpoint, array_sum, document_sum
 
 DAMAGE = ("missing", "empty", "cut", "zeros", "flip", "flip", "flip")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32, jnp.uint8, jnp.bool_)

@@ -18,11 +18,12 @@ import pytest
 import tiny_run
 from untrained import TEACHER, random_params, save_teacher
 
-from radlads_jax import train
-from radlads_jax.checkpoint import Checkpoints
-from radlads_jax.curves import Curves
-from radlads_jax.metrics import MetricsLogger, read_metrics
 from radlads_jax.porting.save import save_params
+from radlads_jax.reporting.metrics_file import read_metrics
+from radlads_jax.run import train
+from radlads_jax.run.checkpoint import Checkpoints
+from radlads_jax.run.curves import Curves
+from radlads_jax.run.metrics import MetricsLogger
 
 
 @contextlib.contextmanager

@@ -15,12 +15,12 @@ from absl import flags
 from untrained import random_params, save_tokenizer
 
 from radlads_jax import generate
-from radlads_jax.decoding import loop
+from radlads_jax.decoding import generation, loop, writer
+from radlads_jax.decoding.generation import Memory
 from radlads_jax.decoding.loaded import Model, cache_bytes, load_model, state_bytes
 from radlads_jax.decoding.loop import decode, empty_sequences, generate_greedy, left_padded, pieces, prefill, unrolled
 from radlads_jax.decoding.sampling import Sampling, choose, likely
 from radlads_jax.decoding.text_stream import TextStream
-from radlads_jax.generate import Memory
 from radlads_jax.models import MixerConfig, ModelConfig, bind
 from radlads_jax.porting import load_tokenizer
 from radlads_jax.porting.save import save_params
@@ -140,24 +140,24 @@ def test_unrolled_layers_are_the_same_model():
 
 def test_programs_do_not_grow_in_number_with_lengths(loaded):
     for length in (30, 100):
-        list(generate.generate(loaded, [prompt_of(length)], max_tokens=2))
+        list(generation.generate(loaded, [prompt_of(length)], max_tokens=2))
     before = (loop.read_piece._cache_size(), loop._loop._cache_size())
     for length in (31, 47, 66, 90, 137):
-        list(generate.generate(loaded, [prompt_of(length)], max_tokens=5))
+        list(generation.generate(loaded, [prompt_of(length)], max_tokens=5))
     assert (loop.read_piece._cache_size(), loop._loop._cache_size()) == before
 
 
 def test_end_tokens_end_rows(loaded):
     prompts = [prompt_of(5, seed=i) for i in range(2)]
-    free = np.asarray([all_tokens(generate.generate(loaded, [p], max_tokens=24)) for p in prompts])
+    free = np.asarray([all_tokens(generation.generate(loaded, [p], max_tokens=24)) for p in prompts])
     end = int(free[0, 6])
     ending = dataclasses.replace(loaded, stop_ids=(end,))
-    steps = list(generate.generate(ending, prompts, max_tokens=24))
+    steps = list(generation.generate(ending, prompts, max_tokens=24))
     for row, expected in enumerate(free.tolist()):
         expected = expected[: expected.index(end)] if end in expected else expected
         assert all_tokens(steps, row) == expected
         assert "".join(step.texts[row] for step in steps) == loaded.tokenizer.decode(expected)
-    alone = list(generate.generate(ending, prompts[:1], max_tokens=1000))
+    alone = list(generation.generate(ending, prompts[:1], max_tokens=1000))
     assert len(all_tokens(alone)) <= 6
 
 
@@ -199,11 +199,11 @@ def test_draws_follow_the_probabilities():
 def test_draws_depend_on_seed_and_row_number_alone(loaded):
     prompts = [prompt_of(n, seed=n) for n in (4, 9)]
     options = {"max_tokens": 20, "sampling": Sampling(1.0, 50), "seed": 3}
-    both = list(generate.generate(loaded, prompts, **options))
-    alone = list(generate.generate(loaded, prompts[1:], numbers=[1], **options))
+    both = list(generation.generate(loaded, prompts, **options))
+    alone = list(generation.generate(loaded, prompts[1:], numbers=[1], **options))
     assert all_tokens(both, 1) == all_tokens(alone)
-    other_number = list(generate.generate(loaded, prompts[1:], **options))
-    other_seed = list(generate.generate(loaded, prompts, **(options | {"seed": 4})))
+    other_number = list(generation.generate(loaded, prompts[1:], **options))
+    other_seed = list(generation.generate(loaded, prompts, **(options | {"seed": 4})))
     assert all_tokens(other_number) != all_tokens(alone) and all_tokens(other_seed) != all_tokens(both)
 
 
@@ -238,9 +238,9 @@ def test_stop_strings(tokenizer_dir):
 
 
 def test_generation_stops_at_a_string(loaded):
-    whole = "".join(step.texts[0] for step in generate.generate(loaded, [prompt_of(5)], max_tokens=40))
+    whole = "".join(step.texts[0] for step in generation.generate(loaded, [prompt_of(5)], max_tokens=40))
     stop = whole[10:14]
-    cut = "".join(step.texts[0] for step in generate.generate(loaded, [prompt_of(5)], max_tokens=40, stop=[stop]))
+    cut = "".join(step.texts[0] for step in generation.generate(loaded, [prompt_of(5)], max_tokens=40, stop=[stop]))
     assert cut == whole[: whole.index(stop)]
 
 
@@ -249,20 +249,20 @@ def test_memory_continues_a_conversation(directories, name, monkeypatch):
     model = load_model(directories[name], for_decoding=True)
     memory = Memory(model.cfg, 256)
     first = prompt_of(40)
-    answer = all_tokens(generate.generate(model, [first], max_tokens=20, memory=memory))
+    answer = all_tokens(generation.generate(model, [first], max_tokens=20, memory=memory))
     second = first + answer + prompt_of(30, seed=5)
-    expected = all_tokens(generate.generate(model, [second], max_tokens=20))
+    expected = all_tokens(generation.generate(model, [second], max_tokens=20))
     read = []
     real = loop.read_piece
     monkeypatch.setattr(loop, "read_piece", lambda c, p, s, t: read.append(t.shape[1]) or real(c, p, s, t))
-    assert all_tokens(generate.generate(model, [second], max_tokens=20, memory=memory)) == expected
+    assert all_tokens(generation.generate(model, [second], max_tokens=20, memory=memory)) == expected
     assert sum(read) < 40  # only what the first turn had not read
     other = prompt_of(30, seed=9)
-    expected = all_tokens(generate.generate(model, [other], max_tokens=5))
-    assert all_tokens(generate.generate(model, [other], max_tokens=5, memory=memory)) == expected
+    expected = all_tokens(generation.generate(model, [other], max_tokens=5))
+    assert all_tokens(generation.generate(model, [other], max_tokens=5, memory=memory)) == expected
     if name == "attention":
         with pytest.raises(ValueError, match=r"at most 256 .*--context"):
-            next(generate.generate(model, [prompt_of(250)], max_tokens=20, memory=memory))
+            next(generation.generate(model, [prompt_of(250)], max_tokens=20, memory=memory))
 
 
 def test_prefill_leaves_what_decode_reads():
@@ -280,7 +280,7 @@ def test_state_is_constant_and_a_cache_is_not():
         assert state_bytes(CONFIGS["rad_rwkv6"], context) == 3 * (4 * 8 * 8 + 32) * 4
         assert cache_bytes(CONFIGS["rad_rwkv7"], context) == 2 * 3 * context * 2 * 8 * 4
         assert state_bytes(TEACHER, context) == cache_bytes(TEACHER, context)
-    assert "state 3.07 kB a sequence, whatever the context" in generate.memory_line(CONFIGS["rad_rwkv7"], 10)
+    assert "state 3.07 kB a sequence, whatever the context" in writer.memory_line(CONFIGS["rad_rwkv7"], 10)
 
 
 def command_line(*arguments: str) -> flags.FlagValues:
@@ -292,7 +292,7 @@ def command_line(*arguments: str) -> flags.FlagValues:
 
 def test_prompt_on_the_command_line(directories, loaded, capsys):
     generate.main(command_line(f"--model={directories['rad_rwkv7']}", "--prompt=This is", "--max_tokens=10"))
-    expected = all_tokens(generate.generate(loaded, [loaded.encode("This is")], max_tokens=10))
+    expected = all_tokens(generation.generate(loaded, [loaded.encode("This is")], max_tokens=10))
     out, err = capsys.readouterr()
     assert out == loaded.tokenizer.decode(expected) + "\n"
     assert "first token after" in err and "tokens/s" in err and "state 1.02 kB" in err
@@ -307,7 +307,7 @@ def test_prompts_of_a_file(directories, loaded, tmp_path, capsys):
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [r["prompt"] for r in records] == ["This is a", chat, "What"]
     options = {"max_tokens": 9, "sampling": Sampling(1.0, 50), "seed": 2, "numbers": [2]}
-    third = generate.generate(loaded, [loaded.encode("What")], **options)
+    third = generation.generate(loaded, [loaded.encode("What")], **options)
     assert records[2]["text"] == "".join(step.texts[0] for step in third)
 
 
@@ -316,7 +316,7 @@ def test_chat(directories, loaded, monkeypatch, capsys):
     generate.main(command_line(f"--model={directories['rad_rwkv7']}", "--chat", "--max_tokens=8", "--system=Be kind."))
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
     expected = "".join(
-        step.texts[0] for step in generate.generate(loaded, [loaded.encode_chat(messages)], max_tokens=8)
+        step.texts[0] for step in generation.generate(loaded, [loaded.encode_chat(messages)], max_tokens=8)
     )
     answers = capsys.readouterr().out.split("> ")
     assert answers[1] == expected + "\n" and answers[4] == answers[1]

@@ -11,7 +11,7 @@ import sys
 import jax
 import pytest
 
-from radlads_jax import hosts
+from radlads_jax.system import hosts
 
 ROOT = pathlib.Path(__file__).parent.parent
 JOINED = """

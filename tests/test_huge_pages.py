@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from radlads_jax import huge_pages
+from radlads_jax.system import huge_pages
 
 ROOT = Path(__file__).parent.parent
 # Begins anew if need be, then fills 256 MiB and prints how often it began and how many KiB of them are huge pages.

@@ -10,15 +10,17 @@ import pytest
 import tiny_run
 from untrained import TEACHER, save_teacher
 
-from radlads_jax import launch, train
-from radlads_jax.checkpoint import Checkpoints
-from radlads_jax.metrics import MetricsLogger, read_metrics
+from radlads_jax import launch
 from radlads_jax.models import abstract_params, bind
+from radlads_jax.models.tree import path_leaves
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.save import save_params
-from radlads_jax.train_state import path_leaves
+from radlads_jax.reporting.metrics_file import read_metrics
+from radlads_jax.run import train
+from radlads_jax.run.checkpoint import Checkpoints
+from radlads_jax.run.metrics import MetricsLogger
 
 # Stages 1 and 2 then save both in their middle and at their end.
 SETTINGS = {"train.log_every": 2, "train.checkpoint_every": 3}

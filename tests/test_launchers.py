@@ -16,6 +16,7 @@ from absl import flags
 
 from radlads_jax import launch
 from radlads_jax.config import check_override
+from radlads_jax.system import command
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -101,7 +102,7 @@ def test_jobsets(name: str) -> None:
     assert rule["onExitCodes"] == {
         "containerName": container["name"],
         "operator": "In",
-        "values": [launch.EXIT_FAILED],
+        "values": [command.EXIT_FAILED],
     }
     refused = {"name": "refused", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     assert spec["failurePolicy"]["rules"] == [refused]

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 from untrained import save_teacher
 
-from radlads_jax.metrics import read_metrics
+from radlads_jax.reporting.metrics_file import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = {"stage1": 6, "stage2": 4, "stage3": 4}

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
-from radlads_jax import sharding
 from radlads_jax.config import Mesh, RunConfig, StageConfig, defaults, validate
+from radlads_jax.distill import mesh as mesh_lib
 
 
 def sizes(mesh: Mesh, devices: int, rows: dict[str, int], **options) -> tuple[int, ...]:
-    found = sharding.mesh_sizes(mesh, devices, rows, **options)
+    found = mesh_lib.mesh_sizes(mesh, devices, rows, **options)
     return tuple(found[axis] for axis in ("data", "fsdp", "tensor"))
 
 
@@ -39,7 +39,7 @@ def test_mesh_sizes():
 )
 def test_a_mesh_that_does_not_fit_is_refused(mesh, devices, words):
     with pytest.raises(ValueError, match=words):
-        sharding.mesh_sizes(mesh, devices, {"stage2": 8})
+        mesh_lib.mesh_sizes(mesh, devices, {"stage2": 8})
 
 
 def test_a_context_axis_that_does_not_divide_the_rows_is_refused():
@@ -56,5 +56,5 @@ def test_a_context_axis_that_does_not_divide_the_rows_is_refused():
 def test_a_batch_is_cut_as_told_or_into_one_row_for_every_group(accumulate, mesh, parts):
     recipe = StageConfig(tokens=10**6, batch_size=96, accumulate=accumulate)
     run = dataclasses.replace(RunConfig(), mesh=mesh, stages=("stage2",), stage2=recipe)
-    placed = sharding.make_abstract_mesh(run, mesh.data * mesh.fsdp * mesh.tensor)
-    assert sharding.batch_parts(recipe, placed) == parts
+    placed = mesh_lib.make_abstract_mesh(run, mesh.data * mesh.fsdp * mesh.tensor)
+    assert mesh_lib.batch_parts(recipe, placed) == parts

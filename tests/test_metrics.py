@@ -14,8 +14,9 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from radlads_jax import metrics
-from radlads_jax.metrics import MetricsLogger, mfu, peak_flops, read_metrics
+from radlads_jax.reporting.metrics_file import read_metrics
+from radlads_jax.run import metrics
+from radlads_jax.run.metrics import MetricsLogger, mfu, peak_flops
 
 
 def quiet() -> Console:

@@ -14,12 +14,13 @@ import pytest
 import tiny_run
 from untrained import save_teacher
 
-from radlads_jax import train
-from radlads_jax.checkpoint import Checkpoints
 from radlads_jax.distill.losses import LossSums
 from radlads_jax.distill.step import make_train_step
-from radlads_jax.metrics import is_spike, read_metrics
-from radlads_jax.train_state import TrainState
+from radlads_jax.distill.train_state import TrainState
+from radlads_jax.reporting.metrics_file import read_metrics
+from radlads_jax.run import train
+from radlads_jax.run.checkpoint import Checkpoints
+from radlads_jax.run.metrics import is_spike
 
 # The stage whose loss reads the tokens' weights, and which has no teacher to compile.
 STEPS = {"stage3": tiny_run.STEPS["stage3"]}

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from radlads_jax import plan, sharding
+from radlads_jax import plan
 from radlads_jax.config import Mesh, RunConfig, StageConfig, Teacher
+from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill import program
-from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, bind
-from radlads_jax.planning import chips, cost, hlo, memory, plans
+from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, bind, sharding
+from radlads_jax.planning import chips, cost, hlo, memory, plans, tables
+from radlads_jax.planning import planner as planner_lib
 from radlads_jax.planning import stage as stage_lib
 from radlads_jax.planning.hlo import Counts
 from radlads_jax.porting.hf_config import model_config_from_hf
@@ -114,7 +116,7 @@ def test_the_papers_configs_name_known_models():
 
 def test_bytes_of_a_shard():
     run = dataclasses.replace(RunConfig(), stages=())
-    mesh = sharding.make_mesh(dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, fsdp=4, tensor=2)))
+    mesh = mesh_lib.make_mesh(dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, fsdp=4, tensor=2)))
     params = abstract_params(TEACHER)
     whole = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
     assert memory.shard_bytes(params) == whole
@@ -141,10 +143,10 @@ def test_teachers_without_a_network(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(KNOWN_CONFIGS["Qwen/Qwen3-8B"]))
     for path in ("Qwen/Qwen3-8B", str(tmp_path)):
         run = dataclasses.replace(RunConfig(), teacher=Teacher(path=path))
-        assert plan.teacher_config(run).hidden_size == 4096
+        assert planner_lib.teacher_config(run).hidden_size == 4096
     with pytest.raises(ValueError, match="the shapes of some/model are not known"):
-        plan.teacher_config(dataclasses.replace(RunConfig(), teacher=Teacher(path="some/model")))
-    planner = plan.make_planner(dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen3-8B")), {})
+        planner_lib.teacher_config(dataclasses.replace(RunConfig(), teacher=Teacher(path="some/model")))
+    planner = planner_lib.make_planner(dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen3-8B")), {})
     for topology, words in (("gpu:8", "'gpu:8' is not known"), ("v5e:2by2", "'v5e:2by2'; expected a chip and its")):
         with pytest.raises(ValueError, match=words):
             planner.topology(topology)
@@ -171,7 +173,7 @@ def compilations(monkeypatch) -> list[tuple[str, int]]:
 
     monkeypatch.setattr(stage_lib, "compiled", compiled)
     monkeypatch.setattr(plans, "topology_devices", devices)
-    monkeypatch.setattr(sharding, "make_mesh", lambda run, devices: sharding.make_abstract_mesh(run, len(devices)))
+    monkeypatch.setattr(mesh_lib, "make_mesh", lambda run, devices: mesh_lib.make_abstract_mesh(run, len(devices)))
     return made
 
 
@@ -183,23 +185,23 @@ def test_the_smallest_slices_are_found_and_kept(compilations, tmp_path):
     """
     run = dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen2.5-7B-Instruct"))
     results = tmp_path / "plans.jsonl"
-    found = plan.make_planner(run, {"v6e": 2.0}, results).smallest("v6e")
+    found = planner_lib.make_planner(run, {"v6e": 2.0}, results).smallest("v6e")
     each = [(stage["name"], stage["topology"], stage["fits"]) for stage in found["stages"]]
     assert each == [("stage1", "v6e:2x2", True), ("stage2", "v6e:4x4", True), ("stage3", "v6e:8x8", True)]
     assert compilations == [("stage1", 4), ("stage2", 8), ("stage2", 16), ("stage3", 32), ("stage3", 64)]
     assert found["usd"] == pytest.approx(2 * found["chip_hours"])
     spread = dataclasses.replace(run, mesh=Mesh(tensor=8))
-    assert plan.make_planner(spread, {}).smallest("v6e")["stages"][0]["topology"] == "v6e:2x4"
+    assert planner_lib.make_planner(spread, {}).smallest("v6e")["stages"][0]["topology"] == "v6e:2x4"
     with pytest.raises(
         ValueError, match=r"takes 7 devices or a multiple.*expected a number that divides one of v6e:2x2"
     ):
-        plan.make_planner(dataclasses.replace(run, mesh=Mesh(tensor=7)), {}).smallest("v6e")
+        planner_lib.make_planner(dataclasses.replace(run, mesh=Mesh(tensor=7)), {}).smallest("v6e")
     compilations.clear()
-    again = plan.make_planner(run, {"v6e": 2.0}, results).smallest("v6e")
+    again = planner_lib.make_planner(run, {"v6e": 2.0}, results).smallest("v6e")
     assert again == found and not compilations
     results.write_text("[1]\n")
     with pytest.raises(ValueError, match="holds no results of plans"):
-        plan.make_planner(run, {}, results)
+        planner_lib.make_planner(run, {}, results)
 
 
 def test_two_runs_share_a_file_of_results(compilations, tmp_path):
@@ -207,19 +209,19 @@ def test_two_runs_share_a_file_of_results(compilations, tmp_path):
     runs = [
         dataclasses.replace(RunConfig(), teacher=Teacher(path=path), stages=(name,)) for name in ("stage1", "stage2")
     ]
-    planners = [plan.make_planner(run, {}, results) for run in runs]
+    planners = [planner_lib.make_planner(run, {}, results) for run in runs]
     found = [planner.topology("v6e:4x4") for planner in planners]
     assert len(compilations) == 2 and len(results.read_text().splitlines()) == 2
-    assert [plan.make_planner(run, {}, results).topology("v6e:4x4") for run in runs] == found
+    assert [planner_lib.make_planner(run, {}, results).topology("v6e:4x4") for run in runs] == found
     assert len(compilations) == 2
 
 
 def test_chips_are_ranked_by_cost(compilations, capsys):
     run = dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen2.5-72B-Instruct"), stages=("stage2",))
-    ranking = plan.make_planner(run, {"a100": 1e6}).auto()
+    ranking = planner_lib.make_planner(run, {"a100": 1e6}).auto()
     costs = [one["usd"] for one in ranking]
     assert len(ranking) == len(chips.CHIPS) and costs == sorted(costs) and ranking[-1]["chip"] == "a100"
-    plan.show_ranking(ranking, chips.CHIPS, Console(width=200))
+    tables.show_ranking(ranking, chips.CHIPS, Console(width=200))
     shown = capsys.readouterr().out
     assert all(one["stages"][0]["topology"] in shown for one in ranking)
     assert "arithmetic" in shown and "compiler" in shown and "Left out" not in shown
@@ -229,17 +231,17 @@ def test_chips_without_a_slice_for_the_mesh_are_left_out(compilations, capsys):
     run = dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen2.5-7B-Instruct"), stages=("stage1",))
     stage1 = dataclasses.replace(run.stage1, batch_size=128)
     run = dataclasses.replace(run, mesh=Mesh(data=128), stage1=stage1)
-    ranking = plan.make_planner(run, {}).auto()
+    ranking = planner_lib.make_planner(run, {}).auto()
     assert {one["chip"] for one in ranking} == {"v5e", "v5p", "v6e"}
-    plan.show_ranking(ranking, chips.CHIPS, Console(width=200))
+    tables.show_ranking(ranking, chips.CHIPS, Console(width=200))
     assert "Left out, with no slice for config.mesh: a100, h100." in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"takes 7 devices or a multiple.*divides one of v5e:2x2.*h100:64"):
-        plan.make_planner(dataclasses.replace(run, mesh=Mesh(data=7)), {}).auto()
+        planner_lib.make_planner(dataclasses.replace(run, mesh=Mesh(data=7)), {}).auto()
 
 
 def test_a_gpu_is_planned_by_arithmetic(compilations):
     run = dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen2.5-7B-Instruct"), stages=("stage2",))
-    planned = plan.make_planner(run, {}).topology("h100:8")
+    planned = planner_lib.make_planner(run, {}).topology("h100:8")
     (only,) = planned["stages"]
     assert not compilations and "nothing was compiled" in planned["assumptions"][0]
     # 500M tokens, forward twice and backward, and the teacher, 7.6B weights each: 10 x 7.6e9 at 40% of the peak.

@@ -17,12 +17,13 @@ from etils import epath
 from ml_collections import ConfigDict
 from untrained import random_params
 
-from radlads_jax import job as job_lib
-from radlads_jax import launch, preflight, train
-from radlads_jax.checkpoint import Checkpoints
+from radlads_jax import launch
 from radlads_jax.config import defaults, validate
 from radlads_jax.distill.program import abstract_state
 from radlads_jax.porting import model_config_from_hf, read_config, save_params
+from radlads_jax.run import job as job_lib
+from radlads_jax.run import preflight, train
+from radlads_jax.run.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEACHER = ROOT / "configs" / "demo_teacher"

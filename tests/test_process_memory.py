@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import pytest
 import tensorstore
 
-from radlads_jax import process_memory
-from radlads_jax.checkpoint import Checkpoints
+from radlads_jax.run.checkpoint import Checkpoints
+from radlads_jax.system import process_memory
 
 
 def test_saving_holds_no_memory(tmp_path: pathlib.Path) -> None:
@@ -51,7 +51,7 @@ def test_tensorstores_specs_are_what_they_were(spec: Any) -> None:
 
 COUNT_HEAPS = """
 import ctypes, threading
-import radlads_jax.checkpoint
+import radlads_jax.run.checkpoint
 libc, begin = ctypes.CDLL(None), threading.Barrier(24)
 libc.fopen.restype = ctypes.c_void_p
 def allocate():

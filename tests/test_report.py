@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from absl import flags
 
-from radlads_jax import command, report
+from radlads_jax import report
 from radlads_jax.config import defaults
-from radlads_jax.metrics import MetricsLogger
 from radlads_jax.reporting import charts as chart_module
-from radlads_jax.reporting import run_log
+from radlads_jax.reporting import run_log, sections
 from radlads_jax.reporting.charts import Curve, line_chart
+from radlads_jax.run.metrics import MetricsLogger
+from radlads_jax.system import command
 
 HOSTILE = '</pre><script>document.title="broken"</script><img src=x onerror=alert(1)>&amp;"\''
 VOID = {"meta", "br", "img"}
@@ -147,7 +148,7 @@ def finished(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def page(workdir: pathlib.Path, **options: Any) -> tuple[str, Tree]:
-    html = report.write_report(workdir, **options).read_text(encoding="utf-8")
+    html = sections.write_report(workdir, **options).read_text(encoding="utf-8")
     return html, Tree(html)
 
 

@@ -15,19 +15,21 @@ from untrained import random_mixers, random_params, save_teacher
 
 from pallas_kernels.linear_loss import linear_kl
 from pallas_kernels.sharded import fitting_spec, per_shard
-from radlads_jax import sharding, train
-from radlads_jax.checkpoint import Checkpoints
 from radlads_jax.config import Mesh, RunConfig, StageConfig, Teacher, defaults, validate
+from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
 from radlads_jax.distill.stages import STAGES
-from radlads_jax.job import make_job
-from radlads_jax.metrics import MetricsLogger, read_metrics
-from radlads_jax.models import MixerConfig, ModelConfig, abstract_params
+from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, sharding
 from radlads_jax.models.attention import Context, softmax_attention
+from radlads_jax.models.tree import path_leaves, split_params
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.save import save_params
 from radlads_jax.porting.student import init_mixers, whole_student
-from radlads_jax.train_state import path_leaves, split_params
+from radlads_jax.reporting.metrics_file import read_metrics
+from radlads_jax.run import train
+from radlads_jax.run.checkpoint import Checkpoints
+from radlads_jax.run.job import make_job
+from radlads_jax.run.metrics import MetricsLogger
 
 TEACHER = ModelConfig("qwen2", 64, 32, 64, 4, 2, 8, (("attention", 2),), qkv_bias=True, tie_embeddings=True)
 LARGE = ModelConfig("qwen2", 152064, 8192, 29568, 64, 8, 128, (("attention", 80),), qkv_bias=True)
@@ -135,7 +137,7 @@ def make_batch(rows: int, length: int = 16) -> dict[str, np.ndarray]:
 def trained(mixer: str, name: str, shape: Mesh, accumulate: int = 1, steps: int = 2):
     """(mesh, losses, state) after some steps."""
     run = run_of(name, shape, accumulate)
-    mesh = sharding.make_mesh(run)
+    mesh = mesh_lib.make_mesh(run)
     student = student_of(TEACHER, mixer)
     teacher = TEACHER.as_teacher_of(student)
     start, mixers = random_params(teacher, 0.1), random_mixers(student, 0.1, seed=1)
@@ -205,7 +207,7 @@ def relative_error(got, expected) -> float:
 
 
 def eight(data: int = 1, fsdp: int = 1, tensor: int = 1):
-    mesh = sharding.make_mesh(
+    mesh = mesh_lib.make_mesh(
         dataclasses.replace(RunConfig(), mesh=Mesh(data=data, fsdp=fsdp, tensor=tensor), stages=())
     )
     assert mesh is not None
@@ -294,7 +296,7 @@ def test_parameters_are_born_where_they_lie(tmp_path):
 def test_a_state_goes_from_eight_devices_to_one_and_back(tmp_path):
     student = student_of(TEACHER, "rad_rwkv7")
     many, one = run_of("stage2", Mesh(fsdp=8)), run_of("stage2", Mesh(fsdp=1))
-    mesh = sharding.make_mesh(many)
+    mesh = mesh_lib.make_mesh(many)
     params = jax.device_put(random_params(student), sharding.shardings(mesh, abstract_params(student)))
     state = create_state(many, "stage2", params, mesh)
     state = state._replace(step=state.step + 3, opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import pytest
 from safetensors.numpy import load_file
 
-from radlads_jax.metrics import read_metrics
+from radlads_jax.reporting.metrics_file import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from radlads_jax.config import RunConfig, Student
-from radlads_jax.job import make_student_config
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting.names import disk_tensors
+from radlads_jax.porting.student_config import make_student_config
 
 TEACHER = ModelConfig(
     family="qwen2",

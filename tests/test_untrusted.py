@@ -7,16 +7,15 @@ import pickle
 import sys
 from collections.abc import Callable, Iterator
 
+import fuzz_readers as readers
 import pytest
 from rich.console import Console
 
-from radlads_jax.checkpoint import Checkpoints
 from radlads_jax.evaluation.task_code import check_task_code
-from radlads_jax.heldout import results_table
+from radlads_jax.run.checkpoint import Checkpoints
+from radlads_jax.run.heldout import results_table
 
 ROOT = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-import fuzz_readers as readers  # noqa: E402
 
 # Modules that unpickle, or run what a file says.
 RUNNING = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "runpy", "code", "pty"}

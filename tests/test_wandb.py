@@ -10,8 +10,8 @@ import types
 
 import pytest
 
-from radlads_jax.metrics import MetricsLogger
-from radlads_jax.wandb_curves import WandbCurves
+from radlads_jax.run.metrics import MetricsLogger
+from radlads_jax.run.wandb_curves import WandbCurves
 
 SETTINGS = {"seed": 0, "stages": ("stage1",)}
 
@@ -92,7 +92,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path) -> None:
 
 
 def test_it_is_not_imported_unless_asked_for() -> None:
-    code = "import sys, radlads_jax.train, radlads_jax.launch; print('wandb' in sys.modules)"
+    code = "import sys, radlads_jax.run.train, radlads_jax.launch; print('wandb' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

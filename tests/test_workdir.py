@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from radlads_jax import config, launch
-from radlads_jax.stopping import SIGNALS, stop_signals
-from radlads_jax.workdir import held
+from radlads_jax.system.stopping import SIGNALS, stop_signals
+from radlads_jax.system.workdir import held
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOLDER = """
@@ -129,7 +129,7 @@ def test_leftovers_are_removed_and_named(tmp_path: pathlib.Path, caplog: Any) ->
 # Its main thread waits in compiled code, as for a device, where Python runs no handler.
 BLOCKED = """
 import contextlib, ctypes, signal
-from radlads_jax.stopping import leave_on_signals, stop_signals
+from radlads_jax.system.stopping import leave_on_signals, stop_signals
 signal.signal(signal.SIGHUP, signal.{hangup})
 {before}
 with {context}:
@@ -198,7 +198,7 @@ ON_A_TERMINAL = """
 import os, signal, sys, time
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.open(os.ttyname(0), os.O_RDWR)
-from radlads_jax.stopping import leave_on_signals, outlive_readers, stop_signals
+from radlads_jax.system.stopping import leave_on_signals, outlive_readers, stop_signals
 leave_on_signals()
 outlive_readers()
 with stop_signals() as stopping:
@@ -244,7 +244,7 @@ def test_a_signal_that_nobody_asked_for_is_passed_on() -> None:
 TALKING = """
 import os, signal, sys
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-from radlads_jax.stopping import outlive_readers
+from radlads_jax.system.stopping import outlive_readers
 outlive_readers()
 print("first", flush=True)
 sys.stdin.readline()

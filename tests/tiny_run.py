@@ -3,8 +3,9 @@
 import pathlib
 from typing import Any
 
-from radlads_jax import config, train
-from radlads_jax.job import make_job
+from radlads_jax import config
+from radlads_jax.run import train
+from radlads_jax.run.job import make_job
 
 STEPS = {"stage1": 5, "stage2": 4, "stage3": 11}
 ROWS, TOKENS = 4, 32

@@ -18,7 +18,7 @@ from types import TracebackType
 
 import numpy as np
 
-from radlads_jax.storage import AnyPath, as_path, local_copy, publish, staged
+from radlads_jax.system.storage import AnyPath, as_path, local_copy, publish, staged
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

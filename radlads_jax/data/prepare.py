@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from radlads_jax.data.binidx import TokenFile, TokenFileWriter, open_token_file
 from radlads_jax.data.sources import Source, documents, fingerprint, resolve
-from radlads_jax.storage import as_path
+from radlads_jax.system.storage import as_path
 
 # Enough text to keep all of the tokenizer's threads busy, little enough to stop soon after max_tokens.
 BATCH_CHARACTERS = 1 << 20

@@ -5,8 +5,8 @@ from typing import Any
 import datasets
 import pyarrow
 
-from radlads_jax.storage import AnyPath
-from radlads_jax.untrusted import brief, parse_json
+from radlads_jax.system.storage import AnyPath
+from radlads_jax.system.untrusted import brief, parse_json
 
 STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _ADVICE = "Save the dataset again."

@@ -16,8 +16,8 @@ import pyarrow.parquet
 
 from radlads_jax.data import synthetic
 from radlads_jax.data.saved_dataset import is_saved, open_saved
-from radlads_jax.storage import AnyPath, as_path, files_below, in_bucket, open_text, version
-from radlads_jax.untrusted import brief, listed
+from radlads_jax.system.storage import AnyPath, as_path, files_below, in_bucket, open_text, version
+from radlads_jax.system.untrusted import brief, listed
 
 READ_CHARACTERS = 1 << 20
 # Of a line of jsonl: a compressed file may hold one that has no end.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from radlads_jax.data.tales import PASSAGES, Span, Tale, ask, begin, scene, tell
-from radlads_jax.storage import as_path, write_text
+from radlads_jax.system.storage import as_path, write_text
 
 TRAIN_SEED = 0
 HELD_OUT_SEED = 1

@@ -19,7 +19,7 @@ from radlads_jax.porting import (
     resolve_model_dir,
 )
 from radlads_jax.porting.config_keys import read_json
-from radlads_jax.storage import AnyPath, as_path
+from radlads_jax.system.storage import AnyPath, as_path
 
 DTYPES = ("float32", "bfloat16")
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from radlads_jax import sharding
 from radlads_jax.distill.losses import Batch, LossSums
+from radlads_jax.models import sharding
 from radlads_jax.models.attention import Context
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import MIXERS, Params, bind, make_context, rematted

@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from radlads_jax import sharding
 from radlads_jax.config import RunConfig
+from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill.losses import LossSums
+from radlads_jax.distill.optim import make_optimizer
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.step import make_train_step
+from radlads_jax.distill.train_state import TrainState
+from radlads_jax.models import sharding
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import Params, abstract_params
-from radlads_jax.optim import make_optimizer
-from radlads_jax.train_state import TrainState, split_params
+from radlads_jax.models.tree import split_params
 
 # What the compiler is asked for beside its defaults, by the kind of chip.
 COMPILER_OPTIONS: dict[str, dict[str, str]] = {
@@ -87,7 +89,7 @@ def make_step(run: RunConfig, student: ModelConfig, teacher: ModelConfig, name: 
             slice_tokens=run.train.slice_tokens or None,
         )
 
-    step = make_train_step(loss_fn, make_optimizer(recipe, run.optim), accumulate=sharding.batch_parts(recipe, mesh))
+    step = make_train_step(loss_fn, make_optimizer(recipe, run.optim), accumulate=mesh_lib.batch_parts(recipe, mesh))
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     options = COMPILER_OPTIONS.get(device.device_kind)
     if mesh is None:

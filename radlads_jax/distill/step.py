@@ -9,9 +9,10 @@ import optax
 
 from pallas_kernels.sharded import ROWS, constrain
 from radlads_jax.distill.losses import Batch, LossSums
+from radlads_jax.distill.train_state import TrainState
 from radlads_jax.models.decoder import Params
-from radlads_jax.sharding import constrain_params
-from radlads_jax.train_state import TrainState, merge_params
+from radlads_jax.models.sharding import constrain_params
+from radlads_jax.models.tree import merge_params
 
 LossFn = Callable[[Params, Params | None, Batch], LossSums]
 

@@ -8,10 +8,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from radlads_jax.decoding.generation import generate
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.decoding.sampling import Sampling
 from radlads_jax.evaluation.scoring import score_rows
-from radlads_jax.generate import generate
 
 DEFAULT_NEW_TOKENS = 256
 # What a task may say of its generation, beside where it stops.

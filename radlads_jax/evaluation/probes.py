@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from radlads_jax import storage
 from radlads_jax.data import synthetic
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.evaluation.scoring import score_rows
+from radlads_jax.system import storage
 
 DEFAULT_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 NEEDLES = 8

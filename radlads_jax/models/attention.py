@@ -8,8 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.sharded import WHOLE_HEADS, parts, per_shard
-from radlads_jax import sharding
-from radlads_jax.models import rope
+from radlads_jax.models import rope, sharding
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import RMSNorm, linear, repeat_kv, split_heads
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from radlads_jax import sharding
-from radlads_jax.models import rope
+from radlads_jax.models import rope, sharding
 from radlads_jax.models.attention import Attention, Context
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import MLP, RMSNorm, linear

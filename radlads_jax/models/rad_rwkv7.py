@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.pieces import over_pieces
 from pallas_kernels.sharded import per_shard
 from pallas_kernels.wkv7 import wkv7, wkv7_step
-from radlads_jax import sharding
+from radlads_jax.models import sharding
 from radlads_jax.models.attention import Context, Mixer
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, repeat_kv, split_heads

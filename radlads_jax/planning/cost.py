@@ -5,9 +5,9 @@ import dataclasses
 from radlads_jax.distill.stages import STAGES, is_recurrent_mixer
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import abstract_params
+from radlads_jax.models.tree import path_leaves
 from radlads_jax.planning.chips import Chip
 from radlads_jax.planning.hlo import Counts
-from radlads_jax.train_state import path_leaves
 
 # Cycles of a v6e for a token and 128 columns of r: `pallas_kernels.static_cost` at B=1 T=8192 H=16 K=128, bfloat16, by
 # kernel; a backward is the forward and backward less the forward.

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 
 from radlads_jax.config import StageConfig
+from radlads_jax.distill.mesh import batch_parts
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import abstract_params
-from radlads_jax.sharding import AnyMesh, batch_parts
+from radlads_jax.models.sharding import AnyMesh
 
 # Bytes for each token and column of r in a mixer's backward pass. bfloat16: r, k, v, a, b and the output; float32:
 # decay, in-context rate, value residual; the gradients of all of them; the kernel's state every 64 tokens.

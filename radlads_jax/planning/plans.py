@@ -11,8 +11,9 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from radlads_jax import sharding
 from radlads_jax.config import RunConfig
+from radlads_jax.distill import mesh as mesh_lib
+from radlads_jax.models import sharding
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.planning import stage as stage_lib
 from radlads_jax.planning.chips import CHIPS, known_chip
@@ -36,7 +37,7 @@ class Planner:
     def stage(self, topology: str, name: str) -> dict[str, Any]:
         """One stage on one topology, priced; compiled unless that is known, or by arithmetic it can not fit."""
         chip = CHIPS[known_chip(topology)]
-        mesh = sharding.make_abstract_mesh(self.run, chip_count(topology))
+        mesh = mesh_lib.make_abstract_mesh(self.run, chip_count(topology))
         record = stage_lib.by_arithmetic(self.run, self.student, self.teacher, name, mesh)
         if chip.is_compiled_for and record["peak_bytes_by_hand"] <= chip.usable:
             record |= self._compiled(topology, name, dict(mesh.shape))
@@ -47,7 +48,7 @@ class Planner:
     def topology(self, topology: str) -> dict[str, Any]:
         """Every stage on one topology: a document for JSON. Raises ValueError for a topology that is not known."""
         chip = CHIPS[known_chip(topology)]
-        mesh = sharding.make_abstract_mesh(self.run, chip_count(topology))
+        mesh = mesh_lib.make_abstract_mesh(self.run, chip_count(topology))
         document = {
             "topology": topology,
             "chips": mesh.size,
@@ -107,7 +108,7 @@ class Planner:
         if key not in self.known:
             print(f"compiling {name} for {topology}", file=sys.stderr, flush=True)
             devices = topology_devices(topology)
-            mesh = sharding.make_mesh(self.run, devices) or sharding.one_device_mesh(devices[0])
+            mesh = mesh_lib.make_mesh(self.run, devices) or sharding.one_device_mesh(devices[0])
             found = stage_lib.compiled(self.run, self.student, self.teacher, name, mesh)
             self.known[key] = asked | found
             if self.results is not None:

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 
 from pallas_kernels import dispatch
-from radlads_jax import sharding
 from radlads_jax.config import RunConfig
+from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill.program import abstract_arguments, make_step
 from radlads_jax.distill.stages import STAGES
+from radlads_jax.models import sharding
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.planning import cost, hlo, memory
 from radlads_jax.planning.chips import Chip
@@ -45,7 +46,7 @@ def by_arithmetic(
     }
     gradients = memory.shard_bytes(state.params)
     needed = memory.temporary_bytes(recipe, student, gradients, mesh, whole_student=STAGES[name].whole_student)
-    parts = sharding.batch_parts(recipe, mesh)
+    parts = mesh_lib.batch_parts(recipe, mesh)
     sizes = {"name": name, "steps": recipe.steps, "tokens_per_step": tokens, "accumulate": parts}
     temporary = sum(needed.values())
     by_hand = {"temp_bytes_by_hand": temporary, "peak_bytes_by_hand": sum(held.values()) + temporary}

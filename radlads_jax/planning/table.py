@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from radlads_jax import config as config_lib
-from radlads_jax.plan import make_planner, prepare_environment
+from radlads_jax.planning.planner import make_planner, prepare_environment
 from radlads_jax.planning.plans import totals
 
 CHIPS = ("v6e", "v5p", "v5e")

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from radlads_jax.storage import AnyPath, as_path, size
-from radlads_jax.untrusted import brief, parse_json
+from radlads_jax.system.storage import AnyPath, as_path, size
+from radlads_jax.system.untrusted import brief, parse_json
 
 _LARGEST_DIM = 1 << 24
 _LARGEST_NUMBER = 1e15

@@ -10,7 +10,7 @@ from typing import Any
 
 from radlads_jax.models.config import FAMILIES, MixerConfig, ModelConfig, RopeScaling
 from radlads_jax.porting.config_keys import ConfigKeys
-from radlads_jax.untrusted import brief, listed
+from radlads_jax.system.untrusted import brief, listed
 
 STUDENT_MIXERS = {"rwkv6qwen2": "rad_rwkv6", "rwkv7qwen2": "rad_rwkv7"}
 GATE_TYPES = {0: "none", 1: "full", 2: "low_rank"}

@@ -11,8 +11,8 @@ import transformers
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting.config_keys import read_json
 from radlads_jax.porting.safetensors_read import find_files
-from radlads_jax.storage import AnyPath, as_path, in_bucket, local_directory
-from radlads_jax.untrusted import brief
+from radlads_jax.system.storage import AnyPath, as_path, in_bucket, local_directory
+from radlads_jax.system.untrusted import brief
 
 # No *.bin, *.pt or *.py: pickles and code are never fetched.
 WEIGHTS = "*.safetensors"

@@ -16,8 +16,8 @@ from pallas_kernels.sharded import fitting
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting.names import Layout, Location, ParamPath, disk_tensors, flatten, nest, param_shapes, shown
 from radlads_jax.porting.safetensors_read import StoredTensor, open_checkpoint
-from radlads_jax.storage import AnyPath, as_path, in_bucket
-from radlads_jax.untrusted import listed
+from radlads_jax.system.storage import AnyPath, as_path, in_bucket
+from radlads_jax.system.untrusted import listed
 
 Params = dict[str, Any]
 # A parameter tree's shardings, one for all, or None for the default device.

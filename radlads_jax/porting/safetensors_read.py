@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 
 from radlads_jax.porting.config_keys import read_json
-from radlads_jax.storage import AnyPath, in_bucket, read_ranges
-from radlads_jax.storage import size as size_of
-from radlads_jax.untrusted import brief, listed, parse_json
+from radlads_jax.system.storage import AnyPath, in_bucket, read_ranges
+from radlads_jax.system.storage import size as size_of
+from radlads_jax.system.untrusted import brief, listed, parse_json
 
 DTYPES = {
     "F64": np.dtype(np.float64),

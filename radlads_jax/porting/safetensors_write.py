@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from radlads_jax.porting.safetensors_read import DTYPES, INDEX_FILE, SINGLE_FILE
-from radlads_jax.storage import AnyPath, write_text, writing
+from radlads_jax.system.storage import AnyPath, write_text, writing
 
 Fetch = Callable[[], np.ndarray]
 

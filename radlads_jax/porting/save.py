@@ -21,7 +21,7 @@ from radlads_jax.porting.load import Params, to_disk
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.names import Layout, Location, disk_tensors, flatten, param_shapes, shown
 from radlads_jax.porting.safetensors_write import PlannedTensor, plan_files, write_file, write_index
-from radlads_jax.storage import AnyPath, as_path, children, copy_file, empty, in_bucket, write_text
+from radlads_jax.system.storage import AnyPath, as_path, children, copy_file, empty, in_bucket, write_text
 
 # Copied from the teacher's directory where they are there; nothing else is, in particular no code.
 TOKENIZER_FILES = (

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.table import Table
 
-from radlads_jax import sharding
+from radlads_jax.models import sharding
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import Params, init_params
-from radlads_jax.train_state import merge_params, path_leaves, split_params
+from radlads_jax.models.tree import merge_params, path_leaves, split_params
 
 COPIED_PROJECTIONS = ("q", "k", "v", "o", "q_norm", "k_norm")
 

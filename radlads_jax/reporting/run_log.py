@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from radlads_jax.config import StageConfig
-from radlads_jax.metrics import read_metrics
-from radlads_jax.storage import AnyPath, as_path, read_text
+from radlads_jax.reporting.metrics_file import read_metrics
+from radlads_jax.system.storage import AnyPath, as_path, read_text
 
 # A gap of so many times the usual is a pause of the run, not a slow step.
 PAUSE = 10

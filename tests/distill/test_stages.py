@@ -12,13 +12,14 @@ from untrained import random_mixers, random_params
 from radlads_jax.config import Optim, RunConfig, StageConfig
 from radlads_jax.distill.align import align_loss
 from radlads_jax.distill.losses import cross_entropy_loss, kl_loss
+from radlads_jax.distill.optim import learning_rates, make_optimizer
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.step import make_train_step
+from radlads_jax.distill.train_state import TrainState
 from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, bind
 from radlads_jax.models.decoder import make_context
-from radlads_jax.optim import learning_rates, make_optimizer
+from radlads_jax.models.tree import merge_params, overlay_params, path_leaves, split_params
 from radlads_jax.porting.student import init_mixers, whole_student
-from radlads_jax.train_state import TrainState, merge_params, overlay_params, path_leaves, split_params
 
 TEACHER = ModelConfig("qwen2", 61, 32, 64, 4, 2, 8, (("attention", 4),), qkv_bias=True, tie_embeddings=True)
 STUDENTS = {

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import loss_forms
 from pallas_kernels.linear_loss import linear_cross_entropy, linear_kl, linear_stats, linear_topk_kl
+from pallas_kernels.measure import loss_forms
 from pallas_kernels.testing import TOLERANCE, rms_ratio
 
 TOKENS, WIDTH, TEACHER_WIDTH, VOCAB = 37, 24, 16, 203

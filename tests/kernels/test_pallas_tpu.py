@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import static_cost_tpu, static_profile
+from pallas_kernels.measure import static_cost_tpu, static_profile
 from pallas_kernels.testing import TOLERANCE, recurrence_inputs, rms_ratio, token_loop, value_and_gradients
 from pallas_kernels.wkv7 import pallas_tpu, wkv7
 from pallas_kernels.wkv7.api import IMPLEMENTATIONS

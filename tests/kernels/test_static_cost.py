@@ -4,8 +4,8 @@ import importlib.util
 
 import pytest
 
-from pallas_kernels import loss_forms, static_cost_tpu
-from pallas_kernels.static_profile import BACKWARD
+from pallas_kernels.measure import loss_forms, static_cost_tpu
+from pallas_kernels.measure.static_profile import BACKWARD
 
 pytestmark = [
     pytest.mark.slow,

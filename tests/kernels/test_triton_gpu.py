@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, static_cost_gpu
+from pallas_kernels import dispatch
+from pallas_kernels.measure import static_cost_gpu
 from pallas_kernels.testing import TOLERANCE, recurrence_inputs, rms_ratio, token_loop, value_and_gradients
 from pallas_kernels.wkv6 import wkv6
 from pallas_kernels.wkv7 import triton_gpu, wkv7

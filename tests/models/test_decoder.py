@@ -11,7 +11,7 @@ from untrained import random_params
 
 from radlads_jax.models import MixerConfig, ModelConfig, attention, bind, init_params, init_state, layers
 from radlads_jax.models.decoder import graphdef
-from radlads_jax.train_state import path_leaves
+from radlads_jax.models.tree import path_leaves
 
 TEACHER = ModelConfig("qwen2", 64, 48, 96, 4, 2, 12, (("attention", 3),), qkv_bias=True)
 

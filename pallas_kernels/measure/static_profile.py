@@ -1,0 +1,210 @@
+"""One compilation for a TPU that is not there: what its text, its dump and its jaxpr say.
+
+Runs as a process of its own, `python -m pallas_kernels.measure.static_profile REQUEST ANSWER`, for `static_cost_tpu`.
+"""
+
+import importlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FORWARD, BACKWARD = "forward", "forward+backward"
+ARRAYS = {"wkv7": ("r", "log_w", "k", "v", "a", "b"), "wkv6": ("r", "log_w", "k", "v")}
+# bfloat16 passes of a float32 product on the MXU.
+PASSES = {"HIGHEST": 6, "HIGH": 3}
+
+
+def program(request: dict[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
+    """The call to compile and its arguments' shapes; sequences are [B,T,H*K] and split into heads inside."""
+    import jax
+    import jax.numpy as jnp
+
+    batch, length, heads, size = (request[name] for name in ("batch", "length", "heads", "head_size"))
+    name = request["implementation"]
+    module = importlib.import_module(f"pallas_kernels.{request['operation']}.api")
+    implementation = module.IMPLEMENTATIONS[name]
+    options = {"interpret": False} if name == "pallas_tpu" else {}
+
+    def forward(*arguments: Any) -> Any:
+        *arrays, state = arguments
+        split = [x.reshape(batch, length, heads, size) for x in arrays]
+        out, final_state = implementation(*split, state, None, request["chunk_size"], **options)
+        return out.reshape(batch, length, -1), final_state
+
+    def backward(arguments: Any, cotangents: Any) -> Any:
+        results, pull = jax.vjp(forward, *arguments)
+        return results, pull(cotangents)
+
+    dtype = jnp.dtype(request["dtype"])
+    like = jax.ShapeDtypeStruct((batch, length, heads * size), dtype)
+    state = jax.ShapeDtypeStruct((batch, heads, size, size), jnp.float32)
+    names = ARRAYS[request["operation"]]
+    arrays = [jax.ShapeDtypeStruct(like.shape, jnp.float32) if name == "log_w" else like for name in names]
+    if request["direction"] == FORWARD:
+        return forward, [*arrays, state]
+    return backward, [(*arrays, state), (like, state)]
+
+
+def bytes_moved(request: dict[str, Any]) -> int:
+    """Arguments and results of forward once; for backward, arguments, cotangents and gradients once more."""
+    tokens = request["batch"] * request["length"] * request["heads"] * request["head_size"]
+    state = 4 * request["batch"] * request["heads"] * request["head_size"] ** 2
+    width = 2 if request["dtype"] == "bfloat16" else 4
+    given = tokens * (width * (len(ARRAYS[request["operation"]]) - 1) + 4) + state
+    made = tokens * width + state
+    return given + made if request["direction"] == FORWARD else 3 * given + 2 * made
+
+
+def operations(jaxpr: Any) -> float:
+    """Multiplications and additions of all matrix products, in bfloat16 passes."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (left, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            inner = math.prod(shape[axis] for axis in left)
+            passes = PASSES.get(getattr(first(equation.params["precision"]), "name", ""), 1)
+            total += 2.0 * passes * inner * math.prod(equation.outvars[0].aval.shape)
+        repeats = 1
+        if equation.primitive.name == "pallas_call":
+            repeats = math.prod(equation.params["grid_mapping"].grid)
+        elif equation.primitive.name == "scan":
+            repeats = equation.params["length"]
+        for value in equation.params.values():
+            for inner_jaxpr in value if isinstance(value, (tuple, list)) else [value]:
+                inner_jaxpr = getattr(inner_jaxpr, "jaxpr", inner_jaxpr)
+                if hasattr(inner_jaxpr, "eqns"):
+                    total += repeats * operations(inner_jaxpr)
+    return total
+
+
+def first(precision: Any) -> Any:
+    return precision[0] if isinstance(precision, tuple) else precision
+
+
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation of a compiled program, and the entry's name."""
+    found: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        header = re.match(r"(ENTRY )?%?(\S+) \(.*\{$", line)
+        if header:
+            name = header.group(2)
+            found[name] = []
+            entry = name if header.group(1) else entry
+        elif name:
+            found[name].append(line)
+    return found, entry
+
+
+def xla_cycles(text: str) -> float:
+    """The compiler's estimates of everything but Mosaic kernels; a loop counts as often as its condition says."""
+    bodies, entry = computations(text)
+
+    def cycles(name: str) -> float:
+        total = 0.0
+        for line in bodies[name]:
+            loop = re.search(r"condition=%?([^\s,]+), body=%?([^\s,]+)", line)
+            if loop:
+                (count,) = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(bodies[loop.group(1)]))
+                total += int(count) * cycles(loop.group(2))
+            elif "tpu_custom_call" not in line:
+                total += sum(int(count) for count in re.findall(r'"estimated_cycles":"(\d+)"', line))
+        return total
+
+    return cycles(entry)
+
+
+def kernels(text: str) -> dict[str, dict[str, int]]:
+    """Cycles (0 without a profile) and bytes of VMEM of each Mosaic kernel, by its instruction's name."""
+    found = {}
+    for line in text.splitlines():
+        if "tpu_custom_call" in line and " custom-call(" in line:
+            name = line.split(" = ")[0].strip().removeprefix("ROOT ").removeprefix("%")
+            cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
+            used = re.search(r'"used_scoped_memory_configs":(\[[^]]*\])', line)
+            memory = json.loads(used.group(1)) if used else []
+            vmem = sum(int(part["size"]) for part in memory if part["memory_space"] == "1")
+            found[name] = {"cycles": int(cycles.group(1)) if cycles else 0, "vmem": vmem}
+    return found
+
+
+def code_size(folder: Path, kernel: str) -> dict[str, int]:
+    """Bundles, spills and fills of a kernel's final code, from a dump; zeros without one."""
+    for path in folder.glob(f"*-{kernel}-*final_hlo-static-per-bundle-utilization.txt"):
+        lines = path.read_text().splitlines()
+        columns = next(line for line in lines if line.startswith("MXU")).split(", ")
+        rows = [line.split() for line in lines if re.fullmatch(r"[\d ]+", line)]
+        rows = rows[1:]  # The first is the capacity.
+        spill, fill = columns.index("VSTORE:SPILL"), columns.index("VLOAD:FILL")
+        return {
+            "bundles": len(rows),
+            "spills": sum(int(row[spill]) for row in rows),
+            "fills": sum(int(row[fill]) for row in rows),
+        }
+    return {"bundles": 0, "spills": 0, "fills": 0}
+
+
+def losses(request: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Temporary bytes of a device, by loss and form, with the vocabulary over all of the topology's devices."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+    from pallas_kernels.measure import loss_forms
+
+    size = loss_forms.Size(**{name: request[name] for name in vars(loss_forms.Size())})
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=request["topology"]).devices
+    names = ("data", "fsdp", "tensor", "context")
+    mesh = Mesh(np.array(devices).reshape(1, 1, -1, 1), names, axis_types=(AxisType.Auto,) * 4)
+    whole, split = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((), (None, "tensor")))
+
+    def temporary(loss: str, form: str) -> int:
+        given = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split if "kernel" in name else whole)
+            for name, x in loss_forms.shapes(loss, size, "bfloat16").items()
+        }
+        run = jax.jit(loss_forms.value_and_gradients(loss, form), out_shardings=(whole, (whole, split)))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return run.lower(given).compile().memory_analysis().temp_size_in_bytes
+
+    return {loss: {form: temporary(loss, form) for form in loss_forms.FORMS} for loss in loss_forms.LOSSES}
+
+
+def compiled(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Compiles for one device of the topology."""
+    if request["operation"] == "linear_loss":
+        return losses(request)
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=request["topology"])
+    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("one",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    function, shapes = program(request)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        done = jax.jit(function, in_shardings=sharding, out_shardings=sharding).lower(*shapes).compile()
+    text = done.as_text() or ""
+    memory = done.memory_analysis()
+    return {
+        "xla_cycles": xla_cycles(text),
+        "kernels": {name: found | code_size(folder, name) for name, found in kernels(text).items()},
+        "bytes_moved": bytes_moved(request),
+        "operations": operations(jax.make_jaxpr(function)(*shapes).jaxpr),
+        "temporary": memory.temp_size_in_bytes,
+    }
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[2])
+    result = compiled(json.loads(sys.argv[1]), where.parent)
+    where.write_text(json.dumps(result))
+    # libtpu may abort while the interpreter ends; the answer is written.
+    os._exit(0)

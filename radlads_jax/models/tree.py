@@ -1,0 +1,51 @@
+"""Nested dicts of parameters, by path: split, merge, overlay, flatten."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+Params = dict[Any, Any]
+
+
+def split_params(params: Params, predicate: Callable[[str], bool]) -> tuple[Params, Params]:
+    """(those whose "/"-joined path fulfils the predicate, the others), both without empty dicts; nothing is copied."""
+    return _select(params, "", predicate), _select(params, "", lambda path: not predicate(path))
+
+
+def _select(params: Params, prefix: str, predicate: Callable[[str], bool]) -> Params:
+    chosen: Params = {}
+    for key, value in params.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            if inner := _select(value, path + "/", predicate):
+                chosen[key] = inner
+        elif predicate(path):
+            chosen[key] = value
+    return chosen
+
+
+def merge_params(first: Params, second: Params) -> Params:
+    """The union of two dicts of disjoint paths. Raises ValueError for a path in both."""
+    merged = dict(first)
+    for key, value in second.items():
+        if key not in merged:
+            merged[key] = value
+        elif isinstance(value, dict) and isinstance(merged[key], dict):
+            merged[key] = merge_params(merged[key], value)
+        else:
+            raise ValueError(f"parameter {key!r} is in both parts of a split tree; each path belongs to one of them.")
+    return merged
+
+
+def overlay_params(below: Params, above: Params) -> Params:
+    """`below` with the arrays of `above` in the place of its own."""
+    return below | {
+        key: overlay_params(below[key], value) if isinstance(value, dict) else value for key, value in above.items()
+    }
+
+
+def path_leaves(tree: Any) -> dict[str, Any]:
+    """Every leaf of a pytree by its "/"-joined path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

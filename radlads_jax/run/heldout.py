@@ -1,0 +1,169 @@
+"""How near the student comes to its teacher: losses and agreement on held-out rows, and text from both."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from pallas_kernels.linear_loss import linear_stats
+from pallas_kernels.sharded import constrain
+from radlads_jax.data import pipeline
+from radlads_jax.decoding.loop import generate_greedy
+from radlads_jax.distill.losses import Batch, next_tokens, read_rows
+from radlads_jax.models import ModelConfig, bind, sharding
+from radlads_jax.models.decoder import Params
+from radlads_jax.run.job import Job
+from radlads_jax.system import hosts, storage
+from radlads_jax.system.untrusted import brief
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def batch_sums(
+    student_cfg: ModelConfig, teacher_cfg: ModelConfig | None, student: Params, teacher: Params | None, batch: Batch
+) -> dict[str, jax.Array]:
+    """linear_stats' sums over the batch's tokens that have a next one in their segment, and "tokens", their number."""
+    decoder = bind(student_cfg, student)
+    kernel, layout = decoder.head_kernel()
+    hidden = read_rows(decoder, batch)
+    weights = batch["loss_mask"].reshape(-1)
+    options: dict[str, Any] = {"kernel_layout": layout}
+    if teacher_cfg is not None and teacher is not None:
+        frozen = bind(teacher_cfg, teacher)
+        teacher_hidden = read_rows(frozen, batch)
+        teacher_kernel, options["teacher_kernel_layout"] = frozen.head_kernel()
+        options |= {"teacher_hidden": teacher_hidden, "teacher_kernel": teacher_kernel.astype(teacher_hidden.dtype)}
+    targets = next_tokens(batch["tokens"]).reshape(-1)
+    sums = linear_stats(hidden, kernel.astype(hidden.dtype), targets, weights, **options)
+    # On every device, so that every process can read them.
+    return jax.tree.map(constrain, sums | {"tokens": weights.sum()})
+
+
+def evaluate(
+    student_cfg: ModelConfig,
+    student: Params,
+    batches: Sequence[Mapping[str, np.ndarray]],
+    batch_size: int,
+    teacher_cfg: ModelConfig | None = None,
+    teacher: Params | None = None,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+    """Means per token: {"student": {loss, top1, kl, agreement}, "teacher": {loss, top1}, "relative_top1", "tokens"}.
+
+    top1: share of tokens whose most likely next one is right; agreement: on which both models' are the same;
+    relative_top1: None where the teacher is never right. Without a teacher only the student's loss and top1. Raises
+    ValueError where no held-out token has a next one.
+    """
+    totals: dict[str, float] = {}
+    for batch in batches:
+        placed = sharding.place_rows(mesh, batch, batch_size)
+        on_device = {name: jnp.asarray(rows) for name, rows in placed.items()}
+        with sharding.traced_over(mesh):
+            sums = jax.device_get(batch_sums(student_cfg, teacher_cfg, student, teacher, on_device))
+        totals = {k: totals.get(k, 0.0) + float(v) for k, v in sums.items()}
+    tokens = totals.pop("tokens")
+    if tokens == 0:
+        raise ValueError("the held-out rows hold no token with a next one; expected some. Raise config.data.eval_rows.")
+    means = {k: v / tokens for k, v in totals.items()}
+    result: dict[str, Any] = {"student": {k: v for k, v in means.items() if not k.startswith("teacher_")}}
+    if teacher_cfg is not None:
+        result["teacher"] = {k: means[f"teacher_{k}"] for k in ("loss", "top1")}
+        result["relative_top1"] = means["top1"] / means["teacher_top1"] if means["teacher_top1"] else None
+    return result | {"tokens": int(tokens)}
+
+
+def continue_prompts(
+    cfg: ModelConfig, params: Params, tokenizer: Any, prompts: tuple[str, ...], new_tokens: int
+) -> list[str]:
+    """The greedy continuation of every prompt, cut at the end-of-text token."""
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    width = max(map(len, ids))
+    rows = np.stack([np.pad(row, (width - len(row), 0), constant_values=-1) for row in ids]).astype(np.int32)
+    out = hosts.fetched(generate_greedy(cfg, params, rows, new_tokens)).tolist()
+    end = tokenizer.eos_token_id
+    return [tokenizer.decode(row[: row.index(end)] if end in row else row) for row in out]
+
+
+def samples_page(prompts: tuple[str, ...], texts: dict[str, list[str]]) -> str:
+    """Markdown with each prompt's continuations side by side."""
+    lines = ["# Samples", ""]
+    for i, prompt in enumerate(prompts):
+        lines += [f"## {i + 1}", "", f"> {prompt}", ""]
+        lines += [f"**{name}**: {continuations[i].strip()}\n" for name, continuations in texts.items()]
+    return "\n".join(lines)
+
+
+def evaluate_job(job: Job, student: Params, teacher: Params | None) -> dict[str, Any]:
+    """`evaluate` on the job's held-out rows, and samples of its prompts into DIR/samples.md."""
+    run = job.run
+    batches = pipeline.make_eval_batches(
+        job.token_file,
+        seq_len=job.eval_tokens // run.data.eval_rows,
+        batch_size=run.train.eval_batch_size,
+        eval_tokens=job.eval_tokens,
+        cross_document=run.data.cross_document,
+        rows_of_batch=sharding.own_rows(job.mesh, run.train.eval_batch_size),
+    )
+    # Evaluated as it is used from here on: in the dtype it computes in.
+    student = jax.tree.map(lambda x: x.astype(job.student.dtype), student)
+    models = {"student": (job.student, student)}
+    if teacher is None:
+        result = evaluate(job.student, student, batches, run.train.eval_batch_size, mesh=job.mesh)
+    else:
+        result = evaluate(job.student, student, batches, run.train.eval_batch_size, job.teacher, teacher, job.mesh)
+        models = {"teacher": (job.teacher, teacher)} | models
+    if prompts := run.train.sample_prompts:
+        texts = {
+            name: continue_prompts(cfg, params, job.tokenizer, prompts, run.train.sample_tokens)
+            for name, (cfg, params) in models.items()
+        }
+        if hosts.is_first():
+            storage.write_text(job.workdir / "samples.md", samples_page(prompts, texts))
+        result["samples"] = [
+            {"prompt": prompt} | {name: text[i] for name, text in texts.items()} for i, prompt in enumerate(prompts)
+        ]
+    return result
+
+
+def results_table(summary: dict[str, Any]) -> Group:
+    """The stages and the student beside its teacher, for a terminal."""
+    stages = Table(title="Stages", title_justify="left")
+    for column in ("stage", "steps", "tokens", "tokens/s", "first loss", "last loss"):
+        stages.add_column(column, justify="left" if column == "stage" else "right")
+    for line in summary["stages"]:
+        speed = "" if line["tokens_per_second"] is None else f"{line['tokens_per_second']:,.0f}"
+        losses = ("" if line[k] is None else f"{line[k]:.4f}" for k in ("first_loss", "last_loss"))
+        stages.add_row(line["name"], f"{line['steps']:,}", f"{line['tokens']:,}", speed, *losses)
+    scores = Table(title=f"Held-out text ({summary['tokens']:,} tokens)", title_justify="left")
+    for column in ("", "loss", "top-1", "KL to teacher", "agreement", "top-1 relative"):
+        scores.add_column(column, justify="right" if column else "left")
+    for name in ("teacher", "student"):
+        if name not in summary:
+            continue
+        values = summary[name]
+        row = [f"{values['loss']:.4f}", f"{values['top1']:.2%}"]
+        if "kl" in values:
+            row += [f"{values['kl']:.4f}", f"{values['agreement']:.2%}", _percent(summary["relative_top1"])]
+        scores.add_row(name, *row)
+    samples = [
+        f"\n[bold]{_on_a_line(s['prompt'])}[/bold]\n"
+        + "\n".join(f"  {name}: {_on_a_line(s[name])}" for name in ("teacher", "student") if name in s)
+        for s in summary.get("samples", [])
+    ]
+    return Group(stages, scores, *samples)
+
+
+def _on_a_line(text: str) -> str:
+    """Text that a model may have made, for a terminal: neither markup nor control characters do anything."""
+    line = " ".join(text.split())
+    return escape(brief(line, len(line)))
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"

@@ -1,0 +1,320 @@
+"""What a run says about itself while it trains: a JSON line per step, TensorBoard curves, a progress bar, MFU."""
+
+import contextlib
+import json
+import math
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from radlads_jax.reporting.metrics_file import FILE_NAME, read_metrics
+from radlads_jax.run.curves import Curves
+from radlads_jax.run.wandb_curves import WandbCurves
+from radlads_jax.system.storage import Mirror, as_path
+
+PLAIN_LINE_SECONDS = 30.0
+SPIKE_NEEDS = 10
+# Between two sendings of all that was logged, where the work directory is in a bucket.
+SEND_SECONDS = 60.0
+
+# Dense bfloat16 FLOP/s of one jax device, from the makers' data sheets. A TPU7x chip is two devices.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+class MetricsLogger:
+    """Writes a run's metrics: workdir/metrics.jsonl, workdir/tensorboard/<stage>, and the console.
+
+    Of several processes only the first writes. On a terminal there is a bar; elsewhere a plain line now and then.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, console: Console | None = None, wandb: WandbCurves | None = None):
+        self.workdir = as_path(workdir)
+        self._mirror = Mirror(self.workdir)
+        self._enabled = jax.process_index() == 0
+        self._console = console or Console()
+        self._wandb = wandb
+        self._file: TextIO | None = None
+        self._writer: Curves | None = None
+        self._display: _Bar | _Lines | None = None
+        self._stage: str | None = None
+        self._last_step = 0
+        self._tokens_per_step = 0
+        self._flops_per_token: float | None = None
+
+    def begin(
+        self, stage: str, start: int, total: int, *, tokens_per_step: int, flops_per_token: float | None = None
+    ) -> None:
+        """Opens a stage that continues after step `start` of `total`; what was logged beyond `start` is dropped.
+
+        tokens_per_step: of the global batch. flops_per_token: of a whole training step, for MFU.
+        """
+        self._end_stage()
+        self._stage, self._last_step = stage, start
+        self._tokens_per_step, self._flops_per_token = tokens_per_step, flops_per_token
+        if not self._enabled:
+            return
+        self._mirror.path.mkdir(parents=True, exist_ok=True)
+        self._mirror.fetch(FILE_NAME)
+        path = self._mirror.path / FILE_NAME
+        _drop_lines_beyond(path, stage, start)
+        self._file = path.open("a", encoding="utf-8")
+        # purge_step hides the curves' points beyond `start` that an interrupted run left.
+        self._writer = Curves(self._mirror.path / "tensorboard" / stage, purge_step=start + 1)
+        self._display = (_Bar if self._console.is_terminal else _Lines)(self._console, stage, start, total)
+
+    def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Records the values of one step, as {"stage", "step", "tokens", "time", **values}.
+
+        tokens: seen by the stage so far. time: Unix seconds.
+        values: scalars, or arrays [n] which become a list and go to the JSON line alone; what is not finite becomes
+        null there.
+        """
+        if stage != self._stage or step <= self._last_step:
+            raise ValueError(
+                f"metrics of step {step} of {stage} came after step {self._last_step} of {self._stage}; "
+                "a stage's steps are logged once, in order. Call begin when a stage starts or continues."
+            )
+        self._last_step = step
+        if self._file is None or self._writer is None or self._display is None:
+            return
+        numbers = {name: np.asarray(value, np.float64).tolist() for name, value in values.items()}
+        finite = {name: _finite(value) for name, value in numbers.items()}
+        tokens = step * self._tokens_per_step
+        place = {"stage": stage, "step": step, "tokens": tokens, "time": round(time.time(), 3)}
+        # A value of the same name, the tokens that one step's loss counted, gives way.
+        self._file.write(json.dumps(place | finite | place) + "\n")
+        self._file.flush()
+        for name, value in numbers.items():
+            if not isinstance(value, list):
+                self._writer.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(stage, step, numbers)
+        self._display.loss = numbers.get("loss", self._display.loss)
+
+    def sync(self) -> None:
+        """Has what was logged reach the bucket, or the disk itself, where a machine that is switched off leaves it."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._mirror.send()
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        if self._enabled:
+            self._console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    def progress(self, step: int, tokens_per_second: float | None = None) -> None:
+        """Moves the bar to `step` and shows the newest loss, the rate and the time left.
+
+        tokens_per_second: of the whole run; also goes to TensorBoard, with MFU where the chip's peak is known.
+        """
+        if self._writer is None or self._display is None:
+            return
+        utilization = None
+        if tokens_per_second is not None:
+            self._writer.add_scalar("tokens_per_second", tokens_per_second, step)
+            utilization = mfu(tokens_per_second, self._flops_per_token)
+        if utilization is not None:
+            self._writer.add_scalar("mfu", utilization, step)
+        self._writer.flush()
+        self._mirror.send(every=SEND_SECONDS)
+        self._display.move(step, tokens_per_second, utilization)
+
+    def close(self) -> None:
+        """Flushes and closes everything; may be called twice."""
+        self._end_stage()
+        self._mirror.close()
+        if self._wandb is not None:
+            self._wandb.close()
+            self._wandb = None
+
+    def __enter__(self) -> "MetricsLogger":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _end_stage(self) -> None:
+        display, file, writer = self._display, self._file, self._writer
+        self._display = self._file = self._writer = self._stage = None
+        with contextlib.ExitStack() as stack:
+            # All of them, in the reverse order, whatever one of them raises. The terminal first: a bar left running
+            # hides the cursor and garbles a traceback. The bucket last.
+            if writer is not None:
+                stack.callback(self._mirror.send)
+            if writer is not None:
+                stack.callback(writer.close)
+            if file is not None:
+                stack.callback(file.close)
+            if display is not None:
+                stack.callback(display.stop)
+
+
+def is_spike(loss: float, before: Sequence[float]) -> bool:
+    """Whether a loss stands out above those of the steps before it.
+
+    By more than six of their deviations (1.4826 times the median distance from the median, a normal distribution's
+    deviation, but not moved by the spikes themselves) and by more than a tenth of their median; never with fewer than
+    SPIKE_NEEDS to compare with.
+    """
+    if len(before) < SPIKE_NEEDS or not math.isfinite(loss):
+        return False
+    middle = statistics.median(before)
+    deviation = 1.4826 * statistics.median(abs(value - middle) for value in before)
+    return loss > middle + max(6 * deviation, 0.1 * abs(middle))
+
+
+def _finite(value: Any) -> Any:
+    """The number, or None where it is not finite; item by item for a list."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value if math.isfinite(value) else None
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of one jax device of this kind; None where it is not known, as for a CPU."""
+    if device_kind.startswith("TPU"):
+        return PEAK_FLOPS.get(device_kind)
+    # A GPU's kind goes on with form factor and memory: "NVIDIA H100 80GB HBM3".
+    names = [name for name in PEAK_FLOPS if device_kind == name or device_kind.startswith((f"{name} ", f"{name}-"))]
+    return PEAK_FLOPS[max(names, key=len)] if names else None
+
+
+def peak_bytes() -> int:
+    """The most memory taken so far: of the first device, or of this process where devices do not tell, as on a CPU."""
+    told = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if told is not None:
+        return int(told)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def mfu(tokens_per_second: float, flops_per_token: float | None) -> float | None:
+    """Model FLOPs utilization over all devices: tokens/s * FLOPs per token / (devices * peak); None where unknown."""
+    peak = peak_flops(jax.devices()[0].device_kind)
+    if peak is None or not flops_per_token:
+        return None
+    return tokens_per_second * flops_per_token / (peak * jax.device_count())
+
+
+class _Timer:
+    """The time left, at the pace since the first report of a step: what came before holds the compilation."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self.first: tuple[int, float] | None = None
+
+    def left(self, step: int) -> float | None:
+        """Seconds from `step` to the last one; None before there is a pace."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = (step, now)
+        first_step, first_time = self.first
+        if step >= self.total:
+            return 0.0
+        return (now - first_time) / (step - first_step) * (self.total - step) if step > first_step else None
+
+
+class _Bar:
+    """A live progress bar."""
+
+    def __init__(self, console: Console, stage: str, start: int, total: int):
+        self.loss: float | None = None
+        self._timer = _Timer(total)
+        name, said = TextColumn("[bold]{task.description}"), TextColumn("{task.fields[said]}")
+        self._progress = Progress(name, BarColumn(), MofNCompleteColumn(), said, console=console)
+        self._task = self._progress.add_task(stage, total=total, completed=start, said="compiling")
+        self._progress.start()
+
+    def move(self, step: int, tokens_per_second: float | None, utilization: float | None) -> None:
+        said = _describe(self.loss, tokens_per_second, utilization, self._timer.left(step))
+        self._progress.update(self._task, completed=step, said=said)
+        if step >= self._timer.total:
+            self._progress.stop()
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+class _Lines:
+    """Plain lines for logs: the first report, the last step, and one every PLAIN_LINE_SECONDS between."""
+
+    def __init__(self, console: Console, stage: str, start: int, total: int):
+        self.loss: float | None = None
+        self._console, self._stage, self._total = console, stage, total
+        self._timer = _Timer(total)
+        self._printed: float | None = None
+        self._print(start, f"starts after step {start}" if start else "starts")
+
+    def move(self, step: int, tokens_per_second: float | None, utilization: float | None) -> None:
+        left = self._timer.left(step)
+        now = time.monotonic()
+        if self._printed is not None and step < self._total and now - self._printed < PLAIN_LINE_SECONDS:
+            return
+        self._printed = now
+        self._print(step, _describe(self.loss, tokens_per_second, utilization, left))
+
+    def stop(self) -> None:
+        """Nothing to clear: lines stay."""
+
+    def _print(self, step: int, said: str) -> None:
+        line = f"{self._stage} {step}/{self._total}  {said}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _describe(
+    loss: float | None, tokens_per_second: float | None, utilization: float | None, seconds_left: float | None
+) -> str:
+    parts = []
+    if loss is not None:
+        parts.append(f"loss {loss:.4g}")
+    if tokens_per_second is not None:
+        parts.append(f"{tokens_per_second:,.0f} tokens/s")
+    if utilization is not None:
+        parts.append(f"MFU {utilization:.1%}")
+    if seconds_left is not None:
+        minutes, seconds = divmod(round(seconds_left), 60)
+        parts.append(f"ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
+    return "  ".join(parts)
+
+
+def _drop_lines_beyond(path: Path, stage: str, start: int) -> None:
+    """Rewrites the file without the stage's steps beyond `start` and without a torn last line."""
+    if not path.exists():
+        return
+    kept = [r for r in read_metrics(path.parent) if r["stage"] != stage or r["step"] <= start]
+    text = "".join(json.dumps(record) + "\n" for record in kept)
+    if path.read_text(encoding="utf-8", errors="replace") == text:
+        return
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,254 @@
+"""What is looked at before hours are spent: disk, data, tokenizer, teacher, checkpoints, kernels; a line for each.
+
+All of it together costs seconds. Over several hosts every process takes part, and the first one prints.
+"""
+
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
+
+from pallas_kernels import dispatch
+from pallas_kernels.wkv6.api import IMPLEMENTATIONS as WKV6
+from pallas_kernels.wkv7.api import IMPLEMENTATIONS as WKV7
+from radlads_jax.data import pipeline
+from radlads_jax.distill.program import abstract_state
+from radlads_jax.models import sharding
+from radlads_jax.models.decoder import Params
+from radlads_jax.porting.hub import load_tokenizer
+from radlads_jax.porting.names import disk_tensors
+from radlads_jax.run import heldout
+from radlads_jax.run.checkpoint import Checkpoints
+from radlads_jax.run.job import Job
+from radlads_jax.system import hosts
+from radlads_jax.system.untrusted import brief, listed
+
+# Random weights are at log(vocab) or above it, and so is a teacher that reads another tokenizer's ids; one that can say
+# something of its text is far below.
+NEAR_CHANCE = 0.85
+RECURRENCES = {"rad_rwkv6": ("wkv6", WKV6), "rad_rwkv7": ("wkv7", WKV7)}
+
+
+class Finding(NamedTuple):
+    """What one check found. problem: why the run should not begin, and what to change; "" where all is well."""
+
+    name: str
+    found: str
+    problem: str = ""
+
+
+def check(job: Job, *, force: bool = False, whole: bool = False) -> Params | None:
+    """Prints a line for each check; returns the teacher's weights, where they had to be loaded for one.
+
+    A run that continues was found well when it began: of it only what is left to write is compared with the disk, and
+    nothing is printed where that fits; `whole` checks all the same. Raises ValueError with all problems in one
+    paragraph, unless `force` is given; in any case where no checkpoint can be written and read back, or OSError.
+    """
+    begun = hosts.agreed(int((epath.Path(job.workdir) / "checkpoints").exists()))
+    teacher = None
+    if begun and not whole:
+        findings = [disk(job)]
+    else:
+        findings = [disk(job), data(job), tokenizer(job), checkpoints(job)]
+        if job.source is not None and job.student.recurrent_mixer:
+            teacher = job.load_teacher(job.run.teacher.dtype)
+            findings.append(teacher_loss(job, teacher))
+        findings.append(kernels(job))
+    problems = [finding.problem for finding in findings if finding.problem]
+    if hosts.is_first() and (problems or whole or not begun):
+        _print(findings)
+    if hosts.agreed(len(problems)) and not force:
+        said = " ".join(problems) or "another process found a problem, and tells which."
+        raise ValueError(f"{said} (--force begins all the same.)")
+    return teacher
+
+
+def disk(job: Job) -> Finding:
+    """What checkpoints and export will take at most, by their shapes, beside the disk's free space."""
+    directory, run = epath.Path(job.workdir), job.run
+    largest = left = 0
+    for name in run.stages:
+        written = {path.name for path in _entries(directory / "checkpoints" / name) if path.name.isdigit()}
+        if str(run.stage(name).steps) in written:
+            continue
+        size = sum(
+            _bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(abstract_state(run, job.student, name, None))
+        )
+        saves = -(-run.stage(name).steps // run.train.checkpoint_every)
+        left += max(min(run.train.keep_checkpoints, saves) - len(written), 0) * size
+        # An old checkpoint is deleted only after its successor is whole.
+        largest = max(largest, size if saves > run.train.keep_checkpoints else 0)
+    left += largest
+    if not (directory / "export").exists():
+        tensors = disk_tensors(job.student).values()
+        left += sum(_bytes(location.disk_shape, run.export.dtype) for location in tensors)
+    free = free_bytes(job.workdir)
+    if free is None:
+        return Finding("disk", f"at most {_gigabytes(left)} to write; how much a bucket has left is not known")
+    found = f"at most {_gigabytes(left)} of checkpoints and export to write, {_gigabytes(free)} free"
+    if left <= free:
+        return Finding("disk", found)
+    return Finding(
+        "disk",
+        found,
+        f"the run will write up to {_gigabytes(left)} below {job.workdir}, where {_gigabytes(free)} are free; expected "
+        "room for all of it. Free some, choose a --workdir on a larger disk, or lower config.train.keep_checkpoints.",
+    )
+
+
+def data(job: Job) -> Finding:
+    """How often every stage goes through the data."""
+    shares = []
+    for name in job.run.stages:
+        stage = job.run.stage(name)
+        share = pipeline.repeats(
+            job.token_file, stage.seq_len, stage.steps * stage.batch_size * stage.seq_len, job.eval_tokens
+        )
+        shares.append(f"{name} reads {f'{share:.0%} of them' if share <= 1 else f'them {share:.1f} times'}")
+    count = job.token_file.num_tokens - job.eval_tokens
+    return Finding("data", f"{count:,} tokens besides {job.eval_tokens:,} held out; {', '.join(shares)}")
+
+
+def tokenizer(job: Job) -> Finding:
+    """Whether the data's tokenizer numbers tokens as the teacher's own does, where the teacher has another."""
+    vocab, end = job.tokenizer.get_vocab(), job.tokenizer.eos_token
+    ends = (
+        "documents are not ended" if end is None else f"documents end with {brief(end)} ({job.tokenizer.eos_token_id})"
+    )
+    found = f"{len(vocab):,} tokens in a vocabulary of {job.teacher.vocab_size:,}; {ends}"
+    own = _own_vocabulary(job)
+    moved = [token for token, number in vocab.items() if own.get(token, number) != number]
+    if not moved:
+        return Finding("tokenizer", found)
+    return Finding(
+        "tokenizer",
+        found,
+        f"the tokenizer in {job.tokenizer_dir} gives {len(moved):,} tokens other ids than that of the teacher in "
+        f"{job.source}: {listed(moved)}; expected the same ids. Leave config.data.tokenizer out.",
+    )
+
+
+def _own_vocabulary(job: Job) -> dict[str, int]:
+    """The vocabulary of the teacher's own tokenizer; empty where it has none or is the data's."""
+    if job.source is None or job.tokenizer_dir == job.source:
+        return {}
+    try:
+        return load_tokenizer(job.source).get_vocab()
+    except ValueError:
+        return {}
+
+
+def checkpoints(job: Job) -> Finding:
+    """Saves and restores a small checkpoint in the work directory, its array split over all devices.
+
+    Raises ValueError where the hosts do not share the directory, or the numbers come back changed.
+    """
+    place = epath.Path(job.workdir) / ".preflight"
+    with hosts.first_alone("preflight"):
+        if hosts.is_first():
+            place.rmtree(missing_ok=True)
+            place.mkdir(parents=True)
+            # A bucket has no directory without a file.
+            (place / "seen").touch()
+        seen = (place / "seen").exists()
+    if hosts.agreed(int(not seen)):
+        raise ValueError(
+            f"what process 0 wrote to {job.workdir} is not there for all processes; expected a work directory that all "
+            "hosts share. Put it on a disk that all of them see, or in a bucket."
+        )
+    try:
+        same = _round_trip(job, place)
+    finally:
+        hosts.agreed(0)  # All have read what is about to go.
+        if hosts.is_first():
+            place.rmtree(missing_ok=True)
+    if not same:
+        raise ValueError(
+            f"a checkpoint saved in {job.workdir} was restored with other numbers; expected the same bits. Do not "
+            "trust this disk: choose another --workdir."
+        )
+    return Finding("checkpoints", "a small one was saved and restored")
+
+
+def _round_trip(job: Job, place: epath.Path) -> bool:
+    placed = NamedSharding(job.mesh, PartitionSpec(sharding.AXES)) if job.mesh is not None else None
+    rows = job.mesh.size if job.mesh is not None else 1
+    numbers = jax.jit(lambda: jnp.sin(jnp.arange(rows * 1024.0).reshape(rows, 1024)), out_shardings=placed)()
+    with Checkpoints(place / "checkpoint") as written:
+        written.save(1, {"numbers": numbers}, data_state={}, meta={}, wait=True)
+    abstract = {"numbers": jax.ShapeDtypeStruct(numbers.shape, numbers.dtype, sharding=placed)}
+    # By another one, as in a run: Orbax's own that has saved to a bucket takes it for unfinished in all but process 0.
+    with Checkpoints(place / "checkpoint") as found:
+        restored, _, _ = found.restore(1, abstract)
+    return bool(hosts.fetched(jax.jit(jnp.array_equal)(numbers, restored["numbers"])))
+
+
+def teacher_loss(job: Job, teacher: Params) -> Finding:
+    """The teacher's loss per token on the first rows of the first batch; a problem where it is that of chance."""
+    run, rows = job.run, job.run.train.eval_batch_size
+    batch = next(job.batches(run.stages[0], rows))
+    measured = heldout.evaluate(job.teacher, teacher, [batch], rows, mesh=job.mesh)
+    loss, chance = measured["student"]["loss"], math.log(job.teacher.vocab_size)
+    found = f"loss {loss:.3f} on the first {measured['tokens']:,} tokens; that of chance is {chance:.3f}"
+    if loss < NEAR_CHANCE * chance:
+        return Finding("teacher", found)
+    return Finding(
+        "teacher",
+        found,
+        f"the teacher {job.source} has a loss of {loss:.3f} on the first {measured['tokens']:,} tokens, where guessing "
+        f"among its {job.teacher.vocab_size:,} tokens gives {chance:.3f}; expected one well below that. Check that the "
+        "weights are trained and whole, that data and teacher have one tokenizer (config.data.tokenizer, or the one "
+        "that made the token file), and that the text is of a language that the teacher knows.",
+    )
+
+
+def kernels(job: Job) -> Finding:
+    """The devices, how the run is spread over them, and which implementation of the recurrence they get."""
+    sizes = {} if job.mesh is None else {axis: size for axis, size in job.mesh.shape.items() if size > 1}
+    used = "one device" if job.mesh is None else " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    found = f"{used} of {jax.device_count()} ({jax.devices()[0].device_kind})"
+    if job.student.recurrent_mixer is not None:
+        operation, implementations = RECURRENCES[job.student.recurrent_mixer]
+        run = dispatch.choose(operation, implementations, None, (job.student.head_dim, job.student.head_dim))
+        name = next(name for name, function in implementations.items() if function is run)
+        found = f"{operation} runs as {name} on {found}"
+    return Finding("kernels", found)
+
+
+def _print(findings: list[Finding]) -> None:
+    console = Console()
+    console.print("[bold]before the run[/bold]")
+    for name, found, problem in findings:
+        style = "red" if problem else None
+        line = f"  {'NO' if problem else 'ok'}  {name:12} {found}"
+        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def free_bytes(directory: os.PathLike) -> int | None:
+    """Free space on the disk of a directory, which need not be there yet; None for a bucket."""
+    if re.match(r"\w+://", os.fspath(directory)):
+        return None
+    path = Path(directory).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _entries(directory: Any) -> list[Any]:
+    return list(directory.iterdir()) if directory.exists() else []
+
+
+def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    return math.prod(shape) * jnp.dtype(dtype).itemsize
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"

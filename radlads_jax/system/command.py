@@ -1,0 +1,99 @@
+"""A command line of absl flags whose mistakes, like every refusal, end in one paragraph and exit code 1."""
+
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import app, flags, logging
+from rich.console import Console
+
+from radlads_jax import config as config_lib
+from radlads_jax.system import storage
+
+EXIT_FAILED = 1
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
+
+
+def run(define: Callable[[flags.FlagValues], None], main: Callable[[flags.FlagValues], None]) -> NoReturn:
+    """Defines a module's flags, reads the command line and runs main.
+
+    To be called where the module is __main__: modules that are imported define no flags, so that two of them may have
+    one of the same name.
+    """
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    define(flags.FLAGS)
+    app.run(lambda _: sys.exit(guarded(main, flags.FLAGS)), flags_parser=parsed)
+    raise AssertionError("app.run does not return")
+
+
+def parsed(argv: list[str]) -> list[str]:
+    """absl's reading of the command line; arguments that are no flags are refused."""
+    try:
+        rest = flags.FLAGS(argv)[1:]
+        if rest:
+            raise ValueError(f"got the argument {rest[0]!r}; expected flags alone. Write it as --name=value.")
+    except (flags.Error, ValueError) as error:
+        sys.exit(refuse(error))
+    if flags.FLAGS["verbosity"].using_default_value:
+        # The libraries tell much about every checkpoint.
+        logging.set_verbosity(logging.WARNING)
+    return argv
+
+
+def guarded(main: Callable[[flags.FlagValues], None], values: flags.FlagValues) -> int:
+    """Runs main; returns the exit code."""
+    try:
+        main(values)
+    except (ValueError, NotImplementedError, OSError) as error:
+        return refuse(error)
+    except storage.access_errors() as error:
+        return refuse(error)
+    return 0
+
+
+def refuse(error: Exception | str) -> int:
+    """Prints the error as one paragraph; returns the exit code. --verbosity=1 shows where it was raised."""
+    text = " ".join(str(error).split())
+    Console(stderr=True).print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+    logging.debug("where it was raised", exc_info=True)
+    return EXIT_FAILED
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's reading of the command line, but that a mistake there or in the config file is one paragraph."""
+    try:
+        for override in filter(None, map(_OVERRIDE.match, argv[1:])):
+            config_lib.check_override(override[1], override[2])
+        positional = flags.FLAGS(argv)
+    # A locked ConfigDict raises AttributeError or KeyError for a field that it lacks, TypeError for a value's type.
+    except (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError) as error:
+        sys.exit(refuse(explain(error)))
+    if flags.FLAGS["verbosity"].using_default_value:
+        # The libraries tell much about every checkpoint.
+        logging.set_verbosity(logging.WARNING)
+    return positional
+
+
+def explain(error: BaseException) -> str:
+    """The message of an error in reading the configuration; with file and line, if get_config raised it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if frame.name == "get_config"]
+        if frames:
+            return f"{frames[-1].filename}, line {frames[-1].lineno}: {_message(cause)}"
+        cause = cause.__context__
+    return _message(error)
+
+
+def _message(error: BaseException) -> str:
+    """An error's last line: ml_collections puts tracebacks and lists of all fields before it, and nests errors."""
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    is_lookup = isinstance(error, AttributeError | KeyError)
+    # str() of a KeyError is a quoted repr, with its line ends escaped.
+    lines = str(error.args[0] if is_lookup and error.args else error).split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), type(error).__name__)
+    return f"no such field: {last}" if is_lookup else last

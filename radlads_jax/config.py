@@ -243,6 +243,7 @@ def validate(config: ConfigDict) -> RunConfig:
             f"config.stages holds {unknown}; expected names out of {', '.join(STAGE_NAMES)}. On the command line each "
             "is a flag of its own: --config.stages=stage1 --config.stages=stage2."
         )
+    _require(bool(run.stages), "config.stages", run.stages, f"at least one of {', '.join(STAGE_NAMES)}")
     _require(len(set(run.stages)) == len(run.stages), "config.stages", run.stages, "each stage at most once")
     for name in run.stages:
         _check_stage(f"config.{name}", run.stage(name), run.mesh.context)
@@ -263,7 +264,8 @@ def validate(config: ConfigDict) -> RunConfig:
     _at_least(1, run.mesh, "config.mesh", "data", "tensor", "context")
     fsdp = run.mesh.fsdp
     _require(fsdp == -1 or fsdp >= 1, "config.mesh.fsdp", fsdp, "at least 1, or -1 for all devices")
-    _require(run.export.max_shard_gb > 0, "config.export.max_shard_gb", run.export.max_shard_gb, "more than 0")
+    shard = run.export.max_shard_gb
+    _require(1e-9 <= shard < math.inf, "config.export.max_shard_gb", shard, "a byte (1e-9) at least, and an end")
     return run
 
 
@@ -372,6 +374,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         item = typing.get_args(hint)[0]
         if isinstance(value, str) or not isinstance(value, tuple | list):
             raise ValueError(f"{where} is {value!r}; expected a tuple of {item.__name__}.")
+        # What "--config.name=" comes as.
+        if list(value) == [""]:
+            return ()
         return tuple(_convert(item, v, where) for v in value)
     if typing.get_origin(hint) is dict:
         return dict(value)

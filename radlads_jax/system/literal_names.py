@@ -18,7 +18,7 @@ from radlads_jax.system.storage import in_bucket
 @functools.cache
 def install() -> None:
     """From here on epath's glob takes every character of the directory's name for itself."""
-    gpath._GPath.glob = _glob  # type: ignore[method-assign]
+    gpath._GPath.glob = _glob
 
 
 def _glob(self: Any, pattern: str) -> Iterator[Any]:

@@ -58,6 +58,17 @@ def as_path(where: str | os.PathLike) -> AnyPath:
     return epath.Path(text)
 
 
+def whole_name(path: str) -> str:
+    """The name of the same place that means it from any working directory; a URL's own, and "" for none."""
+    return path if not path or re.match(r"\w+:/", path) else str(Path(_absolute(path)))
+
+
+def whole_name_or_id(name: str) -> str:
+    """The same for what may also be an id on the Hugging Face hub, which it stays where nothing has that name."""
+    is_path = name.startswith(("~", ".", "/")) or (bool(name) and os.path.exists(name))
+    return whole_name(name) if is_path else name
+
+
 def _absolute(text: str) -> str:
     expanded = os.path.expanduser(text)
     # Not normalised: what ".." means behind a link, the disk knows.

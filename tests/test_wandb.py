@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -79,6 +80,66 @@ def test_every_step_goes_there_and_a_run_goes_on(wandb, tmp_path) -> None:
     assert wandb.begun[1]["id"] == "new" and [line["stage1/step"] for line in wandb.logged] == [1, 2, 3, 4]
 
 
+def logged_by(wandb: StandIn) -> list[tuple[str, int]]:
+    """(id, step) of every line."""
+    return [(line["id"], line["stage1/step"]) for line in wandb.logged]
+
+
+@pytest.fixture
+def ids(wandb, monkeypatch) -> StandIn:
+    """Its runs have ids of their own, noted with every line."""
+    init, log, made = wandb.init, wandb.log, iter(range(1, 99))
+
+    def begin(**options):
+        init(**options)
+        wandb.id = options["id"] or f"run{next(made)}"
+        return wandb
+
+    monkeypatch.setattr(wandb, "init", begin)
+    monkeypatch.setattr(wandb, "log", lambda values: log(values | {"id": wandb.id}))
+    return wandb
+
+
+def test_what_was_logged_beyond_the_checkpoint_is_not_logged_again(ids, tmp_path) -> None:
+    """As after SIGKILL: the run goes on from a step before the last one that it has logged."""
+    train(tmp_path / "run", range(1, 6))
+    for steps in (range(3, 5), range(4, 8)):
+        train(tmp_path / "run", steps)
+    # Only metrics.jsonl, which can be cut, forgot steps 5 and 4 meanwhile.
+    assert len(set(logged_by(ids))) == len(ids.logged)
+    assert [step for _, step in logged_by(ids)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_copy_is_another_run(ids, tmp_path) -> None:
+    train(tmp_path / "run", range(1, 4))
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    train(tmp_path / "copy", range(3, 6))
+    train(tmp_path / "run", range(4, 6))
+    train(tmp_path / "copy", range(6, 7))
+    assert logged_by(ids) == [
+        *(("run1", step) for step in (1, 2, 3)),
+        *(("run2", step) for step in (3, 4, 5)),
+        *(("run1", step) for step in (4, 5)),
+        ("run2", 6),
+    ]
+
+
+def test_a_directory_that_was_moved_is_the_same_run(ids, tmp_path) -> None:
+    train(tmp_path / "run", range(1, 3))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    train(tmp_path / "moved", range(3, 5))
+    # And another in its place is not.
+    train(tmp_path / "run", range(1, 2))
+    assert [name for name, _ in logged_by(ids)] == ["run1"] * 4 + ["run2"]
+
+
+def test_what_an_earlier_version_began_goes_on(ids, tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "wandb_id").write_text("old\n")
+    train(tmp_path / "run", range(1, 3))
+    assert logged_by(ids) == [("old", 1), ("old", 2)]
+
+
 def test_what_wandb_refuses_is_one_paragraph(wandb, tmp_path) -> None:
     wandb.refuses = "api_key not configured"
     with pytest.raises(ValueError, match=r"api_key not configured.*WANDB_MODE=offline"):
@@ -105,7 +166,7 @@ def test_offline_everything_stays_in_the_work_directory(monkeypatch, tmp_path) -
     for steps in (range(1, 3), range(3, 5)):
         train(tmp_path / "run", steps)
     files = [path for path in (tmp_path / "run" / "wandb").rglob("*.wandb")]
-    identity = (tmp_path / "run" / "wandb_id").read_text().strip()
+    identity = (tmp_path / "run" / "wandb_id").read_text().splitlines()[0]
     assert len(files) == 2 and all(identity in path.name for path in files)
     end = time.monotonic() + 60
     # Another process writes them, to the end of which wandb does not wait.

@@ -80,7 +80,10 @@ class MetricsLogger:
         self._mirror.path.mkdir(parents=True, exist_ok=True)
         self._mirror.fetch(FILE_NAME)
         path = self._mirror.path / FILE_NAME
-        _drop_lines_beyond(path, stage, start)
+        logged = _drop_lines_beyond(path, stage, start)
+        if self._wandb is not None:
+            # A run of wandb's can not be cut: what an interrupted run logged beyond `start` stays, and counts.
+            self._wandb.begin(stage, logged)
         self._file = path.open("a", encoding="utf-8")
         # purge_step hides the curves' points beyond `start` that an interrupted run left.
         self._writer = Curves(self._mirror.path / "tensorboard" / stage, purge_step=start + 1)
@@ -222,17 +225,20 @@ def mfu(tokens_per_second: float, flops_per_token: float | None) -> float | None
     return tokens_per_second * flops_per_token / (peak * jax.device_count())
 
 
-def _drop_lines_beyond(path: Path, stage: str, start: int) -> None:
-    """Rewrites the file without the stage's steps beyond `start` and without a torn last line."""
+def _drop_lines_beyond(path: Path, stage: str, start: int) -> int:
+    """Rewrites the file without the stage's steps beyond `start` and a torn last line; returns the last it had."""
     if not path.exists():
-        return
-    kept = [r for r in read_metrics(path.parent) if r["stage"] != stage or r["step"] <= start]
+        return 0
+    records = read_metrics(path.parent)
+    last = max((r["step"] for r in records if r["stage"] == stage), default=0)
+    kept = [r for r in records if r["stage"] != stage or r["step"] <= start]
     text = "".join(json.dumps(record) + "\n" for record in kept)
     if path.read_text(encoding="utf-8", errors="replace") == text:
-        return
+        return last
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    return last

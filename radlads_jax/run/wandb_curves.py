@@ -3,12 +3,17 @@
 wandb's own settings hold: WANDB_MODE=offline keeps everything in DIR/wandb for a later `wandb sync`.
 """
 
+import json
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from etils import epath
+from radlads_jax.system.storage import AnyPath, as_path, in_bucket, read_text, write_text
+
+# The run's id, and on a line below it what tells the directory from a copy of it, and what the run must have.
+FILE_NAME = "wandb_id"
 
 
 class WandbCurves:
@@ -26,9 +31,8 @@ class WandbCurves:
                 f"config.train.wandb_project is {project!r}, but wandb can not be imported ({error}); expected the "
                 "extra `wandb`. Install it with pip install 'radlads-jax[wandb]', or leave the setting out."
             ) from error
-        directory = epath.Path(workdir)
-        known, is_bucket = directory / "wandb_id", "://" in os.fspath(directory)
-        before = known.read_text(encoding="utf-8").strip() if known.exists() else None
+        self._directory = directory = as_path(workdir)
+        before, self._logged = _known_run(directory)
         try:
             self._run = wandb.init(
                 project=project,
@@ -36,7 +40,7 @@ class WandbCurves:
                 id=before,
                 resume="allow",
                 # wandb writes to disks alone; in place of a bucket it takes its own directory.
-                dir=None if is_bucket else os.fspath(directory),
+                dir=None if in_bucket(directory) else os.fspath(directory),
                 config=dict(settings),
             )
         except wandb.errors.Error as error:
@@ -44,12 +48,25 @@ class WandbCurves:
                 f"wandb did not begin a run in the project {project!r} ({error}); expected one. Log in with wandb "
                 "login, set WANDB_MODE=offline, or leave config.train.wandb_project out."
             ) from error
-        if before is None:
-            known.write_text(f"{self._run.id}\n", encoding="utf-8")
+        self._goes_on = before is not None
         self._stages: set[str] = set()
+        # Written anew each time: a directory that was moved is then known by its new name.
+        self._remember()
+
+    def begin(self, stage: str, logged: int) -> None:
+        """A stage begins or goes on, of which this directory has logged the steps up to `logged` before."""
+        if self._goes_on and logged > self._logged.get(stage, 0):
+            self._logged[stage] = logged
+            self._remember()
+
+    def _remember(self) -> None:
+        known = {"directory": _identity(self._directory), "logged": self._logged}
+        write_text(self._directory / FILE_NAME, f"{self._run.id}\n{json.dumps(known)}\n")
 
     def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
-        """Scalars of one step; lists and what is not finite are left out."""
+        """Scalars of one step, unless the run has them; lists and what is not finite are left out."""
+        if step <= self._logged.get(stage, 0):
+            return
         if stage not in self._stages:
             self._run.define_metric(f"{stage}/step")
             self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
@@ -59,3 +76,27 @@ class WandbCurves:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _known_run(directory: AnyPath) -> tuple[str | None, dict[str, int]]:
+    """The run that this directory logs to, and the last step of each stage that it must have.
+
+    (None, {}) where there is none, or it is that of the directory of which this one is a copy: both would log steps of
+    the same numbers to one run.
+    """
+    file = directory / FILE_NAME
+    if not file.exists():
+        return None, {}
+    identity, _, rest = read_text(file).partition("\n")
+    # An earlier version wrote the id alone.
+    known = json.loads(rest) if rest.strip() else {"directory": _identity(directory), "logged": {}}
+    if not identity.strip() or not set(known["directory"]) & set(_identity(directory)):
+        return None, {}
+    return identity.strip(), dict(known["logged"])
+
+
+def _identity(directory: AnyPath) -> list[str]:
+    """Its name, and on a disk its number there: one of them stays where it is moved, none where it is copied."""
+    if in_bucket(directory):
+        return [str(directory)]
+    return [str(Path(directory).resolve()), f"inode {os.stat(directory).st_ino}"]

@@ -1,0 +1,197 @@
+"""After the last step: what fails leaves what was before it, the next start does the rest; bad input comes first."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny_run
+from untrained import save_teacher
+
+from radlads_jax import config, launch
+from radlads_jax.run import ending, heldout, preflight, train
+from radlads_jax.run.job import Job, make_job
+
+STEPS = {"stage1": 5}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: Any) -> pathlib.Path:
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def trained(teacher: pathlib.Path, tmp_path_factory: Any) -> pathlib.Path:
+    """A run that has failed at the first thing after its last step."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(RuntimeError, match="planted"):
+        patched.setattr(ending, "save_params", planted)
+        tiny_run.convert(workdir, tiny_run.settings(teacher, steps=STEPS))
+    return workdir
+
+
+@pytest.fixture
+def run(trained: pathlib.Path, teacher: pathlib.Path, tmp_path: pathlib.Path) -> Any:
+    """Goes on with a copy of it; settings: more of them. Its directory is run.workdir."""
+    workdir = pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
+
+    def go_on(**settings: Any) -> dict[str, Any]:
+        return tiny_run.convert(workdir, tiny_run.settings(teacher, steps=STEPS) | settings)
+
+    return SimpleNamespace(go_on=go_on, workdir=workdir)
+
+
+def planted(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("planted")
+
+
+def left(workdir: pathlib.Path) -> set[str]:
+    names = ["export/config.json", "export/model.safetensors", "summary.json", "report/index.html", "samples.md"]
+    return {name.split("/")[0] for name in names if (workdir / name).is_file()}
+
+
+FAULTS = {
+    "scores": (heldout, "evaluate", {"export", "report"}),
+    "card": (ending, "write_model_card", {"export", "summary.json", "report"}),
+    "report": (ending, "write_report", {"export", "summary.json"}),
+    "samples": (heldout, "generate_greedy", {"export", "summary.json", "report"}),
+    "samples' page": (heldout, "samples_page", {"export", "summary.json", "report"}),
+    "table": (heldout, "results_table", {"export", "summary.json", "report", "samples.md"}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_fails_leaves_what_was_before_it(fault: str, run: Any, monkeypatch: Any) -> None:
+    module, name, expected = FAULTS[fault]
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="planted"):
+        patched.setattr(module, name, planted)
+        run.go_on()
+    assert left(run.workdir) == expected
+    exported = (run.workdir / "export" / "model.safetensors").stat().st_mtime_ns
+    summary = run.go_on()
+    assert left(run.workdir) == {"export", "summary.json", "report", "samples.md"}
+    assert json.loads((run.workdir / "summary.json").read_text()) == summary and len(summary["samples"]) == 2
+    assert "Top-1 relative" in (run.workdir / "export" / "README.md").read_text()
+    if fault != "scores":
+        assert (run.workdir / "export" / "model.safetensors").stat().st_mtime_ns == exported, "not written again"
+
+
+def test_nothing_of_a_failed_export_is_there(trained: pathlib.Path) -> None:
+    assert left(trained) == set()
+
+
+def test_other_prompts_are_continued_by_the_export(run: Any, monkeypatch: Any) -> None:
+    first = run.go_on()
+    # What trained it may be gone by then.
+    shutil.rmtree(run.workdir / "checkpoints")
+    monkeypatch.setattr(train, "make_step", planted)
+    again = run.go_on(**{"train.sample_prompts": ("What is", "A tale")})
+    assert [sample["prompt"] for sample in again["samples"]] == ["What is", "A tale"]
+    assert again["samples"][0] == first["samples"][1] and "A tale" in (run.workdir / "samples.md").read_text()
+    assert again["student"] == first["student"]
+    assert "samples" not in run.go_on(**{"train.sample_prompts": ()})
+
+
+@pytest.fixture(scope="module")
+def job(teacher: pathlib.Path, tmp_path_factory: Any) -> Job:
+    chosen = config.defaults()
+    chosen.update_from_flattened_dict(tiny_run.settings(teacher))
+    return make_job(config.validate(chosen), tmp_path_factory.mktemp("job") / "run")
+
+
+def with_train(job: Job, **fields: Any) -> Job:
+    run = dataclasses.replace(job.run, train=dataclasses.replace(job.run.train, **fields))
+    return dataclasses.replace(job, run=run)
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", "half \ud83d of one", "long " * 600])
+def test_a_prompt_that_can_not_be_continued_is_refused_first(prompt: str, job: Job) -> None:
+    for check in (ending.check, preflight.check, train.convert):
+        with pytest.raises(ValueError, match=r"config\.train\.sample_prompts holds") as caught:
+            check(with_train(job, sample_prompts=("What is", prompt)))
+        str(caught.value).encode()
+
+
+def test_a_prompt_of_which_the_tokenizer_makes_nothing(job: Job, monkeypatch: Any) -> None:
+    monkeypatch.setattr(heldout, "prompt_tokens", lambda *_: [])
+    with pytest.raises(ValueError, match=r"sample_prompts holds 'What is', of which the tokenizer"):
+        ending.check(with_train(job, sample_prompts=("What is",)))
+
+
+def test_more_sample_tokens_than_the_model_has_places_for(job: Job) -> None:
+    with pytest.raises(ValueError, match=r"config\.train\.sample_tokens, 600.*max_position_embeddings, 512"):
+        ending.check(with_train(job, sample_tokens=600))
+
+
+def test_held_out_rows_without_a_next_token(job: Job, monkeypatch: Any) -> None:
+    rows = [{"loss_mask": batch["loss_mask"] * 0} for batch in heldout.batches(job)]
+    monkeypatch.setattr(heldout, "batches", lambda _: rows)
+    with pytest.raises(ValueError, match=r"config\.data\.eval_rows"):
+        ending.check(job)
+
+
+@pytest.mark.parametrize("name", ["export", "report", "samples.md/x", "summary.json/x", "export/notes/x"])
+def test_a_place_that_is_taken(name: str, job: Job) -> None:
+    taken = job.workdir / name
+    taken.parent.mkdir(parents=True, exist_ok=True)
+    taken.touch()
+    try:
+        with pytest.raises(ValueError, match=f"{job.workdir / name.split('/')[0]} (is a|exists and is)"):
+            ending.check(job)
+    finally:
+        taken.unlink()
+        if "/" in name:
+            shutil.rmtree(job.workdir / name.split("/")[0])
+    ending.check(job)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-10, math.inf, math.nan])
+def test_no_size_of_a_shard(size: float, teacher: pathlib.Path) -> None:
+    chosen = config.defaults()
+    chosen.update_from_flattened_dict(tiny_run.settings(teacher) | {"export.max_shard_gb": size})
+    with pytest.raises(ValueError, match=r"config\.export\.max_shard_gb is"):
+        config.validate(chosen)
+
+
+def test_sample_settings_are_free(tmp_path: pathlib.Path) -> None:
+    before = {"seed": 0, "train": {"sample_prompts": [""], "sample_tokens": 3}}
+    launch.remember_config(tmp_path, before)
+    launch.check_same_config(tmp_path, before | {"train": {"sample_prompts": ["a"], "sample_tokens": 4}})
+
+
+def launched(monkeypatch: Any, teacher: pathlib.Path, workdir: pathlib.Path, **settings: Any) -> int:
+    chosen = config.defaults()
+    chosen.update_from_flattened_dict(tiny_run.settings(teacher, steps=STEPS) | settings)
+    monkeypatch.setattr(launch, "_CONFIG", SimpleNamespace(value=chosen))
+    monkeypatch.setattr(launch, "_WORKDIR", SimpleNamespace(value=str(workdir)))
+    monkeypatch.setattr(launch, "_PREFLIGHT_ONLY", SimpleNamespace(value=False))
+    monkeypatch.setattr(launch, "_FORCE", SimpleNamespace(value=True))
+    return launch.main(["launch"])
+
+
+def test_config_json_appears_when_nothing_can_be_refused_any_more(
+    teacher: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """A step that does not fit into memory, or another of no use, leaves the directory to smaller settings."""
+
+    def no_room(*_: Any) -> Any:
+        raise ValueError("RESOURCE_EXHAUSTED: no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "make_step", lambda *_: no_room)
+        assert launched(patched, teacher, tmp_path / "run") == 1
+        assert "no room" in capsys.readouterr().err and not (tmp_path / "run" / "config.json").exists()
+
+    def stop(self: Any, step: int) -> Any:
+        assert (tmp_path / "run" / "config.json").exists()
+        raise ValueError("far enough")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train._StopPolicy, "ask", stop)
+        assert launched(patched, teacher, tmp_path / "run", seed=1) == 1
+        assert "far enough" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1

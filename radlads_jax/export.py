@@ -17,7 +17,7 @@ from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.save import EXPORT_DTYPES, MODEL_CARD, save_params
-from radlads_jax.system import command, storage
+from radlads_jax.system import backend, command, storage
 
 console = Console(highlight=False)
 RUNTIMES = ("", "llama.cpp")
@@ -62,6 +62,7 @@ def export_again(
     """
     if retie and untie:
         raise ValueError("got --retie and --untie; expected one of them at most. Leave one out.")
+    backend.require()
     source = model_directory(model)
     config = read_config(source)
     cfg = model_config_from_hf(config)

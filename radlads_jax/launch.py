@@ -65,15 +65,20 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
     except storage.access_errors() as error:
         return refuse(error)
     # Imported late: the models and their compiler take seconds that a typo should not.
-    from radlads_jax.run import preflight
-    from radlads_jax.run.job import make_job
-    from radlads_jax.run.train import Interrupted, TooManyNonFinite, convert
-    from radlads_jax.system import hosts, process_memory
-    from radlads_jax.system.workdir import held
+    try:
+        from radlads_jax.run import preflight
+        from radlads_jax.run.job import make_job
+        from radlads_jax.run.train import Interrupted, TooManyNonFinite, convert
+        from radlads_jax.system import backend, hosts, process_memory
+        from radlads_jax.system.workdir import held
+    # A variable for jax whose value is none.
+    except ValueError as error:
+        return refuse(error)
 
     process_memory.install()
     try:
         join()
+        backend.require()
         hosts.require_same(flat_settings(_CONFIG.value.to_dict()))
         with held(workdir):
             job = make_job(run, workdir)
@@ -89,7 +94,7 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
 
             convert(job, teacher, begun)
     except Interrupted as stop:
-        Console(stderr=True).print(str(stop), style="yellow", markup=False, soft_wrap=True)
+        Console(stderr=True).print(str(stop), style="yellow", markup=False, emoji=False, soft_wrap=True)
         return EXIT_STOPPED + stop.signum
     except (ValueError, NotImplementedError, TooManyNonFinite, OSError) as error:
         return refuse(error)

@@ -19,6 +19,7 @@ from radlads_jax.porting import (
     resolve_model_dir,
 )
 from radlads_jax.porting.config_keys import read_json
+from radlads_jax.system import backend
 from radlads_jax.system.storage import AnyPath, as_path
 
 DTYPES = ("float32", "bfloat16")
@@ -63,6 +64,7 @@ def load_model(path: str | os.PathLike, *, dtype: str | None = None, for_decodin
     dtype: of parameters and arithmetic, default bfloat16 on accelerators and float32 on a CPU. for_decoding: layers
     unrolled where that makes single tokens faster. Raises ValueError for what is no model.
     """
+    backend.require()
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}. Change --dtype.")

@@ -11,6 +11,7 @@ from radlads_jax.system import storage
 def prepare_environment() -> None:
     """What the TPU compiler needs to run where there is no TPU; to be called before jax is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_ENABLE_X64"] = "0"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 

@@ -14,7 +14,7 @@ PLAIN_LINE_SECONDS = 30.0
 def say(text: str) -> None:
     """Prints a sentence, once for all processes. Nothing of it is markup: a directory may be named [draft]."""
     if hosts.is_first():
-        Console().print(text, markup=False, soft_wrap=True)
+        Console().print(text, markup=False, emoji=False, soft_wrap=True)
 
 
 def show(table: Any) -> None:
@@ -85,7 +85,7 @@ class Lines:
 
     def _print(self, step: int, said: str) -> None:
         line = f"{self._stage} {step}/{self._total}  {said}"
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _describe(

@@ -127,7 +127,7 @@ class MetricsLogger:
     def say(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
         if self._enabled:
-            self._console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            self._console.print(text, style="yellow", markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def progress(self, step: int, tokens_per_second: float | None = None) -> None:
         """Moves the bar to `step` and shows the newest loss, the rate and the time left.

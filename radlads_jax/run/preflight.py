@@ -230,7 +230,7 @@ def _print(findings: list[Finding]) -> None:
     for name, found, problem in findings:
         style = "red" if problem else None
         line = f"  {'NO' if problem else 'ok'}  {name:12} {found}"
-        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def free_bytes(directory: os.PathLike) -> int | None:

@@ -1,5 +1,6 @@
 """A command line of absl flags whose mistakes, like every refusal, end in one paragraph and exit code 1."""
 
+import io
 import re
 import signal
 import sys
@@ -24,6 +25,10 @@ def run(define: Callable[[flags.FlagValues], None], main: Callable[[flags.FlagVa
     one of the same name.
     """
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    for stream in (sys.stdout, sys.stderr):
+        # What the terminal has no character for is shown as an escape.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     define(flags.FLAGS)
     app.run(lambda _: sys.exit(guarded(main, flags.FLAGS)), flags_parser=parsed)
     raise AssertionError("app.run does not return")
@@ -57,7 +62,9 @@ def guarded(main: Callable[[flags.FlagValues], None], values: flags.FlagValues) 
 def refuse(error: Exception | str) -> int:
     """Prints the error as one paragraph; returns the exit code. --verbosity=1 shows where it was raised."""
     text = " ".join(str(error).split())
-    Console(stderr=True).print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(
+        f"error: {text}", style="red", markup=False, emoji=False, highlight=False, soft_wrap=True
+    )
     logging.debug("where it was raised", exc_info=True)
     return EXIT_FAILED
 

@@ -4,6 +4,7 @@ A step's arrays are new to the process at every step, and the kernel hands them 
 sixth of the processor time of a step on CPU. By pages of 2 MiB that is next to nothing.
 """
 
+import contextlib
 import os
 import platform
 import sys
@@ -15,7 +16,10 @@ _SYSTEM = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 def on_request() -> bool:
     """Whether this system gives huge pages where a program asks for them, and glibc can."""
-    return platform.libc_ver()[0] == "glibc" and _SYSTEM.is_file() and "[madvise]" in _SYSTEM.read_text()
+    try:
+        return platform.libc_ver()[0] == "glibc" and _SYSTEM.is_file() and "[madvise]" in _SYSTEM.read_text()
+    except OSError:
+        return False
 
 
 def setting() -> dict[str, str]:
@@ -27,6 +31,11 @@ def setting() -> dict[str, str]:
 
 
 def restart_with() -> None:
-    """Begins this command anew with `setting`, which glibc reads as a process starts; where that is empty, goes on."""
-    if sys.executable and (change := setting()):
+    """Begins this command anew with `setting`, which glibc reads as a process starts.
+
+    Where that is empty, or the system does not let a process begin anew, it goes on without.
+    """
+    if not (sys.executable and (change := setting())):
+        return
+    with contextlib.suppress(OSError):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | change)

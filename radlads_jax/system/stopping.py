@@ -80,7 +80,8 @@ def outlive_readers() -> None:
     for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
         stream.flush()
         raw = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
-        text = io.TextIOWrapper(raw, encoding=stream.encoding, errors=stream.errors, line_buffering=True)
+        # A terminal without a character is no reason to end a run.
+        text = io.TextIOWrapper(raw, encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
         setattr(sys, name, text)
 
 

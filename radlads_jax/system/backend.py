@@ -1,0 +1,33 @@
+"""What the user's environment makes of jax, before anything is computed."""
+
+import functools
+import os
+
+import jax
+from absl import logging
+
+# Programs here say themselves what is computed in which precision; under other rules than jax's own they do not trace.
+OWN_RULES = {"jax_enable_x64": False, "jax_numpy_dtype_promotion": "standard", "jax_numpy_rank_promotion": "allow"}
+
+
+@functools.cache
+def require() -> None:
+    """Sets jax's own rules of dtypes where the environment has others, with a warning that names the variable.
+
+    Raises ValueError where jax has none of the devices that JAX_PLATFORMS asks for. It is the first use of a device:
+    where several processes join, they do so before.
+    """
+    for option, rule in OWN_RULES.items():
+        if getattr(jax.config, option) != rule:
+            logging.warning("%s is not heeded: this program chooses its dtypes itself", option.upper())
+            jax.config.update(option, rule)
+    try:
+        jax.devices()
+    # jax has an assertion where a plugin is missing, and RuntimeError for what a plugin says.
+    except (AssertionError, RuntimeError) as error:
+        asked = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
+        reason = " ".join(str(error).split()) or "no plugin for it is installed, or it has found no device"
+        raise ValueError(
+            f"JAX_PLATFORMS is {asked!r}, and jax can not use that here ({reason}); expected one of this machine's. "
+            "Unset JAX_PLATFORMS to have the best one there is, or install jax for it, e.g. jax[cuda12] or jax[tpu]."
+        ) from error

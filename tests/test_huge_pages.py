@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Begins anew if need be, then fills 256 MiB and prints how often it began and how many KiB of them are huge pages.
 PROGRAM = """
 import os, re, sys
-from radlads_jax import huge_pages
+from radlads_jax.system import huge_pages
 os.environ["BEGUN"] = str(int(os.environ.get("BEGUN", 0)) + 1)
 huge_pages.restart_with()
 filled = b"1" * 2**28

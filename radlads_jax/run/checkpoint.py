@@ -179,7 +179,7 @@ class Checkpoints:
         )
         if hosts.is_first():
             (self.directory / str(error.step)).rename(place)
-        hosts.agreed(0)
+        hosts.barrier()
         self._manager.reload()
 
     def wait(self) -> None:

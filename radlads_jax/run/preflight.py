@@ -168,7 +168,7 @@ def checkpoints(job: Job) -> Finding:
     try:
         same = _round_trip(job, place)
     finally:
-        hosts.agreed(0)  # All have read what is about to go.
+        hosts.barrier()  # All have read what is about to go.
         if hosts.is_first():
             place.rmtree(missing_ok=True)
     if not same:

@@ -89,7 +89,7 @@ def _known_run(directory: AnyPath) -> tuple[str | None, dict[str, int]]:
         return None, {}
     identity, _, rest = read_text(file).partition("\n")
     # An earlier version wrote the id alone.
-    known = json.loads(rest) if rest.strip() else {"directory": _identity(directory), "logged": {}}
+    known: dict[str, Any] = json.loads(rest) if rest.strip() else {"directory": _identity(directory), "logged": {}}
     if not identity.strip() or not set(known["directory"]) & set(_identity(directory)):
         return None, {}
     return identity.strip(), dict(known["logged"])

@@ -25,7 +25,7 @@ def require() -> None:
         jax.devices()
     # jax has an assertion where a plugin is missing, and RuntimeError for what a plugin says.
     except (AssertionError, RuntimeError) as error:
-        asked = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
+        asked = os.environ.get("JAX_PLATFORMS", "")
         reason = " ".join(str(error).split()) or "no plugin for it is installed, or it has found no device"
         raise ValueError(
             f"JAX_PLATFORMS is {asked!r}, and jax can not use that here ({reason}); expected one of this machine's. "

@@ -61,6 +61,11 @@ def agreed(number: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
+def barrier() -> None:
+    """Returns when every process has come here."""
+    agreed(0)
+
+
 @contextlib.contextmanager
 def first_alone(what: str) -> Iterator[None]:
     """The first process runs the body, then all others do: they find what it left on a shared disk or in a bucket."""

@@ -32,7 +32,7 @@ from radlads_jax.evaluate import output_directory
 from radlads_jax.export import export_again
 from radlads_jax.models.decoder import abstract_params
 from radlads_jax.models.sharding import shardings
-from radlads_jax.plan import teacher_config
+from radlads_jax.planning.planner import teacher_config
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.save import save_params
 from radlads_jax.report import write_report

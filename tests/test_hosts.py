@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 JOINED = """
 import jax, sys
 from jax.experimental import multihost_utils
-from radlads_jax import hosts
+from radlads_jax.system import hosts
 hosts.start(**eval(sys.argv[1]))
 seen = multihost_utils.process_allgather(jax.numpy.int32(10 + jax.process_index()))
 print(jax.process_index(), jax.process_count(), jax.device_count(), seen.tolist())
@@ -31,7 +31,7 @@ except ValueError as error:
 
 TERMINATED = """
 import os, signal, sys, time
-from radlads_jax import hosts, stopping
+from radlads_jax.system import hosts, stopping
 stopping.leave_on_signals()
 hosts.start(**eval(sys.argv[1]))
 os.kill(os.getpid(), signal.SIGTERM)

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 STAGE_NAMES = ("pretrain", "stage1", "stage2", "stage2a", "stage3")
 SOURCES = ("synthetic", "text", "jsonl", "parquet", "hf", "binidx")
-MIXERS = ("attention", "rad_rwkv6", "rad_rwkv7")
 GATES = ("none", "full", "low_rank")
 
 
@@ -301,7 +300,6 @@ def _check_teacher(teacher: Teacher) -> None:
 
 
 def _check_student(student: Student) -> None:
-    _require(student.mixer in MIXERS, "config.student.mixer", student.mixer, f"one of {', '.join(MIXERS)}")
     gates = f"one of {', '.join(GATES)} or '' (the published choice)"
     _require(student.gate in ("", *GATES), "config.student.gate", student.gate, gates)
     for field in ("use_rope", "token_shift", "group_norm", "balance_state"):

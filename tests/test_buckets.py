@@ -31,7 +31,7 @@ from radlads_jax.distill.mesh import make_mesh
 from radlads_jax.evaluate import output_directory
 from radlads_jax.export import export_again
 from radlads_jax.models.decoder import abstract_params
-from radlads_jax.models.sharding import shardings
+from radlads_jax.models.placement import shardings
 from radlads_jax.plan import teacher_config
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.save import save_params
@@ -176,7 +176,7 @@ def test_the_devices_together_read_a_teacher_once(gcs, run, teacher_dir, mesh):
     config = tiny_config("gs://bucket/teacher", "unused")
     config.mesh.update(mesh)
     config.stage1.batch_size = 8
-    placed = shardings(make_mesh(validate(config)), abstract_params(TEACHER))
+    placed = shardings(make_mesh(validate(config)), abstract_params(TEACHER), TEACHER)
     name = "teacher/model.safetensors"
     gcs.read.clear()
     got = load_params("gs://bucket/teacher", TEACHER, dtype="float32", shardings=placed)

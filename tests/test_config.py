@@ -11,7 +11,6 @@ import ml_collections
 import pytest
 
 from radlads_jax.config import (
-    MIXERS,
     STAGE_NAMES,
     Student,
     check_override,
@@ -20,7 +19,6 @@ from radlads_jax.config import (
     validate,
 )
 from radlads_jax.distill.stages import STAGES
-from radlads_jax.models.config import MIXER_NAMES
 from radlads_jax.recipes import paper
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -158,7 +156,6 @@ def test_parse_arg():
 
 
 def test_names_that_two_files_know_agree():
-    assert MIXERS == MIXER_NAMES
     assert set(STAGE_NAMES) == set(STAGES)
 
 
@@ -201,7 +198,6 @@ def test_a_misspelt_field_can_not_be_set():
         ("teacher.scratch", {"model_type": "qwen2"}, ["config.teacher.path", "not both"]),
         ("export.dtype", "fp8", ["config.export.dtype is 'fp8'"]),
         ("export.max_shard_gb", 0.0, ["config.export.max_shard_gb is 0.0"]),
-        ("student.mixer", "rad_rwkv8", ["config.student.mixer is 'rad_rwkv8'", "rad_rwkv6, rad_rwkv7"]),
         ("student.gate", "half", ["config.student.gate is 'half'", "none, full, low_rank"]),
         ("student.use_rope", "yes", ["config.student.use_rope is 'yes'", "'on', 'off'"]),
         ("student.use_rope", True, ["config.student.use_rope is True", "expected str"]),

@@ -9,6 +9,7 @@ import jax
 
 from radlads_jax.decoding.loop import unrolled
 from radlads_jax.models import ModelConfig, init_state
+from radlads_jax.models.config import SOFTMAX
 from radlads_jax.models.decoder import Params
 from radlads_jax.porting import (
     check_tokenizer,
@@ -107,4 +108,4 @@ def state_bytes(cfg: ModelConfig, context: int) -> int:
 
 def cache_bytes(cfg: ModelConfig, context: int) -> int:
     """The size of the keys and values of `context` tokens, were every layer softmax attention."""
-    return state_bytes(dataclasses.replace(cfg, stacks=(("attention", cfg.num_layers),)), context)
+    return state_bytes(dataclasses.replace(cfg, stacks=((SOFTMAX, cfg.num_layers),)), context)

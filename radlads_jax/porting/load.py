@@ -14,7 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from pallas_kernels.sharded import fitting
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.porting.names import Layout, Location, ParamPath, disk_tensors, flatten, nest, param_shapes, shown
+from radlads_jax.models.spec import Layout
+from radlads_jax.models.tensors import param_shapes
+from radlads_jax.models.tree import ParamPath, flatten, nest, shown
+from radlads_jax.porting.names import Location, disk_tensors
 from radlads_jax.porting.safetensors_read import StoredTensor, open_checkpoint
 from radlads_jax.system.storage import AnyPath, as_path, in_bucket
 from radlads_jax.system.untrusted import listed

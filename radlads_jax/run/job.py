@@ -11,16 +11,18 @@ from radlads_jax.config import RunConfig
 from radlads_jax.data import binidx, pipeline, prepare, sources, synthetic
 from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill.stages import STAGES
+from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models import sharding
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import Params, abstract_params, init_params
+from radlads_jax.models.mixers import mixer_spec
+from radlads_jax.models.placement import shardings
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.hub import check_tokenizer, load_tokenizer, resolve_model_dir
 from radlads_jax.porting.load import check_tensors, load_params
 from radlads_jax.porting.names import disk_tensors
 from radlads_jax.porting.safetensors_read import open_checkpoint
-from radlads_jax.porting.student_config import make_student_config
 from radlads_jax.system import hosts
 from radlads_jax.system.storage import AnyPath
 
@@ -50,7 +52,7 @@ class Job:
 
     def load_teacher(self, dtype: str) -> Params:
         """The teacher's parameters, from its files or, for a run from scratch, fresh ones; born where they lie."""
-        placed = sharding.shardings(self.mesh, abstract_params(self.teacher))
+        placed = shardings(self.mesh, abstract_params(self.teacher), self.teacher)
         if self.source is None:
             cfg = dataclasses.replace(self.teacher, param_dtype=dtype)
             init = init_params if placed is None else jax.jit(init_params, static_argnums=0, out_shardings=placed)
@@ -65,7 +67,7 @@ class Job:
             self.token_file,
             seq_len=recipe.seq_len,
             batch_size=rows,
-            seed=self.run.seed * len(STAGES) + list(STAGES).index(name),
+            seed=STAGES[name].order_seed(self.run.seed),
             eval_tokens=self.eval_tokens,
             cross_document=self.run.data.cross_document,
             rows_of_batch=sharding.own_rows(self.mesh, rows),
@@ -74,6 +76,7 @@ class Job:
 
 def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     """Checks teacher, student, tokenizer and data, in this order; raises ValueError for the first that is wrong."""
+    mixer_spec(run.student.mixer)  # a typo is told before anything is read
     mesh = mesh_lib.make_mesh(run)
     source = resolve_model_dir(run.teacher.path, run.teacher.revision or None) if run.teacher.path else None
     base_config = read_config(source) if source else dict(run.teacher.scratch)

@@ -17,12 +17,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from pallas_kernels import dispatch
-from pallas_kernels.wkv6.api import IMPLEMENTATIONS as WKV6
-from pallas_kernels.wkv7.api import IMPLEMENTATIONS as WKV7
 from radlads_jax.data import pipeline
 from radlads_jax.distill.program import abstract_state
 from radlads_jax.models import sharding
 from radlads_jax.models.decoder import Params
+from radlads_jax.models.mixers import MIXERS
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.porting.names import disk_tensors
 from radlads_jax.run import heldout
@@ -34,7 +33,6 @@ from radlads_jax.system.untrusted import brief, listed
 # Random weights are at log(vocab) or above it, and so is a teacher that reads another tokenizer's ids; one that can say
 # something of its text is far below.
 NEAR_CHANCE = 0.85
-RECURRENCES = {"rad_rwkv6": ("wkv6", WKV6), "rad_rwkv7": ("wkv7", WKV7)}
 
 
 class Finding(NamedTuple):
@@ -215,11 +213,12 @@ def kernels(job: Job) -> Finding:
     sizes = {} if job.mesh is None else {axis: size for axis, size in job.mesh.shape.items() if size > 1}
     used = "one device" if job.mesh is None else " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     found = f"{used} of {jax.device_count()} ({jax.devices()[0].device_kind})"
-    if job.student.recurrent_mixer is not None:
-        operation, implementations = RECURRENCES[job.student.recurrent_mixer]
-        run = dispatch.choose(operation, implementations, None, (job.student.head_dim, job.student.head_dim))
-        name = next(name for name, function in implementations.items() if function is run)
-        found = f"{operation} runs as {name} on {found}"
+    operator = MIXERS[job.student.recurrent_mixer].operator if job.student.recurrent_mixer else None
+    if operator is not None:
+        head_sizes = (job.student.head_dim, job.student.head_dim)
+        run = dispatch.choose(operator.name, operator.implementations, None, head_sizes)
+        name = next(name for name, function in operator.implementations.items() if function is run)
+        found = f"{operator.name} runs as {name} on {found}"
     return Finding("kernels", found)
 
 

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from radlads_jax.distill.optim import learning_rates
 from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
-from radlads_jax.distill.stages import STAGES
+from radlads_jax.distill.stages import STAGES, stage_losses
 from radlads_jax.distill.train_state import TrainState
-from radlads_jax.models import sharding
+from radlads_jax.models import placement, sharding
 from radlads_jax.models.decoder import Params
 from radlads_jax.models.tree import overlay_params, split_params
 from radlads_jax.planning.cost import model_flops
@@ -114,7 +114,7 @@ def convert(job: Job, teacher: Params | None = None) -> dict[str, Any]:
         console.print(f"[bold]{job.workdir} is finished[/bold]; nothing to do. Its results, from {summary_path}:")
         console.print(heldout.results_table(summary))
         if hosts.is_first() and not (job.workdir / "report" / "index.html").exists():
-            write_report(job.workdir)
+            write_report(job.workdir, losses=stage_losses())
         return summary
     if teacher is None and job.student.recurrent_mixer:
         teacher = job.load_teacher(job.run.teacher.dtype)
@@ -132,7 +132,7 @@ def convert(job: Job, teacher: Params | None = None) -> dict[str, Any]:
         # Its presence says that everything before is whole.
         storage.write_text(summary_path, json.dumps(summary, indent=2) + "\n")
         console.print(heldout.results_table(summary))
-        console.print(f"how it went, as a page: {write_report(job.workdir)}")
+        console.print(f"how it went, as a page: {write_report(job.workdir, losses=stage_losses())}")
     return summary
 
 
@@ -175,7 +175,7 @@ def run_stage(
             if name == job.run.stages[0] and teacher is not None:
                 console.print(transfer_table(job.student, student, teacher, fresh_qkvo=job.run.student.fresh_qkvo))
             params, frozen = split_params(student, is_trainable(job.run, job.student, name))
-            state, meta = create_state(job.run, name, params, job.mesh), {}
+            state, meta = create_state(job.run, job.student, name, params, job.mesh), {}
             del student, params
         teacher = teacher if STAGES[name].needs_teacher else None
         clock = Clock(meta)
@@ -273,6 +273,8 @@ def _summary_line(job: Job, name: str, meta: dict[str, Any]) -> dict[str, Any]:
     timed = meta["timed_steps"] * tokens_per_step
     return {
         "name": name,
+        "trains": STAGES[name].trains,
+        "loss": STAGES[name].loss,
         "steps": recipe.steps,
         "tokens": recipe.steps * tokens_per_step,
         "seconds": meta["seconds"],
@@ -321,7 +323,7 @@ def _stored_params(job: Job, checkpoints: Checkpoints, params: Params, step: int
     """The part of `params` that a checkpoint holds, read from it."""
     stored = checkpoints.shapes(step)
     wanted, _ = split_params(params, lambda path: f"params/{path}" in stored)
-    return checkpoints.restore_params(step, sharding.abstract(job.mesh, wanted))
+    return checkpoints.restore_params(step, placement.abstract(job.mesh, wanted, job.student))
 
 
 def stage_directory(job: Job, name: str) -> storage.AnyPath:

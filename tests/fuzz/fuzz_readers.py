@@ -15,7 +15,7 @@ from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from radlads_jax.data import prepare, sources
-from radlads_jax.models.config import MixerConfig, ModelConfig
+from radlads_jax.models import MIXERS, ModelConfig
 from radlads_jax.porting import check_tokenizer, load_tokenizer, model_config_from_hf, read_config
 from radlads_jax.porting.hf_export import hf_config_from_model
 from radlads_jax.porting.load import check_tensors
@@ -24,7 +24,7 @@ from radlads_jax.porting.safetensors_read import open_checkpoint
 
 WEIGHTS = "model.safetensors"
 MODEL = ModelConfig("qwen2", 300, 8, 8, 2, 1, 4, (("attention", 2),), qkv_bias=True, max_position_embeddings=64)
-STUDENTS = [MODEL.as_student(name, MixerConfig.for_student(name, 8), (1,)) for name in ("rad_rwkv6", "rad_rwkv7")]
+STUDENTS = [MODEL.as_student(name, MIXERS[name].choose(8), (1,)) for name in ("rad_rwkv6", "rad_rwkv7")]
 CONFIGS = [hf_config_from_model(cfg, {"eos_token_id": 0}) for cfg in (MODEL, *STUDENTS)]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CONFIGS.append(CONFIGS[0] | {"model_type": "llama", "rope_scaling": LLAMA3})

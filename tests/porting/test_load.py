@@ -8,9 +8,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
+from radlads_jax.models.tensors import param_shapes
+from radlads_jax.models.tree import flatten, nest
 from radlads_jax.porting import load
 from radlads_jax.porting.load import load_params
-from radlads_jax.porting.names import disk_tensors, flatten, nest, param_shapes
+from radlads_jax.porting.names import disk_tensors
 
 
 def expected_params(cfg, tensors: dict[str, np.ndarray]) -> dict:

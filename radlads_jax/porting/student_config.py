@@ -5,8 +5,6 @@ import dataclasses
 from radlads_jax.config import RunConfig, Student
 from radlads_jax.models.config import MixerConfig, ModelConfig
 
-_SWITCHES = {"": None, "on": True, "off": False}
-
 
 def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
     """The student's dimensions. Raises ValueError for switches that contradict each other or the mixer."""
@@ -29,12 +27,12 @@ def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
 
 
 def _mixer_config(given: Student, hidden_size: int) -> MixerConfig:
-    if given.mixer == "rad_rwkv7" and given.token_shift == "on":
+    if given.mixer == "rad_rwkv7" and given.token_shift:
         raise ValueError(
-            "config.student.token_shift is 'on', but RAD-RWKV7 has none (the paper found it gives nothing there, and "
+            "config.student.token_shift is true, but RAD-RWKV7 has none (the paper found it gives nothing there, and "
             "its format has no place for it); use rad_rwkv6, or leave token_shift out."
         )
-    switches = {f: _SWITCHES[getattr(given, f)] for f in ("use_rope", "token_shift", "group_norm", "balance_state")}
+    switches = {f: getattr(given, f) for f in ("use_rope", "token_shift", "group_norm", "balance_state")}
     if switches["group_norm"] and switches["balance_state"] is None:
         switches["balance_state"] = False
     ranks = {f: getattr(given, f) for f in ("rank_decay", "rank_iclr", "rank_value", "rank_shift", "rank_gate")}

@@ -9,10 +9,13 @@ import sys
 
 import ml_collections
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from radlads_jax.config import (
     MIXERS,
     STAGE_NAMES,
+    RunConfig,
     Student,
     check_override,
     defaults,
@@ -212,7 +215,11 @@ def test_a_misspelt_field_can_not_be_set():
         ("data.eval_rows", 0, ["config.data.eval_rows is 0"]),
         ("data.documents", 0, ["config.data.documents is 0"]),
         ("optim.beta2", 1.0, ["config.optim.beta2 is 1.0", "at least 0 and less than 1"]),
-        ("optim.eps", 0.0, ["config.optim.eps is 0.0"]),
+        ("optim.eps", 0.0, ["config.optim.eps is 0.0", "more than 0"]),
+        ("optim.clip", float("nan"), ["config.optim.clip is nan", "at least 0"]),
+        ("optim.name", "sgd", ["config.optim.name is 'sgd'", "'adam' or 'adafactor'"]),
+        ("mesh.tensor", 0, ["config.mesh.tensor is 0", "at least 1"]),
+        ("mesh.fsdp", 0, ["config.mesh.fsdp is 0", "-1 for all devices"]),
         ("optim.moment_dtype", "float16", ["config.optim.moment_dtype is 'float16'", "'bfloat16'"]),
         ("train.log_every", 0, ["config.train.log_every is 0", "at least 1"]),
     ],
@@ -220,6 +227,17 @@ def test_a_misspelt_field_can_not_be_set():
 def test_a_wrong_field_is_named(path, value, parts):
     message = refusal(validate, changed(path, value))
     assert [part for part in parts if part not in message] == [], message
+
+
+def test_every_number_has_bounds():
+    """But the seeds, and those whose rule is of more than a range."""
+    free = {"seed", "data.seed", "decay_begin", "decay_end", "mesh.fsdp"}
+    groups = {f.name: f.default for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.default)}
+    for name, group in [("", RunConfig()), *groups.items()]:
+        for field in dataclasses.fields(group):
+            where = f"{name}.{field.name}" if name in ("data", "mesh") else field.name
+            is_number = type(getattr(group, field.name)) in (int, float)
+            assert ("bounds" in field.metadata or not is_number) != (where in free), where
 
 
 def test_stages_that_are_not_run_are_not_looked_at():
@@ -245,6 +263,8 @@ def test_both_answers_to_the_size_of_the_state():
         ("stage1.tokens", "1e6", "expected a whole number such as 200000"),
         ("stage1.lr", "fast", "config.stage1.lr is 'fast'; expected a number"),
         ("data.streaming", "maybe", "config.data.streaming is 'maybe'; expected true or false"),
+        ("student.use_rope", "on", "config.student.use_rope is 'on'; expected true or false"),
+        ("optim.nmae", "adafactor", "config.optim.nmae is not a field; did you mean 'name'?"),
     ],
 )
 def test_overrides_that_are_refused(path, text, part):
@@ -265,6 +285,26 @@ def test_overrides_that_are_refused(path, text, part):
 )
 def test_overrides_that_are_fine(path, text):
     check_override(path, text)
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("--config.student.use_rope=true", {"use_rope": True}),
+        ("--config.student.balance_state", {"balance_state": True}),
+        ("--noconfig.student.token_shift", {"token_shift": False}),
+        ("--config.student.group_norm=false", {"group_norm": False}),
+        ("--config.student.gate=none", {"gate": "none"}),
+    ],
+)
+def test_switches_on_the_command_line(monkeypatch, flag, expected):
+    argv = ["launch", flag]
+    monkeypatch.setattr(sys, "argv", argv)
+    values, config = flags.FlagValues(), complete(defaults())
+    config_flags.DEFINE_config_dict("config", config, flag_values=values)
+    check_override(flag.split("config.")[1].split("=")[0], flag.partition("=")[2] or None)
+    values(argv)
+    assert validate(config).student == Student(**expected)
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess:

@@ -6,14 +6,16 @@ python -m radlads_jax.launch --config configs/demo.py --workdir runs/demo [--con
 import json
 import signal
 import sys
+import typing
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
 from radlads_jax import config as config_lib
+from radlads_jax import fields
 from radlads_jax.system import huge_pages, storage
 from radlads_jax.system.command import explain, parse_flags, refuse
 from radlads_jax.system.stopping import leave_on_signals, outlive_readers
@@ -34,6 +36,8 @@ _FORCE = flags.DEFINE_bool("force", False, "Begin although one of these checks f
 _FREE_OF_TRAIN = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "wandb_project")
 FREE_FIELDS = (*_FREE_OF_TRAIN, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "accumulate", "remat")
 EXIT_STOPPED = 128
+# What switches of the student were before they were true, false or none.
+_FORMER_SWITCHES = {"": None, "on": True, "off": False}
 
 
 def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
@@ -50,7 +54,9 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
             raise ValueError(
                 "expected --config FILE and --workdir DIR, e.g. --config configs/demo.py --workdir runs/demo."
             )
-        run, workdir = config_lib.validate(_CONFIG.value), storage.as_path(_WORKDIR.value)
+        workdir = storage.as_path(_WORKDIR.value)
+        keep_begun_rules(workdir, _CONFIG.value)
+        run = config_lib.validate(_CONFIG.value)
         storage.require_writable(workdir)
         check_same_config(workdir, _CONFIG.value.to_dict())
     except ValueError as error:
@@ -95,15 +101,35 @@ def join_hosts() -> None:
     hosts.start(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
 
 
-def check_same_config(workdir: storage.AnyPath, config: dict) -> None:
-    """Raises ValueError where DIR belongs to a run with other settings; what it did not know yet had its default."""
+def keep_begun_rules(workdir: storage.AnyPath, config: ConfigDict) -> None:
+    """Gives fields that follow others by a rule what DIR's run began with, whose version may have had another rule."""
+    begun = begun_settings(workdir)
+    for name, (group, field) in fields.following(config).items():
+        if name in begun:
+            group[field] = begun[name]
+
+
+def begun_settings(workdir: storage.AnyPath) -> dict[str, Any]:
+    """Every setting of DIR/config.json by its name, as this version writes them; empty where there is none."""
     path = workdir / "config.json"
     if not path.exists():
+        return {}
+    settings = flat_settings(json.loads(storage.read_text(path)))
+    for name, hint in typing.get_type_hints(config_lib.Student).items():
+        setting = f"config.student.{name}"
+        if hint == bool | None and settings.get(setting) in ("", "on", "off"):
+            settings[setting] = _FORMER_SWITCHES[settings[setting]]
+    return settings
+
+
+def check_same_config(workdir: storage.AnyPath, config: dict) -> None:
+    """Raises ValueError where DIR belongs to a run with other settings; what it did not know yet had its default."""
+    begun = begun_settings(workdir)
+    if not begun:
         return
-    before = json.loads(storage.read_text(path))
     defaults = config_lib.defaults().to_dict()
     known, given = (flat_settings(json.loads(json.dumps(settings))) for settings in (defaults, config))
-    old, new = known | flat_settings(before), known | given
+    old, new = known | begun, known | given
     names = [n for n in sorted(old.keys() | new.keys()) if not n.endswith(tuple(f".{f}" for f in FREE_FIELDS))]
     changed = [f"{n} was {old.get(n)!r} and is now {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
     if changed:

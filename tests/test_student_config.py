@@ -55,11 +55,11 @@ def tensors(student: ModelConfig, layer: int = 0) -> set[str]:
     ("mixer", "fields", "changes", "gone", "come"),
     [
         ("rad_rwkv6", {}, {}, set(), set()),
-        ("rad_rwkv6", {"use_rope": "on"}, {"use_rope": True}, set(), set()),
-        ("rad_rwkv6", {"use_rope": "off"}, {}, set(), set()),
+        ("rad_rwkv6", {"use_rope": True}, {"use_rope": True}, set(), set()),
+        ("rad_rwkv6", {"use_rope": False}, {}, set(), set()),
         (
             "rad_rwkv6",
-            {"token_shift": "off"},
+            {"token_shift": False},
             {"token_shift": False},
             {"time_maa_w1", "time_maa_w2", *(f"time_maa_{i}" for i in "xrkvwg")},
             set(),
@@ -68,19 +68,19 @@ def tensors(student: ModelConfig, layer: int = 0) -> set[str]:
         ("rad_rwkv6", {"gate": "low_rank"}, {"gate": "low_rank"}, {"gate.weight"}, {"g1", "g2"}),
         (
             "rad_rwkv6",
-            {"group_norm": "on"},
+            {"group_norm": True},
             {"group_norm": True, "balance_state": False},
             set(),
             {"ln_x.weight", "ln_x.bias"},
         ),
-        ("rad_rwkv6", {"balance_state": "off"}, {"balance_state": False}, set(), set()),
+        ("rad_rwkv6", {"balance_state": False}, {"balance_state": False}, set(), set()),
         ("rad_rwkv7", {}, {}, set(), set()),
-        ("rad_rwkv7", {"use_rope": "off"}, {"use_rope": False}, set(), set()),
+        ("rad_rwkv7", {"use_rope": False}, {"use_rope": False}, set(), set()),
         ("rad_rwkv7", {"gate": "none"}, {"gate": "none"}, {"g1", "g2"}, set()),
         ("rad_rwkv7", {"gate": "full"}, {"gate": "full"}, {"g1", "g2"}, {"gate.weight"}),
         (
             "rad_rwkv7",
-            {"group_norm": "on"},
+            {"group_norm": True},
             {"group_norm": True, "balance_state": False},
             set(),
             {"ln_x.weight", "ln_x.bias"},
@@ -148,5 +148,5 @@ def test_no_conversion():
 
 
 def test_rad_rwkv7_has_no_token_shift():
-    assert "config.student.token_shift" in refusal(token_shift="on")
-    assert student_of(token_shift="off") == student_of()
+    assert "config.student.token_shift" in refusal(token_shift=True)
+    assert student_of(token_shift=False) == student_of()

@@ -10,7 +10,6 @@ from radlads_jax.models.mixers import MIXERS, mixer_spec
 from radlads_jax.models.spec import MixerSpec
 
 _RANKS = ("rank_decay", "rank_iclr", "rank_value", "rank_shift", "rank_gate")
-_SWITCHES = {"": None, "on": True, "off": False}
 
 
 def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
@@ -36,7 +35,7 @@ def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
 
 def _options(spec: MixerSpec, student: Student, hidden_size: int) -> Any:
     """The mixer's options: what the config's fields choose of them."""
-    switches = {f: _SWITCHES[getattr(student, f)] for f in ("use_rope", "token_shift", "group_norm", "balance_state")}
+    switches = {f: getattr(student, f) for f in ("use_rope", "token_shift", "group_norm", "balance_state")}
     if switches["group_norm"] and switches["balance_state"] is None:
         switches["balance_state"] = False
     chosen = switches | {"gate": student.gate or None} | {f: getattr(student, f) or None for f in _RANKS}

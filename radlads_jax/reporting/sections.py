@@ -1,5 +1,6 @@
 """The page of a run: what it holds, section by section."""
 
+import dataclasses
 import json
 import os
 import statistics
@@ -9,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from radlads_jax.config import Student
 from radlads_jax.reporting.charts import Curve, Real, heat_height, heat_map, line_chart, short
 from radlads_jax.reporting.page import (
     amount,
@@ -222,7 +224,8 @@ def recipe(run: RunLog) -> str:
         return none("The directory has no config.json.")
     teacher, student = names_of(run)
     data, given = run.config.get("data") or {}, run.config.get("student") or {}
-    switches = {k: v for k, v in given.items() if v not in ("", [], False, 0, None) and k != "mixer"}
+    chosen = dataclasses.asdict(Student())
+    switches = {k: v for k, v in given.items() if v not in ("", [], None, chosen.get(k)) and k != "mixer"}
     apart = "see each other" if data.get("cross_document") else "are kept apart"
     lines = [
         ("teacher", teacher),

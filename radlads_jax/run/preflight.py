@@ -24,7 +24,7 @@ from radlads_jax.models.decoder import Params
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.porting.names import disk_tensors
-from radlads_jax.run import heldout
+from radlads_jax.run import heldout, rates
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.job import Job
 from radlads_jax.system import hosts
@@ -55,7 +55,8 @@ def check(job: Job, *, force: bool = False, whole: bool = False) -> Params | Non
     if begun and not whole:
         findings = [disk(job)]
     else:
-        findings = [disk(job), data(job), tokenizer(job), checkpoints(job)]
+        findings = [disk(job), data(job), Finding("rates", rates.described(job.run, job.student))]
+        findings += [tokenizer(job), checkpoints(job)]
         if job.source is not None and job.student.recurrent_mixer:
             teacher = job.load_teacher(job.run.teacher.dtype)
             findings.append(teacher_loss(job, teacher))

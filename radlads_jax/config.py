@@ -40,6 +40,7 @@ class Student:
 
     use_rope, token_shift, group_norm, balance_state: None = the mixer's published choice; gate: "" = the same, else
     one of GATES. rank_*: 0 = from the width. fresh_qkvo: q, k, v, o start fresh in place of the teacher's.
+    options: what a mixer may be told beside these, by the name of its option.
     """
 
     mixer: str = "rad_rwkv7"
@@ -55,6 +56,7 @@ class Student:
     rank_value: int = bounded(0, least=0)
     rank_shift: int = bounded(0, least=0)
     rank_gate: int = bounded(0, least=0)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +171,10 @@ class Export:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A whole run. dtype: of the student's activations and matmuls; its weights are float32."""
+    """A whole run. dtype: of the student's activations and matmuls; its weights are float32.
+
+    added: recipes of stages beside the five, by name (`add_stage`).
+    """
 
     seed: int = 0
     dtype: str = bounded("bfloat16", one_of=DTYPES)
@@ -195,12 +200,29 @@ class RunConfig:
         decay_end=0.875,
     )
     stage3: StageConfig = StageConfig(tokens=100_000_000, seq_len=16384, batch_size=96)
+    added: dict[str, StageConfig] = dataclasses.field(default_factory=dict)
 
     def stage(self, name: str) -> StageConfig:
-        return getattr(self, name)
+        return self.added[name] if name in self.added else getattr(self, name)
 
 
 _GROUPS = {field.name for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.default)}
+
+
+# The recipes of stages that strangers add.
+_ADDED: dict[str, StageConfig] = {}
+
+
+def add_stage(name: str, recipe: StageConfig) -> None:
+    """Makes config.<name> a stage's recipe with these defaults; to be called before `defaults()`, where its file is."""
+    if name in typing.get_type_hints(RunConfig):
+        raise ValueError(f"a stage is called {name!r}, which is a setting already; expected a new name.")
+    _ADDED[name] = recipe
+
+
+def stage_names() -> tuple[str, ...]:
+    """Every stage that a config may name."""
+    return (*STAGE_NAMES, *_ADDED)
 
 
 def defaults() -> ConfigDict:
@@ -208,9 +230,10 @@ def defaults() -> ConfigDict:
 
     A warm-up that nobody sets follows its stage's steps: a twentieth of them, at most 50.
     """
-    config = ConfigDict(with_placeholders(RunConfig()))
-    config.teacher.scratch = ConfigDict()
-    for name in STAGE_NAMES:
+    run = {name: value for name, value in with_placeholders(RunConfig()).items() if name != "added"}
+    config = ConfigDict(run | {name: with_placeholders(recipe) for name, recipe in _ADDED.items()})
+    config.teacher.scratch, config.student.options = ConfigDict(), ConfigDict()
+    for name in stage_names():
         follow(config[name], "warmup_steps", _fitting_warmup, "tokens", "seq_len", "batch_size")
     return config.lock()
 
@@ -243,7 +266,8 @@ def check_override(path: str, text: str | None) -> None:
     """
     kind, where = RunConfig, "config"
     for name in path.split("."):
-        kind, where = set_type(_hint(kind, name, where)), f"{where}.{name}"
+        hint = StageConfig if kind is RunConfig and name in _ADDED else _hint(kind, name, where)
+        kind, where = set_type(hint), f"{where}.{name}"
         if not dataclasses.is_dataclass(kind):
             break
     if text is not None and kind in (int, float, bool):
@@ -263,19 +287,22 @@ def _parse(text: str, kind: type, where: str) -> Any:
 
 def validate(config: ConfigDict) -> RunConfig:
     """The checked, frozen form. Raises ValueError naming the field, what was got and what is expected."""
-    run = _build(RunConfig, config.to_dict(), "config")
-    unknown = [s for s in run.stages if s not in STAGE_NAMES]
+    values = config.to_dict()
+    added = {name: _build(StageConfig, values.pop(name), f"config.{name}") for name in _ADDED if name in values}
+    run = dataclasses.replace(_build(RunConfig, values, "config"), added=added)
+    unknown = [s for s in run.stages if s not in stage_names()]
     if unknown:
         raise ValueError(
-            f"config.stages holds {unknown}; expected names out of {', '.join(STAGE_NAMES)}. On the command line each "
-            "is a flag of its own: --config.stages=stage1 --config.stages=stage2."
+            f"config.stages holds {unknown}; expected names out of {', '.join(stage_names())}. On the command line "
+            "each is a flag of its own: --config.stages=stage1 --config.stages=stage2."
         )
     _require(len(set(run.stages)) == len(run.stages), "config.stages", run.stages, "each stage at most once")
     _check_bounds("config", run)
     # Stages that are not run are not looked at.
-    for name in _GROUPS - set(STAGE_NAMES) | set(run.stages):
+    for name in _GROUPS - set(STAGE_NAMES):
         _check_bounds(f"config.{name}", getattr(run, name))
     for name in run.stages:
+        _check_bounds(f"config.{name}", run.stage(name))
         _check_stage(f"config.{name}", run.stage(name), run.mesh.context)
     _check_teacher(run.teacher)
     _check_student(run.student)

@@ -14,8 +14,8 @@ _RANKS = ("rank_decay", "rank_iclr", "rank_value", "rank_shift", "rank_gate")
 
 def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
     """The student's dimensions. Raises ValueError for switches that contradict each other or the mixer."""
-    given, spec = run.student, mixer_spec(run.student.mixer)
-    if given.mixer == SOFTMAX:
+    chosen, spec = run.student, mixer_spec(run.student.mixer)
+    if chosen.mixer == SOFTMAX:
         needing = [name for name in run.stages if STAGES[name].needs_teacher]
         if needing:
             raise ValueError(
@@ -24,7 +24,7 @@ def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
                 "stage3 alone."
             )
         return dataclasses.replace(teacher, dtype=run.dtype, param_dtype="float32")
-    student = teacher.as_student(given.mixer, _options(spec, given, teacher.hidden_size), given.attention_layers)
+    student = teacher.as_student(chosen.mixer, _options(spec, chosen, teacher.hidden_size), chosen.attention_layers)
     if student.recurrent_mixer is None:
         raise ValueError(
             f"config.student.attention_layers names all {teacher.num_layers} layers, which leaves nothing to convert; "
@@ -39,6 +39,7 @@ def _options(spec: MixerSpec, student: Student, hidden_size: int) -> Any:
     if switches["group_norm"] and switches["balance_state"] is None:
         switches["balance_state"] = False
     chosen = switches | {"gate": student.gate or None} | {f: getattr(student, f) or None for f in _RANKS}
+    chosen |= student.options
     # A mixer without a switch has it turned off.
     options = {field.name for field in dataclasses.fields(spec.options)} if spec.options else set()
     return spec.choose(hidden_size, **{f: value for f, value in chosen.items() if f in options or value is not False})

@@ -50,14 +50,14 @@ def place_rows(mesh: DeviceMesh | None, batch: Mapping[str, Any], rows: int) -> 
         return batch
     placed, here = rows_sharding(mesh, rows), own_rows(mesh, rows)
 
-    def one(values: np.ndarray) -> jax.Array:
+    def placed_array(values: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
             return values[np.searchsorted(here, np.arange(rows)[index[0]])]
 
         return jax.make_array_from_callback((rows, *values.shape[1:]), placed, part)
 
-    return {name: one(values) for name, values in batch.items()}
+    return {name: placed_array(values) for name, values in batch.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

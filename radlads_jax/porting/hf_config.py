@@ -55,14 +55,14 @@ def rope_from_hf(config: dict[str, Any], max_position_embeddings: int) -> tuple[
     """The base and scaling of RoPE, from top-level keys, from `rope_parameters`, or from both where they agree."""
     keys = ConfigKeys(config)
     default_theta = keys.number("rope_theta", 10000.0)
-    found = {}
+    ropes = {}
     for name in ("rope_scaling", "rope_parameters"):
         rope = _full_attention_rope(keys.mapping(name))
         if rope:
-            found[name] = _one_rope(
+            ropes[name] = _one_rope(
                 ConfigKeys(rope, f"config.json, {name}"), keys, default_theta, max_position_embeddings
             )
-    if len(set(found.values())) > 1:
+    if len(set(ropes.values())) > 1:
         raise ValueError(
             f"config.json: rope_scaling {brief(config['rope_scaling'])} and rope_parameters "
             f"{brief(config['rope_parameters'])} say "
@@ -76,7 +76,7 @@ def rope_from_hf(config: dict[str, Any], max_position_embeddings: int) -> tuple[
             f"{brief(repr(inner))} inside rope_parameters; expected "
             "the same in both. Remove the wrong one."
         )
-    return next(iter(found.values()), (default_theta, None))
+    return next(iter(ropes.values()), (default_theta, None))
 
 
 def _softmax_model(keys: ConfigKeys, family: Family, is_student: bool) -> ModelConfig:
@@ -135,21 +135,21 @@ def _attention_layers(keys: ConfigKeys, model: ModelConfig) -> tuple[int, ...]:
     """The layers that stay softmax: the last num_attention_layers, or any given in attention_layers."""
     count = keys.integer("num_attention_layers", 0, low=0, high=model.num_layers)
     last = tuple(range(model.num_layers - count, model.num_layers))
-    given = keys.values.get("attention_layers")
-    if given is None:
+    layers = keys.values.get("attention_layers")
+    if layers is None:
         return last
-    is_layers = isinstance(given, list) and all(type(i) is int and 0 <= i < model.num_layers for i in given)
-    if not is_layers or len(set(given)) != len(given):
+    is_layers = isinstance(layers, list) and all(type(i) is int and 0 <= i < model.num_layers for i in layers)
+    if not is_layers or len(set(layers)) != len(layers):
         raise ValueError(
-            f"config.json: 'attention_layers' is {brief(given)}; expected a list of different layer numbers from 0 to "
+            f"config.json: 'attention_layers' is {brief(layers)}; expected a list of different layer numbers from 0 to "
             f"{model.num_layers - 1}. Correct the key in the model's config."
         )
-    if count and set(given) != set(last):
+    if count and set(layers) != set(last):
         raise ValueError(
-            f"config.json: attention_layers is {brief(given)} but num_attention_layers {count} means {list(last)}; "
+            f"config.json: attention_layers is {brief(layers)} but num_attention_layers {count} means {list(last)}; "
             "expected the same in both. Remove the wrong one."
         )
-    return tuple(sorted(given))
+    return tuple(sorted(layers))
 
 
 def _full_attention_rope(rope: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ wrong type or value.
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -205,6 +206,11 @@ class RunConfig:
     def stage(self, name: str) -> StageConfig:
         return self.added[name] if name in self.added else getattr(self, name)
 
+    def settings(self) -> dict[str, Any]:
+        """Every setting as nested dicts, added stages among the others: as a config file has them."""
+        settings = dataclasses.asdict(self)
+        return settings | settings.pop("added")
+
 
 _GROUPS = {field.name for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.default)}
 
@@ -296,6 +302,7 @@ def validate(config: ConfigDict) -> RunConfig:
             f"config.stages holds {unknown}; expected names out of {', '.join(stage_names())}. On the command line "
             "each is a flag of its own: --config.stages=stage1 --config.stages=stage2."
         )
+    _require(bool(run.stages), "config.stages", run.stages, f"at least one of {', '.join(STAGE_NAMES)}")
     _require(len(set(run.stages)) == len(run.stages), "config.stages", run.stages, "each stage at most once")
     _check_bounds("config", run)
     # Stages that are not run are not looked at.
@@ -311,6 +318,8 @@ def validate(config: ConfigDict) -> RunConfig:
     _require(given, "config.data.path", run.data.path, example)
     fsdp = run.mesh.fsdp
     _require(fsdp == -1 or fsdp >= 1, "config.mesh.fsdp", fsdp, "at least 1, or -1 for all devices")
+    shard = run.export.max_shard_gb
+    _require(1e-9 <= shard < math.inf, "config.export.max_shard_gb", shard, "a byte (1e-9) at least, and an end")
     return run
 
 
@@ -390,6 +399,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         item = typing.get_args(hint)[0]
         if isinstance(value, str) or not isinstance(value, tuple | list):
             raise ValueError(f"{where} is {value!r}; expected a tuple of {item.__name__}.")
+        # What "--config.name=" comes as.
+        if list(value) == [""]:
+            return ()
         return tuple(_convert(item, v, where) for v in value)
     if typing.get_origin(hint) is dict:
         return dict(value)

@@ -35,7 +35,8 @@ def expand_tasks(tasks: Sequence[str]) -> list[str]:
     """Task names and yaml files, with the paper's tasks in the place of their suite's name."""
     names: list[str] = []
     for task in tasks:
-        names += SUITE if task == SUITE_NAME else [task]
+        file = storage.whole_name(task)
+        names += SUITE if task == SUITE_NAME else [file if Path(file).is_file() else task]
     return list(dict.fromkeys(names))
 
 
@@ -117,7 +118,8 @@ def run_tasks(
         )
         for task, scores in _topmost(found).items():
             results[task] = _summary(task, scores, found)
-            console.print(f"{model.directory.name}: {task} {results[task]['metric']} {_shown(results[task]['score'])}")
+            line = f"{model.directory.name}: {task} {results[task]['metric']} {_shown(results[task]['score'])}"
+            console.print(line, markup=False)
     return results
 
 
@@ -293,7 +295,7 @@ def main(values: flags.FlagValues) -> None:
             raise ValueError(f"{name} is {getattr(values, name)}; expected at least 1. Change --{name}.")
     directory = output_directory(values.model, values.output)
     if not values.trust_task_code:
-        check_task_code(values.tasks)
+        check_task_code(expand_tasks(values.tasks))
     tasks = load_tasks(expand_tasks(values.tasks)) if values.tasks else {}
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     models = {"teacher": values.teacher, "student": values.model}

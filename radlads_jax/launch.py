@@ -3,6 +3,8 @@
 python -m radlads_jax.launch --config configs/demo.py --workdir runs/demo [--config.stage1.tokens=200000 ...]
 """
 
+import dataclasses
+import functools
 import json
 import signal
 import sys
@@ -16,6 +18,7 @@ from rich.console import Console
 
 from radlads_jax import config as config_lib
 from radlads_jax import fields
+from radlads_jax.run.settings import with_whole_paths
 from radlads_jax.system import huge_pages, storage
 from radlads_jax.system.command import explain, parse_flags, refuse
 from radlads_jax.system.stopping import leave_on_signals, outlive_readers
@@ -33,7 +36,8 @@ flags.DEFINE_alias("preflight-only", "preflight_only")
 _FORCE = flags.DEFINE_bool("force", False, "Begin although one of these checks found a problem.")
 
 # What may differ between a run and its continuation: none of it changes the result, but for the rounding of sums.
-_FREE_OF_TRAIN = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "wandb_project")
+_SAMPLES = ("sample_prompts", "sample_tokens")
+_FREE_OF_TRAIN = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "wandb_project", *_SAMPLES)
 FREE_FIELDS = (*_FREE_OF_TRAIN, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "accumulate", "remat")
 EXIT_STOPPED = 128
 # What switches of the student were before they were true, false or none.
@@ -56,9 +60,10 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
             )
         workdir = storage.as_path(_WORKDIR.value)
         keep_begun_rules(workdir, _CONFIG.value)
-        run = config_lib.validate(_CONFIG.value)
+        run = with_whole_paths(config_lib.validate(_CONFIG.value))
+        settings = run.settings()
         storage.require_writable(workdir)
-        check_same_config(workdir, _CONFIG.value.to_dict())
+        check_same_config(workdir, settings)
     except ValueError as error:
         return refuse(error)
     except OSError as error:
@@ -69,9 +74,10 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
     from radlads_jax.run import preflight
     from radlads_jax.run.job import make_job
     from radlads_jax.run.train import Interrupted, TooManyNonFinite, convert
-    from radlads_jax.system import hosts
+    from radlads_jax.system import hosts, process_memory
     from radlads_jax.system.workdir import held
 
+    process_memory.install()
     try:
         join()
         hosts.require_same(flat_settings(_CONFIG.value.to_dict()))
@@ -80,10 +86,14 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
             teacher = preflight.check(job, force=_FORCE.value, whole=_PREFLIGHT_ONLY.value)
             if _PREFLIGHT_ONLY.value:
                 return 0
-            # Only now: a run that could not begin leaves the directory to the corrected command.
-            if hosts.is_first():
-                remember_config(workdir, _CONFIG.value.to_dict())
-            convert(job, teacher)
+
+            @functools.cache
+            def begun() -> None:
+                # Only now: a run that could not begin leaves the directory to the corrected command.
+                if hosts.is_first():
+                    remember_config(workdir, settings)
+
+            convert(job, teacher, begun)
     except Interrupted as stop:
         Console(stderr=True).print(str(stop), style="yellow", markup=False, soft_wrap=True)
         return EXIT_STOPPED + stop.signum
@@ -114,7 +124,7 @@ def begun_settings(workdir: storage.AnyPath) -> dict[str, Any]:
     path = workdir / "config.json"
     if not path.exists():
         return {}
-    settings = flat_settings(json.loads(storage.read_text(path)))
+    settings = flat_settings(_with_whole_paths(json.loads(storage.read_text(path))))
     for name, hint in typing.get_type_hints(config_lib.Student).items():
         setting = f"config.student.{name}"
         if hint == bool | None and settings.get(setting) in ("", "on", "off"):
@@ -137,6 +147,16 @@ def check_same_config(workdir: storage.AnyPath, config: dict) -> None:
             f"{workdir} holds a run with other settings: {'; '.join(changed[:10])}. Repeat its settings to continue "
             "it, or choose another --workdir."
         )
+
+
+def _with_whole_paths(settings: dict) -> dict:
+    """Stored settings, whose paths an earlier version kept as they were typed."""
+    teacher, data = settings.get("teacher", {}), settings.get("data", {})
+    known = {name: data[name] for name in ("source", "path", "tokenizer") if name in data}
+    run = config_lib.RunConfig(teacher=config_lib.Teacher(teacher.get("path", "")), data=config_lib.Data(**known))
+    whole = dataclasses.asdict(with_whole_paths(run))
+    changed = {"teacher": teacher | {"path": whole["teacher"]["path"]}} if "path" in teacher else {}
+    return settings | changed | ({"data": data | {name: whole["data"][name] for name in known}} if known else {})
 
 
 def remember_config(workdir: storage.AnyPath, config: dict) -> None:

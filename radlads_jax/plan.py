@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         run = config_lib.validate(config)
         overrides = _parse_prices(_PRICE.value)
         prepare_environment()
-        planner = make_planner(run, overrides, Path(_RESULTS.value) if _RESULTS.value else None)
+        planner = make_planner(run, overrides, _results_file())
         automatic = _TOPOLOGY.value == "auto"
         result = planner.auto() if automatic else planner.topology(_TOPOLOGY.value)
     except ValueError as error:
@@ -58,6 +58,15 @@ def main(argv: list[str]) -> int:
     else:
         show(result, Console())
     return 0
+
+
+def _results_file() -> Path | None:
+    if not _RESULTS.value:
+        return None
+    file = storage.as_path(_RESULTS.value)
+    if not isinstance(file, Path):
+        raise ValueError(f"--results is {_RESULTS.value}; expected a file on this disk, which can be added to.")
+    return file
 
 
 def _parse_prices(texts: list[str]) -> dict[str, float]:

@@ -236,6 +236,20 @@ def test_every_number_has_bounds():
             assert ("bounds" in field.metadata or not is_number) != (where in free), where
 
 
+@pytest.mark.parametrize("path", ["stage2.freeze", "student.attention_layers", "train.sample_prompts"])
+@pytest.mark.parametrize("value", [("",), [""], (), []])
+def test_an_empty_flag_is_an_empty_tuple(path, value):
+    run = validate(changed(path, value))
+    group, name = path.split(".")
+    assert getattr(getattr(run, group), name) == ()
+
+
+@pytest.mark.parametrize("value", [("",), ()])
+def test_a_run_has_stages(value):
+    message = refusal(validate, changed("stages", value))
+    assert "config.stages" in message and "stage1, stage2" in message
+
+
 def test_stages_that_are_not_run_are_not_looked_at():
     config = changed("stage3.tokens", 0)
     config.stages = ("stage1", "stage2")

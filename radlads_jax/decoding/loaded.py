@@ -79,11 +79,11 @@ def load_model(path: str | os.PathLike, *, dtype: str | None = None, for_decodin
 
 def model_directory(path: str | os.PathLike) -> AnyPath:
     """The directory with the model's files: for a run's, its export."""
-    path = as_path(path)
-    if (path / "export" / "config.json").is_file():
-        return path / "export"
+    place = as_path(path)
+    if (place / "export" / "config.json").is_file():
+        return place / "export"
     # A run's config.json holds its settings, a model's its model_type.
-    if (path / "checkpoints").is_dir() and not list(path.glob("*.safetensors")):
+    if (place / "checkpoints").is_dir() and not list(place.glob("*.safetensors")):
         raise ValueError(
             f"{path} holds a run without export/, so it has not finished; expected a model. Run its launch command "
             "again until it is done."

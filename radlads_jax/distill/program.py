@@ -1,5 +1,6 @@
 """A stage's training step as one compiled program: what it trains, what it reads, and where all of it lies."""
 
+import difflib
 import functools
 import re
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from radlads_jax.distill.train_state import TrainState
 from radlads_jax.models import placement, sharding
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import Params, abstract_params
-from radlads_jax.models.tree import split_params
+from radlads_jax.models.tree import path_leaves, split_params
 
 # What the compiler is asked for beside its defaults, by the kind of chip.
 COMPILER_OPTIONS: dict[str, dict[str, str]] = {
@@ -34,6 +35,8 @@ COMPILER_OPTIONS: dict[str, dict[str, str]] = {
         "xla_tpu_scoped_vmem_limit_kib": "65536",
     }
 }
+# Of those that a message names.
+NAMED_PATHS = 3
 BATCH_DTYPES = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "loss_mask": jnp.float32}
 
 
@@ -41,6 +44,38 @@ def is_trainable(run: RunConfig, student: ModelConfig, name: str) -> Callable[[s
     """Whether the stage trains the parameter of a path."""
     stage, frozen = STAGES[name], run.stage(name).freeze
     return lambda path: stage.trainable(path, student) and not any(re.search(f, path) for f in frozen)
+
+
+def check_trainable(run: RunConfig, student: ModelConfig) -> None:
+    """Raises ValueError for a `freeze` pattern that no parameter's path matches, or a stage that trains nothing."""
+    paths = list(path_leaves(abstract_params(student)))
+    for name in run.stages:
+        frozen = run.stage(name).freeze
+        for pattern in frozen:
+            if not any(re.search(pattern, path) for path in paths):
+                raise ValueError(
+                    f"config.{name}.freeze holds {pattern!r}, which matches none of the student's {len(paths)} "
+                    f"parameters; expected a regular expression found in a path. The nearest are "
+                    f"{', '.join(_nearest(pattern, paths))}."
+                )
+        trains = [path for path in paths if STAGES[name].trainable(path, student)]
+        if not any(is_trainable(run, student, name)(path) for path in paths):
+            raise ValueError(
+                f"{name} has nothing to train: of its {len(trains)} parameters config.{name}.freeze {frozen} leaves "
+                f"none; expected some. They are {', '.join(trains[:NAMED_PATHS]) or 'none without it either'}: freeze "
+                "fewer, or leave the stage out of config.stages."
+            )
+
+
+def _nearest(pattern: str, paths: list[str]) -> list[str]:
+    """The paths of which some part is most like the pattern."""
+
+    def likeness(path: str) -> float:
+        words = path.split("/")
+        parts = ["/".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)]
+        return max(difflib.SequenceMatcher(None, pattern, part).ratio() for part in parts)
+
+    return sorted(paths, key=likeness, reverse=True)[:NAMED_PATHS]
 
 
 def abstract_student(

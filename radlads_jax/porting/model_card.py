@@ -100,7 +100,7 @@ def _recipe(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name in run["stages"]:
-        stage = run[name] if name in run else run["added"][name]
+        stage = run[name]
         rates = (f"{stage[key]:g} to {stage[f'{key}_final']:g}" for key in ("lr", "mixer_lr"))
         of_stage = done.get(name, {})
         tokens = of_stage.get("tokens", stage["tokens"])

@@ -89,7 +89,7 @@ def save_params(
     if cfg.recurrent_mixer is not None:
         model_card = model_card or write_model_card(cfg)
     config |= config_updates or {}
-    _check_target(directory, tokenizer_from)
+    check_target(directory, tokenizer_from)
     files = plan_files(tensors, max_shard_size)
     if jax.process_index() == 0:
         with _appearing(directory) as partial:
@@ -136,7 +136,8 @@ def _take_part(files: dict[str, list[PlannedTensor]]) -> None:
             tensor.fetch()
 
 
-def _check_target(directory: AnyPath, tokenizer_from: AnyPath | None) -> None:
+def check_target(directory: AnyPath, tokenizer_from: AnyPath | None) -> None:
+    """Raises ValueError where an export to `directory` would replace anything but an earlier one."""
     if tokenizer_from is not None and not tokenizer_from.is_dir():
         raise ValueError(
             f"{tokenizer_from} is no directory; expected the teacher's, to copy its tokenizer. Check the path."

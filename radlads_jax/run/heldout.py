@@ -82,12 +82,17 @@ def continue_prompts(
     cfg: ModelConfig, params: Params, tokenizer: Any, prompts: tuple[str, ...], new_tokens: int
 ) -> list[str]:
     """The greedy continuation of every prompt, cut at the end-of-text token."""
-    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    ids = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
     width = max(map(len, ids))
     rows = np.stack([np.pad(row, (width - len(row), 0), constant_values=-1) for row in ids]).astype(np.int32)
     out = hosts.fetched(generate_greedy(cfg, params, rows, new_tokens)).tolist()
     end = tokenizer.eos_token_id
     return [tokenizer.decode(row[: row.index(end)] if end in row else row) for row in out]
+
+
+def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens that a sample continues."""
+    return tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
 def samples_page(prompts: tuple[str, ...], texts: dict[str, list[str]]) -> str:
@@ -99,10 +104,10 @@ def samples_page(prompts: tuple[str, ...], texts: dict[str, list[str]]) -> str:
     return "\n".join(lines)
 
 
-def evaluate_job(job: Job, student: Params, teacher: Params | None) -> dict[str, Any]:
-    """`evaluate` on the job's held-out rows, and samples of its prompts into DIR/samples.md."""
+def batches(job: Job) -> Sequence[Mapping[str, np.ndarray]]:
+    """The job's held-out rows."""
     run = job.run
-    batches = pipeline.make_eval_batches(
+    return pipeline.make_eval_batches(
         job.token_file,
         seq_len=job.eval_tokens // run.data.eval_rows,
         batch_size=run.train.eval_batch_size,
@@ -110,25 +115,26 @@ def evaluate_job(job: Job, student: Params, teacher: Params | None) -> dict[str,
         cross_document=run.data.cross_document,
         rows_of_batch=sharding.own_rows(job.mesh, run.train.eval_batch_size),
     )
-    # Evaluated as it is used from here on: in the dtype it computes in.
-    student = jax.tree.map(lambda x: x.astype(job.student.dtype), student)
-    models = {"student": (job.student, student)}
+
+
+def evaluate_job(job: Job, student: Params, teacher: Params | None) -> dict[str, Any]:
+    """`evaluate` on the job's held-out rows."""
+    rows = job.run.train.eval_batch_size
     if teacher is None:
-        result = evaluate(job.student, student, batches, run.train.eval_batch_size, mesh=job.mesh)
-    else:
-        result = evaluate(job.student, student, batches, run.train.eval_batch_size, job.teacher, teacher, job.mesh)
-        models = {"teacher": (job.teacher, teacher)} | models
-    if prompts := run.train.sample_prompts:
-        texts = {
-            name: continue_prompts(cfg, params, job.tokenizer, prompts, run.train.sample_tokens)
-            for name, (cfg, params) in models.items()
-        }
-        if hosts.is_first():
-            storage.write_text(job.workdir / "samples.md", samples_page(prompts, texts))
-        result["samples"] = [
-            {"prompt": prompt} | {name: text[i] for name, text in texts.items()} for i, prompt in enumerate(prompts)
-        ]
-    return result
+        return evaluate(job.student, student, batches(job), rows, mesh=job.mesh)
+    return evaluate(job.student, student, batches(job), rows, job.teacher, teacher, job.mesh)
+
+
+def write_samples(job: Job, models: Mapping[str, tuple[ModelConfig, Params]]) -> list[dict[str, str]]:
+    """Continues the job's prompts by every model, into DIR/samples.md; of each {"prompt", model's name: text}."""
+    prompts, train = job.run.train.sample_prompts, job.run.train
+    texts = {
+        name: continue_prompts(cfg, params, job.tokenizer, prompts, train.sample_tokens)
+        for name, (cfg, params) in models.items()
+    }
+    if hosts.is_first():
+        storage.write_text(job.workdir / "samples.md", samples_page(prompts, texts))
+    return [{"prompt": prompt} | {name: text[i] for name, text in texts.items()} for i, prompt in enumerate(prompts)]
 
 
 def results_table(summary: dict[str, Any]) -> Group:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from radlads_jax.config import RunConfig
 from radlads_jax.data import binidx, pipeline, prepare, sources, synthetic
 from radlads_jax.distill import mesh as mesh_lib
+from radlads_jax.distill.program import check_trainable
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models import sharding
@@ -24,7 +25,7 @@ from radlads_jax.porting.load import check_tensors, load_params
 from radlads_jax.porting.names import disk_tensors
 from radlads_jax.porting.safetensors_read import open_checkpoint
 from radlads_jax.system import hosts
-from radlads_jax.system.storage import AnyPath
+from radlads_jax.system.storage import AnyPath, as_path
 
 EVAL_SEQ_LEN = 512
 
@@ -77,7 +78,7 @@ class Job:
 def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     """Checks teacher, student, tokenizer and data, in this order; raises ValueError for the first that is wrong."""
     mixer_spec(run.student.mixer)  # a typo is told before anything is read
-    mesh = mesh_lib.make_mesh(run)
+    mesh, workdir = mesh_lib.make_mesh(run), as_path(workdir)
     source = resolve_model_dir(run.teacher.path, run.teacher.revision or None) if run.teacher.path else None
     base_config = read_config(source) if source else dict(run.teacher.scratch)
     original = dataclasses.replace(model_config_from_hf(base_config), dtype=run.teacher.dtype)
@@ -90,6 +91,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
         # Only headers are read here: a damaged file shows now, not after the data has been tokenised.
         check_tensors(open_checkpoint(source), disk_tensors(original), source, tied=original.tie_embeddings)
     student = make_student_config(original, run)
+    check_trainable(run, student)
     with hosts.first_alone("data"):
         tokenizer_dir = _tokenizer_dir(run, workdir, source)
         tokenizer = load_tokenizer(tokenizer_dir)

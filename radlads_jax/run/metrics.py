@@ -16,14 +16,13 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from radlads_jax.reporting.metrics_file import FILE_NAME, read_metrics
 from radlads_jax.run.curves import Curves
+from radlads_jax.run.display import Bar, Lines
 from radlads_jax.run.wandb_curves import WandbCurves
 from radlads_jax.system.storage import Mirror, as_path
 
-PLAIN_LINE_SECONDS = 30.0
 SPIKE_NEEDS = 10
 # Between two sendings of all that was logged, where the work directory is in a bucket.
 SEND_SECONDS = 60.0
@@ -60,7 +59,7 @@ class MetricsLogger:
         self._wandb = wandb
         self._file: TextIO | None = None
         self._writer: Curves | None = None
-        self._display: _Bar | _Lines | None = None
+        self._display: Bar | Lines | None = None
         self._stage: str | None = None
         self._last_step = 0
         self._tokens_per_step = 0
@@ -85,7 +84,7 @@ class MetricsLogger:
         self._file = path.open("a", encoding="utf-8")
         # purge_step hides the curves' points beyond `start` that an interrupted run left.
         self._writer = Curves(self._mirror.path / "tensorboard" / stage, purge_step=start + 1)
-        self._display = (_Bar if self._console.is_terminal else _Lines)(self._console, stage, start, total)
+        self._display = (Bar if self._console.is_terminal else Lines)(self._console, stage, start, total)
 
     def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """Records the values of one step, as {"stage", "step", "tokens", "time", **values}.
@@ -221,87 +220,6 @@ def mfu(tokens_per_second: float, flops_per_token: float | None) -> float | None
     if peak is None or not flops_per_token:
         return None
     return tokens_per_second * flops_per_token / (peak * jax.device_count())
-
-
-class _Timer:
-    """The time left, at the pace since the first report of a step: what came before holds the compilation."""
-
-    def __init__(self, total: int):
-        self.total = total
-        self.first: tuple[int, float] | None = None
-
-    def left(self, step: int) -> float | None:
-        """Seconds from `step` to the last one; None before there is a pace."""
-        now = time.monotonic()
-        if self.first is None:
-            self.first = (step, now)
-        first_step, first_time = self.first
-        if step >= self.total:
-            return 0.0
-        return (now - first_time) / (step - first_step) * (self.total - step) if step > first_step else None
-
-
-class _Bar:
-    """A live progress bar."""
-
-    def __init__(self, console: Console, stage: str, start: int, total: int):
-        self.loss: float | None = None
-        self._timer = _Timer(total)
-        name, said = TextColumn("[bold]{task.description}"), TextColumn("{task.fields[said]}")
-        self._progress = Progress(name, BarColumn(), MofNCompleteColumn(), said, console=console)
-        self._task = self._progress.add_task(stage, total=total, completed=start, said="compiling")
-        self._progress.start()
-
-    def move(self, step: int, tokens_per_second: float | None, utilization: float | None) -> None:
-        said = _describe(self.loss, tokens_per_second, utilization, self._timer.left(step))
-        self._progress.update(self._task, completed=step, said=said)
-        if step >= self._timer.total:
-            self._progress.stop()
-
-    def stop(self) -> None:
-        self._progress.stop()
-
-
-class _Lines:
-    """Plain lines for logs: the first report, the last step, and one every PLAIN_LINE_SECONDS between."""
-
-    def __init__(self, console: Console, stage: str, start: int, total: int):
-        self.loss: float | None = None
-        self._console, self._stage, self._total = console, stage, total
-        self._timer = _Timer(total)
-        self._printed: float | None = None
-        self._print(start, f"starts after step {start}" if start else "starts")
-
-    def move(self, step: int, tokens_per_second: float | None, utilization: float | None) -> None:
-        left = self._timer.left(step)
-        now = time.monotonic()
-        if self._printed is not None and step < self._total and now - self._printed < PLAIN_LINE_SECONDS:
-            return
-        self._printed = now
-        self._print(step, _describe(self.loss, tokens_per_second, utilization, left))
-
-    def stop(self) -> None:
-        """Nothing to clear: lines stay."""
-
-    def _print(self, step: int, said: str) -> None:
-        line = f"{self._stage} {step}/{self._total}  {said}"
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _describe(
-    loss: float | None, tokens_per_second: float | None, utilization: float | None, seconds_left: float | None
-) -> str:
-    parts = []
-    if loss is not None:
-        parts.append(f"loss {loss:.4g}")
-    if tokens_per_second is not None:
-        parts.append(f"{tokens_per_second:,.0f} tokens/s")
-    if utilization is not None:
-        parts.append(f"MFU {utilization:.1%}")
-    if seconds_left is not None:
-        minutes, seconds = divmod(round(seconds_left), 60)
-        parts.append(f"ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
-    return "  ".join(parts)
 
 
 def _drop_lines_beyond(path: Path, stage: str, start: int) -> None:

@@ -24,7 +24,7 @@ from radlads_jax.models.decoder import Params
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.porting.names import disk_tensors
-from radlads_jax.run import heldout, rates
+from radlads_jax.run import ending, heldout, rates
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.job import Job
 from radlads_jax.system import hosts
@@ -50,6 +50,7 @@ def check(job: Job, *, force: bool = False, whole: bool = False) -> Params | Non
     nothing is printed where that fits; `whole` checks all the same. Raises ValueError with all problems in one
     paragraph, unless `force` is given; in any case where no checkpoint can be written and read back, or OSError.
     """
+    ending.check(job)
     begun = hosts.agreed(int((epath.Path(job.workdir) / "checkpoints").exists()))
     teacher = None
     if begun and not whole:

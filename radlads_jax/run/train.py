@@ -1,7 +1,6 @@
-"""The only loop and all of its I/O: stage after stage, resumable at any step, then evaluation and export."""
+"""The only loop and all of its I/O: stage after stage, resumable at any step, then its ending."""
 
 import dataclasses
-import json
 import math
 import signal
 import statistics
@@ -10,30 +9,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from radlads_jax.distill.optim import learning_rates
 from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
-from radlads_jax.distill.stages import STAGES, stage_losses
+from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.train_state import TrainState
 from radlads_jax.models import placement, sharding
 from radlads_jax.models.decoder import Params
 from radlads_jax.models.tree import overlay_params, split_params
 from radlads_jax.planning.cost import model_flops
-from radlads_jax.porting.model_card import write_model_card
-from radlads_jax.porting.save import save_params
 from radlads_jax.porting.student import init_mixers, transfer_table, whole_student
-from radlads_jax.reporting.sections import write_report
-from radlads_jax.run import heldout
+from radlads_jax.run import ending
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.checkpoint_sums import DamagedCheckpoint
+from radlads_jax.run.display import say, show
 from radlads_jax.run.job import Job
 from radlads_jax.run.metrics import MetricsLogger, is_spike, peak_bytes
 from radlads_jax.run.wandb_curves import WandbCurves
 from radlads_jax.system import hosts, storage
 from radlads_jax.system.stopping import stop_signals
-
-console = Console()
 
 # The mean of so many steps is what a summary calls the last loss.
 LOSSES_KEPT = 20
@@ -102,156 +96,187 @@ class Clock:
         }
 
 
-def convert(job: Job, teacher: Params | None = None) -> dict[str, Any]:
-    """Runs what is left of the job, evaluates, exports; returns the summary that DIR/summary.json holds.
+def convert(job: Job, teacher: Params | None = None, begun: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Runs what is left of the job, exports, evaluates; returns the summary that DIR/summary.json holds.
 
-    teacher: its weights in the dtype it is run in, where they are loaded already.
+    teacher: its weights in the dtype it is run in, where they are loaded already. begun: called when nothing of the
+    settings can be refused any more: a step has been computed, or none is left to do; by every process.
     """
-    console.quiet = not hosts.is_first()
-    summary_path = job.workdir / "summary.json"
-    if summary_path.exists() and (job.workdir / "export").is_dir():
-        summary = json.loads(storage.read_text(summary_path))
-        console.print(f"[bold]{job.workdir} is finished[/bold]; nothing to do. Its results, from {summary_path}:")
-        console.print(heldout.results_table(summary))
-        if hosts.is_first() and not (job.workdir / "report" / "index.html").exists():
-            write_report(job.workdir, losses=stage_losses())
-        return summary
+    ending.check(job)
+    if (summary := ending.finished(job)) is not None:
+        begun()
+        return ending.go_on(job, summary)
     if teacher is None and job.student.recurrent_mixer:
         teacher = job.load_teacher(job.run.teacher.dtype)
-    project, settings = job.run.train.wandb_project, dataclasses.asdict(job.run)
+    project, settings = job.run.train.wandb_project, job.run.settings()
     wandb = WandbCurves(job.workdir, project, settings) if project and hosts.is_first() else None
     with MetricsLogger(job.workdir, wandb=wandb) as logger, stop_signals() as stopping:
-        stages, student = train_all(job, teacher, logger, stopping)
+        stages, student = train_all(_Run(job, teacher, logger, stopping, begun))
+        begun()
         if signum := hosts.agreed(stopping() or 0):
             raise Interrupted(signum, "the end of the last stage")
-    console.print("evaluating on held-out rows")
-    summary = heldout.evaluate_job(job, student, teacher) | {"stages": stages}
-    console.print(f"exporting to {job.workdir / 'export'}")
-    export(job, student, summary)
-    if hosts.is_first():
-        # Its presence says that everything before is whole.
-        storage.write_text(summary_path, json.dumps(summary, indent=2) + "\n")
-        console.print(heldout.results_table(summary))
-        console.print(f"how it went, as a page: {write_report(job.workdir, losses=stage_losses())}")
-    return summary
+    return ending.finish(job, student, teacher, stages)
 
 
-def train_all(
-    job: Job, teacher: Params | None, logger: MetricsLogger, stopping: Callable[[], int | None]
-) -> tuple[list[dict[str, Any]], Params]:
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What all stages of a run share. teacher: its weights, None where no stage has one."""
+
+    job: Job
+    teacher: Params | None
+    logger: MetricsLogger
+    stopping: Callable[[], int | None]
+    begun: Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Resume:
+    """A checkpoint to go on from; state is None for that of the stage's last step, after which nothing is left."""
+
+    meta: dict[str, Any]
+    data_state: dict[str, Any]
+    state: TrainState | None = None
+
+
+def train_all(run: _Run) -> tuple[list[dict[str, Any]], Params]:
     """Every stage's summary line, and the student after the last one."""
+    names = run.job.run.stages
     while True:
         try:
-            stages = [run_stage(job, name, teacher, logger, stopping) for name in job.run.stages]
-            return stages, student_after(job, job.run.stages, teacher, whole=True)
+            stages = [run_stage(run, name) for name in names]
+            return stages, student_after(run.job, names, run.teacher, whole=True)
         except DamagedCheckpoint as error:
-            # It has been set aside: its stage goes on from the one before, to the same bits, and later stages stand.
-            console.print(f"going back to repeat the steps up to {error.step}")
+            # It has been set aside, once and no more: its stage goes on from the one before, to the same bits, and
+            # later stages stand.
+            say(f"going back to repeat the steps up to {error.step}")
 
 
-def run_stage(
-    job: Job, name: str, teacher: Params | None, logger: MetricsLogger, stopping: Callable[[], int | None]
-) -> dict[str, Any]:
+def run_stage(run: _Run, name: str) -> dict[str, Any]:
     """Trains a stage from its newest checkpoint, or from what the stages before left; returns its summary line."""
-    recipe, train = job.run.stage(name), job.run.train
-    keep = {"keep": train.keep_checkpoints, "every": train.checkpoint_every}
-    with Checkpoints(stage_directory(job, name), **keep) as checkpoints:
-        abstract = abstract_state(job.run, job.student, name, job.mesh)
-        done = recipe.steps
-        start, saved = checkpoints.newest(
-            lambda step: checkpoints.restore_meta(step) if step >= done else checkpoints.restore(step, abstract)
-        ) or (0, None)
-        if isinstance(saved, dict):
-            console.print(f"{name}: all {recipe.steps} steps are done already")
-            return _summary_line(job, name, saved)
-        batches = job.batches(name)
+    job, train = run.job, run.job.run.train
+    last = job.run.stage(name).steps
+    with Checkpoints(
+        stage_directory(job, name), keep=train.keep_checkpoints, every=train.checkpoint_every
+    ) as checkpoints:
+        found = checkpoints.newest(lambda step: _resume(job, name, checkpoints, step))
+        start, saved = found or (0, None)
+        if saved is not None and saved.state is None:
+            say(f"{name}: all {last} steps are done already")
+            return _summary_line(job, name, saved.meta)
+        clock = Clock(saved.meta if saved is not None else {})
         if saved is not None:
-            state, data_state, meta = saved
-            batches.set_state(data_state)
-            frozen = _frozen_params(job, name, teacher)
-            console.print(f"{name}: continuing from the checkpoint of step {start} of {recipe.steps}")
-        else:
-            student = _student_before(job, name, teacher)
-            if name == job.run.stages[0] and teacher is not None:
-                console.print(transfer_table(job.student, student, teacher, fresh_qkvo=job.run.student.fresh_qkvo))
-            params, frozen = split_params(student, is_trainable(job.run, job.student, name))
-            state, meta = create_state(job.run, job.student, name, params, job.mesh), {}
-            del student, params
-        teacher = teacher if STAGES[name].needs_teacher else None
-        clock = Clock(meta)
-        _train(job, name, state, frozen, teacher, batches, checkpoints, logger, clock, start, stopping)
+            say(f"{name}: continuing from the checkpoint of step {start} of {last}")
+        _StageRun(run, name, checkpoints, clock).train(start, saved)
     return _summary_line(job, name, clock.meta())
 
 
-def _train(
-    job: Job,
-    name: str,
-    state: TrainState,
-    frozen: Params,
-    teacher: Params | None,
-    batches: Any,
-    checkpoints: Checkpoints,
-    logger: MetricsLogger,
-    clock: Clock,
-    start: int,
-    stopping: Callable[[], int | None],
-) -> None:
-    """Steps start + 1 to the recipe's last; every step's metrics are logged once; saves as it goes."""
-    recipe, train = job.run.stage(name), job.run.train
-    step_fn = make_step(job.run, job.student, job.teacher, name, job.mesh)
-    rates = learning_rates(recipe)
-    pending: dict[int, dict[str, jax.Array]] = {}
-    flops = model_flops(job.student, job.teacher, name, recipe.seq_len)
-    tokens_per_step = recipe.batch_size * recipe.seq_len
-    logger.begin(name, start, recipe.steps, tokens_per_step=tokens_per_step, flops_per_token=flops)
-    in_a_row, late, seconds_each = 0, False, 0
+def _resume(job: Job, name: str, checkpoints: Checkpoints, step: int) -> _Resume:
+    if step >= job.run.stage(name).steps:
+        return _Resume(checkpoints.restore_meta(step), {})
+    state, data_state, meta = checkpoints.restore(step, abstract_state(job.run, job.student, name, job.mesh))
+    return _Resume(meta, data_state, state)
 
-    def flush() -> None:
-        nonlocal in_a_row
-        for step, values in jax.device_get(pending).items():
-            spike = clock.note_loss(float(values["loss"]))
-            lr = {f"lr_{group}": float(rate(step - 1)) for group, rate in rates.items()}
-            logger.log(name, step, values | lr | {"spike": spike})
-            in_a_row = int(values["skipped_in_a_row"])
+
+class _StageRun:
+    """One stage while it trains: every step's metrics are logged once, and it saves as it goes."""
+
+    def __init__(self, run: _Run, name: str, checkpoints: Checkpoints, clock: Clock):
+        job = run.job
+        self.run, self.job, self.name, self.checkpoints, self.clock = run, job, name, checkpoints, clock
+        self.recipe, self.options = job.run.stage(name), job.run.train
+        self.batches = job.batches(name)
+        self.step = make_step(job.run, job.student, job.teacher, name, job.mesh)
+        self.rates = learning_rates(self.recipe)
+        self.tokens_per_step = self.recipe.batch_size * self.recipe.seq_len
+        self.pending: dict[int, dict[str, jax.Array]] = {}
+        self.skipped_in_a_row = 0
+
+    def train(self, start: int, saved: _Resume | None) -> None:
+        """Steps start + 1 to the recipe's last."""
+        state, frozen = self._begin(saved)
+        teacher = self.run.teacher if STAGES[self.name].needs_teacher else None
+        flops = model_flops(self.job.student, self.job.teacher, self.name, self.recipe.seq_len)
+        self.run.logger.begin(
+            self.name, start, self.recipe.steps, tokens_per_step=self.tokens_per_step, flops_per_token=flops
+        )
+        policy = _StopPolicy(self.run.stopping, self.clock, self.options.log_every, self.recipe.steps)
+        late = False
+        for step in range(start + 1, self.recipe.steps + 1):
+            batch = sharding.place_rows(self.job.mesh, next(self.batches), self.recipe.batch_size)
+            state, self.pending[step] = self.step(state, frozen, teacher, batch)
+            if step == start + 1:
+                jax.block_until_ready(state.step)
+                self.run.begun()
+                self.clock.start(step)
+            # One step is queued behind the one that runs, no more: a signal is not to wait for a queue of them.
+            jax.block_until_ready(self.pending.get(step - 1))
+            stop, wants_line = policy.ask(step)
+            must_save = step == self.recipe.steps or stop is not None
+            late = late or self.checkpoints.due(step)
+            if must_save or late or wants_line:
+                self._flush()
+                pace = self.clock.tick(step)
+                self.run.logger.progress(step, pace and pace * self.tokens_per_step)
+            # A run of skipped steps that may end the run keeps the checkpoint from before it.
+            if must_save or (late and not self.skipped_in_a_row):
+                late = False
+                self._save(step, state)
+            if stop is not None:
+                self.checkpoints.wait()
+                raise Interrupted(stop, f"step {step} of {self.recipe.steps} of {self.name}")
+
+    def _begin(self, saved: _Resume | None) -> tuple[TrainState, Params]:
+        """The state to go on with, and the parameters that the stage reads and does not train."""
+        job, name, teacher = self.job, self.name, self.run.teacher
+        if saved is not None:
+            assert saved.state is not None
+            self.batches.set_state(saved.data_state)
+            return saved.state, _frozen_params(job, name, teacher)
+        student = _student_before(job, name, teacher)
+        if name == job.run.stages[0] and teacher is not None:
+            show(transfer_table(job.student, student, teacher, fresh_qkvo=job.run.student.fresh_qkvo))
+        params, frozen = split_params(student, is_trainable(job.run, job.student, name))
+        del student
+        return create_state(job.run, job.student, name, params, job.mesh), frozen
+
+    def _flush(self) -> None:
+        """Logs the steps that have been computed since the last time; TooManyNonFinite where they are to end it."""
+        for step, values in jax.device_get(self.pending).items():
+            spike = self.clock.note_loss(float(values["loss"]))
+            lr = {f"lr_{group}": float(rate(step - 1)) for group, rate in self.rates.items()}
+            self.run.logger.log(self.name, step, values | lr | {"spike": spike})
+            in_a_row = self.skipped_in_a_row = int(values["skipped_in_a_row"])
             if in_a_row:
-                logger.say(f"{name}: step {step} is skipped, its loss or gradient is not finite ({in_a_row} in a row)")
-            if in_a_row > train.max_skipped:
-                raise TooManyNonFinite(_non_finite_message(job.workdir, name, step, in_a_row))
-        pending.clear()
+                self.run.logger.say(
+                    f"{self.name}: step {step} is skipped, its loss or gradient is not finite ({in_a_row} in a row)"
+                )
+            if in_a_row > self.options.max_skipped:
+                raise TooManyNonFinite(_non_finite_message(self.job.workdir, self.name, step, in_a_row))
+        self.pending.clear()
 
-    for step in range(start + 1, recipe.steps + 1):
-        batch = sharding.place_rows(job.mesh, next(batches), recipe.batch_size)
-        state, pending[step] = step_fn(state, frozen, teacher, batch)
-        if step == start + 1:
-            jax.block_until_ready(state.step)
-            clock.start(step)
-        # One step is queued behind the one that runs, no more: a signal is not to wait for a queue of them.
-        jax.block_until_ready(pending.get(step - 1))
-        is_last = step == recipe.steps
-        wants_line = is_last or step % train.log_every == 0
+    def _save(self, step: int, state: TrainState) -> None:
+        self.run.logger.sync()
+        data_state, meta = self.batches.get_state(), self.clock.meta()
+        self.checkpoints.save(step, state, data_state=data_state, meta=meta, wait=step == self.recipe.steps)
+
+
+class _StopPolicy:
+    """When a stage stops, and when it has a line: in every process at the same steps."""
+
+    def __init__(self, stopping: Callable[[], int | None], clock: Clock, every: int, last: int):
+        self.stopping, self.clock, self.every, self.last = stopping, clock, every, last
+        self.seconds_each = 0
+
+    def ask(self, step: int) -> tuple[int | None, bool]:
+        """(the signal to stop by after this step, if any; whether the step has a line)."""
+        wants_line = step == self.last or step % self.every == 0
         if jax.process_count() == 1:
-            stop = stopping()
-            wants_line = wants_line or clock.waited() > LINE_SECONDS
-        else:
-            # Several processes stop, and have their lines, at the same steps: they ask each other, at each long one.
-            asks = wants_line or seconds_each > 0
-            stop = (asks and hosts.agreed(stopping() or 0)) or None
-            seconds_each = hosts.agreed(int(clock.waited(step))) if asks else seconds_each
-            wants_line = wants_line or seconds_each > LINE_SECONDS
-        must_save = is_last or stop is not None
-        late = late or checkpoints.due(step)
-        if must_save or late or wants_line:
-            flush()
-            pace = clock.tick(step)
-            logger.progress(step, pace and pace * tokens_per_step)
-        # A run of skipped steps that may end the run keeps the checkpoint from before it.
-        if must_save or (late and not in_a_row):
-            late = False
-            logger.sync()
-            checkpoints.save(step, state, data_state=batches.get_state(), meta=clock.meta(), wait=is_last)
-        if stop is not None:
-            checkpoints.wait()
-            raise Interrupted(stop, f"step {step} of {recipe.steps} of {name}")
+            return self.stopping(), wants_line or self.clock.waited() > LINE_SECONDS
+        # Several processes ask each other, at each long step.
+        asks = wants_line or self.seconds_each > 0
+        stop = (asks and hosts.agreed(self.stopping() or 0)) or None
+        self.seconds_each = hosts.agreed(int(self.clock.waited(step))) if asks else self.seconds_each
+        return stop, wants_line or self.seconds_each > LINE_SECONDS
 
 
 def _non_finite_message(workdir: storage.AnyPath, name: str, step: int, in_a_row: int) -> str:
@@ -328,22 +353,3 @@ def _stored_params(job: Job, checkpoints: Checkpoints, params: Params, step: int
 
 def stage_directory(job: Job, name: str) -> storage.AnyPath:
     return job.workdir / "checkpoints" / name
-
-
-def export(job: Job, student: Params, summary: dict[str, Any]) -> None:
-    """DIR/export: a Hugging Face directory, its model card with the run's recipe and scores."""
-    options = job.run.export
-    card = None
-    if job.student.recurrent_mixer is not None:
-        card = write_model_card(job.student, run=dataclasses.asdict(job.run), summary=summary)
-    save_params(
-        student,
-        job.student,
-        job.workdir / "export",
-        base_config=job.base_config,
-        dtype=options.dtype,
-        max_shard_size=int(options.max_shard_gb * 1e9),
-        tokenizer_from=job.tokenizer_dir,
-        retie=options.retie,
-        model_card=card,
-    )

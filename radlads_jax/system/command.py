@@ -67,7 +67,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         for override in filter(None, map(_OVERRIDE.match, argv[1:])):
             config_lib.check_override(override[1], override[2])
-        positional = flags.FLAGS(argv)
+        positional = flags.FLAGS([_with_home(word) for word in argv])
     # A locked ConfigDict raises AttributeError or KeyError for a field that it lacks, TypeError for a value's type.
     except (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError) as error:
         sys.exit(refuse(explain(error)))
@@ -75,6 +75,12 @@ def parse_flags(argv: list[str]) -> list[str]:
         # The libraries tell much about every checkpoint.
         logging.set_verbosity(logging.WARNING)
     return positional
+
+
+def _with_home(word: str) -> str:
+    """--config=~/my.py, of which a shell leaves the tilde as it is."""
+    flag, _, value = word.partition("=")
+    return f"{flag}={storage.whole_name(value)}" if flag in ("--config", "-config") and value.startswith("~") else word
 
 
 def explain(error: BaseException) -> str:

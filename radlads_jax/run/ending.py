@@ -1,0 +1,179 @@
+"""What comes after a run's last step: export, scores, model card, report, samples, in this order.
+
+What fails leaves all that was before it, and the same command then does what is left. Whatever these steps are told is
+checked before the first step of training.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+
+from radlads_jax.distill.stages import stage_losses
+from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.decoder import Params, abstract_params
+from radlads_jax.models.placement import shardings
+from radlads_jax.porting.config_keys import read_config
+from radlads_jax.porting.hf_config import model_config_from_hf
+from radlads_jax.porting.hf_export import hf_config_from_model
+from radlads_jax.porting.load import load_params
+from radlads_jax.porting.model_card import write_model_card
+from radlads_jax.porting.save import MODEL_CARD, check_target, save_params
+from radlads_jax.reporting.sections import write_report
+from radlads_jax.run import display, heldout
+from radlads_jax.run.job import Job
+from radlads_jax.system import hosts, storage
+from radlads_jax.system.untrusted import brief
+
+# In summary.json, what comes after the scores and is not done yet. What an earlier version wrote has all of it.
+TO_DO = "to_do"
+
+
+def check(job: Job) -> None:
+    """Raises ValueError for what would stop one of these steps: prompts, held-out rows, places to write to."""
+    for prompt in job.run.train.sample_prompts:
+        _check_prompt(job, prompt)
+    rows = heldout.batches(job)
+    if not hosts.agreed(int(any(batch["loss_mask"].any() for batch in rows))):
+        raise ValueError("the held-out rows hold no token with a next one; expected some. Raise config.data.eval_rows.")
+    check_target(job.workdir / "export", job.tokenizer_dir)
+    hf_config_from_model(job.student, job.base_config)
+    for name, is_file in {"report": False, "samples.md": True, "summary.json": True}.items():
+        place = job.workdir / name
+        if place.exists() and place.is_file() != is_file:
+            raise ValueError(
+                f"{place} is a {'directory' if is_file else 'file'}, where the run writes a "
+                f"{'file' if is_file else 'directory'} of that name; expected a free name. Move it away."
+            )
+
+
+def _check_prompt(job: Job, prompt: str) -> None:
+    def refuse(wrong: str, expected: str) -> ValueError:
+        return ValueError(
+            f"config.train.sample_prompts holds {brief(repr(prompt))}, {wrong}; expected {expected}. Correct it, or "
+            "leave it out."
+        )
+
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise refuse(f"whose character {error.start + 1} is half of one", "whole characters") from error
+    count, new = len(heldout.prompt_tokens(job.tokenizer, prompt)), job.run.train.sample_tokens
+    most = job.student.max_position_embeddings
+    if not prompt.strip() or count == 0:
+        raise refuse("of which the tokenizer makes no text to continue", "some text")
+    if count + new > most:
+        raise refuse(
+            f"which has {count:,} tokens, to be followed by config.train.sample_tokens, {new:,}",
+            f"at most max_position_embeddings, {most:,}, together",
+        )
+
+
+def finish(job: Job, student: Params, teacher: Params | None, stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """All of it, for a student that is trained; returns the summary that DIR/summary.json holds."""
+    display.say(f"exporting to {job.workdir / 'export'}")
+    export(job, student)
+    to_do = ["card", *(["samples"] if job.run.train.sample_prompts else [])]
+    scored = False
+    try:
+        display.say("evaluating on held-out rows")
+        # Evaluated as it is used from here on: in the dtype it computes in.
+        student = jax.tree.map(lambda x: x.astype(job.student.dtype), student)
+        summary = heldout.evaluate_job(job, student, teacher) | {"stages": stages}
+        _keep(job, summary, to_do)
+        scored = True
+    finally:
+        if not scored and hosts.is_first():
+            write_report(job.workdir, losses=stage_losses())
+    return _complete(job, summary, to_do, (job.student, student), teacher)
+
+
+def finished(job: Job) -> dict[str, Any] | None:
+    """summary.json of a run whose export and scores are there; None of one that still has to train or to score."""
+    path = job.workdir / "summary.json"
+    if not path.exists() or not (job.workdir / "export").is_dir():
+        return None
+    return json.loads(storage.read_text(path))
+
+
+def go_on(job: Job, summary: dict[str, Any]) -> dict[str, Any]:
+    """Does what a `finished` run has not done yet, and samples of prompts that it was not given before."""
+    to_do, prompts = summary.pop(TO_DO, []), job.run.train.sample_prompts
+    if [sample["prompt"] for sample in summary.get("samples", [])] != list(prompts):
+        to_do = list(dict.fromkeys([*to_do, "samples"]))
+    if to_do:
+        student = _exported(job) if prompts else None
+        teacher = job.load_teacher(job.run.teacher.dtype) if prompts and job.student.recurrent_mixer else None
+        return _complete(job, summary, to_do, student, teacher)
+    display.say(f"{job.workdir} is finished; nothing to do. Its results, from {job.workdir / 'summary.json'}:")
+    display.show(heldout.results_table(summary))
+    if hosts.is_first() and not (job.workdir / "report" / "index.html").exists():
+        write_report(job.workdir, losses=stage_losses())
+    return summary
+
+
+def _complete(
+    job: Job,
+    summary: dict[str, Any],
+    to_do: list[str],
+    student: tuple[ModelConfig, Params] | None,
+    teacher: Params | None,
+) -> dict[str, Any]:
+    """Card, report and samples, as far as they are to do; the report once more when all is there."""
+    try:
+        if "card" in to_do:
+            _write_card(job, summary)
+            to_do = [step for step in to_do if step != "card"]
+            _keep(job, summary, to_do)
+    finally:
+        if hosts.is_first():
+            write_report(job.workdir, losses=stage_losses())
+    if "samples" in to_do:
+        summary = {name: value for name, value in summary.items() if name != "samples"}
+        if student is not None:
+            models = {} if teacher is None else {"teacher": (job.teacher, teacher)}
+            summary["samples"] = heldout.write_samples(job, models | {"student": student})
+        _keep(job, summary, [])
+    display.show(heldout.results_table(summary))
+    if hosts.is_first():
+        display.say(f"how it went, as a page: {write_report(job.workdir, losses=stage_losses())}")
+    return summary
+
+
+def _keep(job: Job, summary: dict[str, Any], to_do: list[str]) -> None:
+    if hosts.is_first():
+        # Its presence says that export and scores are whole.
+        text = json.dumps(summary | ({TO_DO: to_do} if to_do else {}), indent=2)
+        storage.write_text(job.workdir / "summary.json", text + "\n")
+
+
+def export(job: Job, student: Params) -> None:
+    """DIR/export: a Hugging Face directory, its model card still without recipe and scores."""
+    options = job.run.export
+    save_params(
+        student,
+        job.student,
+        job.workdir / "export",
+        base_config=job.base_config,
+        dtype=options.dtype,
+        max_shard_size=int(options.max_shard_gb * 1e9),
+        tokenizer_from=job.tokenizer_dir,
+        retie=options.retie,
+    )
+
+
+def _write_card(job: Job, summary: dict[str, Any]) -> None:
+    """The export's model card, with the run's recipe and scores."""
+    if job.student.recurrent_mixer is not None and hosts.is_first():
+        card = write_model_card(job.student, run=job.run.settings(), summary=summary)
+        storage.write_text(job.workdir / "export" / MODEL_CARD, card)
+
+
+def _exported(job: Job) -> tuple[ModelConfig, Params]:
+    """The student as DIR/export holds it, in the dtype it computes in."""
+    directory = job.workdir / "export"
+    dtype = job.student.dtype
+    cfg = dataclasses.replace(model_config_from_hf(read_config(directory)), dtype=dtype)
+    placed = shardings(job.mesh, abstract_params(cfg), cfg)
+    return cfg, load_params(directory, cfg, dtype=dtype, shardings=placed)

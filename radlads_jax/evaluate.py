@@ -117,7 +117,8 @@ def run_tasks(
         )
         for task, scores in _topmost(found).items():
             results[task] = _summary(task, scores, found)
-            console.print(f"{model.directory.name}: {task} {results[task]['metric']} {_shown(results[task]['score'])}")
+            line = f"{model.directory.name}: {task} {results[task]['metric']} {_shown(results[task]['score'])}"
+            console.print(line, markup=False)
     return results
 
 

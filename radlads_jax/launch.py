@@ -69,9 +69,10 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
     from radlads_jax.run import preflight
     from radlads_jax.run.job import make_job
     from radlads_jax.run.train import Interrupted, TooManyNonFinite, convert
-    from radlads_jax.system import hosts
+    from radlads_jax.system import hosts, process_memory
     from radlads_jax.system.workdir import held
 
+    process_memory.install()
     try:
         join()
         hosts.require_same(flat_settings(_CONFIG.value.to_dict()))

@@ -124,13 +124,76 @@ def test_no_whole_one_is_no_new_beginning(copy: pathlib.Path) -> None:
         assert checkpoints.newest(checkpoints.restore_meta) is None
 
 
-@pytest.mark.parametrize("error", [PermissionError("no"), MemoryError("none left"), RuntimeError("RESOURCE_EXHAUSTED")])
+TROUBLE = [
+    PermissionError("no"),
+    MemoryError("none left"),
+    RuntimeError("RESOURCE_EXHAUSTED"),
+    # What an Orbax would raise whose API has moved.
+    TypeError("restore() got an unexpected keyword argument 'args'"),
+    AttributeError("'CheckpointManager' object has no attribute 'restore'"),
+    KeyError("state"),
+    NotImplementedError("legacy"),
+    ValueError("Unknown handler"),
+    FileNotFoundError("libcudart.so"),
+    # And the storage, where the way to the files is closed.
+    ValueError("PERMISSION_DENIED: Error reading local file"),
+    ValueError("UNAVAILABLE: Error opening zarr driver"),
+]
+
+
+@pytest.mark.parametrize("error", TROUBLE, ids=lambda error: f"{type(error).__name__}: {error}")
 def test_trouble_on_the_way_is_no_damage(error: Exception, copy: pathlib.Path, monkeypatch: Any) -> None:
     with Checkpoints(copy) as checkpoints:
         monkeypatch.setattr(checkpoints._manager, "restore", lambda *_, **__: (_ for _ in ()).throw(error))
         with pytest.raises(type(error)):
             checkpoints.newest(checkpoints.restore_meta)
     assert sorted(path.name for path in copy.iterdir()) == ["1", "2"]
+
+
+def test_a_step_is_not_repeated_twice_for_damage(copy: pathlib.Path) -> None:
+    def damage_it() -> None:
+        (copy / "2" / "meta" / "metadata").write_text("{}")
+
+    damage_it()
+    with Checkpoints(copy) as checkpoints:
+        assert checkpoints.newest(checkpoints.restore_meta) == (1, {"loss": 1 / 7, "none": None})
+        checkpoints.save(2, state_of(2), data_state={"row": 2}, meta={"loss": 2 / 7, "none": None}, wait=True)
+    damage_it()
+    aside = copy.with_name("stage1-2-damaged")
+    for _ in range(2):
+        with Checkpoints(copy) as checkpoints, pytest.raises(ValueError, match=f"step 2 .*{aside}"):
+            checkpoints.newest(checkpoints.restore_meta)
+    assert sorted(path.name for path in copy.iterdir()) == ["1", "2"]
+    shutil.rmtree(aside)
+    assert newest(copy) == expected(1) and aside.is_dir()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kind", ["missing", "empty", "cut", "zeros"])
+def test_without_a_list_of_files_most_damage_is_known(kind: str, saved: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """As in a checkpoint whose process was killed before it could write one, or that an earlier version wrote."""
+    names = ["state/_METADATA", "state/manifest.ocdbt", "sums/metadata", "data/metadata"]
+    for name in names:
+        directory = tmp_path / name / "stage1"
+        shutil.copytree(saved, directory)
+        (directory / "2" / "files.json").unlink()
+        harm(directory / "2" / name, kind, random.Random(0))
+        assert newest(directory) == expected(1), name
+
+
+@pytest.mark.parametrize(
+    "name", ["a [draft]", "100%", "x*y?", "ünï {1}", "-flag", "tab\tbed", "{a,b}", "~", "$HOME", "#1"]
+)
+def test_any_name_of_a_directory(name: str, saved: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """No character of a name is read as a pattern, an escape or a variable."""
+    directory = tmp_path / name / "stage1"
+    with Checkpoints(directory) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state_of(step), data_state={"row": step}, meta={"loss": step / 7, "none": None})
+    assert newest(directory) == expected(2)
+    (directory / "2" / "sums" / "metadata").unlink()
+    assert newest(directory) == expected(1)
+    assert {path.name for path in (tmp_path / name).iterdir()} == {"stage1", "stage1-2-damaged"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -44,14 +44,23 @@ def test_saving_holds_no_memory(tmp_path: pathlib.Path) -> None:
     ids=str,
 )
 def test_tensorstores_specs_are_what_they_were(spec: Any) -> None:
+    process_memory.install()
     made = tensorstore.KvStore.Spec(spec)
     assert tensorstore.KvStore.Spec(made.to_json()) == made
     assert made.to_json()["path"] == made.path
 
 
+@pytest.mark.parametrize(
+    ("version", "is_needed"), [("0.1.75", False), ("0.1.76", True), ("0.1.86", True), ("0.1.87", False), ("0.2", False)]
+)
+def test_only_the_versions_that_need_it_are_changed(version: str, is_needed: bool) -> None:
+    assert process_memory.needed(version) == is_needed
+
+
 COUNT_HEAPS = """
 import ctypes, threading
-import radlads_jax.run.checkpoint
+from radlads_jax.system import process_memory
+process_memory.install()
 libc, begin = ctypes.CDLL(None), threading.Barrier(24)
 libc.fopen.restype = ctypes.c_void_p
 def allocate():

@@ -125,7 +125,7 @@ def _progress_bar(show: bool | None) -> Progress:
     show = sys.stderr.isatty() if show is None else show
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -5,6 +5,7 @@ optimizer NamedTuples or dataclasses, so a checkpoint outlives their changes, an
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -15,17 +16,15 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from radlads_jax.run.checkpoint_files import damage, is_of_the_system, list_files, reason
 from radlads_jax.run.checkpoint_sums import DamagedCheckpoint, difference, shapes_sum, sums_document
-from radlads_jax.system import hosts
-from radlads_jax.system.storage import in_bucket
+from radlads_jax.system import hosts, literal_names, process_memory
+from radlads_jax.system.storage import as_path, children
 
 Tree = TypeVar("Tree")
 Result = TypeVar("Result")
 
 MAX_LISTED = 10
-MAX_REASON = 300
-# What Orbax raises for a damaged checkpoint. Trouble on the way to it (no permission, no connection) is something else.
-DAMAGE = (ValueError, LookupError, AttributeError, TypeError, NotImplementedError, FileNotFoundError)
 
 
 class Checkpoints:
@@ -40,10 +39,11 @@ class Checkpoints:
         for name, value in (("keep", keep), ("every", every)):
             if value < 1:
                 raise ValueError(f"checkpoint {name} is {value}; expected at least 1. Set {name} to a positive number.")
-        directory = epath.Path(directory)
-        # epath would make a bucket's URL a path below the working directory.
-        self.directory = directory if in_bucket(directory) else directory.expanduser().resolve()
+        literal_names.install()
+        process_memory.install()
+        self.directory = epath.Path(as_path(directory))
         self.every = every
+        self._unlisted: int | None = None
         for unfinished in ocp.utils.tmp_checkpoints(self.directory):
             logging.warning("removing the unfinished checkpoint %s: its save was interrupted", unfinished.get())
         options = ocp.CheckpointManagerOptions(
@@ -90,6 +90,7 @@ class Checkpoints:
             sums=ocp.args.JsonSave(sums_document(flat, {"data": data_state, "meta": meta})),
         )
         self._manager.save(step, args=items, force=True)
+        self._unlisted = step
         if wait:
             self.wait()
         return True
@@ -148,7 +149,7 @@ class Checkpoints:
                 return step, read(step)
             except DamagedCheckpoint as error:
                 self.set_aside(error)
-        damaged = sorted(path.name for path in self.directory.parent.glob(_aside(self.directory, "*").name))
+        damaged = self._set_aside_before()
         if damaged:
             raise ValueError(
                 f"no checkpoint in {self.directory} is whole, {', '.join(damaged)} in {self.directory.parent} are all "
@@ -158,8 +159,17 @@ class Checkpoints:
         return None
 
     def set_aside(self, error: DamagedCheckpoint) -> None:
-        """Moves a damaged checkpoint out of the way of its successor, beside the directory, and says so in the log."""
+        """Moves a damaged checkpoint out of the way of its successor, beside the directory, and says so in the log.
+
+        Raises ValueError where that of the same step was set aside before: to repeat its steps has not helped.
+        """
         place = _aside(self.directory, str(error.step))
+        if hosts.agreed(int(hosts.is_first() and place.exists())):
+            raise ValueError(
+                f"the checkpoint of step {error.step} in {self.directory} is damaged ({error.reason}), and {place} was "
+                "set aside for that before; expected its repeated steps to be saved whole. Look at this machine's disk "
+                f"and memory; to repeat the steps once more, remove {place}."
+            ) from error
         logging.warning(
             "skipping the checkpoint of step %d in %s, which is damaged (%s): it is now %s",
             error.step,
@@ -168,8 +178,6 @@ class Checkpoints:
             place,
         )
         if hosts.is_first():
-            if place.exists():
-                place.rmtree()
             (self.directory / str(error.step)).rename(place)
         hosts.agreed(0)
         self._manager.reload()
@@ -181,14 +189,17 @@ class Checkpoints:
         except BaseException as error:
             # The manager has by now forgotten the steps that the failed one would have replaced.
             self._manager.reload()
-            if not _is_damage(error) and not isinstance(error, OSError):
+            if not is_of_the_system(error):
                 raise
             latest = self._manager.latest_step()
             raise OSError(
-                f"a checkpoint in {self.directory} could not be written, {_reason(error)}; "
+                f"a checkpoint in {self.directory} could not be written, {reason(error)}; "
                 f"{'there is none yet' if latest is None else f'the newest whole one is of step {latest}'}. Make room "
                 "or give permission, and run the same command again."
             ) from error
+        step, self._unlisted = self._unlisted, None
+        if step is not None and hosts.is_first() and step in self._manager.all_steps():
+            list_files(as_path(self.directory / str(step)))
 
     def close(self) -> None:
         """Finishes the checkpoint being written and ends the writer's threads. Raises as `wait` does."""
@@ -251,15 +262,24 @@ class Checkpoints:
         """What `read` returns; DamagedCheckpoint in every process where one of them cannot read."""
         result: Result | None = None
         caught: BaseException | None = None
+        wrong: str | None = None
         try:
             result = read()
         except BaseException as error:
-            if not _is_damage(error):
+            wrong = damage(error, as_path(self.directory / str(step)))
+            if wrong is None:
                 raise
             caught = error
-        if hosts.agreed(int(caught is not None)):
-            raise DamagedCheckpoint(step, self.directory, _reason(caught)) from caught
+        if hosts.agreed(int(wrong is not None)):
+            raise DamagedCheckpoint(
+                step, self.directory, wrong or "another process could not read its part"
+            ) from caught
         return cast(Result, result)
+
+    def _set_aside_before(self) -> list[str]:
+        pattern = re.compile(re.escape(self.directory.name) + r"-\d+-damaged")
+        names = children(as_path(self.directory.parent)) if self.directory.parent.exists() else {}
+        return sorted(filter(pattern.fullmatch, names))
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -308,22 +328,6 @@ def _differences(wanted: dict[str, Any], stored: dict[str, jax.ShapeDtypeStruct]
         elif _is_float(got.dtype) != _is_float(expected.dtype):
             lines.append(f"{path} is {got.dtype} in the checkpoint, {expected.dtype} is expected")
     return lines
-
-
-def _is_damage(error: BaseException) -> bool:
-    # Orbax raises Exception itself where the data of an array cannot be read.
-    return isinstance(error, DAMAGE) or type(error) is Exception
-
-
-def _reason(error: BaseException | None) -> str:
-    """What reading has met, on one line of bounded length."""
-    if error is None:
-        return "another process could not read its part"
-    if type(error) is Exception and error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    # The storage's messages begin with what was tried and end with what the system said.
-    return text if len(text) <= MAX_REASON else f"{text[: MAX_REASON // 3]} ... {text[-2 * MAX_REASON // 3 :]}"
 
 
 def _aside(directory: epath.Path, step: str) -> epath.Path:

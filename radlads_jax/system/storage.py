@@ -37,21 +37,31 @@ ROLES = "roles/storage.objectAdmin and roles/storage.legacyBucketReader"
 
 
 def as_path(where: str | os.PathLike) -> AnyPath:
-    """The path that a user names: of this disk, or a gs:// URL, whose bucket is then asked for once.
+    """The path that a user names: of this disk, absolute, or a gs:// URL, whose bucket is then asked for once.
 
-    Raises ValueError for another kind of URL, and where the bucket does not exist or cannot be read.
+    "~" is the user's home; what is relative is so to the directory in which the command was started. Whatever a flag
+    or a setting names comes through here. Raises ValueError for another kind of URL, and where the bucket does not
+    exist or cannot be read.
     """
-    if isinstance(where, Path | epath.Path):
-        return where
     text = os.fspath(where)
+    if isinstance(where, Path) or (isinstance(where, epath.Path) and not in_bucket(where)):
+        return Path(_absolute(text))
+    if isinstance(where, epath.Path):
+        return where
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://|gs:/", text)
     if scheme is None:
-        return Path(text)
+        return Path(_absolute(text))
     bucket = re.match(r"gs://([^/]+)", text)
     if bucket is None:
         raise ValueError(f"{text} is no path; expected one of this disk, or gs://BUCKET/NAME. Correct the URL.")
     _require_bucket(bucket[1])
     return epath.Path(text)
+
+
+def _absolute(text: str) -> str:
+    expanded = os.path.expanduser(text)
+    # Not normalised: what ".." means behind a link, the disk knows.
+    return expanded if os.path.isabs(expanded) else os.path.join(os.getcwd(), expanded)
 
 
 def in_bucket(path: str | os.PathLike) -> bool:
@@ -152,6 +162,15 @@ def files_below(directory: AnyPath) -> list[AnyPath]:
         return sorted(epath.Path(f"gs://{name}") for name in names if not name.endswith("/"))
     assert isinstance(directory, Path)
     return sorted(each for each in directory.rglob("*") if each.is_file())
+
+
+def sizes_below(directory: AnyPath) -> dict[str, int]:
+    """The bytes of every file in a directory and in those below it, by the file's name from there."""
+    if in_bucket(directory):
+        place = str(directory).removeprefix("gs://").rstrip("/")
+        found = _filesystem().find(str(directory), detail=True)
+        return {n.removeprefix(f"{place}/"): info["size"] for n, info in found.items() if not n.endswith("/")}
+    return {file.relative_to(directory).as_posix(): size(file) for file in files_below(directory)}
 
 
 def children(directory: AnyPath) -> dict[str, bool]:

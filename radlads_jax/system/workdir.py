@@ -14,6 +14,7 @@ from absl import logging
 from etils import epath
 
 from radlads_jax.system import hosts
+from radlads_jax.system.storage import AnyPath, as_path, in_bucket
 
 LOCK = ".lock"
 # Under these names files and directories are written before they get their own.
@@ -33,7 +34,7 @@ def held(workdir: str | os.PathLike) -> Iterator[None]:
     process, where another run has it.
     """
     with contextlib.ExitStack() as stack:
-        refused = _locked(epath.Path(workdir), stack) if hosts.is_first() else None
+        refused = _locked(as_path(workdir), stack) if hosts.is_first() else None
         if hosts.agreed(int(refused is not None)):
             raise ValueError(refused or f"process 0 could not begin in {workdir}, and says why.")
         if hosts.is_first():
@@ -44,17 +45,17 @@ def held(workdir: str | os.PathLike) -> Iterator[None]:
 def remove_unfinished(workdir: str | os.PathLike) -> None:
     """Removes every file and directory that an interrupted write has left, each named in the log."""
     for pattern in UNFINISHED:
-        for path in sorted(epath.Path(workdir).glob(pattern)):
+        for path in sorted(as_path(workdir).glob(pattern)):
             logging.warning("removing the unfinished %s: its writing was interrupted", path)
             if path.is_dir():
-                path.rmtree()
+                epath.Path(path).rmtree()
             else:
                 path.unlink()
 
 
-def _locked(workdir: epath.Path, stack: contextlib.ExitStack) -> str | None:
+def _locked(workdir: AnyPath, stack: contextlib.ExitStack) -> str | None:
     """Takes the lock until the stack ends; returns what to say where it could not."""
-    if "://" in os.fspath(workdir):
+    if in_bucket(workdir):
         return None
     directory = pathlib.Path(workdir)
     stack.callback(_remove_empty, [path for path in (directory, *directory.parents) if not path.exists()])

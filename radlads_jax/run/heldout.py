@@ -79,10 +79,15 @@ def evaluate(
 
 
 def continue_prompts(
-    cfg: ModelConfig, params: Params, tokenizer: Any, prompts: tuple[str, ...], new_tokens: int
+    cfg: ModelConfig,
+    params: Params,
+    tokenizer: Any,
+    prompts: tuple[str, ...],
+    new_tokens: int,
+    beginning: tuple[int, ...] = (),
 ) -> list[str]:
-    """The greedy continuation of every prompt, cut at the end-of-text token."""
-    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    """The greedy continuation of every prompt, begun as documents are, cut at the end-of-text token."""
+    ids = [[*beginning, *tokenizer(prompt, add_special_tokens=False)["input_ids"]] for prompt in prompts]
     width = max(map(len, ids))
     rows = np.stack([np.pad(row, (width - len(row), 0), constant_values=-1) for row in ids]).astype(np.int32)
     out = hosts.fetched(generate_greedy(cfg, params, rows, new_tokens)).tolist()
@@ -120,7 +125,7 @@ def evaluate_job(job: Job, student: Params, teacher: Params | None) -> dict[str,
         models = {"teacher": (job.teacher, teacher)} | models
     if prompts := run.train.sample_prompts:
         texts = {
-            name: continue_prompts(cfg, params, job.tokenizer, prompts, run.train.sample_tokens)
+            name: continue_prompts(cfg, params, job.tokenizer, prompts, run.train.sample_tokens, job.beginning)
             for name, (cfg, params) in models.items()
         }
         if hosts.is_first():

@@ -66,7 +66,9 @@ class Data:
 
     cross_document: the published behaviour, rows without boundaries. eval_rows: held-out rows at the data's end.
     max_tokens: stop tokenising there (0 = all of it, or what the recipe needs for a streamed source).
-    documents, seed: how many the synthetic source makes, and which.
+    documents, seed: how many the synthetic source makes, and which. separator: "\\n" is read as a new line.
+    bos: whether documents begin with the tokenizer's BOS; None = as the tokenizer begins a prompt.
+    special_tokens: a special token's name in the text is that token; else it is text.
     """
 
     source: str = bounded("text", one_of=SOURCES)
@@ -77,6 +79,8 @@ class Data:
     streaming: bool = False
     tokenizer: str = ""
     separator: str = "\n\n\n"
+    bos: bool | None = None
+    special_tokens: bool = False
     cross_document: bool = False
     max_tokens: int = bounded(0, least=0)
     eval_rows: int = bounded(64, least=1)

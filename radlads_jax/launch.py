@@ -39,6 +39,8 @@ _FORCE = flags.DEFINE_bool("force", False, "Begin although one of these checks f
 _SAMPLES = ("sample_prompts", "sample_tokens")
 _FREE_OF_TRAIN = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "wandb_project", *_SAMPLES)
 FREE_FIELDS = (*_FREE_OF_TRAIN, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "accumulate", "remat")
+# Where a run that knows what it depends on by contents may find the same elsewhere.
+PATH_FIELDS = ("teacher.path", "teacher.revision", "data.path", "data.tokenizer")
 EXIT_STOPPED = 128
 # What switches of the student were before they were true, false or none.
 _FORMER_SWITCHES = {"": None, "on": True, "off": False}
@@ -140,7 +142,8 @@ def check_same_config(workdir: storage.AnyPath, config: dict) -> None:
     defaults = config_lib.defaults().to_dict()
     known, given = (flat_settings(json.loads(json.dumps(settings))) for settings in (defaults, config))
     old, new = known | begun, known | given
-    names = [n for n in sorted(old.keys() | new.keys()) if not n.endswith(tuple(f".{f}" for f in FREE_FIELDS))]
+    free = (*FREE_FIELDS, *(PATH_FIELDS if (workdir / "fingerprint.json").exists() else ()))
+    names = [n for n in sorted(old.keys() | new.keys()) if not n.endswith(tuple(f".{f}" for f in free))]
     changed = [f"{n} was {old.get(n)!r} and is now {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
     if changed:
         raise ValueError(

@@ -227,8 +227,9 @@ def test_text_of_every_kind_is_read_in_place(gcs, tmp_path):
         assert list(documents(source)) == texts, name
         before = fingerprint(source)
         assert before == fingerprint(source) and before["files"]
-    gcs.put("bucket", "text/lines.jsonl", lines.encode(), {})
-    assert fingerprint(Source("gs://bucket/text/lines.jsonl"))["files"][0][2] == gcs.generation
+        assert before == fingerprint(Source(str(tmp_path / name))), "wherever it lies"
+    gcs.put("bucket", "text/lines.jsonl", lines.upper().encode(), {})
+    assert fingerprint(Source("gs://bucket/text/lines.jsonl")) != fingerprint(Source(str(tmp_path / "lines.jsonl")))
 
 
 def test_an_export_that_fails_is_none_and_is_replaced(gcs, monkeypatch):

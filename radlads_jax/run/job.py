@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from radlads_jax.config import RunConfig
-from radlads_jax.data import binidx, pipeline, prepare, sources, synthetic
+from radlads_jax.data import binidx, pipeline, prepare, synthetic
 from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill.program import check_trainable
 from radlads_jax.distill.stages import STAGES
@@ -24,6 +24,8 @@ from radlads_jax.porting.hub import check_tokenizer, load_tokenizer, resolve_mod
 from radlads_jax.porting.load import check_tensors, load_params
 from radlads_jax.porting.names import disk_tensors
 from radlads_jax.porting.safetensors_read import open_checkpoint
+from radlads_jax.run import fingerprint
+from radlads_jax.run.tokens import Tokens, find_tokens
 from radlads_jax.system import hosts
 from radlads_jax.system.storage import AnyPath, as_path
 
@@ -36,7 +38,8 @@ class Job:
 
     source: the teacher's directory, None where the run starts from fresh weights. base_config: its config.json.
     teacher: the teacher's dimensions, its stacks cut at the student's boundaries. eval_tokens: held out at the end.
-    mesh: the devices the run is spread over, None for one.
+    mesh: the devices the run is spread over, None for one. beginning: ids that documents begin with. depends: what a
+    continuation has to find again, by contents.
     """
 
     run: RunConfig
@@ -50,6 +53,8 @@ class Job:
     token_file: binidx.TokenFile
     eval_tokens: int
     mesh: Mesh | None = None
+    beginning: tuple[int, ...] = ()
+    depends: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def load_teacher(self, dtype: str) -> Params:
         """The teacher's parameters, from its files or, for a run from scratch, fresh ones; born where they lie."""
@@ -96,9 +101,12 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
         tokenizer_dir = _tokenizer_dir(run, workdir, source)
         tokenizer = load_tokenizer(tokenizer_dir)
         check_tokenizer(tokenizer, student)
-        token_file = _token_file(run, workdir, tokenizer, student)
+        tokens = find_tokens(run, workdir, tokenizer, student.vocab_size)
     eval_tokens = run.data.eval_rows * (run.stage(run.stages[0]).seq_len if run.stages else EVAL_SEQ_LEN)
-    _check_rows(run, token_file, eval_tokens)
+    _check_rows(run, tokens.file, eval_tokens)
+    depends = _depends(source, base_config, tokenizer, tokens)
+    if not fingerprint.is_finished(workdir):
+        _require_same(workdir, depends)
     return Job(
         run,
         workdir,
@@ -108,10 +116,38 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
         student,
         tokenizer_dir,
         tokenizer,
-        token_file,
+        tokens.file,
         eval_tokens,
         mesh,
+        tokens.beginning,
+        depends,
     )
+
+
+def _depends(source: AnyPath | None, base_config: dict[str, Any], tokenizer: Any, tokens: Tokens) -> dict[str, Any]:
+    """What the run depends on, by its contents."""
+    data = {"token_file": tokens.file.prefix.name, "tokens": fingerprint.of_tokens(tokens.file)}
+    return {
+        "teacher": fingerprint.of_teacher(source, base_config) if source else None,
+        "commit": fingerprint.hub_commit(source) if source else None,
+        "tokenizer": prepare.tokenizer_hash(tokenizer.backend_tokenizer),
+        "data": {**tokens.recipe, "beginning": list(tokens.beginning), **data},
+    }
+
+
+def _require_same(workdir: AnyPath, depends: dict[str, Any]) -> None:
+    """Raises ValueError where the run in the work directory began with others."""
+    begun = fingerprint.read(workdir)
+    commit = begun.get("commit")
+    moved = commit is not None and commit != depends["commit"]
+    hint = f"Its teacher was the commit {commit}: --config.teacher.revision={commit}." if moved else ""
+    fingerprint.require_same(_comparable(begun), _comparable(depends), workdir, hint)
+
+
+def _comparable(depends: dict[str, Any]) -> dict[str, Any]:
+    """What a continuation has to have the same of: the tokens of all that is known of the data."""
+    parts = {part: depends[part] for part in ("teacher", "tokenizer") if part in depends}
+    return parts | ({"tokens": depends["data"]["tokens"]} if "data" in depends else {})
 
 
 def _check_rows(run: RunConfig, token_file: binidx.TokenFile, eval_tokens: int) -> None:
@@ -141,28 +177,3 @@ def _tokenizer_dir(run: RunConfig, workdir: AnyPath, source: AnyPath | None) -> 
     if not (directory / "tokenizer_config.json").exists():
         synthetic.save_tokenizer(synthetic.train_tokenizer(run.teacher.scratch["vocab_size"]), directory)
     return directory
-
-
-def _token_file(run: RunConfig, workdir: AnyPath, tokenizer: Any, student: ModelConfig) -> binidx.TokenFile:
-    data = run.data
-    needed = max((run.stage(name).tokens for name in run.stages), default=0)
-    limit = data.max_tokens or (needed + needed // 50 + 10**6 if data.streaming else None)
-    source = sources.Source(
-        data.path or "synthetic",
-        kind=data.source,
-        text_field=data.text_field,
-        separator=data.separator,
-        config=data.name or None,
-        split=data.split,
-        streaming=data.streaming,
-        seed=data.seed,
-        num_documents=data.documents if data.source == "synthetic" else None,
-    )
-    return prepare.prepare(
-        source,
-        tokenizer.backend_tokenizer,
-        workdir / "data",
-        vocab_size=student.vocab_size,
-        eos_id=tokenizer.eos_token_id,
-        max_tokens=limit,
-    )

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from pallas_kernels import dispatch
 from radlads_jax.data import pipeline
+from radlads_jax.data.tokenise import prompt_beginning
 from radlads_jax.distill.program import abstract_state
 from radlads_jax.models import sharding
 from radlads_jax.models.decoder import Params
@@ -27,6 +28,7 @@ from radlads_jax.porting.names import disk_tensors
 from radlads_jax.run import ending, heldout, rates
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.job import Job
+from radlads_jax.run.tokens import described
 from radlads_jax.system import hosts
 from radlads_jax.system.untrusted import brief, listed
 
@@ -114,16 +116,19 @@ def data(job: Job) -> Finding:
         )
         shares.append(f"{name} reads {f'{share:.0%} of them' if share <= 1 else f'them {share:.1f} times'}")
     count = job.token_file.num_tokens - job.eval_tokens
-    return Finding("data", f"{count:,} tokens besides {job.eval_tokens:,} held out; {', '.join(shares)}")
+    read = f"{count:,} tokens besides {job.eval_tokens:,} held out, of {described(job.token_file, job.depends['data'])}"
+    return Finding("data", f"{read}; {', '.join(shares)}")
 
 
 def tokenizer(job: Job) -> Finding:
     """Whether the data's tokenizer numbers tokens as the teacher's own does, where the teacher has another."""
     vocab, end = job.tokenizer.get_vocab(), job.tokenizer.eos_token
-    ends = (
-        "documents are not ended" if end is None else f"documents end with {brief(end)} ({job.tokenizer.eos_token_id})"
-    )
-    found = f"{len(vocab):,} tokens in a vocabulary of {job.teacher.vocab_size:,}; {ends}"
+    ends = "are not ended" if end is None else f"end with {brief(end)} ({job.tokenizer.eos_token_id})"
+    first = brief(job.tokenizer.decode(list(job.beginning)))
+    begin = f"begin with {first} ({', '.join(map(str, job.beginning))}) and " if job.beginning else ""
+    if job.beginning != (usual := prompt_beginning(job.tokenizer)):
+        ends += f"; prompts begin otherwise, with {brief(job.tokenizer.decode(list(usual)) or 'nothing')}"
+    found = f"{len(vocab):,} tokens in a vocabulary of {job.teacher.vocab_size:,}; documents {begin}{ends}"
     own = _own_vocabulary(job)
     moved = [token for token, number in vocab.items() if own.get(token, number) != number]
     if not moved:

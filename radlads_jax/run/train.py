@@ -16,10 +16,10 @@ from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.train_state import TrainState
 from radlads_jax.models import placement, sharding
 from radlads_jax.models.decoder import Params
-from radlads_jax.models.tree import overlay_params, split_params
+from radlads_jax.models.tree import overlay_params, path_leaves, split_params
 from radlads_jax.planning.cost import model_flops
 from radlads_jax.porting.student import init_mixers, transfer_table, whole_student
-from radlads_jax.run import ending
+from radlads_jax.run import ending, fingerprint
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.checkpoint_sums import DamagedCheckpoint
 from radlads_jax.run.display import say, show
@@ -106,6 +106,7 @@ def convert(job: Job, teacher: Params | None = None, begun: Callable[[], None] =
     if (summary := ending.finished(job)) is not None:
         begun()
         return ending.go_on(job, summary)
+    fingerprint.remember(job.workdir, job.depends)
     if teacher is None and job.student.recurrent_mixer:
         teacher = job.load_teacher(job.run.teacher.dtype)
     project, settings = job.run.train.wandb_project, job.run.settings()
@@ -332,6 +333,7 @@ def student_after(job: Job, stages: Sequence[str], teacher: Params | None, *, wh
     if job.student.recurrent_mixer is not None:
         fresh = job.run.student.fresh_qkvo
         params = init_mixers(job.student, teacher or {}, job.run.seed, fresh_qkvo=fresh, mesh=job.mesh)
+        _check_frozen(job, params)
     if whole:
         params = whole_student(job.student, job.load_teacher("float32"), params)
     for name in stages:
@@ -342,6 +344,18 @@ def student_after(job: Job, stages: Sequence[str], teacher: Params | None, *, wh
                 checkpoints.set_aside(error)
                 raise
     return params
+
+
+def _check_frozen(job: Job, mixers: Params) -> None:
+    """Raises ValueError where the mixers' weights that a stage freezes are not those that the run began with."""
+    values: dict[str, list[float]] = {}
+    for name in job.run.stages:
+        if job.run.stage(name).freeze:
+            _, frozen = split_params(mixers, is_trainable(job.run, job.student, name))
+            values |= fingerprint.of_values(path_leaves(frozen))
+    if values:
+        fingerprint.require_same_values(fingerprint.read(job.workdir).get("frozen", {}), values, job.workdir)
+        fingerprint.remember(job.workdir, {"frozen": values})
 
 
 def _stored_params(job: Job, checkpoints: Checkpoints, params: Params, step: int) -> Params:

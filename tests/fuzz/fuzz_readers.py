@@ -15,6 +15,7 @@ from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from radlads_jax.data import prepare, sources
+from radlads_jax.data.tokenise import Framing, prompt_beginning
 from radlads_jax.models import MIXERS, ModelConfig
 from radlads_jax.porting import check_tokenizer, load_tokenizer, model_config_from_hf, read_config
 from radlads_jax.porting.hf_export import hf_config_from_model
@@ -134,7 +135,11 @@ def read_tokenizer(place: Path, work: Path) -> None:
     text.write_text("The cat, the dog.\n\n\nAnother text.")
     source = sources.Source(str(text))
     made = prepare.prepare(
-        source, tokenizer.backend_tokenizer, work / "data", vocab_size=MODEL.vocab_size, eos_id=tokenizer.eos_token_id
+        source,
+        tokenizer.backend_tokenizer,
+        work / "data",
+        vocab_size=MODEL.vocab_size,
+        framing=Framing(prompt_beginning(tokenizer), tokenizer.eos_token_id),
     )
     assert made.num_documents == 2
     ids = tokenizer("the end")["input_ids"]
@@ -144,7 +149,11 @@ def read_tokenizer(place: Path, work: Path) -> None:
 
 def read_token_file(place: Path, work: Path) -> None:
     made = prepare.prepare(
-        sources.Source(str(place / "t")), byte_tokenizer(), work / "data", vocab_size=MODEL.vocab_size, eos_id=None
+        sources.Source(str(place / "t")),
+        byte_tokenizer(),
+        work / "data",
+        vocab_size=MODEL.vocab_size,
+        framing=Framing(),
     )
     assert sum(len(made.document(i)) for i in range(made.num_documents)) <= made.num_tokens
 
@@ -152,6 +161,6 @@ def read_token_file(place: Path, work: Path) -> None:
 def read_documents(name: str) -> Callable[[Path, Path], None]:
     def read(place: Path, work: Path) -> None:
         source = sources.Source(str(place / name))
-        prepare.prepare(source, byte_tokenizer(), work / "data", vocab_size=MODEL.vocab_size, eos_id=None)
+        prepare.prepare(source, byte_tokenizer(), work / "data", vocab_size=MODEL.vocab_size, framing=Framing())
 
     return read

@@ -16,8 +16,8 @@ from radlads_jax.porting.safetensors_read import INDEX_FILE, SINGLE_FILE, find_f
 from radlads_jax.system.storage import AnyPath, as_path, in_bucket, local_directory
 from radlads_jax.system.untrusted import brief, listed
 
-# No *.bin, *.pt or *.py: pickles and code are never fetched. All of the top folder alone: those below hold other formats
-# of the same weights (original/, onnx/) and earlier states of them (checkpoint-500/).
+# No *.bin, *.pt or *.py: pickles and code are never fetched. All of the top folder alone: those below hold other
+# formats of the same weights (original/, onnx/) and earlier states of them (checkpoint-500/).
 SMALL_FILES = ("*.json", "tokenizer.model", "merges.txt", "vocab.*", "*.jinja")
 BELOW = "*/*"
 # Mistral's own format, beside the one that is read.
@@ -32,7 +32,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def resolve_model_dir(path_or_id: str | os.PathLike, revision: str | None = None) -> AnyPath:
     """The directory of a model: path_or_id itself where it exists, else the downloaded snapshot of that hub id.
 
-    revision: branch, tag or commit on the hub. Of the weights only those files that are read are downloaded. Raises ValueError where there is neither, where the hub cannot be
+    revision: branch, tag or commit on the hub. Of the weights only files that are read are downloaded.
+    Raises ValueError where there is neither, where the hub cannot be
     reached and the model is not in the local cache, and for a model without safetensors.
     """
     directory = as_path(path_or_id)

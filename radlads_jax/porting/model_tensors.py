@@ -99,7 +99,7 @@ def _misplaced(source: AnyPath, missing: list[str]) -> str:
 
 
 def _by_our_names(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors renamed to `model.` and `lm_head.`, by the one embedding's name; as they are where that is unclear."""
+    """The tensors renamed to `model.` and `lm_head.` by the embedding's name; as they are where there is not one."""
     embeddings = [name for name in stored if name.endswith("embed_tokens.weight")]
     if len(embeddings) != 1 or embeddings == [EMBEDDING]:
         return dict(stored)

@@ -91,7 +91,7 @@ def open_checkpoint(directory: AnyPath) -> dict[str, StoredTensor]:
 def find_files(directory: AnyPath) -> AnyPath:
     """A directory's model.safetensors, else its index, else its only safetensors file.
 
-    Raises ValueError where none is, and where an adapter lies there, whose weights are only the difference to a model's.
+    Raises ValueError where none is, and where an adapter lies there, whose weights are only a difference to a model's.
     """
     if not directory.is_dir():
         raise ValueError(f"{directory} is no directory; expected a Hugging Face model directory. Check the path.")

@@ -66,7 +66,7 @@ def write_tokenizer(source: AnyPath, target: AnyPath) -> None:
 
 
 def check_exportable(source: str | os.PathLike) -> None:
-    """Raises ValueError, as `write_tokenizer` would after the training, where an export would have another tokenizer."""
+    """Raises ValueError, as `write_tokenizer` would after the training, where an export would have other ids."""
     with tempfile.TemporaryDirectory(prefix="radlads_jax-") as directory:
         write_tokenizer(as_path(source), Path(directory))
 

@@ -20,7 +20,6 @@ from radlads_jax.porting import check_tokenizer, load_tokenizer, model_config_fr
 from radlads_jax.porting.hf_export import hf_config_from_model
 from radlads_jax.porting.model_tensors import model_tensors
 from radlads_jax.porting.names import disk_tensors
-from radlads_jax.porting.safetensors_read import open_checkpoint
 
 WEIGHTS = "model.safetensors"
 MODEL = ModelConfig("qwen2", 300, 8, 8, 2, 1, 4, (("attention", 2),), qkv_bias=True, max_position_embeddings=64)

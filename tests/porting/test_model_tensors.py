@@ -1,4 +1,4 @@
-"""Checkpoints as other programs leave them: read as transformers reads them, or refused with the cause and a command."""
+"""Checkpoints as other programs leave them: read as transformers reads them, or refused with cause and command."""
 
 import json
 import shlex

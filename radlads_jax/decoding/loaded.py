@@ -20,6 +20,7 @@ from radlads_jax.porting import (
     resolve_model_dir,
 )
 from radlads_jax.porting.config_keys import read_json
+from radlads_jax.porting.hub import check_ids
 from radlads_jax.system.storage import AnyPath, as_path
 
 DTYPES = ("float32", "bfloat16")
@@ -45,6 +46,7 @@ class Model:
                 "the prompt is empty and the tokenizer has no token for a text's beginning; expected at least one "
                 "token to continue. Give a prompt."
             )
+        check_ids(ids, self.tokenizer, self.cfg.vocab_size)
         return ids
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
@@ -55,7 +57,9 @@ class Model:
                 "expected one. Give a --prompt to continue instead."
             )
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        check_ids(ids, self.tokenizer, self.cfg.vocab_size)
+        return ids
 
 
 def load_model(path: str | os.PathLike, *, dtype: str | None = None, for_decoding: bool = False) -> Model:

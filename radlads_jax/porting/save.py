@@ -17,21 +17,10 @@ from radlads_jax.models.tree import flatten, shown
 from radlads_jax.porting.load import Params
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.safetensors_write import PlannedTensor, plan_files, write_file, write_index
+from radlads_jax.porting.tokenizer_files import write_tokenizer
 from radlads_jax.porting.writers import HUGGINGFACE, writer_named
 from radlads_jax.system.storage import AnyPath, as_path, children, copy_file, empty, in_bucket, write_text
 
-# Copied from the teacher's directory where they are there; nothing else is, in particular no code.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 GENERATION_CONFIG = "generation_config.json"
 MODEL_CARD = "README.md"
 # In a bucket: the mark of an export that is not yet whole.
@@ -196,9 +185,7 @@ def _appearing(directory: AnyPath) -> Iterator[AnyPath]:
 
 def _copy_files(target: AnyPath, tokenizer_from: AnyPath | None, extra_files: Sequence[str | os.PathLike]) -> None:
     if tokenizer_from is not None:
-        for name in TOKENIZER_FILES:
-            if (tokenizer_from / name).is_file():
-                copy_file(tokenizer_from / name, target / name)
+        write_tokenizer(tokenizer_from, target)
     for file in map(as_path, extra_files):
         copy_file(file, target / file.name)
 

@@ -21,9 +21,9 @@ from radlads_jax.models.placement import shardings
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.hub import check_tokenizer, load_tokenizer, resolve_model_dir
-from radlads_jax.porting.load import check_tensors, load_params
-from radlads_jax.porting.names import disk_tensors
-from radlads_jax.porting.safetensors_read import open_checkpoint
+from radlads_jax.porting.load import load_params
+from radlads_jax.porting.model_tensors import model_tensors
+from radlads_jax.porting.tokenizer_files import check_exportable
 from radlads_jax.run import fingerprint
 from radlads_jax.run.tokens import Tokens, find_tokens
 from radlads_jax.system import hosts
@@ -94,13 +94,14 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
         )
     if source is not None:
         # Only headers are read here: a damaged file shows now, not after the data has been tokenised.
-        check_tensors(open_checkpoint(source), disk_tensors(original), source, tied=original.tie_embeddings)
+        model_tensors(source, original)
     student = make_student_config(original, run)
     check_trainable(run, student)
     with hosts.first_alone("data"):
         tokenizer_dir = _tokenizer_dir(run, workdir, source)
         tokenizer = load_tokenizer(tokenizer_dir)
         check_tokenizer(tokenizer, student)
+        check_exportable(tokenizer_dir)
         tokens = find_tokens(run, workdir, tokenizer, student.vocab_size)
     eval_tokens = run.data.eval_rows * (run.stage(run.stages[0]).seq_len if run.stages else EVAL_SEQ_LEN)
     _check_rows(run, tokens.file, eval_tokens)

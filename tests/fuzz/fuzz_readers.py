@@ -19,9 +19,8 @@ from radlads_jax.data.tokenise import Framing, prompt_beginning
 from radlads_jax.models import MIXERS, ModelConfig
 from radlads_jax.porting import check_tokenizer, load_tokenizer, model_config_from_hf, read_config
 from radlads_jax.porting.hf_export import hf_config_from_model
-from radlads_jax.porting.load import check_tensors
+from radlads_jax.porting.model_tensors import model_tensors
 from radlads_jax.porting.names import disk_tensors
-from radlads_jax.porting.safetensors_read import open_checkpoint
 
 WEIGHTS = "model.safetensors"
 MODEL = ModelConfig("qwen2", 300, 8, 8, 2, 1, 4, (("attention", 2),), qkv_bias=True, max_position_embeddings=64)
@@ -109,7 +108,7 @@ def read_indexed(place: Path, work: Path) -> None:
     """What make_job reads of a teacher."""
     del work
     cfg = model_config_from_hf(read_config(place))
-    check_tensors(open_checkpoint(place), disk_tensors(cfg), place, tied=cfg.tie_embeddings)
+    model_tensors(place, cfg)
 
 
 def read_weights(place: Path, work: Path) -> None:

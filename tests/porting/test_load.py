@@ -192,14 +192,6 @@ def test_frequency_buffers_are_passed_over(models, tmp_path, random_checkpoint):
     load_params(tmp_path / "m", models["llama"])
 
 
-def test_a_head_is_passed_over_in_tied_models_only(models, tmp_path, random_checkpoint):
-    random_checkpoint(tmp_path / "m", models["qwen2"])
-    assert "head" not in load_params(tmp_path / "m", models["qwen2 tied"])
-    random_checkpoint(tmp_path / "tied", models["qwen2 tied"])
-    with pytest.raises(ValueError, match=r"1 missing: lm_head\.weight"):
-        load_params(tmp_path / "tied", models["qwen2"])
-
-
 def test_a_truncated_shard_is_named(models, tmp_path, random_checkpoint):
     random_checkpoint(tmp_path / "m", models["qwen2"], files=3)
     shard = tmp_path / "m" / "model-00002-of-00003.safetensors"

@@ -16,6 +16,6 @@ from radlads_jax.recipes import paper
 def get_config() -> ConfigDict:
     config = paper("Qwen/Qwen2.5-7B-Instruct", "rad_rwkv6")
     config.stages = ("stage1", "stage2")
-    config.student.group_norm = "on"
-    config.student.balance_state = "off"
+    config.student.group_norm = True
+    config.student.balance_state = False
     return config

@@ -16,5 +16,5 @@ from radlads_jax.recipes import paper
 def get_config() -> ConfigDict:
     config = paper("Qwen/Qwen2.5-7B-Instruct", "rad_rwkv6")
     config.stages = ("stage1", "stage2")
-    config.student.token_shift = "off"
+    config.student.token_shift = False
     return config

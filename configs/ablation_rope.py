@@ -16,5 +16,5 @@ from radlads_jax.recipes import paper
 def get_config() -> ConfigDict:
     config = paper("Qwen/Qwen2.5-7B-Instruct", "rad_rwkv6")
     config.stages = ("stage1", "stage2")
-    config.student.use_rope = "on"
+    config.student.use_rope = True
     return config

@@ -9,15 +9,20 @@ import dataclasses
 import difflib
 import math
 import re
+import types
 import typing
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from radlads_jax.fields import bounded, follow, set_type, with_placeholders
+
 STAGE_NAMES = ("pretrain", "stage1", "stage2", "stage2a", "stage3")
 SOURCES = ("synthetic", "text", "jsonl", "parquet", "hf", "binidx")
-MIXERS = ("attention", "rad_rwkv6", "rad_rwkv7")
 GATES = ("none", "full", "low_rank")
+DTYPES = ("float32", "bfloat16")
+OPTIMIZERS = ("adam", "adafactor")
+WARMUP = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Teacher:
 
     path: str = ""
     revision: str = ""
-    dtype: str = "bfloat16"
+    dtype: str = bounded("bfloat16", one_of=DTYPES)
     scratch: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -34,23 +39,25 @@ class Teacher:
 class Student:
     """mixer: "rad_rwkv6", "rad_rwkv7" or "attention" (no conversion). attention_layers keep softmax attention.
 
-    use_rope, token_shift, gate, group_norm, balance_state: "" = the mixer's published choice, else "on"/"off" (gate:
-    "none"/"full"/"low_rank"). rank_*: 0 = from the width. fresh_qkvo: q, k, v, o start fresh in place of the teacher's.
+    use_rope, token_shift, group_norm, balance_state: None = the mixer's published choice; gate: "" = the same, else
+    one of GATES. rank_*: 0 = from the width. fresh_qkvo: q, k, v, o start fresh in place of the teacher's.
+    options: what a mixer may be told beside these, by the name of its option.
     """
 
     mixer: str = "rad_rwkv7"
     attention_layers: tuple[int, ...] = ()
-    use_rope: str = ""
-    token_shift: str = ""
-    gate: str = ""
-    group_norm: str = ""
-    balance_state: str = ""
+    use_rope: bool | None = None
+    token_shift: bool | None = None
+    gate: str = bounded("", one_of=("", *GATES))
+    group_norm: bool | None = None
+    balance_state: bool | None = None
     fresh_qkvo: bool = False
-    rank_decay: int = 0
-    rank_iclr: int = 0
-    rank_value: int = 0
-    rank_shift: int = 0
-    rank_gate: int = 0
+    rank_decay: int = bounded(0, least=0)
+    rank_iclr: int = bounded(0, least=0)
+    rank_value: int = bounded(0, least=0)
+    rank_shift: int = bounded(0, least=0)
+    rank_gate: int = bounded(0, least=0)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +66,12 @@ class Data:
 
     cross_document: the published behaviour, rows without boundaries. eval_rows: held-out rows at the data's end.
     max_tokens: stop tokenising there (0 = all of it, or what the recipe needs for a streamed source).
-    documents, seed: how many the synthetic source makes, and which.
+    documents, seed: how many the synthetic source makes, and which. separator: "\\n" is read as a new line.
+    bos: whether documents begin with the tokenizer's BOS; None = as the tokenizer begins a prompt.
+    special_tokens: a special token's name in the text is that token; else it is text.
     """
 
-    source: str = "text"
+    source: str = bounded("text", one_of=SOURCES)
     path: str = ""
     name: str = ""
     split: str = "train"
@@ -70,10 +79,12 @@ class Data:
     streaming: bool = False
     tokenizer: str = ""
     separator: str = "\n\n\n"
+    bos: bool | None = None
+    special_tokens: bool = False
     cross_document: bool = False
-    max_tokens: int = 0
-    eval_rows: int = 64
-    documents: int = 20000
+    max_tokens: int = bounded(0, least=0)
+    eval_rows: int = bounded(64, least=1)
+    documents: int = bounded(20000, least=1)
     seed: int = 0
 
 
@@ -83,23 +94,23 @@ class StageConfig:
 
     accumulate: 0 for as many parts as leave one row to every group of devices along data and fsdp.
     lr -> lr_final: all weights but the mixers'; mixer_lr -> mixer_lr_final: the mixers'; a quarter cosine between the
-    fractions decay_begin and decay_end of the steps, after warmup_steps from 1% to 100%. freeze: path regexes that are
-    not trained. remat: "none", "dots" or "full".
+    fractions decay_begin and decay_end of the steps, after warmup_steps from 1% to 100% (in `defaults()`: a twentieth
+    of the steps, at most 50). freeze: path regexes that are not trained. remat: "none", "dots" or "full".
     """
 
-    tokens: int = 0
-    seq_len: int = 512
-    batch_size: int = 32
-    accumulate: int = 1
-    lr: float = 1e-5
-    lr_final: float = 1e-5
-    mixer_lr: float = 1e-5
-    mixer_lr_final: float = 1e-5
+    tokens: int = bounded(0, least=1)
+    seq_len: int = bounded(512, least=1)
+    batch_size: int = bounded(32, least=1)
+    accumulate: int = bounded(1, least=0)
+    lr: float = bounded(1e-5, least=0)
+    lr_final: float = bounded(1e-5, least=0)
+    mixer_lr: float = bounded(1e-5, least=0)
+    mixer_lr_final: float = bounded(1e-5, least=0)
     decay_begin: float = 0.0
     decay_end: float = 1.0
-    warmup_steps: int = 50
+    warmup_steps: int = bounded(WARMUP, least=0)
     freeze: tuple[str, ...] = ()
-    remat: str = "full"
+    remat: str = bounded("full", one_of=("none", "dots", "full"))
 
     @property
     def steps(self) -> int:
@@ -109,14 +120,19 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """Adam. moment_dtype: what both of its moments are kept in between steps; they are computed in float32."""
+    """name: adam; or adafactor, which keeps a row and a column of a matrix's second moment, and asks no beta2 or eps.
 
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    moment_dtype: str = "float32"
+    moment_dtype: what adam's moments, or adafactor's first one, are kept in between steps; they are computed in
+    float32. weight_decay: of matrices alone.
+    """
+
+    name: str = bounded("adam", one_of=OPTIMIZERS)
+    beta1: float = bounded(0.9, least=0, below=1)
+    beta2: float = bounded(0.95, least=0, below=1)
+    eps: float = bounded(1e-8, above=0)
+    weight_decay: float = bounded(0.0, least=0)
+    clip: float = bounded(1.0, least=0)
+    moment_dtype: str = bounded("float32", one_of=DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,14 +142,14 @@ class Train:
     slice_tokens: tokens whose logits are held at once in the loss (0 = chosen by the kernel). wandb_project: "" = none.
     """
 
-    log_every: int = 10
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    max_skipped: int = 10
-    slice_tokens: int = 0
-    eval_batch_size: int = 8
+    log_every: int = bounded(10, least=1)
+    checkpoint_every: int = bounded(500, least=1)
+    keep_checkpoints: int = bounded(2, least=1)
+    max_skipped: int = bounded(10, least=1)
+    slice_tokens: int = bounded(0, least=0)
+    eval_batch_size: int = bounded(8, least=1)
     sample_prompts: tuple[str, ...] = ()
-    sample_tokens: int = 64
+    sample_tokens: int = bounded(64, least=1)
     wandb_project: str = ""
 
 
@@ -145,25 +161,28 @@ class Mesh:
     the rows of every stage need to be split over the rest.
     """
 
-    data: int = 1
+    data: int = bounded(1, least=1)
     fsdp: int = -1
-    tensor: int = 1
-    context: int = 1
+    tensor: int = bounded(1, least=1)
+    context: int = bounded(1, least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    dtype: str = "bfloat16"
+    dtype: str = bounded("bfloat16", one_of=DTYPES)
     retie: bool = False
-    max_shard_gb: float = 5.0
+    max_shard_gb: float = bounded(5.0, above=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A whole run. dtype: of the student's activations and matmuls; its weights are float32."""
+    """A whole run. dtype: of the student's activations and matmuls; its weights are float32.
+
+    added: recipes of stages beside the five, by name (`add_stage`).
+    """
 
     seed: int = 0
-    dtype: str = "bfloat16"
+    dtype: str = bounded("bfloat16", one_of=DTYPES)
     stages: tuple[str, ...] = ("stage1", "stage2", "stage3")
     teacher: Teacher = Teacher()
     student: Student = Student()
@@ -186,16 +205,57 @@ class RunConfig:
         decay_end=0.875,
     )
     stage3: StageConfig = StageConfig(tokens=100_000_000, seq_len=16384, batch_size=96)
+    added: dict[str, StageConfig] = dataclasses.field(default_factory=dict)
 
     def stage(self, name: str) -> StageConfig:
-        return getattr(self, name)
+        return self.added[name] if name in self.added else getattr(self, name)
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting as nested dicts, added stages among the others: as a config file has them."""
+        settings = dataclasses.asdict(self)
+        return settings | settings.pop("added")
+
+
+_GROUPS = {field.name for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.default)}
+
+
+# The recipes of stages that strangers add.
+_ADDED: dict[str, StageConfig] = {}
+
+
+def add_stage(name: str, recipe: StageConfig) -> None:
+    """Makes config.<name> a stage's recipe with these defaults; to be called before `defaults()`, where its file is."""
+    if name in typing.get_type_hints(RunConfig):
+        raise ValueError(f"a stage is called {name!r}, which is a setting already; expected a new name.")
+    _ADDED[name] = recipe
+
+
+def stage_names() -> tuple[str, ...]:
+    """Every stage that a config may name."""
+    return (*STAGE_NAMES, *_ADDED)
 
 
 def defaults() -> ConfigDict:
-    """The paper's recipe as a ConfigDict, locked: a field that does not exist can't be set."""
-    config = ConfigDict(dataclasses.asdict(RunConfig()))
-    config.teacher.scratch = ConfigDict()
+    """The paper's recipe as a ConfigDict, locked: a field that does not exist can't be set.
+
+    A warm-up that nobody sets follows its stage's steps: a twentieth of them, at most 50.
+    """
+    run = {name: value for name, value in with_placeholders(RunConfig()).items() if name != "added"}
+    config = ConfigDict(run | {name: with_placeholders(recipe) for name, recipe in _ADDED.items()})
+    config.teacher.scratch, config.student.options = ConfigDict(), ConfigDict()
+    for name in stage_names():
+        follow(config[name], "warmup_steps", _fitting_warmup, "tokens", "seq_len", "batch_size")
     return config.lock()
+
+
+def fitting_warmup(steps: int) -> int:
+    """Steps of warm-up that leave a stage of so many the most of its steps at the full rate."""
+    return max(0, min(WARMUP, -(-steps // 20)))
+
+
+def _fitting_warmup(tokens: int, seq_len: int, batch_size: int) -> int:
+    # The numbers are the user's, and not looked at yet.
+    return fitting_warmup(-(-tokens // max(seq_len * batch_size, 1)))
 
 
 def parse_arg(arg: str | None, **known: Any) -> ConfigDict:
@@ -216,7 +276,8 @@ def check_override(path: str, text: str | None) -> None:
     """
     kind, where = RunConfig, "config"
     for name in path.split("."):
-        kind, where = _hint(kind, name, where), f"{where}.{name}"
+        hint = StageConfig if kind is RunConfig and name in _ADDED else _hint(kind, name, where)
+        kind, where = set_type(hint), f"{where}.{name}"
         if not dataclasses.is_dataclass(kind):
             break
     if text is not None and kind in (int, float, bool):
@@ -236,32 +297,29 @@ def _parse(text: str, kind: type, where: str) -> Any:
 
 def validate(config: ConfigDict) -> RunConfig:
     """The checked, frozen form. Raises ValueError naming the field, what was got and what is expected."""
-    run = _build(RunConfig, config.to_dict(), "config")
-    unknown = [s for s in run.stages if s not in STAGE_NAMES]
+    values = config.to_dict()
+    added = {name: _build(StageConfig, values.pop(name), f"config.{name}") for name in _ADDED if name in values}
+    run = dataclasses.replace(_build(RunConfig, values, "config"), added=added)
+    unknown = [s for s in run.stages if s not in stage_names()]
     if unknown:
         raise ValueError(
-            f"config.stages holds {unknown}; expected names out of {', '.join(STAGE_NAMES)}. On the command line each "
-            "is a flag of its own: --config.stages=stage1 --config.stages=stage2."
+            f"config.stages holds {unknown}; expected names out of {', '.join(stage_names())}. On the command line "
+            "each is a flag of its own: --config.stages=stage1 --config.stages=stage2."
         )
     _require(bool(run.stages), "config.stages", run.stages, f"at least one of {', '.join(STAGE_NAMES)}")
     _require(len(set(run.stages)) == len(run.stages), "config.stages", run.stages, "each stage at most once")
+    _check_bounds("config", run)
+    # Stages that are not run are not looked at.
+    for name in _GROUPS - set(STAGE_NAMES):
+        _check_bounds(f"config.{name}", getattr(run, name))
     for name in run.stages:
+        _check_bounds(f"config.{name}", run.stage(name))
         _check_stage(f"config.{name}", run.stage(name), run.mesh.context)
-    for field, value in {
-        "config.dtype": run.dtype,
-        "config.teacher.dtype": run.teacher.dtype,
-        "config.export.dtype": run.export.dtype,
-        "config.optim.moment_dtype": run.optim.moment_dtype,
-    }.items():
-        _require(value in ("float32", "bfloat16"), field, value, "'float32' or 'bfloat16'")
     _check_teacher(run.teacher)
     _check_student(run.student)
-    _check_data(run.data)
-    _check_optim(run.optim)
-    _at_least(1, run.train, "config.train", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped")
-    _at_least(1, run.train, "config.train", "eval_batch_size", "sample_tokens")
-    _at_least(0, run.train, "config.train", "slice_tokens")
-    _at_least(1, run.mesh, "config.mesh", "data", "tensor", "context")
+    given = bool(run.data.path) or run.data.source == "synthetic"
+    example = f"the path of the {run.data.source} data, e.g. --config.data.path=PATH"
+    _require(given, "config.data.path", run.data.path, example)
     fsdp = run.mesh.fsdp
     _require(fsdp == -1 or fsdp >= 1, "config.mesh.fsdp", fsdp, "at least 1, or -1 for all devices")
     shard = run.export.max_shard_gb
@@ -269,12 +327,15 @@ def validate(config: ConfigDict) -> RunConfig:
     return run
 
 
+def _check_bounds(where: str, group: Any) -> None:
+    for field in dataclasses.fields(group):
+        bounds, value = field.metadata.get("bounds"), getattr(group, field.name)
+        _require(bounds is None or bounds.hold(value), f"{where}.{field.name}", value, str(bounds))
+
+
 def _check_stage(where: str, stage: StageConfig, pieces: int) -> None:
-    _at_least(1, stage, where, "tokens", "seq_len", "batch_size")
-    _at_least(0, stage, where, "accumulate")
     divisible = stage.seq_len % pieces == 0
     _require(divisible, f"{where}.seq_len", stage.seq_len, f"a multiple of config.mesh.context, {pieces}")
-    _at_least(0, stage, where, "lr", "lr_final", "mixer_lr", "mixer_lr_final", "warmup_steps")
     _require(
         not stage.accumulate or stage.batch_size % stage.accumulate == 0,
         f"{where}.accumulate",
@@ -287,7 +348,6 @@ def _check_stage(where: str, stage: StageConfig, pieces: int) -> None:
         stage.decay_begin,
         f"0 <= decay_begin < decay_end <= 1 (decay_end is {stage.decay_end})",
     )
-    _require(stage.remat in ("none", "dots", "full"), f"{where}.remat", stage.remat, "'none', 'dots' or 'full'")
     for pattern in stage.freeze:
         _check_regex(f"{where}.freeze", pattern)
 
@@ -303,36 +363,11 @@ def _check_teacher(teacher: Teacher) -> None:
 
 
 def _check_student(student: Student) -> None:
-    _require(student.mixer in MIXERS, "config.student.mixer", student.mixer, f"one of {', '.join(MIXERS)}")
-    gates = f"one of {', '.join(GATES)} or '' (the published choice)"
-    _require(student.gate in ("", *GATES), "config.student.gate", student.gate, gates)
-    for field in ("use_rope", "token_shift", "group_norm", "balance_state"):
-        value = getattr(student, field)
-        _require(
-            value in ("", "on", "off"), f"config.student.{field}", value, "'on', 'off' or '' (the published choice)"
-        )
-    if student.group_norm == student.balance_state == "on":
+    if student.group_norm and student.balance_state:
         raise ValueError(
-            "config.student.group_norm and config.student.balance_state are both 'on'; expected one of them, because "
-            "either alone bounds the mixer's output. Set the other to 'off'."
+            "config.student.group_norm and config.student.balance_state are both true; expected one of them, because "
+            "either alone bounds the mixer's output. Set the other to false."
         )
-    _at_least(0, student, "config.student", "rank_decay", "rank_iclr", "rank_value", "rank_shift", "rank_gate")
-
-
-def _check_data(data: Data) -> None:
-    _require(data.source in SOURCES, "config.data.source", data.source, f"one of {', '.join(SOURCES)}")
-    given = bool(data.path) or data.source == "synthetic"
-    _require(given, "config.data.path", data.path, f"the path of the {data.source} data, e.g. --config.data.path=PATH")
-    _at_least(1, data, "config.data", "eval_rows", "documents")
-    _at_least(0, data, "config.data", "max_tokens")
-
-
-def _check_optim(optim: Optim) -> None:
-    for field in ("beta1", "beta2"):
-        value = getattr(optim, field)
-        _require(0 <= value < 1, f"config.optim.{field}", value, "0 or more and less than 1")
-    _require(optim.eps > 0, "config.optim.eps", optim.eps, "more than 0")
-    _at_least(0, optim, "config.optim", "weight_decay", "clip")
 
 
 def _check_regex(field: str, pattern: str) -> None:
@@ -340,12 +375,6 @@ def _check_regex(field: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{field} holds {pattern!r}, which is no regular expression ({error}).") from error
-
-
-def _at_least(least: int, group: Any, where: str, *fields: str) -> None:
-    for field in fields:
-        value = getattr(group, field)
-        _require(least <= value < math.inf, f"{where}.{field}", value, f"a number of at least {least}")
 
 
 def _require(fine: bool, field: str, got: Any, expected: str) -> None:
@@ -380,6 +409,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return tuple(_convert(item, v, where) for v in value)
     if typing.get_origin(hint) is dict:
         return dict(value)
+    if value is None and types.NoneType in typing.get_args(hint):
+        return None
+    hint = set_type(hint)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

@@ -17,10 +17,10 @@ from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.save import EXPORT_DTYPES, MODEL_CARD, save_params
+from radlads_jax.porting.writers import HUGGINGFACE, WRITERS, writer_named
 from radlads_jax.system import backend, command, storage
 
 console = Console(highlight=False)
-RUNTIMES = ("", "llama.cpp")
 
 
 def define(values: flags.FlagValues) -> None:
@@ -30,7 +30,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("dtype", None, EXPORT_DTYPES, "Of the weights; default: as they are.", flag_values=values)
     flags.DEFINE_bool("retie", False, "Leave the head out: the embedding is used for it.", flag_values=values)
     flags.DEFINE_bool("untie", False, "Write the head of a tied model as a tensor of its own.", flag_values=values)
-    flags.DEFINE_enum("for", "", RUNTIMES, "Refuse what this runtime has no place for.", flag_values=values)
+    flags.DEFINE_enum("for", HUGGINGFACE, list(WRITERS), "The format, by who reads it.", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:
@@ -41,7 +41,7 @@ def main(values: flags.FlagValues) -> None:
         dtype=values.dtype,
         retie=values.retie,
         untie=values.untie,
-        runtime=values["for"].value or "",
+        writer=values["for"].value or HUGGINGFACE,
     )
     console.print(f"exported to {target}", markup=False)
 
@@ -53,12 +53,12 @@ def export_again(
     dtype: str | None = None,
     retie: bool = False,
     untie: bool = False,
-    runtime: str = "",
+    writer: str = HUGGINGFACE,
 ) -> storage.AnyPath:
     """Reads a student (of a run: its export/) and writes it to `output` with its tokenizer and a model card.
 
-    Raises ValueError for what is no model, for retie with untie, and for what `runtime` has no place for, before any
-    weight is read.
+    writer: a name of WRITERS. Raises ValueError for what is no model, for retie with untie, and for what the format has
+    no place for, before any weight is read.
     """
     if retie and untie:
         raise ValueError("got --retie and --untie; expected one of them at most. Leave one out.")
@@ -67,8 +67,7 @@ def export_again(
     config = read_config(source)
     cfg = model_config_from_hf(config)
     written = dataclasses.replace(cfg, tie_embeddings=(cfg.tie_embeddings or retie) and not untie)
-    if runtime == "llama.cpp":
-        refuse_for_llama_cpp(written, source)
+    writer_named(writer).require(written, source)
     dtype = dtype or stored_dtype(config)
     params = load_params(source, cfg, dtype=dtype)
     if cfg.tie_embeddings and untie:
@@ -76,7 +75,15 @@ def export_again(
     kept = written if untie else cfg
     card = model_card(storage.as_path(model), source, written)
     return save_params(
-        params, kept, output, base_config=config, dtype=dtype, tokenizer_from=source, retie=retie, model_card=card
+        params,
+        kept,
+        output,
+        base_config=config,
+        dtype=dtype,
+        tokenizer_from=source,
+        retie=retie,
+        model_card=card,
+        writer=writer,
     )
 
 
@@ -93,50 +100,6 @@ def model_card(model: storage.AnyPath, source: storage.AnyPath, cfg: ModelConfig
         return write_model_card(cfg, run=read_json(model / "config.json"), summary=read_json(summary))
     own = source / MODEL_CARD
     return storage.read_text(own) if own.is_file() else None
-
-
-def refuse_for_llama_cpp(cfg: ModelConfig, directory: storage.AnyPath) -> None:
-    """Raises ValueError naming, in one line, all that llama.cpp's rwkv6qwen2 has no place for."""
-    found = llama_cpp_obstacles(cfg) + tokenizer_obstacles(directory)
-    if found:
-        raise ValueError(
-            f"{directory} has what llama.cpp has no place for: {'; '.join(found)}. Expected a RAD-RWKV6 student with "
-            "the paper's switches and a head of its own; convert again with those."
-        )
-
-
-def llama_cpp_obstacles(cfg: ModelConfig) -> list[str]:
-    """What of a model llama.cpp's architecture rwkv6qwen2 cannot hold, or would compute otherwise."""
-    if cfg.recurrent_mixer != "rad_rwkv6":
-        return [f"the mixer {cfg.recurrent_mixer or 'attention'} (only rad_rwkv6 has one)"]
-    mixer = cfg.mixer
-    assert mixer is not None
-    softmax = [i for i, name in enumerate(cfg.layer_mixers) if name == "attention"]
-    obstacles = {
-        f"softmax layers {softmax}": bool(softmax),
-        "RoPE (student.use_rope)": mixer.use_rope,
-        "no token shift (student.token_shift)": not mixer.token_shift,
-        f"the gate {mixer.gate!r} (student.gate; full is needed)": mixer.gate != "full",
-        "GroupNorm (student.group_norm)": mixer.group_norm,
-        "no state balancing (student.balance_state)": not mixer.balance_state,
-        "a tied head (write it with --untie)": cfg.tie_embeddings,
-        "norms of q and k": cfg.qk_norm,
-        "a bias of o": cfg.o_bias,
-        f"heads of {cfg.num_heads} x {cfg.head_dim} in a width of {cfg.hidden_size}": cfg.num_heads * cfg.head_dim
-        != cfg.hidden_size,
-    }
-    return [name for name, present in obstacles.items() if present]
-
-
-def tokenizer_obstacles(directory: storage.AnyPath) -> list[str]:
-    """Why llama.cpp's converter cannot read the tokenizer: it wants a sentencepiece model or byte-level BPE."""
-    if (directory / "tokenizer.model").is_file():
-        return []
-    file = directory / "tokenizer.json"
-    if not file.is_file():
-        return ["no tokenizer (tokenizer.model or tokenizer.json)"]
-    kind = (read_json(file).get("model") or {}).get("type")
-    return [] if kind == "BPE" else [f"a tokenizer of type {kind}"]
 
 
 if __name__ == "__main__":

@@ -8,14 +8,16 @@ import functools
 import json
 import signal
 import sys
+import typing
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
 from radlads_jax import config as config_lib
+from radlads_jax import fields
 from radlads_jax.run.settings import with_whole_paths
 from radlads_jax.system import huge_pages, storage
 from radlads_jax.system.command import explain, parse_flags, refuse
@@ -37,7 +39,11 @@ _FORCE = flags.DEFINE_bool("force", False, "Begin although one of these checks f
 _SAMPLES = ("sample_prompts", "sample_tokens")
 _FREE_OF_TRAIN = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "wandb_project", *_SAMPLES)
 FREE_FIELDS = (*_FREE_OF_TRAIN, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "accumulate", "remat")
+# Where a run that knows what it depends on by contents may find the same elsewhere.
+PATH_FIELDS = ("teacher.path", "teacher.revision", "data.path", "data.tokenizer")
 EXIT_STOPPED = 128
+# What switches of the student were before they were true, false or none.
+_FORMER_SWITCHES = {"": None, "on": True, "off": False}
 
 
 def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
@@ -54,8 +60,10 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
             raise ValueError(
                 "expected --config FILE and --workdir DIR, e.g. --config configs/demo.py --workdir runs/demo."
             )
+        workdir = storage.as_path(_WORKDIR.value)
+        keep_begun_rules(workdir, _CONFIG.value)
         run = with_whole_paths(config_lib.validate(_CONFIG.value))
-        workdir, settings = storage.as_path(_WORKDIR.value), dataclasses.asdict(run)
+        settings = run.settings()
         storage.require_writable(workdir)
         check_same_config(workdir, settings)
     except ValueError as error:
@@ -110,16 +118,37 @@ def join_hosts() -> None:
     hosts.start(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
 
 
-def check_same_config(workdir: storage.AnyPath, config: dict) -> None:
-    """Raises ValueError where DIR belongs to a run with other settings; what it did not know yet had its default."""
+def keep_begun_rules(workdir: storage.AnyPath, config: ConfigDict) -> None:
+    """Gives fields that follow others by a rule what DIR's run began with, whose version may have had another rule."""
+    begun = begun_settings(workdir)
+    for name, (group, field) in fields.following(config).items():
+        if name in begun:
+            group[field] = begun[name]
+
+
+def begun_settings(workdir: storage.AnyPath) -> dict[str, Any]:
+    """Every setting of DIR/config.json by its name, as this version writes them; empty where there is none."""
     path = workdir / "config.json"
     if not path.exists():
+        return {}
+    settings = flat_settings(_with_whole_paths(json.loads(storage.read_text(path))))
+    for name, hint in typing.get_type_hints(config_lib.Student).items():
+        setting = f"config.student.{name}"
+        if hint == bool | None and settings.get(setting) in ("", "on", "off"):
+            settings[setting] = _FORMER_SWITCHES[settings[setting]]
+    return settings
+
+
+def check_same_config(workdir: storage.AnyPath, config: dict) -> None:
+    """Raises ValueError where DIR belongs to a run with other settings; what it did not know yet had its default."""
+    begun = begun_settings(workdir)
+    if not begun:
         return
-    before = _with_whole_paths(json.loads(storage.read_text(path)))
     defaults = config_lib.defaults().to_dict()
     known, given = (flat_settings(json.loads(json.dumps(settings))) for settings in (defaults, config))
-    old, new = known | flat_settings(before), known | given
-    names = [n for n in sorted(old.keys() | new.keys()) if not n.endswith(tuple(f".{f}" for f in FREE_FIELDS))]
+    old, new = known | begun, known | given
+    free = (*FREE_FIELDS, *(PATH_FIELDS if (workdir / "fingerprint.json").exists() else ()))
+    names = [n for n in sorted(old.keys() | new.keys()) if not n.endswith(tuple(f".{f}" for f in free))]
     changed = [f"{n} was {old.get(n)!r} and is now {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
     if changed:
         raise ValueError(

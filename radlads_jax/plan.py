@@ -33,13 +33,13 @@ _RESULTS = flags.DEFINE_string(
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 planned (whether or not it fits), 1 refused."""
     try:
-        given = flags.FLAGS["config"].value
-        if len(argv) > 1 or given is None or _TOPOLOGY.value is None:
+        config = flags.FLAGS["config"].value
+        if len(argv) > 1 or config is None or _TOPOLOGY.value is None:
             raise ValueError(
                 "expected --config FILE and --topology CHIPS alone, e.g. --config configs/qwen2_5_7b_rad_rwkv7.py "
                 "--topology v5e:4x8."
             )
-        run = config_lib.validate(given)
+        run = config_lib.validate(config)
         overrides = _parse_prices(_PRICE.value)
         prepare_environment()
         planner = make_planner(run, overrides, _results_file())
@@ -69,9 +69,9 @@ def _results_file() -> Path | None:
     return file
 
 
-def _parse_prices(given: list[str]) -> dict[str, float]:
+def _parse_prices(texts: list[str]) -> dict[str, float]:
     prices = {}
-    for text in given:
+    for text in texts:
         name, _, price = text.partition("=")
         try:
             prices[name] = float(price)

@@ -1,8 +1,14 @@
-"""The paper's recipe (RADLADS section 1), which its configs start from."""
+"""The paper's recipe (RADLADS section 1), which its configs start from, and the rates of one with fewer tokens."""
 
 from ml_collections import ConfigDict
 
-from radlads_jax.config import defaults, parse_arg
+from radlads_jax.config import STAGE_NAMES, WARMUP, defaults, parse_arg
+from radlads_jax.fields import follow
+
+PAPER_RATE = 1e-5
+# Tokens from which stage 2 has the paper's rate, which was chosen for 500M.
+PAPER_RATE_TOKENS = 50_000_000
+LARGEST_RATE = 1e-4
 
 
 def paper(teacher: str, mixer: str, arg: str | None = None, *, tensor: int = 1) -> ConfigDict:
@@ -22,6 +28,26 @@ def paper(teacher: str, mixer: str, arg: str | None = None, *, tensor: int = 1) 
     # The published runs let a row's documents see each other.
     config.data.cross_document = True
     config.mesh.tensor = tensor
+    for name in STAGE_NAMES:
+        config[name].warmup_steps = WARMUP
     # One long row at a time on every group of devices: a whole batch is more than any machine's memory holds.
     config.stage2a.accumulate = config.stage3.accumulate = 0
     return config
+
+
+def rate_for(tokens: int) -> float:
+    """Stage 2's learning rate: the paper's 1e-5 from 50M tokens on, with fewer 1e-5 * 50M / tokens, at most 1e-4.
+
+    So a short stage covers the distance that 50M tokens cover. The most is what gave the best student of 1.7B in 1B
+    tokens in HALO's sweep (arXiv 2601.22156, table 9; 3e-4 was worse than 1e-5), and what 135M took here at 0.1M
+    tokens. Wider teachers take less: HALO's peaks are 5e-5 for 4B and 3e-5 for 8B.
+    """
+    return min(LARGEST_RATE, PAPER_RATE * max(1.0, PAPER_RATE_TOKENS / max(tokens, 1)))
+
+
+def let_rates_follow(stage: ConfigDict) -> None:
+    """The rate of a stage 2 by its tokens, the same for all weights from first to last; what is set stays as set."""
+    follow(stage, "lr", rate_for, "tokens")
+    for name in ("lr_final", "mixer_lr"):
+        follow(stage, name, float, "lr")
+    follow(stage, "mixer_lr_final", float, "lr_final")

@@ -180,10 +180,10 @@ CASES: dict[str, tuple[Callable[[Path], object], dict, list[str]]] = {
     "negative tokens": (nothing, {"stage1__tokens": -1}, ["config.stage1.tokens is -1"]),
     "both bounds of the state": (
         nothing,
-        {"student__group_norm": "on", "student__balance_state": "on"},
+        {"student__group_norm": True, "student__balance_state": True},
         ["config.student.group_norm", "config.student.balance_state"],
     ),
-    "token shift in rad_rwkv7": (nothing, {"student__token_shift": "on"}, ["config.student.token_shift"]),
+    "token shift in rad_rwkv7": (nothing, {"student__token_shift": True}, ["config.student.token_shift"]),
     "attention with stage 1": (nothing, {"student__mixer": "attention"}, ["config.student.mixer", "stage1"]),
     "nothing left to convert": (nothing, {"student__attention_layers": (0, 1)}, ["names all 2 layers"]),
     "a layer that is not there": (nothing, {"student__attention_layers": (2,)}, ["[2]", "0 to 1"]),

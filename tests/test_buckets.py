@@ -31,7 +31,7 @@ from radlads_jax.distill.mesh import make_mesh
 from radlads_jax.evaluate import output_directory
 from radlads_jax.export import export_again
 from radlads_jax.models.decoder import abstract_params
-from radlads_jax.models.sharding import shardings
+from radlads_jax.models.placement import shardings
 from radlads_jax.planning.planner import teacher_config
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.save import save_params
@@ -176,7 +176,7 @@ def test_the_devices_together_read_a_teacher_once(gcs, run, teacher_dir, mesh):
     config = tiny_config("gs://bucket/teacher", "unused")
     config.mesh.update(mesh)
     config.stage1.batch_size = 8
-    placed = shardings(make_mesh(validate(config)), abstract_params(TEACHER))
+    placed = shardings(make_mesh(validate(config)), abstract_params(TEACHER), TEACHER)
     name = "teacher/model.safetensors"
     gcs.read.clear()
     got = load_params("gs://bucket/teacher", TEACHER, dtype="float32", shardings=placed)
@@ -227,8 +227,9 @@ def test_text_of_every_kind_is_read_in_place(gcs, tmp_path):
         assert list(documents(source)) == texts, name
         before = fingerprint(source)
         assert before == fingerprint(source) and before["files"]
-    gcs.put("bucket", "text/lines.jsonl", lines.encode(), {})
-    assert fingerprint(Source("gs://bucket/text/lines.jsonl"))["files"][0][2] == gcs.generation
+        assert before == fingerprint(Source(str(tmp_path / name))), "wherever it lies"
+    gcs.put("bucket", "text/lines.jsonl", lines.upper().encode(), {})
+    assert fingerprint(Source("gs://bucket/text/lines.jsonl")) != fingerprint(Source(str(tmp_path / "lines.jsonl")))
 
 
 def test_an_export_that_fails_is_none_and_is_replaced(gcs, monkeypatch):

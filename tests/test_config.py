@@ -9,10 +9,12 @@ import sys
 
 import ml_collections
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from radlads_jax.config import (
-    MIXERS,
     STAGE_NAMES,
+    RunConfig,
     Student,
     check_override,
     defaults,
@@ -20,7 +22,6 @@ from radlads_jax.config import (
     validate,
 )
 from radlads_jax.distill.stages import STAGES
-from radlads_jax.models.config import MIXER_NAMES
 from radlads_jax.recipes import paper
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -113,7 +114,7 @@ def test_the_papers_recipe(path):
         assert (stage.seq_len, stage.batch_size, stage.steps, *rates) == row
         assert stage.warmup_steps == 50
     assert (run.stage2a.decay_begin, run.stage2a.decay_end) == (0.833, 0.875)
-    assert dataclasses.astuple(run.optim) == (0.9, 0.95, 1e-8, 0.0, 1.0, "float32")
+    assert dataclasses.astuple(run.optim) == ("adam", 0.9, 0.95, 1e-8, 0.0, 1.0, "float32")
     assert run.data.cross_document
     assert validate(load(path, "long=true")).stages == ("stage1", "stage2a")
 
@@ -123,10 +124,10 @@ def test_an_ablation_changes_one_thing(path):
     run = validate(load(path))
     base = validate(paper("Qwen/Qwen2.5-7B-Instruct", "rad_rwkv6"))
     expected = {
-        "ablation_rope": {"use_rope": "on"},
-        "ablation_no_token_shift": {"token_shift": "off"},
+        "ablation_rope": {"use_rope": True},
+        "ablation_no_token_shift": {"token_shift": False},
         "ablation_no_gate": {"gate": "none"},
-        "ablation_group_norm": {"group_norm": "on", "balance_state": "off"},
+        "ablation_group_norm": {"group_norm": True, "balance_state": False},
         "ablation_fresh_qkvo": {"fresh_qkvo": True},
         "ablation_skip_stage1": {},
     }
@@ -158,7 +159,6 @@ def test_parse_arg():
 
 
 def test_names_that_two_files_know_agree():
-    assert MIXERS == MIXER_NAMES
     assert set(STAGE_NAMES) == set(STAGES)
 
 
@@ -201,18 +201,21 @@ def test_a_misspelt_field_can_not_be_set():
         ("teacher.scratch", {"model_type": "qwen2"}, ["config.teacher.path", "not both"]),
         ("export.dtype", "fp8", ["config.export.dtype is 'fp8'"]),
         ("export.max_shard_gb", 0.0, ["config.export.max_shard_gb is 0.0"]),
-        ("student.mixer", "rad_rwkv8", ["config.student.mixer is 'rad_rwkv8'", "rad_rwkv6, rad_rwkv7"]),
-        ("student.gate", "half", ["config.student.gate is 'half'", "none, full, low_rank"]),
-        ("student.use_rope", "yes", ["config.student.use_rope is 'yes'", "'on', 'off'"]),
-        ("student.use_rope", True, ["config.student.use_rope is True", "expected str"]),
+        ("student.gate", "half", ["config.student.gate is 'half'", "'none', 'full' or 'low_rank'"]),
+        ("student.use_rope", "yes", ["config.student.use_rope is 'yes'", "expected bool"]),
+        ("student.token_shift", 1, ["config.student.token_shift is 1", "expected bool"]),
         ("student.rank_decay", -32, ["config.student.rank_decay is -32"]),
         ("student.attention_layers", ("1",), ["config.student.attention_layers is '1'", "expected int"]),
-        ("data.source", "csv", ["config.data.source is 'csv'", "jsonl, parquet"]),
+        ("data.source", "csv", ["config.data.source is 'csv'", "'jsonl', 'parquet'"]),
         ("data.path", "", ["config.data.path is ''", "--config.data.path="]),
         ("data.eval_rows", 0, ["config.data.eval_rows is 0"]),
         ("data.documents", 0, ["config.data.documents is 0"]),
-        ("optim.beta2", 1.0, ["config.optim.beta2 is 1.0", "less than 1"]),
-        ("optim.eps", 0.0, ["config.optim.eps is 0.0"]),
+        ("optim.beta2", 1.0, ["config.optim.beta2 is 1.0", "at least 0 and less than 1"]),
+        ("optim.eps", 0.0, ["config.optim.eps is 0.0", "more than 0"]),
+        ("optim.clip", float("nan"), ["config.optim.clip is nan", "at least 0"]),
+        ("optim.name", "sgd", ["config.optim.name is 'sgd'", "'adam' or 'adafactor'"]),
+        ("mesh.tensor", 0, ["config.mesh.tensor is 0", "at least 1"]),
+        ("mesh.fsdp", 0, ["config.mesh.fsdp is 0", "-1 for all devices"]),
         ("optim.moment_dtype", "float16", ["config.optim.moment_dtype is 'float16'", "'bfloat16'"]),
         ("train.log_every", 0, ["config.train.log_every is 0", "at least 1"]),
     ],
@@ -220,6 +223,17 @@ def test_a_misspelt_field_can_not_be_set():
 def test_a_wrong_field_is_named(path, value, parts):
     message = refusal(validate, changed(path, value))
     assert [part for part in parts if part not in message] == [], message
+
+
+def test_every_number_has_bounds():
+    """But the seeds, and those whose rule is of more than a range."""
+    free = {"seed", "data.seed", "decay_begin", "decay_end", "mesh.fsdp"}
+    groups = {f.name: f.default for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.default)}
+    for name, group in [("", RunConfig()), *groups.items()]:
+        for field in dataclasses.fields(group):
+            where = f"{name}.{field.name}" if name in ("data", "mesh") else field.name
+            is_number = type(getattr(group, field.name)) in (int, float)
+            assert ("bounds" in field.metadata or not is_number) != (where in free), where
 
 
 @pytest.mark.parametrize("path", ["stage2.freeze", "student.attention_layers", "train.sample_prompts"])
@@ -243,11 +257,11 @@ def test_stages_that_are_not_run_are_not_looked_at():
 
 
 def test_both_answers_to_the_size_of_the_state():
-    config = changed("student.group_norm", "on")
-    assert validate(config).student.group_norm == "on"
-    config.student.balance_state = "on"
+    config = changed("student.group_norm", True)
+    assert validate(config).student.group_norm is True
+    config.student.balance_state = True
     message = refusal(validate, config)
-    assert "config.student.group_norm and config.student.balance_state are both 'on'" in message
+    assert "config.student.group_norm and config.student.balance_state are both true" in message
 
 
 @pytest.mark.parametrize(
@@ -259,6 +273,8 @@ def test_both_answers_to_the_size_of_the_state():
         ("stage1.tokens", "1e6", "expected a whole number such as 200000"),
         ("stage1.lr", "fast", "config.stage1.lr is 'fast'; expected a number"),
         ("data.streaming", "maybe", "config.data.streaming is 'maybe'; expected true or false"),
+        ("student.use_rope", "on", "config.student.use_rope is 'on'; expected true or false"),
+        ("optim.nmae", "adafactor", "config.optim.nmae is not a field; did you mean 'name'?"),
     ],
 )
 def test_overrides_that_are_refused(path, text, part):
@@ -281,6 +297,26 @@ def test_overrides_that_are_fine(path, text):
     check_override(path, text)
 
 
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("--config.student.use_rope=true", {"use_rope": True}),
+        ("--config.student.balance_state", {"balance_state": True}),
+        ("--noconfig.student.token_shift", {"token_shift": False}),
+        ("--config.student.group_norm=false", {"group_norm": False}),
+        ("--config.student.gate=none", {"gate": "none"}),
+    ],
+)
+def test_switches_on_the_command_line(monkeypatch, flag, expected):
+    argv = ["launch", flag]
+    monkeypatch.setattr(sys, "argv", argv)
+    values, config = flags.FlagValues(), complete(defaults())
+    config_flags.DEFINE_config_dict("config", config, flag_values=values)
+    check_override(flag.split("config.")[1].split("=")[0], flag.partition("=")[2] or None)
+    values(argv)
+    assert validate(config).student == Student(**expected)
+
+
 def launch(*arguments: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "radlads_jax.launch", *arguments]
@@ -297,7 +333,7 @@ def launch(*arguments: str) -> subprocess.CompletedProcess:
         (["--config.stage1=5"], ["config.stage1", "is not a dict"]),
         (["--config.teacher.scratch.vocab=5"], ["no such field", "vocab"]),
         (["--config.student.mixer=rad_rwkv"], ["config.student.mixer", "'rad_rwkv'", "rad_rwkv6"]),
-        (["--config.student.group_norm=on", "--config.student.balance_state=on"], ["group_norm", "balance_state"]),
+        (["--config.student.group_norm=true", "--config.student.balance_state"], ["group_norm", "balance_state"]),
         (["--config.stages=stage1,stage2"], ["config.stages", "--config.stages=stage1 --config.stages=stage2"]),
         (["--config.stage1.seq_len=0"], ["config.stage1.seq_len is 0"]),
         (["--confg.seed=1"], ["confg.seed"]),

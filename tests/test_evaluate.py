@@ -14,12 +14,12 @@ from radlads_jax.data import synthetic
 from radlads_jax.decoding.loaded import load_model
 from radlads_jax.evaluation import paper
 from radlads_jax.evaluation.scoring import padded_width, score_rows
-from radlads_jax.models import MixerConfig, ModelConfig, bind
+from radlads_jax.models import MIXERS, ModelConfig, bind
 from radlads_jax.porting.save import save_params
 
 TEACHER = ModelConfig("qwen2", 300, 32, 48, 4, 2, 8, (("attention", 2),), qkv_bias=True, max_position_embeddings=128)
-STUDENT = TEACHER.as_student("rad_rwkv7", MixerConfig.for_student("rad_rwkv7", 32))
-HYBRID = TEACHER.as_student("rad_rwkv6", MixerConfig.for_student("rad_rwkv6", 32), (0,))
+STUDENT = TEACHER.as_student("rad_rwkv7", MIXERS["rad_rwkv7"].choose(32))
+HYBRID = TEACHER.as_student("rad_rwkv6", MIXERS["rad_rwkv6"].choose(32), (0,))
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (the extra `eval`)"
@@ -77,7 +77,7 @@ def test_relative_scores():
 
 def test_published_scores_are_those_of_the_same_shape():
     large = ModelConfig("qwen2", 152064, 5120, 27648, 40, 8, 128, (("attention", 64),), qkv_bias=True)
-    name, scores = paper.published_scores(large.as_student("rad_rwkv6", MixerConfig.for_student("rad_rwkv6", 5120)))
+    name, scores = paper.published_scores(large.as_student("rad_rwkv6", MIXERS["rad_rwkv6"].choose(5120)))
     assert name == "QRWKV6-32B" and scores["mmlu"] == {"student": 0.766, "teacher": 0.818}
     assert paper.published_scores(large) is None and paper.published_scores(STUDENT) is None
 
@@ -94,7 +94,7 @@ def result_of(score: float, metric: str = "acc", chance: float | None = 0.25) ->
 
 def test_comparison_and_its_page():
     large = ModelConfig("qwen2", 152064, 3584, 18944, 28, 4, 128, (("attention", 28),), qkv_bias=True)
-    student = large.as_student("rad_rwkv7", MixerConfig.for_student("rad_rwkv7", 3584))
+    student = large.as_student("rad_rwkv7", MIXERS["rad_rwkv7"].choose(3584))
     scores = {"arc_easy": result_of(0.6), "lambada_openai": result_of(0.5, chance=0.0)}
     teacher = {"arc_easy": result_of(0.75), "lambada_openai": result_of(0.4, chance=0.0)}
     perplexity = {"text": result_of(17.123, "word_perplexity", None)}

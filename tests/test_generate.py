@@ -21,7 +21,7 @@ from radlads_jax.decoding.loaded import Model, cache_bytes, load_model, state_by
 from radlads_jax.decoding.loop import decode, empty_sequences, generate_greedy, left_padded, pieces, prefill, unrolled
 from radlads_jax.decoding.sampling import Sampling, choose, likely
 from radlads_jax.decoding.text_stream import TextStream
-from radlads_jax.models import MixerConfig, ModelConfig, bind
+from radlads_jax.models import MIXERS, ModelConfig, bind
 from radlads_jax.porting import load_tokenizer
 from radlads_jax.porting.save import save_params
 
@@ -29,7 +29,7 @@ TEACHER = ModelConfig("qwen2", 300, 32, 48, 4, 2, 8, (("attention", 3),), qkv_bi
 
 
 def student(mixer: str, attention_layers=()) -> ModelConfig:
-    return TEACHER.as_student(mixer, MixerConfig.for_student(mixer, 32), attention_layers)
+    return TEACHER.as_student(mixer, MIXERS[mixer].choose(32), attention_layers)
 
 
 CONFIGS = {
@@ -44,7 +44,7 @@ CONFIGS = {
 ONE_LAYER = dataclasses.replace(TEACHER, stacks=(("attention", 1),))
 SMALLEST = {
     "attention": ONE_LAYER,
-    "rad_rwkv7": ONE_LAYER.as_student("rad_rwkv7", MixerConfig.for_student("rad_rwkv7", 32)),
+    "rad_rwkv7": ONE_LAYER.as_student("rad_rwkv7", MIXERS["rad_rwkv7"].choose(32)),
 }
 
 

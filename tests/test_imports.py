@@ -21,8 +21,8 @@ FLOORS = (
     ("config", "pallas_kernels"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-# What configs/ may import.
-CONFIG_MODULES = ("radlads_jax.config", "radlads_jax.recipes")
+# What configs/ may import, and what that is made with.
+CONFIG_MODULES = ("radlads_jax.config", "radlads_jax.recipes", "radlads_jax.fields")
 
 
 def sources() -> dict[str, str]:

@@ -18,7 +18,8 @@ from radlads_jax import plan
 from radlads_jax.config import Mesh, RunConfig, StageConfig, Teacher
 from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill import program
-from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, bind, sharding
+from radlads_jax.models import MIXERS, ModelConfig, abstract_params, bind, sharding
+from radlads_jax.models.placement import abstract
 from radlads_jax.planning import chips, cost, hlo, memory, plans, tables
 from radlads_jax.planning import planner as planner_lib
 from radlads_jax.planning import stage as stage_lib
@@ -69,7 +70,7 @@ def test_a_forward_pass_by_hand_and_as_compiled():
 
 
 def test_flops_of_the_stages():
-    student = TEACHER.as_student("rad_rwkv7", MixerConfig.for_student("rad_rwkv7", 32), (0,))
+    student = TEACHER.as_student("rad_rwkv7", MIXERS["rad_rwkv7"].choose(32), (0,))
     teacher = TEACHER.as_teacher_of(student)
     own = 2 * cost.matmul_weights(student) + cost.mixing_flops(student, 128)
     others = 2 * cost.matmul_weights(teacher) + cost.mixing_flops(teacher, 128)
@@ -84,7 +85,7 @@ def test_flops_of_the_stages():
     unwanted = 2 * 2 * (32 * 32 + 2 * 32 * 16 + 4 * 32 * 32)
     assert cost.model_flops(student, teacher, "stage1", 128) == others - 2 * 64 * 32 + 3 * alone - unwanted
     # A learned token shift stands before RAD-RWKV6's projections, and learns by the gradient of what they read.
-    shifted = TEACHER.as_student("rad_rwkv6", MixerConfig.for_student("rad_rwkv6", 32))
+    shifted = TEACHER.as_student("rad_rwkv6", MIXERS["rad_rwkv6"].choose(32))
     plain = dataclasses.replace(shifted, mixer=dataclasses.replace(shifted.mixer, token_shift=False))
     assert cost.first_matrices(shifted) == 3 * 32 * 5 * 32
     assert cost.first_matrices(plain) == 3 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 32 * 32)
@@ -120,7 +121,7 @@ def test_bytes_of_a_shard():
     params = abstract_params(TEACHER)
     whole = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
     assert memory.shard_bytes(params) == whole
-    assert whole / 8 <= memory.shard_bytes(sharding.abstract(mesh, params)) < whole / 6
+    assert whole / 8 <= memory.shard_bytes(abstract(mesh, params, TEACHER)) < whole / 6
 
 
 def test_prices():
@@ -257,7 +258,7 @@ def test_a_step_is_compiled_with_the_options_of_its_chips(monkeypatch):
     monkeypatch.setitem(program.COMPILER_OPTIONS, "cpu", {"xla_made_up": "true"})
     recipe = StageConfig(tokens=2 * 16 * 10, batch_size=2, seq_len=16)
     run = dataclasses.replace(RunConfig(), stages=("stage3",), stage3=recipe)
-    student = TEACHER.as_student("rad_rwkv7", MixerConfig.for_student("rad_rwkv7", 32))
+    student = TEACHER.as_student("rad_rwkv7", MIXERS["rad_rwkv7"].choose(32))
     mesh = sharding.one_device_mesh(jax.devices()[0])
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_made_up"):
         stage_lib.compiled(run, student, TEACHER.as_teacher_of(student), "stage3", mesh)

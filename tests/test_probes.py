@@ -10,11 +10,11 @@ from radlads_jax.decoding.loaded import Model
 from radlads_jax.evaluation import probes
 from radlads_jax.evaluation.probes import Text
 from radlads_jax.evaluation.scoring import Score
-from radlads_jax.models import MixerConfig, ModelConfig, abstract_params
+from radlads_jax.models import MIXERS, ModelConfig, abstract_params
 from radlads_jax.porting import load_tokenizer
 
 TEACHER = ModelConfig("qwen2", 300, 32, 48, 4, 2, 8, (("attention", 2),), qkv_bias=True)
-STUDENT = TEACHER.as_student("rad_rwkv7", MixerConfig.for_student("rad_rwkv7", 32))
+STUDENT = TEACHER.as_student("rad_rwkv7", MIXERS["rad_rwkv7"].choose(32))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
-from untrained import random_mixers, random_params, save_teacher
+from untrained import random_mixers, random_params, save_teacher, student_of
 
 from pallas_kernels.linear_loss import linear_kl
 from pallas_kernels.sharded import fitting_spec, per_shard
@@ -19,8 +19,10 @@ from radlads_jax.config import Mesh, RunConfig, StageConfig, Teacher, defaults, 
 from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
 from radlads_jax.distill.stages import STAGES
-from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, sharding
+from radlads_jax.models import ModelConfig, abstract_params, sharding
 from radlads_jax.models.attention import Context, softmax_attention
+from radlads_jax.models.placement import param_axes, shardings
+from radlads_jax.models.tensors import tensor_of
 from radlads_jax.models.tree import path_leaves, split_params
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.save import save_params
@@ -49,13 +51,9 @@ SWITCHES = (
 ROUND_MESHES = [Mesh(fsdp=8), Mesh(data=2, fsdp=2, tensor=2), Mesh(data=2, fsdp=1, context=4)]
 
 
-def student_of(teacher: ModelConfig, mixer: str, layers: tuple[int, ...] = (), **switches) -> ModelConfig:
-    return teacher.as_student(mixer, MixerConfig.for_student(mixer, teacher.hidden_size, **switches), layers)
-
-
 def every_model() -> list[ModelConfig]:
     students = [
-        student_of(teacher, mixer, layers, **(switches | ({"token_shift": False} if mixer == "rad_rwkv7" else {})))
+        student_of(teacher, mixer, layers, **switches)
         for mixer in ("rad_rwkv6", "rad_rwkv7")
         for teacher, layers, switches in zip(TEACHERS.values(), ((), (1,), (0,), ()), SWITCHES, strict=True)
     ]
@@ -66,15 +64,21 @@ def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh
     return AbstractMesh((data, fsdp, tensor, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
 
 
-def test_every_parameter_has_exactly_one_rule():
-    used = set()
+def test_every_parameter_is_a_tensor_of_its_rank():
     for cfg in every_model():
         for path, leaf in path_leaves(abstract_params(cfg)).items():
-            found = [i for i, (pattern, _) in enumerate(sharding.RULES) if re.search(rf"(^|/)({pattern})$", path)]
-            assert len(found) == 1, (path, found)
-            assert len(sharding.RULES[found[0]][1]) <= leaf.ndim, path
-            used.update(found)
-    assert used == set(range(len(sharding.RULES))), "a rule for no parameter"
+            tensor = tensor_of(cfg, path)
+            assert tensor is not None, path
+            assert len(param_axes(cfg, path, leaf.ndim)) <= leaf.ndim, path
+            assert param_axes(cfg, f"1/0/mu/{path}", leaf.ndim) == param_axes(cfg, path, leaf.ndim)
+            # An optimizer's factored moment has a parameter's path and not its rank: it is nobody's.
+            assert param_axes(cfg, path, leaf.ndim + 1) == ()
+
+
+@pytest.mark.parametrize("path", ["step", "opt_state/0/count", "stacks/0/mixer/none/kernel"])
+def test_what_is_no_parameter_lies_whole(path):
+    assert tensor_of(TEACHER, path) is None
+    assert param_axes(TEACHER, path, 1) == ()
 
 
 @pytest.mark.parametrize("mixer", ["rad_rwkv6", "rad_rwkv7"])
@@ -82,7 +86,7 @@ def test_what_is_large_is_split_over_every_device(mixer):
     mesh = abstract_mesh(fsdp=32, tensor=4)
     for cfg in (LARGE, student_of(LARGE, mixer)):
         params = abstract_params(cfg)
-        placed = path_leaves(sharding.shardings(mesh, params))
+        placed = path_leaves(shardings(mesh, params, cfg))
         total = 0
         for path, leaf in path_leaves(params).items():
             part = int(np.prod(placed[path].shard_shape(leaf.shape)))
@@ -146,9 +150,9 @@ def trained(mixer: str, name: str, shape: Mesh, accumulate: int = 1, steps: int 
     # Copies: the state is donated, and shares arrays with the teacher.
     params, start = jax.tree.map(jnp.array, (params, start))
     if mesh is not None:
-        params = jax.device_put(params, sharding.shardings(mesh, params))
-        start = jax.device_put(start, sharding.shardings(mesh, start))
-    state = create_state(run, name, params, mesh)
+        params = jax.device_put(params, shardings(mesh, params, student))
+        start = jax.device_put(start, shardings(mesh, start, teacher))
+    state = create_state(run, student, name, params, mesh)
     step = make_step(run, student, teacher, name, mesh)
     teacher_params = start if STAGES[name].needs_teacher else None
     losses = []
@@ -197,7 +201,7 @@ def check_equal(mixer: str, name: str, shape: Mesh, accumulate: int = 1) -> None
     expected, got = path_leaves(one), path_leaves(many)
     errors = {path: relative_error(got[path], expected[path]) for path in expected}
     assert max(errors.values()) < 1e-5, sorted(errors.items(), key=lambda item: -item[1])[:5]
-    placed = path_leaves(sharding.shardings(mesh, many))
+    placed = path_leaves(shardings(mesh, many, student_of(TEACHER, mixer)))
     assert all(leaf.sharding.is_equivalent_to(placed[path], leaf.ndim) for path, leaf in got.items())
 
 
@@ -282,12 +286,12 @@ def test_parameters_are_born_where_they_lie(tmp_path):
     base = {"model_type": "qwen2", "eos_token_id": 0, "bos_token_id": 0}
     params = random_params(TEACHER)
     save_params(params, TEACHER, tmp_path / "teacher", base_config=base)
-    placed = sharding.shardings(mesh, params)
+    placed = shardings(mesh, params, TEACHER)
     loaded = load_params(tmp_path / "teacher", TEACHER, dtype="float32", shardings=placed)
     student = student_of(TEACHER, "rad_rwkv6")
     mixers = init_mixers(student, loaded, 1, mesh=mesh)
     whole = path_leaves(whole_student(student, loaded, mixers))
-    wanted = path_leaves(sharding.shardings(mesh, abstract_params(student)))
+    wanted = path_leaves(shardings(mesh, abstract_params(student), student))
     assert all(leaf.sharding.is_equivalent_to(wanted[path], leaf.ndim) for path, leaf in whole.items())
     for path, leaf in path_leaves(whole_student(student, params, init_mixers(student, params, 1))).items():
         np.testing.assert_allclose(whole[path], leaf, rtol=1e-5, atol=1e-7, err_msg=path)
@@ -297,8 +301,8 @@ def test_a_state_goes_from_eight_devices_to_one_and_back(tmp_path):
     student = student_of(TEACHER, "rad_rwkv7")
     many, one = run_of("stage2", Mesh(fsdp=8)), run_of("stage2", Mesh(fsdp=1))
     mesh = mesh_lib.make_mesh(many)
-    params = jax.device_put(random_params(student), sharding.shardings(mesh, abstract_params(student)))
-    state = create_state(many, "stage2", params, mesh)
+    params = jax.device_put(random_params(student), shardings(mesh, abstract_params(student), student))
+    state = create_state(many, student, "stage2", params, mesh)
     state = state._replace(step=state.step + 3, opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
     for i, (run, target) in enumerate(((one, None), (many, mesh))):
         with Checkpoints(tmp_path / str(i)) as checkpoints:

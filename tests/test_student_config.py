@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from radlads_jax.config import RunConfig, Student
+from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting.names import disk_tensors
-from radlads_jax.porting.student_config import make_student_config
 
 TEACHER = ModelConfig(
     family="qwen2",
@@ -25,7 +25,6 @@ PUBLISHED = {
     "rad_rwkv6": {"use_rope": False, "token_shift": True, "gate": "full", "balance_state": True, "group_norm": False},
     "rad_rwkv7": {
         "use_rope": True,
-        "token_shift": False,
         "gate": "low_rank",
         "balance_state": True,
         "group_norm": False,
@@ -56,11 +55,11 @@ def tensors(student: ModelConfig, layer: int = 0) -> set[str]:
     ("mixer", "fields", "changes", "gone", "come"),
     [
         ("rad_rwkv6", {}, {}, set(), set()),
-        ("rad_rwkv6", {"use_rope": "on"}, {"use_rope": True}, set(), set()),
-        ("rad_rwkv6", {"use_rope": "off"}, {}, set(), set()),
+        ("rad_rwkv6", {"use_rope": True}, {"use_rope": True}, set(), set()),
+        ("rad_rwkv6", {"use_rope": False}, {}, set(), set()),
         (
             "rad_rwkv6",
-            {"token_shift": "off"},
+            {"token_shift": False},
             {"token_shift": False},
             {"time_maa_w1", "time_maa_w2", *(f"time_maa_{i}" for i in "xrkvwg")},
             set(),
@@ -69,19 +68,19 @@ def tensors(student: ModelConfig, layer: int = 0) -> set[str]:
         ("rad_rwkv6", {"gate": "low_rank"}, {"gate": "low_rank"}, {"gate.weight"}, {"g1", "g2"}),
         (
             "rad_rwkv6",
-            {"group_norm": "on"},
+            {"group_norm": True},
             {"group_norm": True, "balance_state": False},
             set(),
             {"ln_x.weight", "ln_x.bias"},
         ),
-        ("rad_rwkv6", {"balance_state": "off"}, {"balance_state": False}, set(), set()),
+        ("rad_rwkv6", {"balance_state": False}, {"balance_state": False}, set(), set()),
         ("rad_rwkv7", {}, {}, set(), set()),
-        ("rad_rwkv7", {"use_rope": "off"}, {"use_rope": False}, set(), set()),
+        ("rad_rwkv7", {"use_rope": False}, {"use_rope": False}, set(), set()),
         ("rad_rwkv7", {"gate": "none"}, {"gate": "none"}, {"g1", "g2"}, set()),
         ("rad_rwkv7", {"gate": "full"}, {"gate": "full"}, {"g1", "g2"}, {"gate.weight"}),
         (
             "rad_rwkv7",
-            {"group_norm": "on"},
+            {"group_norm": True},
             {"group_norm": True, "balance_state": False},
             set(),
             {"ln_x.weight", "ln_x.bias"},
@@ -102,9 +101,25 @@ def test_ranks_follow_the_width_unless_given(width, ranks):
     wide = dataclasses.replace(TEACHER, hidden_size=width)
     mixer = student_of(wide).mixer
     assert (mixer.rank_decay, mixer.rank_value, mixer.rank_gate) == ranks
-    assert mixer.rank_iclr == mixer.rank_shift == ranks[0]
-    given = {"rank_decay": 1, "rank_iclr": 2, "rank_value": 3, "rank_shift": 4, "rank_gate": 5}
+    assert mixer.rank_iclr == ranks[0]
+    given = {"rank_decay": 1, "rank_iclr": 2, "rank_value": 3, "rank_gate": 5}
     assert student_of(wide, **given).mixer == dataclasses.replace(mixer, **given)
+    finch = student_of(wide, mixer="rad_rwkv6").mixer
+    assert (finch.rank_decay, finch.rank_shift, finch.rank_gate) == (ranks[0], ranks[0], ranks[2])
+
+
+UNUSED_RANKS = [("rad_rwkv6", "rank_iclr"), ("rad_rwkv6", "rank_value"), ("rad_rwkv7", "rank_shift")]
+
+
+@pytest.mark.parametrize(("mixer", "field"), UNUSED_RANKS)
+def test_a_rank_that_the_mixer_has_no_use_for_is_refused(mixer, field):
+    message = refusal(mixer=mixer, **{field: 8})
+    assert f"config.student.{field}" in message and mixer in message
+
+
+def test_an_unknown_mixer_is_told_which_there_are():
+    message = refusal(mixer="rad_rwkv8")
+    assert "rad_rwkv8" in message and "rad_rwkv7" in message
 
 
 def test_layers_that_stay_attention():
@@ -133,5 +148,5 @@ def test_no_conversion():
 
 
 def test_rad_rwkv7_has_no_token_shift():
-    assert "config.student.token_shift" in refusal(token_shift="on")
-    assert student_of(token_shift="off") == student_of()
+    assert "config.student.token_shift" in refusal(token_shift=True)
+    assert student_of(token_shift=False) == student_of()

@@ -3,6 +3,7 @@
 Drawn with numpy: to compile the draws of `init_params`, shape by shape, takes longer than many a test.
 """
 
+import dataclasses
 import pathlib
 
 import jax
@@ -10,12 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from radlads_jax.data import synthetic
-from radlads_jax.models import ModelConfig, abstract_params
+from radlads_jax.models import MIXERS, ModelConfig, abstract_params
 from radlads_jax.porting.save import save_params
 
 TEACHER = ModelConfig(
     "qwen2", 300, 32, 64, 4, 2, 8, (("attention", 2),), qkv_bias=True, tie_embeddings=True, max_position_embeddings=512
 )
+
+
+def student_of(teacher: ModelConfig, mixer: str, attention_layers: tuple[int, ...] = (), **chosen) -> ModelConfig:
+    """The student; of what is chosen, what is no option of this mixer is left out."""
+    spec = MIXERS[mixer]
+    names = {field.name for field in dataclasses.fields(spec.options)}
+    options = spec.choose(teacher.hidden_size, **{name: value for name, value in chosen.items() if name in names})
+    return teacher.as_student(mixer, options, attention_layers)
 
 
 def random_params(cfg: ModelConfig, scale: float = 0.2, seed: int = 0):

@@ -8,6 +8,8 @@
 All numbers are little-endian.
 """
 
+import contextlib
+import fcntl
 import os
 import struct
 from array import array
@@ -15,16 +17,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import numpy as np
 
-from radlads_jax.system.storage import AnyPath, as_path, local_copy, publish, staged
+from radlads_jax.system.storage import AnyPath, as_path, children, local_copy, publish, staged
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 SCAN_BLOCK = 1 << 22
+# After so many tokens what was written is made to outlive the machine.
+SAFE_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,14 @@ def open_token_file(path: str | os.PathLike) -> TokenFile:
 
 def _prefix(path: str | os.PathLike) -> AnyPath:
     path = as_path(path)
+    if path.is_dir() and not _with_suffix(path, ".idx").is_file():
+        indices = [name for name in children(path) if name.endswith(".idx")]
+        if len(indices) != 1:
+            raise ValueError(
+                f"{path} is a directory with {len(indices)} token files; expected one (a pair NAME.bin and NAME.idx); "
+                "give its path without .bin."
+            )
+        path = path / indices[0]
     return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
 
 
@@ -175,7 +188,8 @@ def _check_documents(path: Path, doc_idx: np.ndarray, sequences: int) -> None:
 class TokenFileWriter:
     """Writes a token file document by document; the pair appears under its name only when it is whole.
 
-    Used as a context manager. An exception, or the end of the process, leaves nothing under the final name.
+    Used as a context manager. An error leaves nothing; where the process ends, or is told to, what it wrote waits under
+    another name: the next writer of the same prefix goes on behind its `num_documents`, and the caller skips so many.
     Tokens are stored as uint16 for vocabularies below 65536, else as int32.
     """
 
@@ -188,19 +202,35 @@ class TokenFileWriter:
         self.num_tokens = 0
 
     def __enter__(self) -> "TokenFileWriter":
-        temporary = self._temporary(".bin")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        self._file = temporary.open("wb")
+        tokens, sizes = (staged(_with_suffix(self._prefix, suffix), kept=True) for suffix in (".bin", ".sizes"))
+        tokens.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as files:
+            self._file = files.enter_context(tokens.open("a+b"))
+            self._sizes_file = files.enter_context(sizes.open("a+b"))
+            if not _locked(self._file):
+                # Another process of this machine is writing the same.
+                tokens, sizes = (staged(_with_suffix(self._prefix, suffix)) for suffix in (".bin", ".sizes"))
+                files.close()
+                self._file = files.enter_context(tokens.open("w+b"))
+                self._sizes_file = files.enter_context(sizes.open("w+b"))
+            self._files = files.pop_all()
+        self._written = (tokens, sizes)
+        self._recover()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        if kind is None:
-            self._publish()
-        else:
-            self._temporary(".bin").unlink()
+        with self._files:
+            if kind is None:
+                self._flush()
+                self._publish()
+            elif issubclass(kind, Exception):
+                self._written[0].unlink()
+            else:
+                self._flush()
+                return
+            self._written[1].unlink()
 
     @property
     def num_documents(self) -> int:
@@ -217,20 +247,53 @@ class TokenFileWriter:
         self._file.write(tokens.astype(self._dtype).tobytes())
         self._sizes.append(len(tokens))
         self.num_tokens += len(tokens)
+        self._unsafe += len(tokens)
+        if self._unsafe >= SAFE_TOKENS:
+            self._flush()
 
-    def _temporary(self, suffix: str) -> Path:
-        return staged(_with_suffix(self._prefix, suffix))
+    def _recover(self) -> None:
+        """Takes over what an interrupted writer left: the documents of which both size and tokens are there."""
+        written = self._file.seek(0, os.SEEK_END) // self._dtype.itemsize
+        self._sizes_file.seek(0)
+        known = np.frombuffer(self._sizes_file.read(), np.uint8)
+        sizes = known[: len(known) // 4 * 4].view(np.int32)
+        whole = int(np.searchsorted(np.cumsum(sizes, dtype=np.int64), written, side="right"))
+        self._sizes = array("i", sizes[:whole].tolist())
+        self.num_tokens = int(sizes[:whole].sum(dtype=np.int64))
+        self._file.truncate(self.num_tokens * self._dtype.itemsize)
+        self._sizes_file.truncate(4 * whole)
+        self._safe_documents, self._unsafe = whole, 0
+
+    def _flush(self) -> None:
+        """Puts on the disk what was added, tokens before their sizes: a size says that its tokens are there."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._sizes_file.write(self._sizes[self._safe_documents :].tobytes())
+        self._sizes_file.flush()
+        self._safe_documents, self._unsafe = len(self._sizes), 0
 
     def _publish(self) -> None:
         sizes = np.frombuffer(self._sizes, np.int32) if self._sizes else np.zeros(0, np.int32)
         ends = np.cumsum(sizes, dtype=np.int64) * self._dtype.itemsize
         documents = np.arange(len(sizes) + 1, dtype="<i8")
-        with self._temporary(".idx").open("wb") as file:
+        index = staged(_with_suffix(self._prefix, ".idx"))
+        with index.open("wb") as file:
             file.write(HEADER.pack(MAGIC, VERSION, self._code, len(sizes), len(documents)))
             file.write(sizes.astype("<i4").tobytes())
             file.write((ends - sizes.astype(np.int64) * self._dtype.itemsize).astype("<i8").tobytes())
             file.write(documents.tobytes())
         # The index goes last, and an older one first: at no moment does an index stand beside tokens of another file.
         _with_suffix(self._prefix, ".idx").unlink(missing_ok=True)
-        for suffix in (".bin", ".idx"):
-            publish(self._temporary(suffix), _with_suffix(self._prefix, suffix))
+        publish(self._written[0], _with_suffix(self._prefix, ".bin"))
+        publish(index, _with_suffix(self._prefix, ".idx"))
+
+
+def _locked(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # A file system without locks.
+        return True
+    return True

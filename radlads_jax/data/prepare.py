@@ -1,28 +1,20 @@
 """Text to token file, once: what was prepared before is found again by what it was made from."""
 
 import hashlib
+import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from radlads_jax.data.binidx import TokenFile, TokenFileWriter, open_token_file
-from radlads_jax.data.sources import Source, documents, fingerprint, resolve
-from radlads_jax.system.storage import as_path
-
-# Enough text to keep all of the tokenizer's threads busy, little enough to stop soon after max_tokens.
-BATCH_CHARACTERS = 1 << 20
-
-
-@runtime_checkable
-class BatchTokenizer(Protocol):
-    """What is needed of a tokenizer: for each document a result with `.ids`, as `tokenizers.Tokenizer` gives."""
-
-    def encode_batch(self, input: list[str], *, add_special_tokens: bool) -> Sequence[Any]: ...
+from radlads_jax.data.sources import Source, documents, files_left_out, fingerprint, resolve
+from radlads_jax.data.tokenise import BatchTokenizer, Framing, tokenised
+from radlads_jax.system.storage import AnyPath, as_path, children, in_bucket, read_text, write_text
+from radlads_jax.system.untrusted import parse_json
 
 
 def prepare(
@@ -31,18 +23,19 @@ def prepare(
     cache_dir: str | os.PathLike,
     *,
     vocab_size: int,
-    eos_id: int | None,
+    framing: Framing,
     max_tokens: int | None = None,
     tokenizer_fingerprint: str | None = None,
     progress: bool | None = None,
 ) -> TokenFile:
     """Tokenise a source into a token file below `cache_dir`, or open the one made before.
 
-    A token file as source is opened as it is.
+    A token file as source is opened as it is. Beside a new one stands NAME.json: what it was made from. What an
+    interrupted call has tokenised is not tokenised again.
 
     Args:
         vocab_size: the model's; every id is checked against it.
-        eos_id: appended to every document; None appends nothing.
+        framing: what stands around every document.
         max_tokens: stop reading when there are so many; the last document is cut to fit.
         tokenizer_fingerprint: tells tokenizers apart; by default the hash of tokenizer.to_str().
         progress: show a progress bar; None shows it on a terminal.
@@ -61,50 +54,76 @@ def prepare(
         )
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"got max_tokens={max_tokens}; expected at least 1, or None for all; change it.")
-    key = {
-        "source": fingerprint(source),
-        "tokenizer": tokenizer_fingerprint or _tokenizer_hash(tokenizer),
-        "vocab_size": vocab_size,
-        "eos_id": eos_id,
-        "max_tokens": max_tokens,
-    }
-    prefix = as_path(cache_dir) / _cache_name(source, key)
-    if not prefix.with_name(prefix.name + ".idx").is_file():
-        with TokenFileWriter(prefix, vocab_size) as writer, _progress_bar(progress) as bar:
-            task = bar.add_task(f"tokenising {source.path}", total=max_tokens)
-            for ids in _tokenised(documents(source), tokenizer, eos_id):
-                writer.add(ids if max_tokens is None else ids[: max_tokens - writer.num_tokens])
-                bar.update(task, completed=writer.num_tokens)
-                if writer.num_tokens == max_tokens:
-                    break
-            if writer.num_documents == 0:
-                raise ValueError(
-                    f"{source.path} has no text in it; expected at least one document that is not empty; check the "
-                    "path and text_field."
-                )
+    made_from = recipe(source, tokenizer_fingerprint or tokenizer_hash(tokenizer), vocab_size, framing, max_tokens)
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    there = _made_before(as_path(cache_dir), digest)
+    if there is not None:
+        return open_token_file(there)
+    prefix = as_path(cache_dir) / f"{_readable(source)}-{digest}"
+    with TokenFileWriter(prefix, vocab_size) as writer, _progress_bar(progress) as bar:
+        task = bar.add_task(f"tokenising {source.path}", total=max_tokens, completed=writer.num_tokens)
+        # A writer that goes on behind another has its first documents already.
+        texts = itertools.islice(documents(source), writer.num_documents, None)
+        ids = tokenised(texts, tokenizer, framing)
+        while writer.num_tokens != max_tokens and (document := next(ids, None)) is not None:
+            writer.add(document if max_tokens is None else document[: max_tokens - writer.num_tokens])
+            bar.update(task, completed=writer.num_tokens)
+        if writer.num_documents == 0:
+            raise ValueError(
+                f"{source.path} has no text in it; expected at least one document that is not empty; check the "
+                "path and text_field."
+            )
+    write_text(_beside(prefix), json.dumps(made_from | {"left_out": files_left_out(source)}, indent=1) + "\n")
+    _remove_unfinished(prefix)
     return open_token_file(prefix)
 
 
-def _tokenised(texts: Iterable[str], tokenizer: BatchTokenizer, eos_id: int | None) -> Iterator[list[int]]:
-    ending = [] if eos_id is None else [eos_id]
-    for batch in _batches(texts):
-        for encoding in tokenizer.encode_batch(batch, add_special_tokens=False):
-            yield encoding.ids + ending
+def recipe(
+    source: Source, tokenizer_fingerprint: str, vocab_size: int, framing: Framing, max_tokens: int | None
+) -> dict[str, Any]:
+    """All that the tokens of a source depend on, and nothing else: not where it lies, nor when it was written."""
+    return {
+        "source": fingerprint(source),
+        "tokenizer": tokenizer_fingerprint,
+        "vocab_size": vocab_size,
+        "beginning": list(framing.beginning),
+        "eos_id": framing.eos_id,
+        "special_tokens": framing.special_tokens,
+        "max_tokens": max_tokens,
+    }
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch, characters = [], 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def made_from(token_file: TokenFile) -> dict[str, Any]:
+    """What a token file's NAME.json says, empty for one that has none: made elsewhere, or by an older version."""
+    path = _beside(token_file.prefix)
+    if not path.is_file():
+        return {}
+    said = parse_json(read_text(path), path, "Prepare the data again.")
+    if not isinstance(said, dict):
+        raise ValueError(f"{path} holds a JSON {type(said).__name__}; expected an object. Prepare the data again.")
+    return said
 
 
-def _tokenizer_hash(tokenizer: BatchTokenizer) -> str:
+def _beside(prefix: AnyPath) -> AnyPath:
+    return prefix.with_name(f"{prefix.name}.json")
+
+
+def _made_before(directory: AnyPath, digest: str) -> AnyPath | None:
+    """The token file of that digest, whatever its source was called."""
+    names = children(directory) if directory.is_dir() else {}
+    return next((directory / n.removesuffix(".idx") for n in sorted(names) if n.endswith(f"-{digest}.idx")), None)
+
+
+def _remove_unfinished(prefix: AnyPath) -> None:
+    """Removes what interrupted calls have left of other data: nobody comes back for it."""
+    if in_bucket(prefix):
+        return
+    for path in Path(prefix).parent.glob("*.unfinished.*"):
+        path.unlink(missing_ok=True)
+
+
+def tokenizer_hash(tokenizer: BatchTokenizer) -> str:
+    """What tells a tokenizer's results from another's."""
     to_str = getattr(tokenizer, "to_str", None)
     if to_str is None:
         raise ValueError(
@@ -114,11 +133,8 @@ def _tokenizer_hash(tokenizer: BatchTokenizer) -> str:
     return hashlib.sha256(to_str().encode()).hexdigest()
 
 
-def _cache_name(source: Source, key: dict[str, Any]) -> str:
-    """A name to read, and a hash of everything the tokens depend on."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(source.path).name)
-    return f"{stem}-{digest[:16]}"
+def _readable(source: Source) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(source.path).name)
 
 
 def _progress_bar(show: bool | None) -> Progress:

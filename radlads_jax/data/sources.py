@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from io import TextIOBase
@@ -15,8 +16,9 @@ import pyarrow
 import pyarrow.parquet
 
 from radlads_jax.data import synthetic
+from radlads_jax.data.files import SUFFIXES, check_kind, data_files, identities, left_out
 from radlads_jax.data.saved_dataset import is_saved, open_saved
-from radlads_jax.system.storage import AnyPath, as_path, files_below, in_bucket, open_text, version
+from radlads_jax.system.storage import AnyPath, as_path, in_bucket, open_text
 from radlads_jax.system.untrusted import brief, listed
 
 READ_CHARACTERS = 1 << 20
@@ -24,7 +26,7 @@ READ_CHARACTERS = 1 << 20
 LINE_CHARACTERS = 1 << 26
 # Of a parquet file's, which may be of any length each.
 ROWS_AT_ONCE = 256
-SUFFIXES = {"text": (".txt",), "jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",), "binidx": (".bin", ".idx")}
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0", "\\": "\\"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +88,39 @@ def documents(source: Source) -> Iterator[str]:
 
 
 def fingerprint(source: Source) -> dict[str, Any]:
-    """What tells whether a source has changed: its fields, and its files' sizes and times."""
+    """What tells whether a source has changed, wherever it lies: the settings that matter, its files' contents.
+
+    files: every file's bytes and hash by its name in the directory. Of a dataset on the hub only the name is known.
+    """
     source = resolve(source)
-    described = dataclasses.asdict(source)
+    described: dict[str, Any] = {"kind": source.kind, "num_documents": source.num_documents}
     if source.kind == "synthetic":
         sample = "\0".join(synthetic.documents(source.seed, 20))
-        return described | {"sample": hashlib.sha256(sample.encode()).hexdigest()}
-    if source.kind == "hf":
-        path = as_path(source.path)
-        files = files_below(path) if path.is_dir() else []
+        return described | {"seed": source.seed, "sample": hashlib.sha256(sample.encode()).hexdigest()}
+    if source.kind == "text":
+        described["separator"] = source.separator
     else:
-        files = _files(source)
-    return described | {"files": [version(each) for each in files]}
+        described["text_field"] = source.text_field
+    place = as_path(source.path)
+    if source.kind == "hf":
+        described |= {"config": source.config, "split": source.split}
+        if not place.is_dir():
+            return described | {"hub": source.path}
+    files = data_files(place) if source.kind == "hf" else _files(source)
+    return described | {"files": identities(files, place if place.is_dir() else None)}
+
+
+def files_left_out(source: Source) -> list[str]:
+    """The data files beside those that are read, in the directory of a source; none for what is no directory."""
+    source, place = resolve(source), as_path(source.path)
+    if source.kind not in SUFFIXES or not place.is_dir():
+        return []
+    return left_out(place, _files(source))
+
+
+def unescaped(separator: str) -> str:
+    """A separator as it is meant: "\\n", as a shell passes it on, is a new line, and a double backslash is one."""
+    return re.sub(r"\\([ntrfv0\\])", lambda found: _ESCAPES[found[1]], separator)
 
 
 def _kind_of_path(path: str) -> str:
@@ -113,7 +136,7 @@ def _kind_of_path(path: str) -> str:
         )
     if is_saved(place):
         return "hf"
-    names = [each.name for each in files_below(place)] if place.is_dir() else [place.name]
+    names = [each.name for each in data_files(place)] if place.is_dir() else [place.name]
     kinds = [kind for kind, suffixes in SUFFIXES.items() if any(name.endswith(suffixes) for name in names)]
     if len(kinds) != 1:
         raise ValueError(
@@ -126,19 +149,22 @@ def _kind_of_path(path: str) -> str:
 
 
 def _files(source: Source) -> list[AnyPath]:
-    """The file, or all files of the source's kind below the directory, by name."""
+    """The file, or all files of the source's kind below the directory, by name; none is plainly of another kind."""
     path, suffixes = as_path(source.path), SUFFIXES[source.kind]
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
+    if not path.is_file() and not path.is_dir():
         raise ValueError(
             f"{path} does not exist; expected a {source.kind} file or a directory of them; check the path."
         )
-    files = [each for each in files_below(path) if each.name.endswith(suffixes)]
+    files = [path] if path.is_file() else [each for each in data_files(path) if each.name.endswith(suffixes)]
     if not files:
+        others = left_out(path, [])
+        beside = f" (it has {listed(others)})" if others else ""
         raise ValueError(
-            f"{path} has no file ending in {' or '.join(suffixes)}; expected at least one; check the path."
+            f"{path} has no file ending in {' or '.join(suffixes)}{beside}; expected at least one; check the path and "
+            "config.data.source."
         )
+    for each in files:
+        check_kind(each, source.kind)
     return files
 
 

@@ -12,6 +12,7 @@ from radlads_jax.decoding.loop import BLOCK, Sequences, decode, empty_sequences,
 from radlads_jax.decoding.sampling import GREEDY, Sampling
 from radlads_jax.decoding.text_stream import TextStream
 from radlads_jax.models import ModelConfig
+from radlads_jax.models.state import grows
 
 
 class Step(NamedTuple):
@@ -35,7 +36,7 @@ class Memory:
 
         Raises ValueError where they and max_tokens more do not fit.
         """
-        if "attention" in self.cfg.layer_mixers and len(ids) + max_tokens > self.capacity:
+        if grows(self.cfg) and len(ids) + max_tokens > self.capacity:
             raise ValueError(
                 f"the conversation has {len(ids)} tokens and up to {max_tokens} will come; expected at most "
                 f"{self.capacity} in all for a model with softmax layers. Raise --context, or begin a new conversation."

@@ -9,6 +9,7 @@ import jax
 
 from radlads_jax.decoding.loop import unrolled
 from radlads_jax.models import ModelConfig, init_state
+from radlads_jax.models.config import SOFTMAX
 from radlads_jax.models.decoder import Params
 from radlads_jax.porting import (
     check_tokenizer,
@@ -19,6 +20,7 @@ from radlads_jax.porting import (
     resolve_model_dir,
 )
 from radlads_jax.porting.config_keys import read_json
+from radlads_jax.porting.hub import check_ids
 from radlads_jax.system import backend
 from radlads_jax.system.storage import AnyPath, as_path
 
@@ -45,6 +47,7 @@ class Model:
                 "the prompt is empty and the tokenizer has no token for a text's beginning; expected at least one "
                 "token to continue. Give a prompt."
             )
+        check_ids(ids, self.tokenizer, self.cfg.vocab_size)
         return ids
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
@@ -55,7 +58,9 @@ class Model:
                 "expected one. Give a --prompt to continue instead."
             )
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        check_ids(ids, self.tokenizer, self.cfg.vocab_size)
+        return ids
 
 
 def load_model(path: str | os.PathLike, *, dtype: str | None = None, for_decoding: bool = False) -> Model:
@@ -109,4 +114,4 @@ def state_bytes(cfg: ModelConfig, context: int) -> int:
 
 def cache_bytes(cfg: ModelConfig, context: int) -> int:
     """The size of the keys and values of `context` tokens, were every layer softmax attention."""
-    return state_bytes(dataclasses.replace(cfg, stacks=(("attention", cfg.num_layers),)), context)
+    return state_bytes(dataclasses.replace(cfg, stacks=((SOFTMAX, cfg.num_layers),)), context)

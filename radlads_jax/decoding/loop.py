@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from radlads_jax.decoding.sampling import GREEDY, Sampling, choose
 from radlads_jax.models import ModelConfig, bind, init_state
 from radlads_jax.models.decoder import Params
-from radlads_jax.models.state import State
+from radlads_jax.models.state import State, grows
 
 PIECES = (512, 64, 8)
 # The most tokens that one call of the loop makes: a caller waits for them, and reads them from the device at once.
@@ -38,7 +38,7 @@ def empty_sequences(cfg: ModelConfig, batch: int, capacity: int) -> Sequences:
 
 def rounded_capacity(cfg: ModelConfig, tokens: int) -> int:
     """A cache size for that many tokens that lets similar lengths share a program; 1 where there is no cache."""
-    return -(-tokens // CAPACITY_STEP) * CAPACITY_STEP if "attention" in cfg.layer_mixers else 1
+    return -(-tokens // CAPACITY_STEP) * CAPACITY_STEP if grows(cfg) else 1
 
 
 def unrolled(cfg: ModelConfig) -> ModelConfig:

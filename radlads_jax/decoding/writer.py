@@ -11,6 +11,7 @@ from radlads_jax.decoding.loaded import Model, cache_bytes, state_bytes
 from radlads_jax.decoding.loop import compile_for
 from radlads_jax.decoding.sampling import Sampling
 from radlads_jax.models import ModelConfig
+from radlads_jax.models.state import grows
 
 console = Console(stderr=True, highlight=False)
 
@@ -103,7 +104,7 @@ def memory_line(cfg: ModelConfig, context: int) -> str:
     state, cache = (shown_bytes(count(cfg, context)) for count in (state_bytes, cache_bytes))
     if cfg.recurrent_mixer is None:
         return f"keys and values of {context:,} tokens: {cache}"
-    constant = ", whatever the context" if "attention" not in cfg.layer_mixers else ""
+    constant = ", whatever the context" if not grows(cfg) else ""
     return f"state {state} a sequence{constant}; keys and values of {context:,} tokens would be {cache}"
 
 

@@ -11,8 +11,10 @@ from jaxtyping import Array, Float
 from radlads_jax.distill.losses import Batch, LossSums
 from radlads_jax.models import sharding
 from radlads_jax.models.attention import Context
-from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.decoder import MIXERS, Params, bind, make_context, rematted
+from radlads_jax.models.config import SOFTMAX, ModelConfig
+from radlads_jax.models.decoder import Params, bind, make_context, rematted
+from radlads_jax.models.mixers import MIXERS
+from radlads_jax.models.placement import gathered
 
 
 def align_loss(
@@ -41,13 +43,13 @@ def align_loss(
     layer_sums = []
     stacks = zip(student_cfg.stack_starts, student_cfg.stacks, decoder.stacks, strict=True)
     for i, (start, (mixer_name, n), stack) in enumerate(stacks):
-        if mixer_name == "attention":
+        if mixer_name == SOFTMAX:
             x, _ = jax.lax.scan(functools.partial(_teacher_layer, teacher_cfg, context), x, stack)
             continue
         structure = _mixer_structure(student_cfg, mixer_name)
 
-        def mixer_of(params, structure=structure):
-            return nnx.merge(structure, sharding.gathered(params, student_cfg, "mixer/"))
+        def mixer_of(params, structure=structure, mixer_name=mixer_name):
+            return nnx.merge(structure, gathered(params, student_cfg, mixer_name, "mixer/"))
 
         def first_values(params, h, mixer_of=mixer_of):
             first = jax.tree.map(lambda param: param[0], params)
@@ -55,7 +57,7 @@ def align_loss(
 
         mixers = student["stacks"][i]["mixer"]
         if start == student_cfg.first_recurrent_layer:
-            first = sharding.gathered(jax.tree.map(lambda param: param[0], stack), teacher_cfg)
+            first = gathered(jax.tree.map(lambda param: param[0], stack), teacher_cfg, SOFTMAX)
             v_first = rematted(first_values, remat)(mixers, first.mixer_input(x))
             context = context._replace(v_first=v_first)
 
@@ -65,7 +67,7 @@ def align_loss(
 
         def body(x, inputs, error=error, context=context):
             layer, params, layer_id = inputs
-            layer = sharding.gathered(layer, teacher_cfg)
+            layer = gathered(layer, teacher_cfg, SOFTMAX)
             h = layer.mixer_input(x)
             target = sharding.residual(layer.mixer(h, context, None, None)[0])
             return layer.after_mixer(x, target), rematted(error, remat)(params, layer_id, h, target)
@@ -77,7 +79,7 @@ def align_loss(
 
 
 def _teacher_layer(cfg: ModelConfig, context: Context, x: Array, layer: Any) -> tuple[Array, None]:
-    return sharding.gathered(layer, cfg)(x, context, None, None)[0], None
+    return gathered(layer, cfg, SOFTMAX)(x, context, None, None)[0], None
 
 
 def _distance(target: Float[Array, "B T D"], out: Float[Array, "B T D"]) -> Float[Array, "B T"]:
@@ -87,4 +89,4 @@ def _distance(target: Float[Array, "B T D"], out: Float[Array, "B T D"]) -> Floa
 
 
 def _mixer_structure(cfg: ModelConfig, mixer: str) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: MIXERS[mixer](cfg, jnp.zeros((), jnp.int32), rngs=nnx.Rngs(0))))[0]
+    return nnx.split(nnx.eval_shape(lambda: MIXERS[mixer].module(cfg, jnp.zeros((), jnp.int32), rngs=nnx.Rngs(0))))[0]

@@ -1,6 +1,7 @@
 """Adam with one learning rate for the mixers and one for the rest, as RADLADS section 2 trains them."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def quarter_cosine(stage: StageConfig, init: float, final: float) -> optax.Sched
 def param_groups(params: Params) -> Params:
     """The group's name of every parameter: "mixer" for what stands in a mixer, "rest" for all others."""
 
-    def name(path: tuple, _: jax.Array) -> str:
+    def name(path: tuple, _: Any) -> str:
         return "mixer" if "/mixer/" in jax.tree_util.keystr(path, simple=True, separator="/") else "rest"
 
     return jax.tree_util.tree_map_with_path(name, params)

@@ -1,6 +1,7 @@
 """A stage's training step as one compiled program: what it trains, what it reads, and where all of it lies."""
 
 import difflib
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from radlads_jax.distill.optim import make_optimizer
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.step import make_train_step
 from radlads_jax.distill.train_state import TrainState
-from radlads_jax.models import sharding
+from radlads_jax.models import placement, sharding
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import Params, abstract_params
 from radlads_jax.models.tree import path_leaves, split_params
@@ -84,24 +85,26 @@ def abstract_student(
     trained, frozen = split_params(abstract_params(student), is_trainable(run, student, name))
     if not STAGES[name].whole_student:
         frozen = split_params(frozen, lambda path: STAGES[name].trainable(path, student))[0]
-    return sharding.abstract(mesh, trained), sharding.abstract(mesh, frozen)
+    return placement.abstract(mesh, trained, student), placement.abstract(mesh, frozen, student)
 
 
 def abstract_state(run: RunConfig, student: ModelConfig, name: str, mesh: sharding.AnyMesh | None) -> TrainState:
     """The stage's TrainState as shapes with their shardings."""
     trained, _ = abstract_student(run, student, name, mesh)
     optimizer = make_optimizer(run.stage(name), run.optim)
-    return sharding.abstract(mesh, jax.eval_shape(lambda params: TrainState.create(params, optimizer), trained))
+    return placement.abstract(
+        mesh, jax.eval_shape(lambda params: TrainState.create(params, optimizer), trained), student
+    )
 
 
-def create_state(run: RunConfig, name: str, params: Params, mesh: Mesh | None) -> TrainState:
+def create_state(run: RunConfig, student: ModelConfig, name: str, params: Params, mesh: Mesh | None) -> TrainState:
     """The stage's TrainState at its start; `params` is given up, so that the parameters are held once."""
     optimizer = make_optimizer(run.stage(name), run.optim)
 
     def create(params: Params) -> TrainState:
         return TrainState.create(params, optimizer)
 
-    placed = sharding.shardings(mesh, jax.eval_shape(create, params))
+    placed = placement.shardings(mesh, jax.eval_shape(create, params), student)
     return jax.jit(create, donate_argnums=0, out_shardings=placed)(params)
 
 
@@ -124,7 +127,12 @@ def make_step(run: RunConfig, student: ModelConfig, teacher: ModelConfig, name: 
             slice_tokens=run.train.slice_tokens or None,
         )
 
-    step = make_train_step(loss_fn, make_optimizer(recipe, run.optim), accumulate=mesh_lib.batch_parts(recipe, mesh))
+    step = make_train_step(
+        loss_fn,
+        make_optimizer(recipe, run.optim),
+        accumulate=mesh_lib.batch_parts(recipe, mesh),
+        place=functools.partial(placement.constrain_params, cfg=student),
+    )
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     options = COMPILER_OPTIONS.get(device.device_kind)
     if mesh is None:
@@ -134,7 +142,7 @@ def make_step(run: RunConfig, student: ModelConfig, teacher: ModelConfig, name: 
         with sharding.traced_over(mesh):
             return step(*arguments)
 
-    state = sharding.shardings(mesh, abstract_state(run, student, name, mesh))
+    state = placement.shardings(mesh, abstract_state(run, student, name, mesh), student)
     placed = (state, NamedSharding(mesh, PartitionSpec()))
     return jax.jit(step_over_mesh, donate_argnums=0, out_shardings=placed, compiler_options=options)
 
@@ -147,7 +155,7 @@ def abstract_arguments(
     weights = None
     if STAGES[name].needs_teacher:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, run.teacher.dtype), abstract_params(teacher))
-        weights = sharding.abstract(mesh, shapes)
+        weights = placement.abstract(mesh, shapes, teacher)
     recipe = run.stage(name)
     placed = sharding.rows_sharding(mesh, recipe.batch_size)
     shape = (recipe.batch_size, recipe.seq_len)

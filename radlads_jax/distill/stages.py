@@ -1,4 +1,4 @@
-"""The stages as data: which loss, which parameters train, whether a teacher is needed."""
+"""The stages as data: which loss, which parameters train, whether a teacher is needed, and how they are told."""
 
 import re
 from collections.abc import Callable
@@ -8,24 +8,39 @@ from radlads_jax.distill.align import align_loss
 from radlads_jax.distill.losses import LossSums, cross_entropy_loss, kl_loss
 from radlads_jax.models.config import ModelConfig
 
-MIXER_PATH = re.compile(r"stacks/(\d+)/mixer/")
+_MIXER_PATH = re.compile(r"stacks/(\d+)/mixer/")
+# How many stages there were when a seed first chose the order of a stage's rows. It never changes, or every run's
+# order would.
+_FIRST_STAGES = 5
 
 
 class Stage(NamedTuple):
-    """trainable(path, student_cfg): whether the parameter trains in this stage (before the recipe's own `freeze`).
+    """A stage of a conversion; its recipe is the config's.
 
-    whole_student: False where the loss reads the trainable parameters alone and the rest is the teacher's.
+    id: chooses the order of its rows with the run's seed; each stage has another, for ever. Take a large one.
+    loss_fn: (student_cfg, teacher_cfg, student, teacher, batch, remat=, slice_tokens=) -> LossSums.
+    trainable(path, student_cfg): whether the parameter trains in this stage (before the recipe's own `freeze`).
+    whole_student: False where the loss reads the trainable parameters alone and the rest is the teacher's, whose layers
+    it runs beside them.
+    loss, trains: what the loss is and what trains, as the report and the model card say it.
     """
 
+    id: int
     loss_fn: Callable[..., LossSums]
     trainable: Callable[[str, ModelConfig], bool]
     needs_teacher: bool
     whole_student: bool
+    loss: str
+    trains: str = "everything"
+
+    def order_seed(self, seed: int) -> int:
+        """What the order of the stage's rows is drawn from, in a run with this seed."""
+        return seed * _FIRST_STAGES + self.id
 
 
 def is_recurrent_mixer(path: str, cfg: ModelConfig) -> bool:
-    match = MIXER_PATH.match(path)
-    return match is not None and cfg.stacks[int(match[1])][0] != "attention"
+    match = _MIXER_PATH.match(path)
+    return match is not None and cfg.is_recurrent(int(match[1]))
 
 
 def everything(path: str, cfg: ModelConfig) -> bool:
@@ -33,10 +48,27 @@ def everything(path: str, cfg: ModelConfig) -> bool:
     return True
 
 
-STAGES = {
-    "pretrain": Stage(cross_entropy_loss, everything, needs_teacher=False, whole_student=True),
-    "stage1": Stage(align_loss, is_recurrent_mixer, needs_teacher=True, whole_student=False),
-    "stage2": Stage(kl_loss, everything, needs_teacher=True, whole_student=True),
-    "stage2a": Stage(kl_loss, everything, needs_teacher=True, whole_student=True),
-    "stage3": Stage(cross_entropy_loss, everything, needs_teacher=False, whole_student=True),
+_TO_TEACHER = "KL to the teacher"
+_NEXT_TOKEN = "next-token cross-entropy"
+
+# By the name that a config gives them. A new one is its file and its line here.
+STAGES: dict[str, Stage] = {
+    "pretrain": Stage(0, cross_entropy_loss, everything, needs_teacher=False, whole_student=True, loss=_NEXT_TOKEN),
+    "stage1": Stage(
+        1,
+        align_loss,
+        is_recurrent_mixer,
+        needs_teacher=True,
+        whole_student=False,
+        loss="distance to attention's outputs",
+        trains="the mixers",
+    ),
+    "stage2": Stage(2, kl_loss, everything, needs_teacher=True, whole_student=True, loss=_TO_TEACHER),
+    "stage2a": Stage(3, kl_loss, everything, needs_teacher=True, whole_student=True, loss=_TO_TEACHER),
+    "stage3": Stage(4, cross_entropy_loss, everything, needs_teacher=False, whole_student=True, loss=_NEXT_TOKEN),
 }
+
+
+def stage_losses() -> dict[str, str]:
+    """What each stage's loss is, in words."""
+    return {name: stage.loss for name, stage in STAGES.items()}

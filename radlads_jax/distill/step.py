@@ -11,18 +11,23 @@ from pallas_kernels.sharded import ROWS, constrain
 from radlads_jax.distill.losses import Batch, LossSums
 from radlads_jax.distill.train_state import TrainState
 from radlads_jax.models.decoder import Params
-from radlads_jax.models.sharding import constrain_params
 from radlads_jax.models.tree import merge_params
 
 LossFn = Callable[[Params, Params | None, Batch], LossSums]
 
 
-def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *, accumulate: int = 1):
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    place: Callable[[Params], Params] = lambda params: params,
+):
     """train_step(state, frozen, teacher, batch) -> (state, metrics); pure, to be jitted with state donated.
 
     loss_fn(student params, teacher params, batch) -> LossSums. frozen: the student's parameters that don't train,
     teacher: its own; neither is differentiated. batch: arrays [B, T], computed in `accumulate` parts of B / accumulate
-    rows.
+    rows. place: puts gradients where their parameters lie.
     metrics: loss (mean per token), grad_norm (before the clip), finite (0 or 1), tokens counted,
     skipped and skipped_in_a_row (non-finite steps so far), extras as means.
     """
@@ -32,9 +37,9 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *,
             sums = loss_fn(merge_params(trainable, frozen), teacher, part)
             return sums.loss, sums
 
-        sums, grads = _accumulate(jax.grad(loss_of, has_aux=True), state.params, batch, accumulate)
+        sums, grads = _accumulate(jax.grad(loss_of, has_aux=True), state.params, batch, accumulate, place)
         weight = jnp.maximum(sums.weight, 1.0)
-        grads = constrain_params(jax.tree.map(lambda g: g / weight.astype(g.dtype), grads))
+        grads = place(jax.tree.map(lambda g: g / weight.astype(g.dtype), grads))
         loss, grad_norm = sums.loss / weight, optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -47,7 +52,9 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *,
     return train_step
 
 
-def _accumulate(grad_fn: Any, params: Params, batch: Batch, parts: int) -> tuple[LossSums, Params]:
+def _accumulate(
+    grad_fn: Any, params: Params, batch: Batch, parts: int, place: Callable[[Params], Params]
+) -> tuple[LossSums, Params]:
     """Sums and gradients of a batch, computed part by part so that one part's activations exist at a time."""
     if parts == 1:
         grads, sums = grad_fn(params, batch)
@@ -58,7 +65,7 @@ def _accumulate(grad_fn: Any, params: Params, batch: Batch, parts: int) -> tuple
 
     def body(total, part):
         grads, sums = jax.tree.map(jnp.add, total, grad_fn(params, part))
-        return (constrain_params(grads), sums), None
+        return (place(grads), sums), None
 
-    (grads, sums), _ = jax.lax.scan(body, (constrain_params(grads), sums), split)
+    (grads, sums), _ = jax.lax.scan(body, (place(grads), sums), split)
     return sums, grads

@@ -12,6 +12,7 @@ from radlads_jax.decoding.generation import generate
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.decoding.sampling import Sampling
 from radlads_jax.evaluation.scoring import score_rows
+from radlads_jax.porting.hub import check_ids
 
 DEFAULT_NEW_TOKENS = 256
 # What a task may say of its generation, beside where it stops.
@@ -54,7 +55,9 @@ class RadladsLM(TemplateLM):
         if add_special_tokens is None:
             # As the tokenizer has it by itself, but never two beginnings.
             add_special_tokens = not (begin and string.startswith(begin))
-        return self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
+        ids = self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
+        check_ids(ids, self.tokenizer, self.model.cfg.vocab_size)
+        return ids
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-probability of every text, each token predicted once with as much before it as fits."""

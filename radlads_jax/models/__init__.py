@@ -1,12 +1,13 @@
-"""The decoder and its mixers: softmax attention, RAD-RWKV6, RAD-RWKV7."""
+"""The decoder and its mixers."""
 
-from radlads_jax.models.config import MixerConfig, ModelConfig, RopeScaling
+from radlads_jax.models.config import ModelConfig, RopeScaling
 from radlads_jax.models.decoder import Decoder, abstract_params, bind, init_params
+from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.state import init_state
 
 __all__ = [
+    "MIXERS",
     "Decoder",
-    "MixerConfig",
     "ModelConfig",
     "RopeScaling",
     "abstract_params",

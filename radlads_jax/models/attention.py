@@ -1,16 +1,17 @@
 """Softmax attention: the teachers' mixer, and that of the layers a hybrid keeps."""
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.sharded import WHOLE_HEADS, parts, per_shard
+from pallas_kernels.sharded import ROWS, WHOLE_HEADS, parts, per_shard
 from radlads_jax.models import rope, sharding
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import RMSNorm, linear, repeat_kv, split_heads
+from radlads_jax.models.spec import MixerSpec, StateArray, Tensor, linear_tensors
 
 # Scores are [B, H, block, S]: with blocks of queries a long row needs memory linear in its length and skips the
 # keys behind each block.
@@ -128,3 +129,35 @@ def _attend(
         piece = jax.checkpoint(block, static_argnums=1)(q[:, i : i + size], i, k[:, :end], v[:, :end])
         pieces.append(piece)
     return jnp.concatenate(pieces, axis=1)
+
+
+def projection_tensors(cfg: ModelConfig, *, multiplies: Literal["input", "inner"] = "input") -> list[Tensor]:
+    """What every `Mixer` has: q, k, v, o and the family's norms, by Hugging Face's names."""
+    width, wide, narrow = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    of_kv: dict[str, Any] = {"bias": cfg.qkv_bias, "split_by": "kv_heads", "multiplies": multiplies}
+    tensors = [
+        *linear_tensors("q", "q_proj", width, wide, bias=cfg.qkv_bias, multiplies=multiplies),
+        *linear_tensors("k", "k_proj", width, narrow, **of_kv),
+        *linear_tensors("v", "v_proj", width, narrow, **of_kv),
+        *linear_tensors("o", "o_proj", wide, width, bias=cfg.o_bias, out=True, multiplies="inner"),
+    ]
+    norms = ("q_norm", "k_norm") if cfg.qk_norm else ()
+    return [*tensors, *(Tensor(f"{name}/scale", f"{name}.weight", (cfg.head_dim,)) for name in norms)]
+
+
+def _cache(cfg: ModelConfig, batch: int, max_length: int) -> dict[str, StateArray]:
+    """Keys and values [B, S, G, K]."""
+    shape = (batch, max_length, cfg.num_kv_heads, cfg.head_dim)
+    return {name: StateArray(shape, cfg.dtype, (ROWS, None, "tensor"), by_position=True) for name in ("k", "v")}
+
+
+SPEC = MixerSpec(
+    name="attention",
+    title="softmax attention",
+    module=Attention,
+    tensors=projection_tensors,
+    state=_cache,
+    # Causal attention sees half the row: 2 T d.
+    flops=lambda cfg, seq_len: 2.0 * seq_len * cfg.num_heads * cfg.head_dim,
+    bytes_per_column=32,
+)

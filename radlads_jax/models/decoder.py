@@ -9,14 +9,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from radlads_jax.models import rope, sharding
-from radlads_jax.models.attention import Attention, Context
+from radlads_jax.models.attention import Context
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import MLP, RMSNorm, linear
-from radlads_jax.models.rad_rwkv6 import RadRwkv6
-from radlads_jax.models.rad_rwkv7 import RadRwkv7
-from radlads_jax.models.state import State
-
-MIXERS = {"attention": Attention, "rad_rwkv6": RadRwkv6, "rad_rwkv7": RadRwkv7}
+from radlads_jax.models.mixers import MIXERS
+from radlads_jax.models.placement import gathered
+from radlads_jax.models.state import State, grows, mixer_state
 
 # What a layer's backward pass finds stored: everything, its matmuls' results, or its input alone.
 REMAT_POLICIES = {
@@ -47,7 +45,7 @@ class Layer(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, mixer: str, layer_id: Int[Array, ""], *, rngs: nnx.Rngs):
         self.input_norm = RMSNorm(cfg.hidden_size, cfg)
-        self.mixer = MIXERS[mixer](cfg, layer_id, rngs=rngs)
+        self.mixer = MIXERS[mixer].module(cfg, layer_id, rngs=rngs)
         self.post_norm = RMSNorm(cfg.hidden_size, cfg)
         self.mlp = MLP(cfg, rngs=rngs)
 
@@ -97,23 +95,24 @@ class Decoder(nnx.Module):
         """
         context, state = make_context(self.cfg, tokens, segment_ids, positions, state)
         x, stack_states = self.embed(tokens), []
-        for start, stack, (_, n), stack_state in zip(
+        for start, stack, (mixer, n), stack_state in zip(
             self.cfg.stack_starts, self.stacks, self.cfg.stacks, _stack_states(state, self.cfg), strict=True
         ):
             if start == self.cfg.first_recurrent_layer:
-                context = context._replace(v_first=rematted(self._first_values, remat)(stack, x))
+                first_values = functools.partial(self._first_values, mixer)
+                context = context._replace(v_first=rematted(first_values, remat)(stack, x))
 
-            def body(x, inputs, context=context):
+            def body(x, inputs, context=context, mixer=mixer):
                 layer, layer_id, layer_state = inputs
-                return sharding.gathered(layer, self.cfg)(x, context, layer_id, layer_state)
+                return gathered(layer, self.cfg, mixer)(x, context, layer_id, layer_state)
 
             x, stack_state = jax.lax.scan(rematted(body, remat), x, (stack, start + jnp.arange(n), stack_state))
             stack_states.append(stack_state)
         return sharding.whole_rows(self.norm(x)), None if state is None else state | {"stacks": stack_states}
 
-    def _first_values(self, stack: Layer, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"] | None:
+    def _first_values(self, mixer: str, stack: Layer, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"] | None:
         """Of the stack's first layer: computed before the scan, that not every layer's carry holds them."""
-        layer = sharding.gathered(jax.tree.map(lambda param: param[0], stack), self.cfg)
+        layer = gathered(jax.tree.map(lambda param: param[0], stack), self.cfg, mixer)
         return layer.mixer.first_values(layer.mixer_input(x))
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
@@ -162,22 +161,23 @@ def _advance(cfg: ModelConfig, context: Context, segment_ids: Int[Array, "B T"],
     """The context with the state's offset and keys' segments, and the state that stands before these tokens."""
     offset, seen = state["length"], state["segment_ids"]
     context = context._replace(offset=offset)
-    if "attention" in cfg.layer_mixers:
+    if grows(cfg):
         last = jax.lax.dynamic_index_in_dim(seen, jnp.maximum(offset - 1, 0), axis=1, keepdims=False)
         seen = jax.lax.dynamic_update_slice_in_dim(seen, segment_ids, offset, axis=1)
         context = context._replace(key_segment_ids=seen)
     else:
         last, seen = seen[:, 0], segment_ids[:, -1:]
-    stacks = [_keep_rows(stack, last == segment_ids[:, 0]) for stack in state["stacks"]]
+    keep = last == segment_ids[:, 0]
+    of_stacks = zip(cfg.stacks, state["stacks"], strict=True)
+    stacks = [_keep_rows(cfg, mixer, stack, keep) for (mixer, _), stack in of_stacks]
     return context, {"length": offset + segment_ids.shape[1], "segment_ids": seen, "stacks": stacks}
 
 
-def _keep_rows(stack_state: State, keep: Bool[Array, " B"]) -> State:
-    """A recurrent stack's state, zero for the sequences whose segment has ended; keys and values stay (they are
-    masked).
-    """
+def _keep_rows(cfg: ModelConfig, mixer: str, stack_state: State, keep: Bool[Array, " B"]) -> State:
+    """A stack's state, zero for the sequences whose segment has ended; what is kept by position is masked instead."""
+    arrays = mixer_state(cfg, mixer)
     return {
-        name: value if name in ("k", "v") else jnp.where(keep.reshape(1, -1, *[1] * (value.ndim - 2)), value, 0)
+        name: value if arrays[name].by_position else jnp.where(keep.reshape(1, -1, *[1] * (value.ndim - 2)), value, 0)
         for name, value in stack_state.items()
     }
 

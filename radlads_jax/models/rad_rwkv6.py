@@ -6,17 +6,32 @@ log_w = max(-exp(decay + tanh(x_w A_d) B_d), -5)     k = k~ (1 - w)     g = sigm
 S_t = diag(w_t) S_{t-1} + k_t v_t^T                  p_t = head_dim^-1/2 S_t^T r_t     out = (g p) W_o
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.pieces import over_pieces
-from pallas_kernels.sharded import per_shard
+from pallas_kernels.sharded import ROWS, per_shard
 from pallas_kernels.wkv6 import wkv6, wkv6_step
-from radlads_jax.models.attention import Context, Mixer
+from pallas_kernels.wkv6.api import IMPLEMENTATIONS
+from radlads_jax.models.attention import Context, Mixer, projection_tensors
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, repeat_kv, shift_tokens, split_heads
+from radlads_jax.models.rwkv import (
+    RwkvOptions,
+    card_facts,
+    gate_and_norm_tensors,
+    low_rank_size,
+    read_ranks,
+    read_switches,
+    torch_files,
+    write_switches,
+)
+from radlads_jax.models.spec import MixerSpec, Operator, PublishedFormat, StateArray, Tensor, low_rank_tensors
 
 LOG_W_MIN = -5.0
 
@@ -110,3 +125,96 @@ def _initial_decay(cfg: ModelConfig, layer_id: Int[Array, ""]) -> Float[Array, "
     size = cfg.num_heads * cfg.head_dim
     depth = layer_id / max(cfg.num_layers - 1, 1)
     return -6 + 5 * jnp.linspace(0.0, 1.0, size) ** (0.7 + 1.3 * depth)
+
+
+@dataclasses.dataclass(frozen=True)
+class RadRwkv6Options(RwkvOptions):
+    """The paper's student has token shift, a full-rank gate and state balancing; no RoPE."""
+
+    token_shift: bool = True
+    rank_shift: int = 32
+
+    @classmethod
+    def for_width(cls, hidden_size: int) -> "RadRwkv6Options":
+        wide = low_rank_size(hidden_size, 0.5, 1.8)
+        gate = low_rank_size(hidden_size, 0.8, 0.6)
+        return cls(use_rope=False, gate="full", rank_decay=wide, rank_gate=gate, rank_shift=wide)
+
+
+_RANK_KEYS = {
+    "rank_decay": "lora_rank_decay",
+    "rank_shift": "lora_rank_tokenshift",
+    "rank_gate": "lora_rank_gate",
+}
+_STREAMS = "rkvwg"
+
+
+def _read(keys: Any, hidden_size: int) -> RadRwkv6Options:
+    switches = read_switches(keys, gate="full", group_norm=False)
+    token_shift = keys.flag("use_tokenshift", True)
+    return SPEC.choose(hidden_size, token_shift=token_shift, **switches, **read_ranks(keys, _RANK_KEYS))
+
+
+def _tensors(cfg: ModelConfig) -> list[Tensor]:
+    width, size, options = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.mixer
+    # With token shift its own first matrix reads the mixer's input, and all others what it made of that.
+    of_input: Any = "inner" if options.token_shift else "input"
+    tensors = projection_tensors(cfg, multiplies=of_input)
+    if options.token_shift:
+        rank, streams = options.rank_shift, len(_STREAMS)
+        whole: Any = {"split_by": "nothing"}
+        tensors += [
+            Tensor("shift/mu_x", "time_maa_x", (width,), "vector"),
+            *(Tensor("shift/mu", f"time_maa_{s}", (width,), "vector", row) for row, s in enumerate(_STREAMS)),
+            Tensor(
+                "shift/a",
+                "time_maa_w1",
+                (width, streams * rank),
+                axes=(("fsdp", "tensor"),),
+                multiplies="input",
+                **whole,
+            ),
+            Tensor(
+                "shift/b",
+                "time_maa_w2",
+                (streams, rank, width),
+                axes=(None, None, ("fsdp", "tensor")),
+                multiplies="inner",
+                **whole,
+            ),
+        ]
+    decay = ("time_decay", "time_decay_w1", "time_decay_w2")
+    return [
+        *tensors,
+        *low_rank_tensors("decay", decay, width, options.rank_decay, size, multiplies=of_input),
+        *gate_and_norm_tensors(cfg, multiplies=of_input),
+    ]
+
+
+def _state(cfg: ModelConfig, batch: int, max_length: int) -> dict[str, StateArray]:
+    del max_length
+    state = {"wkv": StateArray((batch, cfg.num_heads, cfg.head_dim, cfg.head_dim), axes=(ROWS, "tensor"))}
+    shift = {"shift": StateArray((batch, cfg.hidden_size), cfg.dtype, (ROWS,))}
+    return state | (shift if cfg.mixer.token_shift else {})
+
+
+SPEC = MixerSpec(
+    name="rad_rwkv6",
+    title="RAD-RWKV6",
+    module=RadRwkv6,
+    options=RadRwkv6Options,
+    tensors=_tensors,
+    state=_state,
+    operator=Operator("wkv6", IMPLEMENTATIONS, {"wkv6_forward": 3.0, "wkv6_backward": 5.7}),
+    # Decay, outer product, output: 5 K d.
+    flops=lambda cfg, seq_len: 5.0 * cfg.head_dim * cfg.num_heads * cfg.head_dim,
+    bytes_per_column=44,
+    published=PublishedFormat(
+        "rwkv6qwen2",
+        "RWKV6Qwen2ForCausalLM",
+        _read,
+        lambda options: write_switches(options, token_shift=options.token_shift, ranks=_RANK_KEYS),
+        torch_files("rwkv6qwen2"),
+    ),
+    facts=lambda cfg: card_facts(cfg, token_shift=cfg.mixer.token_shift),
+)

@@ -9,7 +9,9 @@ balance_state (variant A): kk = k / |k|,        k <- k (1 - w + iclr),          
 otherwise     (variant B): kk = k k_k / |k k_k|, k <- k (1 + (iclr - 1) k_a),     p <- GroupNorm(p) with group_norm
 """
 
+import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +19,24 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.pieces import over_pieces
-from pallas_kernels.sharded import per_shard
+from pallas_kernels.sharded import ROWS, per_shard
 from pallas_kernels.wkv7 import wkv7, wkv7_step
+from pallas_kernels.wkv7.api import IMPLEMENTATIONS
 from radlads_jax.models import sharding
-from radlads_jax.models.attention import Context, Mixer
+from radlads_jax.models.attention import Context, Mixer, projection_tensors
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, repeat_kv, split_heads
+from radlads_jax.models.rwkv import (
+    RwkvOptions,
+    card_facts,
+    gate_and_norm_tensors,
+    low_rank_size,
+    read_ranks,
+    read_switches,
+    torch_files,
+    write_switches,
+)
+from radlads_jax.models.spec import MixerSpec, Operator, PublishedFormat, StateArray, Tensor, low_rank_tensors
 
 LOG_W_BOUND = -math.exp(-0.5)
 
@@ -107,3 +121,90 @@ def _initial_decay(cfg: ModelConfig, layer_id: Int[Array, ""]) -> Float[Array, "
     size = cfg.num_heads * cfg.head_dim
     depth = layer_id / max(cfg.num_layers - 1, 1)
     return -6.5 + 5 * jnp.linspace(0.0, 1.0, size) ** (0.85 + jnp.sqrt(depth))
+
+
+@dataclasses.dataclass(frozen=True)
+class RadRwkv7Options(RwkvOptions):
+    """The paper's student has RoPE, a low-rank gate and state balancing; no token shift, which gives nothing here."""
+
+    rank_iclr: int = 32
+    rank_value: int = 32
+
+    @classmethod
+    def for_width(cls, hidden_size: int) -> "RadRwkv7Options":
+        wide = low_rank_size(hidden_size, 0.5, 1.8)
+        return cls(
+            use_rope=True,
+            gate="low_rank",
+            rank_decay=wide,
+            rank_gate=low_rank_size(hidden_size, 0.8, 0.6),
+            rank_iclr=wide,
+            rank_value=low_rank_size(hidden_size, 0.5, 1.3),
+        )
+
+
+_RANK_KEYS = {
+    "rank_decay": "lora_rank_decay",
+    "rank_iclr": "lora_rank_iclr",
+    "rank_value": "lora_rank_value_residual_mix",
+    "rank_gate": "lora_rank_gate",
+}
+
+
+def _read(keys: Any, hidden_size: int) -> RadRwkv7Options:
+    if keys.flag("use_tokenshift", False):
+        raise ValueError(
+            "config.json: use_tokenshift is true in a model of type rwkv7qwen2; expected false, because RAD-RWKV7 has "
+            "no token shift here. Choose a checkpoint without token shift."
+        )
+    switches = read_switches(keys, gate="low_rank", group_norm=True)
+    return SPEC.choose(hidden_size, **switches, **read_ranks(keys, _RANK_KEYS))
+
+
+def _tensors(cfg: ModelConfig) -> list[Tensor]:
+    width, size, options = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.mixer
+    ranks = {
+        ("decay", "w"): options.rank_decay,
+        ("iclr", "a"): options.rank_iclr,
+        ("value", "v"): options.rank_value,
+    }
+    tensors = projection_tensors(cfg)
+    for (path, letter), rank in ranks.items():
+        tensors += low_rank_tensors(path, (f"{letter}0", f"{letter}1", f"{letter}2"), width, rank, size)
+    return [
+        *tensors,
+        *gate_and_norm_tensors(cfg),
+        Tensor("k_k", "k_k", (size,), "vector", axes=("tensor",)),
+        Tensor("k_a", "k_a", (size,), "vector", axes=("tensor",)),
+        Tensor("r_k", "r_k", (cfg.num_heads, cfg.head_dim), axes=("tensor",)),
+    ]
+
+
+def _state(cfg: ModelConfig, batch: int, max_length: int) -> dict[str, StateArray]:
+    del max_length
+    return {"wkv": StateArray((batch, cfg.num_heads, cfg.head_dim, cfg.head_dim), axes=(ROWS, "tensor"))}
+
+
+SPEC = MixerSpec(
+    name="rad_rwkv7",
+    title="RAD-RWKV7",
+    module=RadRwkv7,
+    options=RadRwkv7Options,
+    tensors=_tensors,
+    state=_state,
+    operator=Operator("wkv7", IMPLEMENTATIONS, {"wkv7_forward": 3.6, "wkv7_backward": 6.7}),
+    # Decay, removal, two outer products, output: 9 K d.
+    flops=lambda cfg, seq_len: 9.0 * cfg.head_dim * cfg.num_heads * cfg.head_dim,
+    # bfloat16: r, k, v, a, b and the output; float32: decay, in-context rate, value residual; the gradients of all of
+    # them; the kernel's state every 64 tokens.
+    bytes_per_column=56,
+    shares_values=True,
+    published=PublishedFormat(
+        "rwkv7qwen2",
+        "RWKV7Qwen2ForCausalLM",
+        _read,
+        lambda options: write_switches(options, token_shift=False, ranks=_RANK_KEYS),
+        torch_files("rwkv7qwen2"),
+    ),
+    facts=lambda cfg: card_facts(cfg, token_shift=False),
+)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 Params = dict[Any, Any]
+ParamPath = tuple[str | int, ...]
 
 
 def split_params(params: Params, predicate: Callable[[str], bool]) -> tuple[Params, Params]:
@@ -49,3 +50,35 @@ def path_leaves(tree: Any) -> dict[str, Any]:
     """Every leaf of a pytree by its "/"-joined path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def keys_of(path: str) -> ParamPath:
+    """The keys of a path that is joined with slashes."""
+    return tuple(path.split("/"))
+
+
+def nest(flat: dict[ParamPath, Any]) -> dict[str, Any]:
+    """A nested dict from values by path."""
+    tree: dict[Any, Any] = {}
+    for path, value in flat.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return tree
+
+
+def flatten(tree: dict[Any, Any]) -> dict[ParamPath, Any]:
+    """The leaves of a nested dict by path."""
+    flat: dict[ParamPath, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= {(key, *path): leaf for path, leaf in flatten(value).items()}
+        else:
+            flat[(key,)] = value
+    return flat
+
+
+def shown(path: ParamPath) -> str:
+    """A path as it is written in messages: joined with slashes."""
+    return "/".join(map(str, path))

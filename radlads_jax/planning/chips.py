@@ -55,11 +55,11 @@ def known_chip(topology: str) -> str:
     return name
 
 
-def prices(given: Mapping[str, float]) -> dict[str, float]:
+def prices(overrides: Mapping[str, float]) -> dict[str, float]:
     """USD a chip-hour by chip. Raises ValueError for a chip that is not in CHIPS, or a price below 0."""
-    for name, price in given.items():
+    for name, price in overrides.items():
         if name not in CHIPS or price < 0:
             raise ValueError(
                 f"the price {name}={price} is not known; expected one of {', '.join(CHIPS)} and at least 0."
             )
-    return {name: given.get(name, chip.price) for name, chip in CHIPS.items()}
+    return {name: overrides.get(name, chip.price) for name, chip in CHIPS.items()}

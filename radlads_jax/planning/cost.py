@@ -5,13 +5,12 @@ import dataclasses
 from radlads_jax.distill.stages import STAGES, is_recurrent_mixer
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import abstract_params
+from radlads_jax.models.mixers import MIXERS
+from radlads_jax.models.tensors import tensor_of
 from radlads_jax.models.tree import path_leaves
 from radlads_jax.planning.chips import Chip
 from radlads_jax.planning.hlo import Counts
 
-# Cycles of a v6e for a token and 128 columns of r: `pallas_kernels.static_cost` at B=1 T=8192 H=16 K=128, bfloat16, by
-# kernel; a backward is the forward and backward less the forward.
-KERNEL_CYCLES = {"wkv7_forward": 3.6, "wkv7_backward": 6.7, "wkv6_forward": 3.0, "wkv6_backward": 5.7}
 KERNEL_COLUMNS = 128
 _STEPS_ALONE = "hours are of training steps alone: no compilation, loading, checkpoints, evaluation or preemption."
 # Of the peak, where nothing was compiled: what well-kept training of dense models gets.
@@ -37,42 +36,40 @@ def matmul_weights(cfg: ModelConfig, *, mixers_of: ModelConfig | None = None) ->
     for path, leaf in path_leaves(abstract_params(cfg)).items():
         if mixers_of is not None and not is_recurrent_mixer(path, mixers_of):
             continue
-        name = path.rsplit("/", 1)[-1]
-        if name in ("kernel", "a", "b") or (name == "embedding" and cfg.tie_embeddings):
+        tensor = tensor_of(cfg, path)
+        assert tensor is not None, path
+        if tensor.multiplies or (path == "embed/embedding" and cfg.tie_embeddings):
             total += leaf.size
     return total
 
 
 def first_matrices(cfg: ModelConfig) -> int:
-    """Elements of the recurrent mixers' matrices that what a mixer reads is multiplied with: of a learned token shift's
-    first where there is one, else of the projections and the low-rank layers' first."""
-    leaves = path_leaves(abstract_params(cfg)).items()
-    sizes = {path: leaf.size for path, leaf in leaves if is_recurrent_mixer(path, cfg)}
-    shifts = {path: size for path, size in sizes.items() if path.endswith("/shift/a")}
-    ends = ("/a", "/q/kernel", "/k/kernel", "/v/kernel", "/gate/kernel")
-    return sum((shifts or {path: size for path, size in sizes.items() if path.endswith(ends)}).values())
+    """Elements of the recurrent mixers' matrices that what a mixer reads is multiplied with."""
+    return sum(
+        leaf.size
+        for path, leaf in path_leaves(abstract_params(cfg)).items()
+        if is_recurrent_mixer(path, cfg) and (tensor := tensor_of(cfg, path)) and tensor.multiplies == "input"
+    )
 
 
 def mixing_flops(cfg: ModelConfig, seq_len: int, *, recurrent_only: bool = False) -> float:
-    """Of a token's forward pass through scores or states; causal attention sees half the row.
-
-    attention 2 T d; wkv6 5 K d and wkv7 9 K d (decay, removal, two outer products, output), d = heads x head size.
-    """
-    width = cfg.num_heads * cfg.head_dim
-    each = {"attention": 2.0 * seq_len * width, "rad_rwkv6": 5.0 * cfg.head_dim * width}
-    each["rad_rwkv7"] = 9.0 * cfg.head_dim * width
-    return sum(n * each[mixer] for mixer, n in cfg.stacks if not (recurrent_only and mixer == "attention"))
+    """Of a token's forward pass through scores or states."""
+    return sum(
+        n * MIXERS[mixer].flops(cfg, seq_len)
+        for stack, (mixer, n) in enumerate(cfg.stacks)
+        if cfg.is_recurrent(stack) or not recurrent_only
+    )
 
 
 def model_flops(student: ModelConfig, teacher: ModelConfig, name: str, seq_len: int, *, remat: bool = False) -> float:
     """Of a token in a stage's training step: what trains forward and (twice that) backward, its teacher forward.
 
-    Stage 1 has no use for the gradient of what a mixer reads. remat: with the layers' one forward pass that is computed
-    again, but for the head: its loss keeps what it needs.
+    A stage that runs mixers beside the teacher's layers has no use for the gradient of what a mixer reads. remat: with
+    the layers' one forward pass that is computed again, but for the head: its loss keeps what it needs.
     """
     head = 2.0 * teacher.vocab_size * teacher.hidden_size
     whole_teacher = 2.0 * matmul_weights(teacher) + mixing_flops(teacher, seq_len)
-    if name == "stage1":
+    if not STAGES[name].whole_student:
         mixers = 2.0 * matmul_weights(student, mixers_of=student) + mixing_flops(student, seq_len, recurrent_only=True)
         return whole_teacher - head + (4 if remat else 3) * mixers - 2.0 * first_matrices(student)
     own = 2.0 * matmul_weights(student) + mixing_flops(student, seq_len)
@@ -93,7 +90,8 @@ class StepTime:
 
 def step_time(chip: Chip, counts: Counts) -> StepTime:
     """See ASSUMPTIONS."""
-    own = sum(KERNEL_CYCLES[name] * elements / KERNEL_COLUMNS for name, elements in counts.kernels.items())
+    cycles = {name: each for spec in MIXERS.values() if spec.operator for name, each in spec.operator.cycles.items()}
+    own = sum(cycles[name] * elements / KERNEL_COLUMNS for name, elements in counts.kernels.items())
     compute = max((counts.cycles + chip.kernel_cycles * own) / chip.clock, counts.flops / chip.flops)
     memory, network = counts.hbm_bytes / chip.hbm_rate, counts.all_link_bytes / chip.link_rate
     exposed = counts.exposed_link_bytes / chip.link_rate

@@ -85,12 +85,12 @@ def count(text: str) -> Counts:
     computations, entry = parse(text)
     counts, transfers = Counts(), dict[str, Transfer]()
     _run(computations, computations[entry], 1.0, counts, transfers, fused=False, hidden=False)
-    for one in transfers.values():
-        moved = one.times * one.received
-        counts.link_bytes[one.kind] = counts.link_bytes.get(one.kind, 0.0) + moved
-        if one.beside is not None:
-            counts.begun.append((one.received, one.beside, one.times))
-        counts.exposed_link_bytes += 0.0 if one.hidden else moved
+    for transfer in transfers.values():
+        moved = transfer.times * transfer.received
+        counts.link_bytes[transfer.kind] = counts.link_bytes.get(transfer.kind, 0.0) + moved
+        if transfer.beside is not None:
+            counts.begun.append((transfer.received, transfer.beside, transfer.times))
+        counts.exposed_link_bytes += 0.0 if transfer.hidden else moved
     return counts
 
 
@@ -102,8 +102,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
         if header := _HEADER.match(line):
             current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
-        elif found := _INSTRUCTION.match(line):
-            instruction = _instruction(found[1], found[2])
+        elif match := _INSTRUCTION.match(line):
+            instruction = _instruction(match[1], match[2])
             if instruction is not None:
                 current[instruction.name] = instruction
     if not entry:
@@ -143,39 +143,41 @@ def _run(
 ) -> None:
     """Adds what `body` does, run so many times. fused: inside one operation; hidden: beside other operations."""
     now, begun = 0.0, dict[str, float]()
-    for one in body.values():
-        if one.opcode.endswith(("-start", "-update")):
-            begun[one.name] = now
-        elif one.opcode.endswith("-done") and one.operands[0] in begun:
-            transfer = transfers.get(_begun_key(body[one.operands[0]], body, computations))
+    for instruction in body.values():
+        if instruction.opcode.endswith(("-start", "-update")):
+            begun[instruction.name] = now
+        elif instruction.opcode.endswith("-done") and instruction.operands[0] in begun:
+            transfer = transfers.get(_begun_key(body[instruction.operands[0]], body, computations))
             if transfer is not None:
-                transfer.beside = now - begun[one.operands[0]]
-        counts.flops += times * _flops(one, body)
-        kind = one.opcode.removesuffix("-start")
+                transfer.beside = now - begun[instruction.operands[0]]
+        counts.flops += times * _flops(instruction, body)
+        kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            received = _received(one, body, kind)
-            if kind == "all-reduce" and _is_scattered(one, body):
+            received = _received(instruction, body, kind)
+            if kind == "all-reduce" and _is_scattered(instruction, body):
                 kind, received = "reduce-scatter", received / 2
-            transfer = Transfer(kind, received, times, hidden or one.opcode.endswith("-start"))
-            _add_transfer(transfers, transfer, one)
-        if not fused and one.opcode not in _FREE and not one.opcode.endswith(_HALVES):
-            counts.hbm_bytes += times * _hbm_bytes(one, body, computations)
-            cycles = _CYCLES.search(one.rest)
+            transfer = Transfer(kind, received, times, hidden or instruction.opcode.endswith("-start"))
+            _add_transfer(transfers, transfer, instruction)
+        if not fused and instruction.opcode not in _FREE and not instruction.opcode.endswith(_HALVES):
+            counts.hbm_bytes += times * _hbm_bytes(instruction, body, computations)
+            cycles = _CYCLES.search(instruction.rest)
             now += float(cycles[1]) if cycles else 0.0
             counts.cycles += times * float(cycles[1]) if cycles else 0.0
-            if kernel := _KERNEL.search(one.rest):
-                counts.kernels[kernel[1]] = counts.kernels.get(kernel[1], 0.0) + times * math.prod(_dims(one.type))
-        for role, names in _called(one):
+            if kernel := _KERNEL.search(instruction.rest):
+                counts.kernels[kernel[1]] = counts.kernels.get(kernel[1], 0.0) + times * math.prod(
+                    _dims(instruction.type)
+                )
+        for role, names in _called(instruction):
             inner_times = times
             if role == "body":
-                trips = _trips(one, computations)
+                trips = _trips(instruction, computations)
                 counts.unknown_loops += trips is None
                 inner_times = times * (trips or 1)
-            elif role == "condition" or (role == "to_apply" and one.opcode not in ("call", "call-start")):
+            elif role == "condition" or (role == "to_apply" and instruction.opcode not in ("call", "call-start")):
                 continue
             # A call-start is a collective that a TPU's sparse cores run.
-            inside = fused or one.opcode in ("fusion", "async-start", "call-start")
-            beside = hidden or one.opcode in ("async-start", "call-start") or "async" in one.name
+            inside = fused or instruction.opcode in ("fusion", "async-start", "call-start")
+            beside = hidden or instruction.opcode in ("async-start", "call-start") or "async" in instruction.name
             for name in names:
                 if name in computations:
                     _run(computations, computations[name], inner_times, counts, transfers, fused=inside, hidden=beside)
@@ -187,10 +189,14 @@ def _trips(loop: Instruction, computations: dict[str, Computation]) -> int | Non
         return int(noted[1])
     called = {role: computations.get(names[0], {}) for role, names in _called(loop)}
     condition = called.get("condition", {})
-    for one in condition.values():
-        bound = condition.get(one.operands[1]) if one.opcode == "compare" and "direction=LT" in one.rest else None
+    for instruction in condition.values():
+        bound = (
+            condition.get(instruction.operands[1])
+            if instruction.opcode == "compare" and "direction=LT" in instruction.rest
+            else None
+        )
         if bound is not None and bound.opcode == "constant":
-            counter = condition[_source(condition, one.operands[0])]
+            counter = condition[_source(condition, instruction.operands[0])]
             return -(-_constant(bound) // _stride(counter, called.get("body", {})))
     return None
 
@@ -208,32 +214,36 @@ def _stride(counter: Instruction, body: Computation) -> int:
     return max(1, _constant(constants[0])) if constants else 1
 
 
-def _constant(one: Instruction) -> int:
-    return int(one.rest.split(")")[0])
+def _constant(instruction: Instruction) -> int:
+    return int(instruction.rest.split(")")[0])
 
 
-def _called(one: Instruction) -> Iterator[tuple[str, list[str]]]:
-    for role, names in _CALLED.findall(one.rest):
+def _called(instruction: Instruction) -> Iterator[tuple[str, list[str]]]:
+    for role, names in _CALLED.findall(instruction.rest):
         yield role, re.findall(r"[\w.\-]+", names)
 
 
-def _flops(one: Instruction, body: Computation) -> float:
+def _flops(instruction: Instruction, body: Computation) -> float:
     """Two for each multiplication of a matrix product; other arithmetic is not counted."""
-    if one.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)
-        left = _dims(body[one.operands[0]].type)
-        return 2.0 * math.prod(_dims(one.type)) * math.prod(left[int(i)] for i in _numbers(contracted))
-    if one.opcode == "convolution":
-        return _convolution_flops(one, body)
+    if instruction.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
+        left = _dims(body[instruction.operands[0]].type)
+        return 2.0 * math.prod(_dims(instruction.type)) * math.prod(left[int(i)] for i in _numbers(contracted))
+    if instruction.opcode == "convolution":
+        return _convolution_flops(instruction, body)
     return 0.0
 
 
-def _convolution_flops(one: Instruction, body: Computation) -> float:
+def _convolution_flops(instruction: Instruction, body: Computation) -> float:
     """The TPU compiler's form of a matrix product: batch dimensions are windows of which most positions are empty."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
-    assert labels is not None, one.name
-    left, right, out = _dims(body[one.operands[0]].type), _dims(body[one.operands[1]].type), _dims(one.type)
-    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", one.rest) or [""])[0]))
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
+    assert labels is not None, instruction.name
+    left, right, out = (
+        _dims(body[instruction.operands[0]].type),
+        _dims(body[instruction.operands[1]].type),
+        _dims(instruction.type),
+    )
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", instruction.rest) or [""])[0]))
     total = 2.0 * right[labels[2].index("i")] * out[labels[3].index("b")] * out[labels[3].index("f")]
     for axis in range(sum(c.isdigit() for c in labels[1])):
         digit = str(axis)
@@ -254,31 +264,31 @@ def _positions(left: int, right: int, out: int, window: dict[str, str]) -> int:
     return int(np.sum((place >= 0) & (place % dilate == 0) & (place // dilate < left)))
 
 
-def _received(one: Instruction, body: Computation, kind: str) -> float:
+def _received(instruction: Instruction, body: Computation, kind: str) -> float:
     """Bytes that each device has to receive, at least: a ring's share of operands or result."""
-    group = _group_size(one.rest)
-    given = sum(_size(body[name].type) for name in one.operands if name in body)
-    made = _size(one.type)
-    if one.opcode.endswith("-start") and one.type.startswith("("):
-        made -= given  # the result's tuple holds the operands too
+    group = _group_size(instruction.rest)
+    sent = sum(_size(body[name].type) for name in instruction.operands if name in body)
+    made = _size(instruction.type)
+    if instruction.opcode.endswith("-start") and instruction.type.startswith("("):
+        made -= sent  # the result's tuple holds the operands too
     share = (group - 1) / group if group else 1.0
     return {
         "all-gather": made * share,
-        "all-reduce": 2 * given * share,
-        "reduce-scatter": given * share,
-        "all-to-all": given * share,
-    }.get(kind, float(given))
+        "all-reduce": 2 * sent * share,
+        "reduce-scatter": sent * share,
+        "all-to-all": sent * share,
+    }.get(kind, float(sent))
 
 
-def _is_scattered(one: Instruction, body: Computation) -> bool:
+def _is_scattered(instruction: Instruction, body: Computation) -> bool:
     """A TPU's reduce-scatter is written as a fusion of an all-reduce and the slice that is kept of it."""
-    users = [other for other in body.values() if one.name in other.operands]
+    users = [other for other in body.values() if instruction.name in other.operands]
     return bool(users) and all(other.opcode == "dynamic-slice" for other in users)
 
 
-def _add_transfer(transfers: dict[str, Transfer], new: Transfer, one: Instruction) -> None:
+def _add_transfer(transfers: dict[str, Transfer], new: Transfer, instruction: Instruction) -> None:
     """A TPU's collective beside other work is written in several fusions: its start, steps (in loops too), and end."""
-    key = _channel_key(one) or f"alone {len(transfers)}"
+    key = _channel_key(instruction) or f"alone {len(transfers)}"
     if key not in transfers:
         transfers[key] = new
         return
@@ -286,47 +296,49 @@ def _add_transfer(transfers: dict[str, Transfer], new: Transfer, one: Instructio
     known.times, known.hidden = min(known.times, new.times), True
 
 
-def _channel_key(one: Instruction) -> str:
-    channel = _CHANNEL.search(one.rest)
-    return f"{one.opcode.removesuffix('-start')} {channel[1]}" if channel else ""
+def _channel_key(instruction: Instruction) -> str:
+    channel = _CHANNEL.search(instruction.rest)
+    return f"{instruction.opcode.removesuffix('-start')} {channel[1]}" if channel else ""
 
 
-def _begun_key(one: Instruction, body: Computation, computations: dict[str, Computation]) -> str:
+def _begun_key(instruction: Instruction, body: Computation, computations: dict[str, Computation]) -> str:
     """The key of the collective that this instruction starts, itself or by a call."""
-    while one.opcode.endswith("-update") and one.operands[0] in body:
-        one = body[one.operands[0]]
-    called = [computations.get(name, {}) for role, names in _called(one) if role == "to_apply" for name in names]
+    while instruction.opcode.endswith("-update") and instruction.operands[0] in body:
+        instruction = body[instruction.operands[0]]
+    called = [
+        computations.get(name, {}) for role, names in _called(instruction) if role == "to_apply" for name in names
+    ]
     inside = [i for computation in called for i in computation.values() if i.opcode in COLLECTIVES]
-    return _channel_key(inside[0] if one.opcode == "call-start" and inside else one)
+    return _channel_key(inside[0] if instruction.opcode == "call-start" and inside else instruction)
 
 
 def _group_size(rest: str) -> int:
-    found = _GROUPS.search(rest)
-    if found is None:
+    match = _GROUPS.search(rest)
+    if match is None:
         return 0
-    if found[4] is not None:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[4]))
-        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[5])
+    if match[4] is not None:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[4]))
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[5])
         return math.prod(int(part or sizes[name]) for name, part in parts)
-    return int(found[3]) if found[3] else len(found[1].split(","))
+    return int(match[3]) if match[3] else len(match[1].split(","))
 
 
-def _hbm_bytes(one: Instruction, body: Computation, computations: dict[str, Computation]) -> float:
+def _hbm_bytes(instruction: Instruction, body: Computation, computations: dict[str, Computation]) -> float:
     """Operands read and result written once; of what is sliced or updated in place only the slice."""
-    sizes = [_size(body[name].type, hbm=True) if name in body else 0 for name in one.operands]
-    result = _size(one.type, hbm=True)
-    if one.opcode == "fusion":
-        inside = next((computations[n] for role, names in _called(one) for n in names if n in computations), {})
+    sizes = [_size(body[name].type, hbm=True) if name in body else 0 for name in instruction.operands]
+    result = _size(instruction.type, hbm=True)
+    if instruction.opcode == "fusion":
+        inside = next((computations[n] for role, names in _called(instruction) for n in names if n in computations), {})
         return _fusion_bytes(inside, sizes, result)
-    if one.opcode in ("dynamic-slice", "slice", "gather"):
+    if instruction.opcode in ("dynamic-slice", "slice", "gather"):
         return 2.0 * result
-    if one.opcode == "dynamic-update-slice":
+    if instruction.opcode == "dynamic-update-slice":
         return 2.0 * sizes[1]
-    if one.opcode == "slice-start":
+    if instruction.opcode == "slice-start":
         # The type is ((operand), slice, context): of an array that goes to VMEM piece by piece, one piece.
-        piece = _SHAPE.search(one.type, _closing(one.type, 1))
+        piece = _SHAPE.search(instruction.type, _closing(instruction.type, 1))
         return float(_size(piece[0]) + _size(piece[0], hbm=True)) if piece else 0.0
-    if one.opcode.endswith("-start"):
+    if instruction.opcode.endswith("-start"):
         return float(result)
     return float(sum(sizes) + result)
 
@@ -367,10 +379,10 @@ def _size(type_text: str, *, hbm: bool = False) -> int:
 
 
 def _dims(type_text: str) -> list[int]:
-    found = _SHAPE.search(type_text)
-    assert found is not None, type_text
-    return [int(d) for d in found[2].split(",") if d]
+    match = _SHAPE.search(type_text)
+    assert match is not None, type_text
+    return [int(d) for d in match[2].split(",") if d]
 
 
-def _numbers(found: re.Match | None) -> list[int]:
-    return [int(d) for d in found[1].split(",") if d] if found else []
+def _numbers(match: re.Match | None) -> list[int]:
+    return [int(d) for d in match[1].split(",") if d] if match else []

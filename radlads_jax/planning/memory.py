@@ -9,13 +9,11 @@ import jax
 
 from radlads_jax.config import StageConfig
 from radlads_jax.distill.mesh import batch_parts
-from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.config import SOFTMAX, ModelConfig
 from radlads_jax.models.decoder import abstract_params
+from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.sharding import AnyMesh
 
-# Bytes for each token and column of r in a mixer's backward pass. bfloat16: r, k, v, a, b and the output; float32:
-# decay, in-context rate, value residual; the gradients of all of them; the kernel's state every 64 tokens.
-_MIXER_BYTES = {"rad_rwkv6": 44, "rad_rwkv7": 56, "attention": 32}
 # bfloat16 in an MLP's backward pass: gate, up, their product and the gradients of the three.
 _MLP_BYTES = 12
 # bfloat16: a layer's input and output, the normed rows that mixer and MLP read, and the gradients of the two.
@@ -38,13 +36,13 @@ def temporary_bytes(
     recipe: StageConfig, student: ModelConfig, gradients: int, mesh: AnyMesh, *, whole_student: bool
 ) -> dict[str, float]:
     """What a step needs beside its arguments, by what it is for. gradients: bytes of one device's share of them."""
-    axes = mesh.shape
+    axes, spec = mesh.shape, MIXERS[student.recurrent_mixer or SOFTMAX]
     rows_split = axes["data"] * axes["fsdp"]
     parts_of_batch = batch_parts(recipe, mesh)
     tokens = recipe.batch_size // parts_of_batch * recipe.seq_len / (rows_split * axes["context"])
     kept = tokens / axes["tensor"] * student.num_layers * 2
     columns = student.num_heads * student.head_dim / axes["tensor"]
-    mixer = _MIXER_BYTES[student.recurrent_mixer or "attention"] * columns
+    mixer = spec.bytes_per_column * columns
     mlp = _MLP_BYTES * student.intermediate_size / axes["tensor"]
     layer = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(student)["stacks"])) / student.num_layers
     parts = {"gradients": float(gradients) * (2 if parts_of_batch > 1 else 1)}
@@ -53,7 +51,7 @@ def temporary_bytes(
         parts["last hidden states"] = 3 * 2 * tokens * student.hidden_size
     else:
         parts["mixers' inputs and targets"] = kept * student.hidden_size * (axes["tensor"] + 1)
-    if student.recurrent_mixer == "rad_rwkv7":
+    if spec.shares_values:
         # The first layer's values, for all the others, and their gradient.
         parts["value residual"] = 2 * 2 * tokens * columns
     if student.dtype == "bfloat16":

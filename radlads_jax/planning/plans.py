@@ -85,8 +85,8 @@ class Planner:
         Chips without a slice for the run's mesh are not among them; raises ValueError where that is all of them.
         """
         self._require_slices(list(CHIPS))
-        found = [self.smallest(name) for name in CHIPS if self.slices(name)]
-        return sorted(found, key=lambda one: math.inf if one["usd"] is None else one["usd"])
+        ranking = [self.smallest(name) for name in CHIPS if self.slices(name)]
+        return sorted(ranking, key=lambda plan: math.inf if plan["usd"] is None else plan["usd"])
 
     def _least_devices(self) -> int:
         mesh = self.run.mesh
@@ -109,8 +109,8 @@ class Planner:
             print(f"compiling {name} for {topology}", file=sys.stderr, flush=True)
             devices = topology_devices(topology)
             mesh = mesh_lib.make_mesh(self.run, devices) or sharding.one_device_mesh(devices[0])
-            found = stage_lib.compiled(self.run, self.student, self.teacher, name, mesh)
-            self.known[key] = asked | found
+            compiled = stage_lib.compiled(self.run, self.student, self.teacher, name, mesh)
+            self.known[key] = asked | compiled
             if self.results is not None:
                 # Another run's plan may have written to it since.
                 self.known = read_results(self.results) | self.known

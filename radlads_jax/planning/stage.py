@@ -124,8 +124,8 @@ def priced(record: dict[str, Any], chip: Chip, price: float, chips: int) -> dict
 
 def oom_bytes(message: str) -> int | None:
     """What a program would have needed, from the compiler's refusal; None where it refused for another reason."""
-    found = _HBM_OOM.search(message)
-    if found is None:
+    match = _HBM_OOM.search(message)
+    if match is None:
         return None
-    number, unit = (group for group in found.groups() if group)
+    number, unit = (group for group in match.groups() if group)
     return int(float(number) * _UNITS[unit])

@@ -32,11 +32,11 @@ def read_config(path: Path) -> config_lib.RunConfig:
     return config_lib.validate(config)
 
 
-def row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
+def row(name: str, plan: dict[str, Any]) -> tuple[str, ...]:
     """One run on one chip, from `Planner.smallest`."""
-    stages = {stage["name"]: stage for stage in found["stages"]}
+    stages = {stage["name"]: stage for stage in plan["stages"]}
     bills = [totals([stages[stage] for stage in recipe])["usd"] for recipe in RECIPES]
-    return (name, found["chip"], *map(cell, stages.values()), *("" if usd is None else f"{usd:,.0f}" for usd in bills))
+    return (name, plan["chip"], *map(cell, stages.values()), *("" if usd is None else f"{usd:,.0f}" for usd in bills))
 
 
 def cell(stage: dict[str, Any]) -> str:
@@ -56,7 +56,7 @@ def main() -> None:
     planners = {path.stem: make_planner(read_config(path), {}, args.results) for path in args.configs}
     # The chips outermost: what is compiled first is the cheapest.
     rows = [row(name, planner.smallest(chip)) for chip in CHIPS for name, planner in planners.items()]
-    rows.sort(key=lambda one: list(planners).index(one[0]))
+    rows.sort(key=lambda cells: list(planners).index(cells[0]))
     print("\n".join(f"| {' | '.join(line)} |" for line in (COLUMNS, ("---",) * len(COLUMNS), *rows)))
 
 

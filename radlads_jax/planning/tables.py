@@ -54,13 +54,13 @@ def show(result: dict[str, Any], console: Console) -> None:
         console.print(f"  {line}", soft_wrap=True)
 
 
-def show_ranking(found: list[dict[str, Any]], chips: Iterable[str], console: Console) -> None:
+def show_ranking(ranking: list[dict[str, Any]], chips: Iterable[str], console: Console) -> None:
     """What --topology auto found among the chips: a row for each, the cheapest first."""
     table = Table(title="Every stage on the smallest slice on which it fits", title_justify="left")
     for column in ("chip", "by", "stage: slice, hours, USD", "chip-hours", "USD"):
         table.add_column(column, justify="right" if column in ("chip-hours", "USD") else "left")
-    for one in found:
-        stages = one["stages"]
+    for plan in ranking:
+        stages = plan["stages"]
         how = "arithmetic" if all(stage["counts"] is None for stage in stages) else "compiler"
         each = [
             f"{stage['name']}: {stage['topology']}, {stage['hours']:,.1f}, {stage['usd']:,.0f}"
@@ -68,8 +68,8 @@ def show_ranking(found: list[dict[str, Any]], chips: Iterable[str], console: Con
             else f"{stage['name']}: fits none, {stage['peak_bytes'] / 2**30:.1f} GiB on {stage['topology']}"
             for stage in stages
         ]
-        bill = (f"{one['chip_hours']:,.1f}", f"{one['usd']:,.0f}") if one["usd"] is not None else ()
-        table.add_row(one["chip"], how, "\n".join(each), *bill)
+        bill = (f"{plan['chip_hours']:,.1f}", f"{plan['usd']:,.0f}") if plan["usd"] is not None else ()
+        table.add_row(plan["chip"], how, "\n".join(each), *bill)
     console.print(table)
-    if left_out := [name for name in chips if name not in {one["chip"] for one in found}]:
+    if left_out := [name for name in chips if name not in {plan["chip"] for plan in ranking}]:
         console.print(f"Left out, with no slice for config.mesh: {', '.join(left_out)}.")

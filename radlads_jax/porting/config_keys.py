@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import os
+import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +16,9 @@ _LARGEST_NUMBER = 1e15
 _REQUIRED = object()
 # Tokenizers are the largest, with some ten million.
 _MAX_JSON_BYTES = 1 << 28
+# A git-lfs pointer is a text of three lines.
+POINTER_BYTES = 200
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +91,21 @@ def read_json(path: AnyPath) -> dict[str, Any]:
         raise ValueError(
             f"{path} has {bytes_there} bytes; expected at most {_MAX_JSON_BYTES} of JSON. Download the file again."
         )
-    value = parse_json(path.read_bytes(), path)
+    data = path.read_bytes()
+    refuse_pointer(path, data)
+    value = parse_json(data, path)
     if not isinstance(value, dict):
         raise ValueError(
             f"{path} holds a JSON {type(value).__name__}; expected one JSON object. Download the file again."
         )
     return value
+
+
+def refuse_pointer(path: AnyPath, beginning: bytes) -> None:
+    """Raises ValueError where a file, of which this is the beginning, is what git-lfs leaves in the place of one."""
+    if beginning.startswith(_POINTER):
+        kept = re.search(rb"size (\d+)", beginning)
+        raise ValueError(
+            f"{path} is a git-lfs pointer to a file of {int(kept[1]) if kept else 0} bytes, not the file; expected the "
+            f"file itself. Fetch what the pointers stand for: git -C {shlex.quote(str(path.parent))} lfs pull"
+        )

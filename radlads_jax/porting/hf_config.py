@@ -1,36 +1,26 @@
 """Reads a Hugging Face config.json into a ModelConfig, and refuses by name what the Decoder does not implement.
 
-Sources: transformers' configuration classes of the four families (their defaults for absent keys); the published
-rwkv6qwen2 and rwkv7qwen2 students.
+Sources: transformers' configuration classes (porting/families), and the published students (the mixers' specs).
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from radlads_jax.models.config import FAMILIES, MixerConfig, ModelConfig, RopeScaling
+from radlads_jax.models.config import SOFTMAX, ModelConfig, RopeScaling
+from radlads_jax.models.mixers import MIXERS
+from radlads_jax.models.spec import MixerSpec
 from radlads_jax.porting.config_keys import ConfigKeys
+from radlads_jax.porting.families import FAMILIES, Family
 from radlads_jax.system.untrusted import brief, listed
 
-STUDENT_MIXERS = {"rwkv6qwen2": "rad_rwkv6", "rwkv7qwen2": "rad_rwkv7"}
-GATE_TYPES = {0: "none", 1: "full", 2: "low_rank"}
-RANK_KEYS = {
-    "rank_decay": "lora_rank_decay",
-    "rank_iclr": "lora_rank_iclr",
-    "rank_value": "lora_rank_value_residual_mix",
-    "rank_shift": "lora_rank_tokenshift",
-    "rank_gate": "lora_rank_gate",
-}
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 
-_MAX_POSITIONS = {"qwen2": 32768, "qwen3": 32768, "llama": 2048, "mistral": 131072}
-# What transformers takes for an absent key; for a null, and in llama, it is the number of heads.
-_KV_HEADS = {"qwen2": 32, "qwen3": 32, "mistral": 8}
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
-    """The ModelConfig a config.json describes: qwen2, qwen3, llama, mistral, or a published or exported student.
+    """The ModelConfig a config.json describes: one of FAMILIES, or a published or exported student.
 
     Raises ValueError naming the key for anything missing, wrong-typed or absurd, and for every feature that the Decoder
     lacks (sliding windows in use, yarn, experts, quantised weights, ...). The activations' dtype is not read: it
@@ -38,33 +28,41 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
     """
     keys = ConfigKeys(config)
     model_type = keys.text("model_type")
-    mixer = STUDENT_MIXERS.get(model_type)
-    family = keys.text("teacher_model_type", "qwen2") if mixer else model_type
-    if family not in FAMILIES:
+    students = student_types()
+    mixer = students.get(model_type)
+    name = keys.text("teacher_model_type", "qwen2") if mixer else model_type
+    if name not in FAMILIES:
         raise ValueError(
-            f"config.json: model_type is {brief(repr(family))}; expected one of "
-            f"{', '.join((*FAMILIES, *STUDENT_MIXERS))}. Choose a model of one of these (dense, text-only) families."
+            f"config.json: model_type is {brief(repr(name))}; expected one of "
+            f"{', '.join((*FAMILIES, *students))}. Choose a model of one of these (dense, text-only) families."
         )
+    family = FAMILIES[name]
     _refuse_unsupported(keys, family)
     model = _softmax_model(keys, family, is_student=mixer is not None)
-    if mixer is None:
+    if mixer is None or mixer.published is None:
         return model
-    student = model.as_student(mixer, _mixer_config(keys, mixer, model.hidden_size), _attention_layers(keys, model))
+    options = mixer.published.read(keys, model.hidden_size)
+    student = model.as_student(mixer.name, options, _attention_layers(keys, model))
     return dataclasses.replace(student, tie_embeddings=model.tie_embeddings)
+
+
+def student_types() -> dict[str, MixerSpec]:
+    """The mixers whose students have a model_type of their own, by it."""
+    return {spec.published.model_type: spec for spec in MIXERS.values() if spec.published is not None}
 
 
 def rope_from_hf(config: dict[str, Any], max_position_embeddings: int) -> tuple[float, RopeScaling | None]:
     """The base and scaling of RoPE, from top-level keys, from `rope_parameters`, or from both where they agree."""
     keys = ConfigKeys(config)
     default_theta = keys.number("rope_theta", 10000.0)
-    found = {}
+    ropes = {}
     for name in ("rope_scaling", "rope_parameters"):
         rope = _full_attention_rope(keys.mapping(name))
         if rope:
-            found[name] = _one_rope(
+            ropes[name] = _one_rope(
                 ConfigKeys(rope, f"config.json, {name}"), keys, default_theta, max_position_embeddings
             )
-    if len(set(found.values())) > 1:
+    if len(set(ropes.values())) > 1:
         raise ValueError(
             f"config.json: rope_scaling {brief(config['rope_scaling'])} and rope_parameters "
             f"{brief(config['rope_parameters'])} say "
@@ -78,44 +76,46 @@ def rope_from_hf(config: dict[str, Any], max_position_embeddings: int) -> tuple[
             f"{brief(repr(inner))} inside rope_parameters; expected "
             "the same in both. Remove the wrong one."
         )
-    return next(iter(found.values()), (default_theta, None))
+    return next(iter(ropes.values()), (default_theta, None))
 
 
-def _softmax_model(keys: ConfigKeys, family: str, is_student: bool) -> ModelConfig:
+def _softmax_model(keys: ConfigKeys, family: Family, is_student: bool) -> ModelConfig:
     hidden_size, num_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
-    absent = num_heads if "num_key_value_heads" in keys.values else _KV_HEADS.get(family, num_heads)
+    absent = num_heads if "num_key_value_heads" in keys.values else family.kv_heads or num_heads
     num_kv_heads = keys.integer("num_key_value_heads", absent)
     if num_heads % num_kv_heads:
         raise ValueError(
             f"config.json: num_attention_heads is {num_heads} and num_key_value_heads {num_kv_heads}; expected a "
             "multiple. Correct the keys in the model's config."
         )
-    max_positions = keys.integer("max_position_embeddings", _MAX_POSITIONS[family], high=1 << 31)
+    max_positions = keys.integer("max_position_embeddings", family.max_positions, high=1 << 31)
     rope_theta, rope_scaling = rope_from_hf(dict(keys.values), max_positions)
-    qkv_bias, o_bias = _biases(keys, family, is_student)
+    qkv_bias, o_bias = family.biases(keys)
+    if is_student:
+        qkv_bias, o_bias = keys.flag("attention_bias", True), keys.flag("attention_output_bias", False)
     return ModelConfig(
-        family=family,
+        family=family.name,
         vocab_size=keys.integer("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=keys.integer("intermediate_size"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=_head_dim(keys, family, hidden_size, num_heads),
-        stacks=(("attention", keys.integer("num_hidden_layers", high=10_000)),),
+        stacks=((SOFTMAX, keys.integer("num_hidden_layers", high=10_000)),),
         rms_norm_eps=keys.number("rms_norm_eps", 1e-6, high=1.0),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         max_position_embeddings=max_positions,
         qkv_bias=qkv_bias,
         o_bias=o_bias,
-        qk_norm=keys.flag("qk_norm", family == "qwen3") if is_student else family == "qwen3",
+        qk_norm=keys.flag("qk_norm", family.qk_norm) if is_student else family.qk_norm,
         tie_embeddings=keys.flag("tie_word_embeddings", False),
     )
 
 
-def _head_dim(keys: ConfigKeys, family: str, hidden_size: int, num_heads: int) -> int:
-    if family == "qwen3" and "head_dim" not in keys.values:
-        head_dim = 128  # Qwen3Config's own default, whatever the width.
+def _head_dim(keys: ConfigKeys, family: Family, hidden_size: int, num_heads: int) -> int:
+    if family.head_dim is not None and "head_dim" not in keys.values:
+        head_dim = family.head_dim
     else:
         head_dim = keys.integer("head_dim", 0, low=0, high=1 << 16) or hidden_size // num_heads
         if keys.values.get("head_dim") is None and hidden_size % num_heads:
@@ -131,63 +131,25 @@ def _head_dim(keys: ConfigKeys, family: str, hidden_size: int, num_heads: int) -
     return head_dim
 
 
-def _biases(keys: ConfigKeys, family: str, is_student: bool) -> tuple[bool, bool]:
-    """Whether q, k, v have biases, and whether o has."""
-    if is_student:
-        return keys.flag("attention_bias", True), keys.flag("attention_output_bias", False)
-    if family in ("qwen2", "mistral"):
-        return family == "qwen2", False
-    all_four = keys.flag("attention_bias", False)
-    return all_four, all_four
-
-
-def _mixer_config(keys: ConfigKeys, mixer: str, hidden_size: int) -> MixerConfig:
-    """The switches of a student; absent keys take the published readers' defaults."""
-    gate_type = keys.integer("gate_rank_type", 1 if mixer == "rad_rwkv6" else 2, low=0, high=2)
-    group_norm = keys.flag("groupnorm_att", mixer == "rad_rwkv7")
-    token_shift = keys.flag("use_tokenshift", mixer == "rad_rwkv6")
-    if token_shift and mixer == "rad_rwkv7":
-        raise ValueError(
-            "config.json: use_tokenshift is true in a model of type rwkv7qwen2; expected false, because RAD-RWKV7 has "
-            "no token shift here. Choose a checkpoint without token shift."
-        )
-    balance_state = keys.flag("balance_state", not group_norm)
-    if balance_state and group_norm:
-        raise ValueError(
-            "config.json: balance_state and groupnorm_att are both true; expected one of them, because either alone "
-            "bounds the mixer's output. Choose a checkpoint that was trained with one."
-        )
-    return MixerConfig.for_student(
-        mixer,
-        hidden_size,
-        use_rope=keys.flag("use_rope", False),
-        token_shift=token_shift,
-        gate=GATE_TYPES[gate_type],
-        balance_state=balance_state,
-        group_norm=group_norm,
-        **{field: keys.integer(key, 0, low=0) for field, key in RANK_KEYS.items()},
-    )
-
-
 def _attention_layers(keys: ConfigKeys, model: ModelConfig) -> tuple[int, ...]:
     """The layers that stay softmax: the last num_attention_layers, or any given in attention_layers."""
     count = keys.integer("num_attention_layers", 0, low=0, high=model.num_layers)
     last = tuple(range(model.num_layers - count, model.num_layers))
-    given = keys.values.get("attention_layers")
-    if given is None:
+    layers = keys.values.get("attention_layers")
+    if layers is None:
         return last
-    is_layers = isinstance(given, list) and all(type(i) is int and 0 <= i < model.num_layers for i in given)
-    if not is_layers or len(set(given)) != len(given):
+    is_layers = isinstance(layers, list) and all(type(i) is int and 0 <= i < model.num_layers for i in layers)
+    if not is_layers or len(set(layers)) != len(layers):
         raise ValueError(
-            f"config.json: 'attention_layers' is {brief(given)}; expected a list of different layer numbers from 0 to "
+            f"config.json: 'attention_layers' is {brief(layers)}; expected a list of different layer numbers from 0 to "
             f"{model.num_layers - 1}. Correct the key in the model's config."
         )
-    if count and set(given) != set(last):
+    if count and set(layers) != set(last):
         raise ValueError(
-            f"config.json: attention_layers is {brief(given)} but num_attention_layers {count} means {list(last)}; "
+            f"config.json: attention_layers is {brief(layers)} but num_attention_layers {count} means {list(last)}; "
             "expected the same in both. Remove the wrong one."
         )
-    return tuple(sorted(given))
+    return tuple(sorted(layers))
 
 
 def _full_attention_rope(rope: dict[str, Any]) -> dict[str, Any]:
@@ -233,14 +195,11 @@ def _refuse_partial_rotary(keys: ConfigKeys) -> None:
         )
 
 
-def _refuse_unsupported(keys: ConfigKeys, family: str) -> None:
+def _refuse_unsupported(keys: ConfigKeys, family: Family) -> None:
     values = keys.values
-    # MistralConfig's default for an absent key is a window of 4096, null means none.
-    window = values.get("sliding_window", 4096) if family == "mistral" else None
     other_layers = [t for t in _layer_types(values) if t != "full_attention"]
     experts = [key for key in _EXPERT_KEYS if keys.integer(key, 0, low=0)]
     problems = {
-        f"sliding_window {brief(window)} (in use, also where the key is absent)": window is not None,
         "use_sliding_window true": keys.flag("use_sliding_window", False),
         f"layer_types with {listed(sorted(set(other_layers)))}": bool(other_layers),
         f"a mixture of experts ({', '.join(experts)})": bool(experts),
@@ -248,12 +207,12 @@ def _refuse_unsupported(keys: ConfigKeys, family: str) -> None:
         f"hidden_act {brief(repr(values.get('hidden_act')))}": values.get("hidden_act", "silu") != "silu",
         "quantization_config (quantised weights)": values.get("quantization_config") is not None,
     }
-    asked = [problem for problem, present in problems.items() if present]
+    asked = family.refused(values) + [problem for problem, present in problems.items() if present]
     if asked:
         raise ValueError(
-            f"config.json ({family}) asks for {'; '.join(asked)}; expected full attention in every layer, dense SiLU "
-            "MLPs without biases and unquantised weights. Choose a model without these, or, where a window is longer "
-            "than every sequence you train on, set sliding_window to null and use_sliding_window to false."
+            f"config.json ({family.name}) asks for {'; '.join(asked)}; expected full attention in every layer, dense "
+            "SiLU MLPs without biases and unquantised weights. Choose a model without these, or, where a window is "
+            "longer than every sequence you train on, set sliding_window to null and use_sliding_window to false."
         )
     _refuse_partial_rotary(keys)
 

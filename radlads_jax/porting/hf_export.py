@@ -1,47 +1,18 @@
-"""Writes the config.json of an export: a softmax model of the four families, or a student for the published readers."""
+"""Writes the config.json of an export: a softmax model of a family, or a student for the published readers."""
 
 import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
 
-from radlads_jax.models.config import ModelConfig, RopeScaling
-from radlads_jax.porting.hf_config import (
-    GATE_TYPES,
-    RANK_KEYS,
-    ROPE_KEYS,
-    STUDENT_MIXERS,
-    model_config_from_hf,
-    rope_from_hf,
-)
+from radlads_jax.models.config import SOFTMAX, ModelConfig, RopeScaling
+from radlads_jax.models.mixers import MIXERS
+from radlads_jax.models.spec import PublishedFormat
+from radlads_jax.porting.families import FAMILIES
+from radlads_jax.porting.hf_config import ROPE_KEYS, model_config_from_hf, rope_from_hf
 
-ARCHITECTURES = {
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "rwkv6qwen2": "RWKV6Qwen2ForCausalLM",
-    "rwkv7qwen2": "RWKV7Qwen2ForCausalLM",
-}
-
-# Torch files for transformers' remote code: they are copied into an export, and never imported here.
-MODELLING_DIR = Path(__file__).parent.parent / "hf"
-
-_MODEL_TYPES = {mixer: model_type for model_type, mixer in STUDENT_MIXERS.items()}
-_GATE_RANK_TYPES = {gate: number for number, gate in GATE_TYPES.items()}
-_STUDENT_KEYS = (
-    "teacher_model_type",
-    "qk_norm",
-    "attention_output_bias",
-    "use_rope",
-    "gate_rank_type",
-    "balance_state",
-    "groupnorm_att",
-    "use_tokenshift",
-    "num_attention_layers",
-    "attention_layers",
-    *RANK_KEYS.values(),
-)
+# What a student's config.json says of its softmax side; the mixer's own keys are its spec's.
+_STUDENT_KEYS = ("teacher_model_type", "qk_norm", "attention_output_bias", "num_attention_layers", "attention_layers")
 # They describe the files and the code that the base config came with, not this export's.
 _BASE_ONLY_KEYS = ("auto_map", "_name_or_path", "transformers_version", "torch_dtype", "dtype", "quantization_config")
 
@@ -53,12 +24,12 @@ def hf_config_from_model(cfg: ModelConfig, base: dict[str, Any]) -> dict[str, An
     softmax layers are not the last ones, `attention_layers` are this project's additions to the published keys.
     Raises ValueError for a model that its family's config cannot describe (for example mistral with biases).
     """
-    is_student = cfg.recurrent_mixer is not None
+    published, family = _published(cfg), FAMILIES[cfg.family]
+    written = {"model_type": cfg.family, "architectures": [family.architecture]}
+    if published is not None:
+        written = {"model_type": published.model_type, "architectures": [published.architecture]}
     out = {key: value for key, value in base.items() if key not in (*_BASE_ONLY_KEYS, *_STUDENT_KEYS)}
-    model_type = _MODEL_TYPES[cfg.recurrent_mixer] if cfg.recurrent_mixer else cfg.family
-    out |= {
-        "model_type": model_type,
-        "architectures": [ARCHITECTURES[model_type]],
+    out |= written | {
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.hidden_size,
         "intermediate_size": cfg.intermediate_size,
@@ -70,37 +41,31 @@ def hf_config_from_model(cfg: ModelConfig, base: dict[str, Any]) -> dict[str, An
         "tie_word_embeddings": cfg.tie_embeddings,
         "hidden_act": "silu",
     }
-    if "head_dim" in base or cfg.family == "qwen3" or cfg.head_dim * cfg.num_heads != cfg.hidden_size:
+    if "head_dim" in base or cfg.head_dim * cfg.num_heads != cfg.hidden_size:
         out["head_dim"] = cfg.head_dim
-    if cfg.family == "mistral":
-        out["sliding_window"] = None
-    if cfg.family in ("llama", "qwen3"):
-        out["attention_bias"] = cfg.qkv_bias
+    out |= family.keys(cfg)
     # A teacher's list says that all layers are softmax attention.
-    if is_student or len(base.get("layer_types") or ()) != cfg.num_layers:
+    if published is not None or len(base.get("layer_types") or ()) != cfg.num_layers:
         out.pop("layer_types", None)
     out |= _rope_keys(cfg, base)
-    if is_student:
-        out |= _student_keys(cfg)
+    if published is not None:
+        out |= _student_keys(cfg, published)
     _check_says_the_same(out, cfg)
     return out
 
 
 def modelling_files(cfg: ModelConfig) -> list[Path]:
     """The torch files that a student's export carries; none for a model that transformers knows."""
-    if cfg.recurrent_mixer is None:
-        return []
-    own = _MODEL_TYPES[cfg.recurrent_mixer]
-    names = ("configuration_student", "layers_student", "modeling_student", f"configuration_{own}", f"modeling_{own}")
-    return [MODELLING_DIR / f"{name}.py" for name in names]
+    published = _published(cfg)
+    return [] if published is None else list(published.files)
 
 
 def auto_map(cfg: ModelConfig) -> dict[str, str]:
     """config.json's auto_map: which class of those files each of transformers' Auto classes takes."""
-    if cfg.recurrent_mixer is None:
+    published = _published(cfg)
+    if published is None or not published.files:
         return {}
-    model_type = _MODEL_TYPES[cfg.recurrent_mixer]
-    causal = ARCHITECTURES[model_type]
+    model_type, causal = published.model_type, published.architecture
     prefix = causal.removesuffix("ForCausalLM")
     return {
         "AutoConfig": f"configuration_{model_type}.{prefix}Config",
@@ -109,26 +74,32 @@ def auto_map(cfg: ModelConfig) -> dict[str, str]:
     }
 
 
-def _student_keys(cfg: ModelConfig) -> dict[str, Any]:
-    mixer = cfg.mixer
-    assert mixer is not None
-    attention = [i for i, name in enumerate(cfg.layer_mixers) if name == "attention"]
+def _published(cfg: ModelConfig) -> PublishedFormat | None:
+    """The format of a student; None for a model that transformers knows. Raises ValueError for one without a format."""
+    if cfg.recurrent_mixer is None:
+        return None
+    published = MIXERS[cfg.recurrent_mixer].published
+    if published is None:
+        raise ValueError(
+            f"the mixer {cfg.recurrent_mixer} has no config.json of its own; expected a mixer with a published format. "
+            "Export with a format that has a place for it."
+        )
+    return published
+
+
+def _student_keys(cfg: ModelConfig, published: PublishedFormat) -> dict[str, Any]:
+    attention = [i for i, name in enumerate(cfg.layer_mixers) if name == SOFTMAX]
     are_last = attention == list(range(cfg.num_layers - len(attention), cfg.num_layers))
     keys: dict[str, Any] = {
         "teacher_model_type": cfg.family,
         "qk_norm": cfg.qk_norm,
         "attention_bias": cfg.qkv_bias,
         "attention_output_bias": cfg.o_bias,
-        "use_rope": mixer.use_rope,
-        "gate_rank_type": _GATE_RANK_TYPES[mixer.gate],
-        "balance_state": mixer.balance_state,
-        "groupnorm_att": mixer.group_norm,
-        "use_tokenshift": mixer.token_shift,
         "num_attention_layers": len(attention) if are_last else 0,
     }
     if not are_last:
         keys["attention_layers"] = attention
-    return keys | {key: getattr(mixer, field) for field, key in RANK_KEYS.items()}
+    return keys | published.write(cfg.mixer)
 
 
 def _rope_keys(cfg: ModelConfig, base: dict[str, Any]) -> dict[str, Any]:

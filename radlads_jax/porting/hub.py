@@ -2,31 +2,38 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
 import tokenizers
 import transformers
+from absl import logging
 
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.porting.config_keys import read_json
-from radlads_jax.porting.safetensors_read import find_files
+from radlads_jax.porting.config_keys import POINTER_BYTES, read_json, refuse_pointer
+from radlads_jax.porting.safetensors_read import INDEX_FILE, SINGLE_FILE, find_files, indexed_files
 from radlads_jax.system.storage import AnyPath, as_path, in_bucket, local_directory
-from radlads_jax.system.untrusted import brief
+from radlads_jax.system.untrusted import brief, listed
 
-# No *.bin, *.pt or *.py: pickles and code are never fetched.
-WEIGHTS = "*.safetensors"
-DOWNLOADED = (WEIGHTS, "*.json", "tokenizer.model", "merges.txt", "vocab.*", "*.jinja")
+# No *.bin, *.pt or *.py: pickles and code are never fetched. All of the top folder alone: those below hold other
+# formats of the same weights (original/, onnx/) and earlier states of them (checkpoint-500/).
+SMALL_FILES = ("*.json", "tokenizer.model", "merges.txt", "vocab.*", "*.jinja")
+BELOW = "*/*"
+# Mistral's own format, beside the one that is read.
+OTHER_WEIGHTS = "consolidated*.safetensors"
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
 _SETTINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve_model_dir(path_or_id: str | os.PathLike, revision: str | None = None) -> AnyPath:
     """The directory of a model: path_or_id itself where it exists, else the downloaded snapshot of that hub id.
 
-    revision: branch, tag or commit on the hub. Raises ValueError where there is neither, where the hub cannot be
+    revision: branch, tag or commit on the hub. Of the weights only files that are read are downloaded.
+    Raises ValueError where there is neither, where the hub cannot be
     reached and the model is not in the local cache, and for a model without safetensors.
     """
     directory = as_path(path_or_id)
@@ -39,10 +46,14 @@ def resolve_model_dir(path_or_id: str | os.PathLike, revision: str | None = None
 def load_tokenizer(directory: str | os.PathLike) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of a model directory, exactly as its tokenizer.json describes it where there is one."""
     directory = as_path(directory)
-    files = local_directory(directory, [pattern for pattern in DOWNLOADED if pattern != WEIGHTS])
+    files = local_directory(directory, SMALL_FILES)
     for name in _SETTINGS:
         if (files / name).is_file():
             read_json(files / name)
+    for name in _VOCABULARIES:
+        if (files / name).is_file():
+            with (files / name).open("rb") as file:
+                refuse_pointer(files / name, file.read(POINTER_BYTES))
     try:
         tokenizer = _read_tokenizer(files)
     except BaseException as error:
@@ -82,8 +93,9 @@ def _read_tokenizer(directory: Path) -> transformers.PreTrainedTokenizerBase:
         # AutoTokenizer would replace the file's splitting rule with the one it knows for the model_type.
         return transformers.PreTrainedTokenizerFast.from_pretrained(directory)
     # AutoTokenizer makes an empty tokenizer where a family's files are missing.
-    if not any((directory / name).is_file() for name in _VOCABULARIES):
-        raise FileNotFoundError(f"it has none of {', '.join(_VOCABULARIES)}")
+    names = [name for name in _VOCABULARIES if name != "merges.txt"]
+    if not any((directory / name).is_file() for name in names):
+        raise FileNotFoundError(f"it has none of {', '.join(names)}")
     return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
@@ -98,12 +110,36 @@ def _is_of_the_files(error: BaseException) -> bool:
 
 
 def check_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, cfg: ModelConfig) -> None:
-    """Raises ValueError for a tokenizer with ids that the model's embedding does not have."""
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= cfg.vocab_size:
+    """Raises ValueError for a tokenizer of another model: one with ids that the model's embedding does not have.
+
+    Added tokens beyond it, which some models' tokenizers have and no text holds, only give a warning: whoever makes
+    ids of text looks at each. The token that ends documents is one that data has.
+    """
+    outside = {token: number for token, number in tokenizer.get_vocab().items() if number >= cfg.vocab_size}
+    if outside.keys() <= tokenizer.get_added_vocab().keys() and tokenizer.eos_token_id not in outside.values():
+        if outside:
+            logging.warning(
+                "the tokenizer has %s with ids that the model's embedding of %d does not have; text with them is "
+                "refused, other text is not affected",
+                listed([f"{brief(token)} ({number})" for token, number in outside.items()]),
+                cfg.vocab_size,
+            )
+        return
+    raise ValueError(
+        f"the tokenizer has ids up to {max(outside.values())} but the model's vocab_size is {cfg.vocab_size}; expected "
+        f"every id below it that text may become: {listed(sorted(outside, key=lambda token: outside[token]))} are not. "
+        "Use the tokenizer that belongs to the model."
+    )
+
+
+def check_ids(ids: Sequence[int], tokenizer: transformers.PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raises ValueError where a text has tokens that the model's embedding does not have."""
+    outside = sorted({i for i in ids if i >= vocab_size})
+    if outside:
         raise ValueError(
-            f"the tokenizer has ids up to {largest} but the model's vocab_size is {cfg.vocab_size}; expected every id "
-            "below it. Use the tokenizer that belongs to the model."
+            f"the text holds {listed([repr(tokenizer.convert_ids_to_tokens(i)) for i in outside])}, whose ids "
+            f"{listed(outside)} the model's embedding of {vocab_size} does not have; expected text without. Leave the "
+            "token out."
         )
 
 
@@ -114,7 +150,13 @@ def _downloaded(model_id: str, revision: str | None) -> Path:
             "'organisation/name'. Check the path."
         )
     try:
-        return Path(huggingface_hub.snapshot_download(model_id, revision=revision, allow_patterns=list(DOWNLOADED)))
+        snapshot = _fetched(model_id, revision, (*SMALL_FILES, SINGLE_FILE))
+        if (snapshot / SINGLE_FILE).is_file():
+            return snapshot
+        # The same commit, even where a branch has moved meanwhile: the snapshot has its name.
+        revision = snapshot.name if _COMMIT.fullmatch(snapshot.name) else revision
+        has_index = (snapshot / INDEX_FILE).is_file()
+        return _fetched(model_id, revision, indexed_files(snapshot / INDEX_FILE) if has_index else ["*.safetensors"])
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
@@ -122,3 +164,11 @@ def _downloaded(model_id: str, revision: str | None) -> Path:
             "model that exists there and can be reached. Check the name and the network, log in for a gated model, or "
             "download it elsewhere and give the directory."
         ) from error
+
+
+def _fetched(model_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    return Path(
+        huggingface_hub.snapshot_download(
+            model_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=[BELOW, OTHER_WEIGHTS]
+        )
+    )

@@ -2,30 +2,28 @@
 
 import functools
 import os
-import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from pallas_kernels.sharded import fitting
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.porting.names import Layout, Location, ParamPath, disk_tensors, flatten, nest, param_shapes, shown
-from radlads_jax.porting.safetensors_read import StoredTensor, open_checkpoint
-from radlads_jax.system.storage import AnyPath, as_path, in_bucket
-from radlads_jax.system.untrusted import listed
+from radlads_jax.models.spec import Layout
+from radlads_jax.models.tensors import param_shapes
+from radlads_jax.models.tree import ParamPath, flatten, nest, shown
+from radlads_jax.porting.model_tensors import model_tensors
+from radlads_jax.porting.names import Location, disk_tensors
+from radlads_jax.porting.safetensors_read import StoredTensor
+from radlads_jax.system.storage import as_path, in_bucket
 
 Params = dict[str, Any]
 # A parameter tree's shardings, one for all, or None for the default device.
 Shardings = dict[str, Any] | Sharding | None
 _Array = TypeVar("_Array", np.ndarray, jax.Array)
-
-_WEIGHT_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
-_BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
 def load_params(
@@ -36,12 +34,11 @@ def load_params(
     Every (stacked) parameter is allocated once on the devices; then each tensor is mapped from its file, its slices
     copied to the devices that hold them, and put into its layer in place: the host never holds more than one tensor.
     Of a tensor in a bucket every device fetches other rows, so that all hosts together read it about once.
-    Raises ValueError listing all missing, unexpected and misshapen tensors before any is read.
+    Raises ValueError as `model_tensors` does, before any is read.
     """
     source = as_path(source_dir)
-    stored = open_checkpoint(source)
+    stored = model_tensors(source, cfg)
     expected = disk_tensors(cfg)
-    check_tensors(stored, expected, source, tied=cfg.tie_embeddings)
     shapes = param_shapes(cfg)
     placement = _by_path(shardings, shapes)
     param_dtype = jnp.dtype(dtype or cfg.param_dtype)
@@ -51,35 +48,6 @@ def load_params(
         location = expected[name]
         params[location.path] = _place(params[location.path], stored[name], location, placement[location.path])
     return nest(params)
-
-
-def check_tensors(
-    stored: dict[str, StoredTensor], expected: dict[str, Location], source: AnyPath, *, tied: bool
-) -> None:
-    """Raises one ValueError with every tensor that is missing, unexpected, misshapen or of a dtype no weight has.
-
-    RoPE's frequency buffers are passed over, and so is a head in the checkpoint of a tied model.
-    """
-    ignored = {name for name in stored if _BUFFERS.search(name) or (tied and name == "lm_head.weight")}
-    both = [name for name in expected if name in stored]
-    problems = {
-        "missing": [name for name in expected if name not in stored],
-        "unexpected": sorted(stored.keys() - expected.keys() - ignored),
-        "misshapen": [
-            f"{name} {list(stored[name].shape)} (expected {list(expected[name].disk_shape)})"
-            for name in both
-            if stored[name].shape != expected[name].disk_shape
-        ],
-        "no float32, float16 or bfloat16": [
-            f"{name} {stored[name].dtype}" for name in both if stored[name].dtype not in _WEIGHT_DTYPES
-        ],
-    }
-    found = [f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names]
-    if found:
-        raise ValueError(
-            f"the tensors in {source} are not those of its model, got {'; '.join(found)}; expected the {len(expected)} "
-            "that its config.json describes. Check that config.json belongs to these weights."
-        )
 
 
 def _by_path(shardings: Shardings, shapes: dict[ParamPath, tuple[int, ...]]) -> dict[ParamPath, Sharding | None]:

@@ -1,20 +1,18 @@
 """The model card (README.md) of an exported student: what it is, how to use it, where it comes from, how near it is."""
 
+import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from radlads_jax.models.config import ModelConfig
+import jax.numpy as jnp
 
-_TITLES = {"rad_rwkv6": "RAD-RWKV6", "rad_rwkv7": "RAD-RWKV7"}
-_TRAINED = {
-    "pretrain": "everything, next-token cross-entropy",
-    "stage1": "the mixers, distance to their attention layers' outputs",
-    "stage2": "everything, KL to the teacher",
-    "stage2a": "everything, KL to the teacher",
-    "stage3": "everything, next-token cross-entropy",
-}
+from radlads_jax.models.config import SOFTMAX, ModelConfig
+from radlads_jax.models.mixers import MIXERS
+from radlads_jax.models.state import mixer_state
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _USE = """\
 ## Use
@@ -38,7 +36,8 @@ def write_model_card(
     """Markdown with the hub's YAML header.
 
     run: a run's settings as nested dicts, as its config.json holds them, for base model, data and recipe. summary: what
-    its summary.json holds, for the scores and the tokens that were really read. What is not given is left out.
+    its summary.json holds, for the scores and, of every stage, what it trained and the tokens that it really read. What
+    is not given is left out.
     """
     base = (run or {}).get("teacher", {}).get("path", "")
     sections = [_header(base), _description(cfg, base), _USE]
@@ -58,23 +57,16 @@ def _header(base: str) -> str:
 
 
 def _description(cfg: ModelConfig, base: str) -> str:
-    mixer = cfg.mixer
-    assert cfg.recurrent_mixer is not None and mixer is not None
-    title = _TITLES[cfg.recurrent_mixer]
-    softmax = [i for i, name in enumerate(cfg.layer_mixers) if name == "attention"]
-    recurrent = cfg.num_layers - len(softmax)
-    per_token = 2 * 2 * cfg.num_kv_heads * cfg.head_dim
-    state = 4 * recurrent * cfg.num_heads * cfg.head_dim**2
-    if mixer.token_shift:
-        state += 2 * recurrent * cfg.hidden_size
-    bound = "state balancing" if mixer.balance_state else "GroupNorm" if mixer.group_norm else "nothing"
+    assert cfg.recurrent_mixer is not None
+    spec = MIXERS[cfg.recurrent_mixer]
+    softmax = [i for i, name in enumerate(cfg.layer_mixers) if name == SOFTMAX]
+    in_bfloat16 = dataclasses.replace(cfg, dtype="bfloat16")
+    per_token = _state_bytes(in_bfloat16, SOFTMAX)
+    state = (cfg.num_layers - len(softmax)) * _state_bytes(in_bfloat16, spec.name)
     facts = {
         "layers": f"{cfg.num_layers}" + (f", of which {_numbers(softmax)} softmax attention" if softmax else ""),
         "width, heads, kv heads, head size": f"{cfg.hidden_size}, {cfg.num_heads}, {cfg.num_kv_heads}, {cfg.head_dim}",
-        "RoPE in the recurrent layers": "yes" if mixer.use_rope else "no",
-        "gate": mixer.gate.replace("_", " "),
-        "output bounded by": bound,
-        "token shift": "yes" if mixer.token_shift else "no",
+        **spec.facts(cfg),
         "state of a sequence": f"{_bytes(state)}, whatever its length"
         + (f", and {_bytes(len(softmax) * per_token)} a token in softmax layers" if softmax else ""),
         "where its teacher keeps": f"{_bytes(cfg.num_layers * per_token)} a token (keys and values in bfloat16)",
@@ -82,9 +74,9 @@ def _description(cfg: ModelConfig, base: str) -> str:
     of_base = f" of {base}" if base else ""
     return "\n".join(
         [
-            f"# {title} student{of_base}",
+            f"# {spec.title} student{of_base}",
             "",
-            f"A {cfg.family} language model whose softmax attention was converted to {title}, a recurrence with a",
+            f"A {cfg.family} language model whose softmax attention was converted to {spec.title}, a recurrence with a",
             "state of constant size, by distillation as in RADLADS",
             "([arXiv 2505.03005](https://arxiv.org/abs/2505.03005)), with radlads_jax.",
             "",
@@ -96,7 +88,7 @@ def _description(cfg: ModelConfig, base: str) -> str:
 
 
 def _recipe(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
-    read = {line["name"]: line["tokens"] for line in (summary or {}).get("stages", ())}
+    done = {line["name"]: line for line in (summary or {}).get("stages", ())}
     data = run["data"]
     text = data.get("path") or data.get("source", "")
     lines = [
@@ -110,9 +102,11 @@ def _recipe(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
     for name in run["stages"]:
         stage = run[name]
         rates = (f"{stage[key]:g} to {stage[f'{key}_final']:g}" for key in ("lr", "mixer_lr"))
-        tokens = read.get(name, stage["tokens"])
+        of_stage = done.get(name, {})
+        tokens = of_stage.get("tokens", stage["tokens"])
+        trains = ", ".join(of_stage[key] for key in ("trains", "loss") if key in of_stage)
         sizes = f"{stage['seq_len']:,} | {stage['batch_size']:,}"
-        lines.append(f"| {name} | {_TRAINED.get(name, '')} | {tokens:,} | {sizes} | {', '.join(rates)} |")
+        lines.append(f"| {name} | {trains} | {tokens:,} | {sizes} | {', '.join(rates)} |")
     return "\n".join(lines)
 
 
@@ -133,6 +127,12 @@ def _scores(summary: Mapping[str, Any]) -> str:
     if summary.get("relative_top1"):
         lines += ["", f"Top-1 relative to the teacher's: {summary['relative_top1']:.2%}."]
     return "\n".join(lines)
+
+
+def _state_bytes(cfg: ModelConfig, mixer: str) -> int:
+    """Of one layer and one sequence; of what is kept by position, for one token."""
+    arrays = mixer_state(cfg, mixer).values()
+    return sum(math.prod(array.shape) * jnp.dtype(array.dtype).itemsize for array in arrays)
 
 
 def _numbers(layers: list[int]) -> str:

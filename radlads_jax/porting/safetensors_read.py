@@ -7,13 +7,14 @@ import collections
 import dataclasses
 import math
 import mmap
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from radlads_jax.porting.config_keys import read_json
+from radlads_jax.porting.config_keys import POINTER_BYTES, read_json, refuse_pointer
 from radlads_jax.system.storage import AnyPath, in_bucket, read_ranges
 from radlads_jax.system.storage import size as size_of
 from radlads_jax.system.untrusted import brief, listed, parse_json
@@ -37,6 +38,7 @@ DTYPES = {
 }
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 _MAX_HEADER_BYTES = 100_000_000  # The format's own limit.
 _MAX_DIMENSIONS = 64  # As in numpy.
@@ -79,16 +81,27 @@ class StoredTensor:
 def open_checkpoint(directory: AnyPath) -> dict[str, StoredTensor]:
     """Every tensor of a model directory by name, not yet read.
 
-    Raises ValueError as `find_files` does, for an index that does not fit its files, and for damaged files.
+    Where there is an index, what it lists: files may hold more, and what none holds is not there. Raises ValueError as
+    `find_files` does, for an index of files that are not there, and for damaged files.
     """
     path = find_files(directory)
     return _read_indexed(path) if path.name == INDEX_FILE else read_header(path)
 
 
 def find_files(directory: AnyPath) -> AnyPath:
-    """A directory's model.safetensors, else its index, else its only safetensors file; ValueError where none is."""
+    """A directory's model.safetensors, else its index, else its only safetensors file.
+
+    Raises ValueError where none is, and where an adapter lies there, whose weights are only a difference to a model's.
+    """
     if not directory.is_dir():
         raise ValueError(f"{directory} is no directory; expected a Hugging Face model directory. Check the path.")
+    adapter = [name for name in ADAPTER_FILES if (directory / name).is_file()]
+    if adapter:
+        raise ValueError(
+            f"{directory} holds an adapter ({', '.join(adapter)}), which would be left out; expected whole weights. "
+            f"Merge it into its base model: {merge_command(directory)} and use merged/ instead; or, to use a base "
+            "model that lies beside it as it is, move the adapter's files away."
+        )
     for name in (SINGLE_FILE, INDEX_FILE):
         if (directory / name).is_file():
             return directory / name
@@ -110,11 +123,23 @@ def find_files(directory: AnyPath) -> AnyPath:
     )
 
 
+def merge_command(directory: AnyPath) -> str:
+    """The command that writes an adapter's model with the adapter merged in."""
+    code = (
+        "import sys, peft, transformers; d = sys.argv[1]; "
+        "peft.AutoPeftModelForCausalLM.from_pretrained(d, dtype='auto').merge_and_unload().save_pretrained('merged'); "
+        "transformers.AutoTokenizer.from_pretrained(d).save_pretrained('merged')"
+    )
+    return f'python -c "{code}" {shlex.quote(str(directory))}'
+
+
 def read_header(path: AnyPath) -> dict[str, StoredTensor]:
     """The tensors of one file; ValueError where the header is not exactly what the format asks for."""
     size = size_of(path)
     with path.open("rb") as file:
         prefix = file.read(8)
+        if prefix.startswith(b"version "):
+            refuse_pointer(path, prefix + file.read(POINTER_BYTES))
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > _MAX_HEADER_BYTES or 8 + length > size:
             raise ValueError(
@@ -135,36 +160,36 @@ def read_header(path: AnyPath) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _read_indexed(index: AnyPath) -> dict[str, StoredTensor]:
-    directory = index.parent
+def indexed_files(index: AnyPath) -> list[str]:
+    """The names of the files that an index lists, each once; ValueError for what is no index of files beside it."""
+    return sorted(set(_weight_map(index).values()))
+
+
+def _weight_map(index: AnyPath) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map with entries; expected tensor names with file names. {_AGAIN}")
-    names = sorted({name for name in weight_map.values() if isinstance(name, str)})
-    strange = [repr(n) for n in weight_map.values() if not isinstance(n, str)] + [n for n in names if not _is_plain(n)]
+    names = {name for name in weight_map.values() if isinstance(name, str)}
+    strange = [repr(n) for n in weight_map.values() if not isinstance(n, str)]
+    strange += [n for n in sorted(names) if not _is_plain(n)]
     if strange:
         raise ValueError(
             f"{index} points at {listed(strange)}; expected names of .safetensors files in its directory. {_AGAIN}"
         )
+    return weight_map
+
+
+def _read_indexed(index: AnyPath) -> dict[str, StoredTensor]:
+    directory, weight_map = index.parent, _weight_map(index)
+    names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise ValueError(
             f"{directory} lacks {listed(missing)}; expected all {len(names)} files that {INDEX_FILE} lists. "
             "Download them."
         )
-    tensors: dict[str, StoredTensor] = {}
-    for file in names:
-        stored = read_header(directory / file)
-        there = {name for name, where in weight_map.items() if where == file}
-        if stored.keys() != there:
-            raise ValueError(
-                f"{directory / file} and {INDEX_FILE} disagree: only in the file "
-                f"[{listed([repr(n) for n in sorted(stored.keys() - there)])}], only in the index "
-                f"[{listed([repr(n) for n in sorted(there - stored.keys())])}]; expected the same tensors. "
-                "Download both again."
-            )
-        tensors |= stored
-    return tensors
+    stored = {file: read_header(directory / file) for file in names}
+    return {name: stored[file][name] for name, file in weight_map.items() if name in stored[file]}
 
 
 def _is_plain(name: str) -> bool:

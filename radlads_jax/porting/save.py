@@ -2,39 +2,25 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.porting.hf_export import auto_map, hf_config_from_model, modelling_files
-from radlads_jax.porting.load import Params, to_disk
+from radlads_jax.models.tensors import param_shapes
+from radlads_jax.models.tree import flatten, shown
+from radlads_jax.porting.load import Params
 from radlads_jax.porting.model_card import write_model_card
-from radlads_jax.porting.names import Layout, Location, disk_tensors, flatten, param_shapes, shown
 from radlads_jax.porting.safetensors_write import PlannedTensor, plan_files, write_file, write_index
+from radlads_jax.porting.tokenizer_files import write_tokenizer
+from radlads_jax.porting.writers import HUGGINGFACE, writer_named
 from radlads_jax.system.storage import AnyPath, as_path, children, copy_file, empty, in_bucket, write_text
 
-# Copied from the teacher's directory where they are there; nothing else is, in particular no code.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 GENERATION_CONFIG = "generation_config.json"
 MODEL_CARD = "README.md"
 # In a bucket: the mark of an export that is not yet whole.
@@ -56,6 +42,7 @@ def save_params(
     config_updates: dict[str, Any] | None = None,
     extra_files: Sequence[str | os.PathLike] = (),
     model_card: str | None = None,
+    writer: str = HUGGINGFACE,
 ) -> AnyPath:
     """Writes safetensors, config.json, the tokenizer's files and generation_config.json; returns the directory.
 
@@ -65,7 +52,7 @@ def save_params(
     dtype: "float32" or "bfloat16"; None keeps each parameter's own. max_shard_size: bytes of a file.
     generation_config: default: tokenizer_from's file, else the token ids of base_config.
     retie: leave the head out and write tie_word_embeddings true. extra_files: copied in by name.
-    model_card: README.md's text; default for a student: what its configuration says.
+    model_card: README.md's text; default for a student: what its configuration says. writer: a name of WRITERS.
     Tensors leave the devices one at a time. Everything goes into a hidden sibling directory that is renamed at the end;
     an earlier export of that name is removed after the rename. In a bucket, where nothing can be renamed, an earlier
     export goes first, and until all is there .partial lies beside it. With several processes all must call this; the
@@ -83,11 +70,12 @@ def save_params(
     flat = flatten(params)
     _check_params(flat, cfg)
     cfg = dataclasses.replace(cfg, tie_embeddings=cfg.tie_embeddings or retie)
-    tensors = [_planned(name, flat, location, dtype) for name, location in disk_tensors(cfg).items()]
-    config = hf_config_from_model(cfg, base_config)
+    form = writer_named(writer)
+    form.require(cfg, tokenizer_from)
+    tensors = form.tensors(flat, cfg, dtype)
+    config = form.config(cfg, base_config)
     config["torch_dtype"] = dtype or str(flat["embed", "embedding"].dtype)
-    if classes := auto_map(cfg):
-        config["auto_map"] = classes
+    if cfg.recurrent_mixer is not None:
         model_card = model_card or write_model_card(cfg)
     config |= config_updates or {}
     check_target(directory, tokenizer_from)
@@ -98,7 +86,7 @@ def save_params(
                 write_file(partial / name, planned)
             if len(files) > 1:
                 write_index(partial, files)
-            _copy_files(partial, tokenizer_from, [*modelling_files(cfg), *extra_files])
+            _copy_files(partial, tokenizer_from, [*form.files(cfg), *extra_files])
             if model_card:
                 write_text(partial / MODEL_CARD, model_card)
             _write_generation_config(partial, generation_config, tokenizer_from, base_config)
@@ -128,34 +116,6 @@ def _check_params(flat: dict, cfg: ModelConfig) -> None:
             f"the parameters are not those of the model to export, got {'; '.join(found)}; expected the {len(shapes)} "
             "of its configuration. Export with the configuration that the parameters were made with."
         )
-
-
-def _planned(name: str, flat: dict, location: Location, dtype: str | None) -> PlannedTensor:
-    param = flat[location.path]
-    disk_dtype = np.dtype(jnp.dtype(dtype or param.dtype))
-    return PlannedTensor(name, location.disk_shape, disk_dtype, lambda: _fetched(param, location, disk_dtype))
-
-
-def _fetched(param: jax.Array, location: Location, dtype: np.dtype) -> np.ndarray:
-    """One layer's tensor on the host; where several processes share an array, every one gets the whole tensor."""
-    replicated = None
-    if isinstance(param, jax.Array) and not param.is_fully_addressable:
-        assert isinstance(param.sharding, NamedSharding)
-        replicated = NamedSharding(param.sharding.mesh, PartitionSpec())
-    index = np.array(location.index, np.int32)
-    taken = _reader(replicated)(param, index, axes=len(location.index), layout=location.layout, dtype=dtype)
-    return np.asarray(taken)
-
-
-@functools.cache
-def _reader(sharding: Sharding | None) -> Callable[..., jax.Array]:
-    return jax.jit(_taken, static_argnames=("axes", "layout", "dtype"), out_shardings=sharding)
-
-
-def _taken(param: jax.Array, index: jax.Array, *, axes: int, layout: Layout, dtype: np.dtype) -> jax.Array:
-    for axis in range(axes):
-        param = jax.lax.dynamic_index_in_dim(param, index[axis], axis=0, keepdims=False)
-    return to_disk(param.astype(dtype), layout)
 
 
 def _take_part(files: dict[str, list[PlannedTensor]]) -> None:
@@ -225,9 +185,7 @@ def _appearing(directory: AnyPath) -> Iterator[AnyPath]:
 
 def _copy_files(target: AnyPath, tokenizer_from: AnyPath | None, extra_files: Sequence[str | os.PathLike]) -> None:
     if tokenizer_from is not None:
-        for name in TOKENIZER_FILES:
-            if (tokenizer_from / name).is_file():
-                copy_file(tokenizer_from / name, target / name)
+        write_tokenizer(tokenizer_from, target)
     for file in map(as_path, extra_files):
         copy_file(file, target / file.name)
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.table import Table
 
-from radlads_jax.models import sharding
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import Params, init_params
+from radlads_jax.models.placement import shardings
 from radlads_jax.models.tree import merge_params, path_leaves, split_params
 
 COPIED_PROJECTIONS = ("q", "k", "v", "o", "q_norm", "k_norm")
@@ -43,9 +43,9 @@ def _init_recurrent(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[int], Para
 
     def init(seed: jax.Array) -> Params:
         stacks = init_params(cfg, jax.random.key(seed))["stacks"]
-        return {"stacks": {i: {"mixer": stacks[i]["mixer"]} for i, (m, _) in enumerate(cfg.stacks) if m != "attention"}}
+        return {"stacks": {i: {"mixer": stacks[i]["mixer"]} for i in range(len(cfg.stacks)) if cfg.is_recurrent(i)}}
 
-    return jax.jit(init, out_shardings=sharding.shardings(mesh, jax.eval_shape(init, 0)))
+    return jax.jit(init, out_shardings=shardings(mesh, jax.eval_shape(init, 0), cfg))
 
 
 def _refresh(cfg: ModelConfig, mixer: Params, key: jax.Array, mesh: Mesh | None) -> None:
@@ -70,7 +70,7 @@ def whole_student(cfg: ModelConfig, base: Params, mixers: Params) -> Params:
 
 def _in_recurrent_mixer(cfg: ModelConfig, path: str) -> bool:
     parts = path.split("/")
-    return parts[0] == "stacks" and parts[2] == "mixer" and cfg.stacks[int(parts[1])][0] != "attention"
+    return parts[0] == "stacks" and parts[2] == "mixer" and cfg.is_recurrent(int(parts[1]))
 
 
 def transfer_table(cfg: ModelConfig, student: Params, teacher: Params, *, fresh_qkvo: bool = False) -> Table:

@@ -1,14 +1,16 @@
 """The page of a run: what it holds, section by section."""
 
+import dataclasses
 import json
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from radlads_jax.config import Student
 from radlads_jax.reporting.charts import Curve, Real, heat_height, heat_map, line_chart, short
 from radlads_jax.reporting.page import (
     amount,
@@ -27,27 +29,23 @@ from radlads_jax.reporting.quality import evaluation, quality, samples
 from radlads_jax.reporting.run_log import RunLog, StageLog, number, ranges, read_run
 from radlads_jax.system import storage
 
-LOSSES = {
-    "stage1": "distance to attention's outputs",
-    "stage2": "KL to the teacher",
-    "stage2a": "KL to the teacher",
-}
-CROSS_ENTROPY = "next-token cross-entropy"
 
-
-def write_report(workdir: str | os.PathLike, *, usd_per_hour: Real | None = None) -> storage.AnyPath:
+def write_report(
+    workdir: str | os.PathLike, *, usd_per_hour: Real | None = None, losses: Mapping[str, str] | None = None
+) -> storage.AnyPath:
     """Writes the page from what the directory holds so far; returns its path.
 
-    usd_per_hour: price of the whole machine, for the cost. Raises ValueError where there is no run.
+    usd_per_hour: price of the whole machine, for the cost. losses: what each stage's loss is, in words. Raises
+    ValueError where there is no run.
     """
-    html = report_html(read_run(workdir), usd_per_hour)
+    html = report_html(read_run(workdir), usd_per_hour, losses)
     path = storage.as_path(workdir) / "report" / "index.html"
     path.parent.mkdir(exist_ok=True)
     storage.write_text(path, html)
     return path
 
 
-def report_html(run: RunLog, usd_per_hour: Real | None = None) -> str:
+def report_html(run: RunLog, usd_per_hour: Real | None = None, losses: Mapping[str, str] | None = None) -> str:
     """The page as text. Whatever comes from the run is escaped."""
     teacher, student = names_of(run)
     title = f"{Path(teacher).name or 'A run from scratch'} to {student}" if teacher or student else run.workdir.name
@@ -57,7 +55,7 @@ def report_html(run: RunLog, usd_per_hour: Real | None = None) -> str:
         ("evaluation", "Evaluation", evaluation(run.evaluation)),
         ("samples", "Samples", samples(run.summary.get("samples") or [])),
         ("stages", "Stages", stages_table(run)),
-        ("loss", "Loss", loss_charts(trained)),
+        ("loss", "Loss", loss_charts(trained, losses or {})),
         ("rates", "Learning rate", rate_charts(trained)),
         ("alignment", "Alignment error by layer", alignment(run)),
         ("gradient", "Gradient norm", one_chart_each(trained, "grad_norm", "norm before the clip")),
@@ -73,7 +71,7 @@ def names_of(run: RunLog) -> tuple[str, str]:
     """The teacher's path and the student's mixer as one says them."""
     teacher = str((run.config.get("teacher") or {}).get("path") or "")
     mixer = str((run.config.get("student") or {}).get("mixer") or "")
-    return teacher, mixer.replace("rad_rwkv", "RAD-RWKV")
+    return teacher, mixer.upper().replace("_", "-")
 
 
 def head(run: RunLog) -> str:
@@ -119,13 +117,13 @@ def stages_table(run: RunLog) -> str:
     return table(columns, rows) + '<p class="soft">The last loss is the mean of 20 steps.</p>'
 
 
-def loss_charts(stages: Sequence[StageLog]) -> str:
+def loss_charts(stages: Sequence[StageLog], losses: Mapping[str, str]) -> str:
     if not stages:
         return none("No step logged yet.")
     figures = []
     for stage in stages:
         marks = [float(step * stage.x_unit) for step in stage.skipped()]
-        what = LOSSES.get(stage.name, CROSS_ENTROPY)
+        what = losses.get(stage.name, "loss")
         figures.append(_chart(stage, [Curve("loss", stage.curve("loss"))], what, marks=marks))
     return charts(figures) + '<p class="soft">Many steps are drawn as their mean with their range as a shade.</p>'
 
@@ -226,7 +224,8 @@ def recipe(run: RunLog) -> str:
         return none("The directory has no config.json.")
     teacher, student = names_of(run)
     data, given = run.config.get("data") or {}, run.config.get("student") or {}
-    switches = {k: v for k, v in given.items() if v not in ("", [], False, 0, None) and k != "mixer"}
+    chosen = dataclasses.asdict(Student())
+    switches = {k: v for k, v in given.items() if v not in ("", [], None, chosen.get(k)) and k != "mixer"}
     apart = "see each other" if data.get("cross_document") else "are kept apart"
     lines = [
         ("teacher", teacher),

@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 
-from radlads_jax.models import sharding
+from radlads_jax.distill.stages import stage_losses
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import Params, abstract_params
+from radlads_jax.models.placement import shardings
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.hf_export import hf_config_from_model
@@ -84,7 +85,7 @@ def finish(job: Job, student: Params, teacher: Params | None, stages: list[dict[
         scored = True
     finally:
         if not scored and hosts.is_first():
-            write_report(job.workdir)
+            write_report(job.workdir, losses=stage_losses())
     return _complete(job, summary, to_do, (job.student, student), teacher)
 
 
@@ -108,7 +109,7 @@ def go_on(job: Job, summary: dict[str, Any]) -> dict[str, Any]:
     display.say(f"{job.workdir} is finished; nothing to do. Its results, from {job.workdir / 'summary.json'}:")
     display.show(heldout.results_table(summary))
     if hosts.is_first() and not (job.workdir / "report" / "index.html").exists():
-        write_report(job.workdir)
+        write_report(job.workdir, losses=stage_losses())
     return summary
 
 
@@ -127,7 +128,7 @@ def _complete(
             _keep(job, summary, to_do)
     finally:
         if hosts.is_first():
-            write_report(job.workdir)
+            write_report(job.workdir, losses=stage_losses())
     if "samples" in to_do:
         summary = {name: value for name, value in summary.items() if name != "samples"}
         if student is not None:
@@ -136,7 +137,7 @@ def _complete(
         _keep(job, summary, [])
     display.show(heldout.results_table(summary))
     if hosts.is_first():
-        display.say(f"how it went, as a page: {write_report(job.workdir)}")
+        display.say(f"how it went, as a page: {write_report(job.workdir, losses=stage_losses())}")
     return summary
 
 
@@ -165,7 +166,7 @@ def export(job: Job, student: Params) -> None:
 def _write_card(job: Job, summary: dict[str, Any]) -> None:
     """The export's model card, with the run's recipe and scores."""
     if job.student.recurrent_mixer is not None and hosts.is_first():
-        card = write_model_card(job.student, run=dataclasses.asdict(job.run), summary=summary)
+        card = write_model_card(job.student, run=job.run.settings(), summary=summary)
         storage.write_text(job.workdir / "export" / MODEL_CARD, card)
 
 
@@ -174,5 +175,5 @@ def _exported(job: Job) -> tuple[ModelConfig, Params]:
     directory = job.workdir / "export"
     dtype = job.student.dtype
     cfg = dataclasses.replace(model_config_from_hf(read_config(directory)), dtype=dtype)
-    placed = sharding.shardings(job.mesh, abstract_params(cfg))
+    placed = shardings(job.mesh, abstract_params(cfg), cfg)
     return cfg, load_params(directory, cfg, dtype=dtype, shardings=placed)

@@ -79,10 +79,15 @@ def evaluate(
 
 
 def continue_prompts(
-    cfg: ModelConfig, params: Params, tokenizer: Any, prompts: tuple[str, ...], new_tokens: int
+    cfg: ModelConfig,
+    params: Params,
+    tokenizer: Any,
+    prompts: tuple[str, ...],
+    new_tokens: int,
+    beginning: tuple[int, ...] = (),
 ) -> list[str]:
-    """The greedy continuation of every prompt, cut at the end-of-text token."""
-    ids = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
+    """The greedy continuation of every prompt, begun as documents are, cut at the end-of-text token."""
+    ids = [[*beginning, *prompt_tokens(tokenizer, prompt)] for prompt in prompts]
     width = max(map(len, ids))
     rows = np.stack([np.pad(row, (width - len(row), 0), constant_values=-1) for row in ids]).astype(np.int32)
     out = hosts.fetched(generate_greedy(cfg, params, rows, new_tokens)).tolist()
@@ -129,7 +134,7 @@ def write_samples(job: Job, models: Mapping[str, tuple[ModelConfig, Params]]) ->
     """Continues the job's prompts by every model, into DIR/samples.md; of each {"prompt", model's name: text}."""
     prompts, train = job.run.train.sample_prompts, job.run.train
     texts = {
-        name: continue_prompts(cfg, params, job.tokenizer, prompts, train.sample_tokens)
+        name: continue_prompts(cfg, params, job.tokenizer, prompts, train.sample_tokens, job.beginning)
         for name, (cfg, params) in models.items()
     }
     if hosts.is_first():

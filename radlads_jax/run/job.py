@@ -8,20 +8,24 @@ import jax
 from jax.sharding import Mesh
 
 from radlads_jax.config import RunConfig
-from radlads_jax.data import binidx, pipeline, prepare, sources, synthetic
+from radlads_jax.data import binidx, pipeline, prepare, synthetic
 from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill.program import check_trainable
 from radlads_jax.distill.stages import STAGES
+from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models import sharding
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import Params, abstract_params, init_params
+from radlads_jax.models.mixers import mixer_spec
+from radlads_jax.models.placement import shardings
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.hub import check_tokenizer, load_tokenizer, resolve_model_dir
-from radlads_jax.porting.load import check_tensors, load_params
-from radlads_jax.porting.names import disk_tensors
-from radlads_jax.porting.safetensors_read import open_checkpoint
-from radlads_jax.porting.student_config import make_student_config
+from radlads_jax.porting.load import load_params
+from radlads_jax.porting.model_tensors import model_tensors
+from radlads_jax.porting.tokenizer_files import check_exportable
+from radlads_jax.run import fingerprint
+from radlads_jax.run.tokens import Tokens, find_tokens
 from radlads_jax.system import hosts
 from radlads_jax.system.storage import AnyPath, as_path
 
@@ -34,7 +38,8 @@ class Job:
 
     source: the teacher's directory, None where the run starts from fresh weights. base_config: its config.json.
     teacher: the teacher's dimensions, its stacks cut at the student's boundaries. eval_tokens: held out at the end.
-    mesh: the devices the run is spread over, None for one.
+    mesh: the devices the run is spread over, None for one. beginning: ids that documents begin with. depends: what a
+    continuation has to find again, by contents.
     """
 
     run: RunConfig
@@ -48,10 +53,12 @@ class Job:
     token_file: binidx.TokenFile
     eval_tokens: int
     mesh: Mesh | None = None
+    beginning: tuple[int, ...] = ()
+    depends: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def load_teacher(self, dtype: str) -> Params:
         """The teacher's parameters, from its files or, for a run from scratch, fresh ones; born where they lie."""
-        placed = sharding.shardings(self.mesh, abstract_params(self.teacher))
+        placed = shardings(self.mesh, abstract_params(self.teacher), self.teacher)
         if self.source is None:
             cfg = dataclasses.replace(self.teacher, param_dtype=dtype)
             init = init_params if placed is None else jax.jit(init_params, static_argnums=0, out_shardings=placed)
@@ -66,7 +73,7 @@ class Job:
             self.token_file,
             seq_len=recipe.seq_len,
             batch_size=rows,
-            seed=self.run.seed * len(STAGES) + list(STAGES).index(name),
+            seed=STAGES[name].order_seed(self.run.seed),
             eval_tokens=self.eval_tokens,
             cross_document=self.run.data.cross_document,
             rows_of_batch=sharding.own_rows(self.mesh, rows),
@@ -75,6 +82,7 @@ class Job:
 
 def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     """Checks teacher, student, tokenizer and data, in this order; raises ValueError for the first that is wrong."""
+    mixer_spec(run.student.mixer)  # a typo is told before anything is read
     mesh, workdir = mesh_lib.make_mesh(run), as_path(workdir)
     source = resolve_model_dir(run.teacher.path, run.teacher.revision or None) if run.teacher.path else None
     base_config = read_config(source) if source else dict(run.teacher.scratch)
@@ -86,16 +94,20 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
         )
     if source is not None:
         # Only headers are read here: a damaged file shows now, not after the data has been tokenised.
-        check_tensors(open_checkpoint(source), disk_tensors(original), source, tied=original.tie_embeddings)
+        model_tensors(source, original)
     student = make_student_config(original, run)
     check_trainable(run, student)
     with hosts.first_alone("data"):
         tokenizer_dir = _tokenizer_dir(run, workdir, source)
         tokenizer = load_tokenizer(tokenizer_dir)
         check_tokenizer(tokenizer, student)
-        token_file = _token_file(run, workdir, tokenizer, student)
+        check_exportable(tokenizer_dir)
+        tokens = find_tokens(run, workdir, tokenizer, student.vocab_size)
     eval_tokens = run.data.eval_rows * (run.stage(run.stages[0]).seq_len if run.stages else EVAL_SEQ_LEN)
-    _check_rows(run, token_file, eval_tokens)
+    _check_rows(run, tokens.file, eval_tokens)
+    depends = _depends(source, base_config, tokenizer, tokens)
+    if not fingerprint.is_finished(workdir):
+        _require_same(workdir, depends)
     return Job(
         run,
         workdir,
@@ -105,10 +117,38 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
         student,
         tokenizer_dir,
         tokenizer,
-        token_file,
+        tokens.file,
         eval_tokens,
         mesh,
+        tokens.beginning,
+        depends,
     )
+
+
+def _depends(source: AnyPath | None, base_config: dict[str, Any], tokenizer: Any, tokens: Tokens) -> dict[str, Any]:
+    """What the run depends on, by its contents."""
+    data = {"token_file": tokens.file.prefix.name, "tokens": fingerprint.of_tokens(tokens.file)}
+    return {
+        "teacher": fingerprint.of_teacher(source, base_config) if source else None,
+        "commit": fingerprint.hub_commit(source) if source else None,
+        "tokenizer": prepare.tokenizer_hash(tokenizer.backend_tokenizer),
+        "data": {**tokens.recipe, "beginning": list(tokens.beginning), **data},
+    }
+
+
+def _require_same(workdir: AnyPath, depends: dict[str, Any]) -> None:
+    """Raises ValueError where the run in the work directory began with others."""
+    begun = fingerprint.read(workdir)
+    commit = begun.get("commit")
+    moved = commit is not None and commit != depends["commit"]
+    hint = f"Its teacher was the commit {commit}: --config.teacher.revision={commit}." if moved else ""
+    fingerprint.require_same(_comparable(begun), _comparable(depends), workdir, hint)
+
+
+def _comparable(depends: dict[str, Any]) -> dict[str, Any]:
+    """What a continuation has to have the same of: the tokens of all that is known of the data."""
+    parts = {part: depends[part] for part in ("teacher", "tokenizer") if part in depends}
+    return parts | ({"tokens": depends["data"]["tokens"]} if "data" in depends else {})
 
 
 def _check_rows(run: RunConfig, token_file: binidx.TokenFile, eval_tokens: int) -> None:
@@ -138,28 +178,3 @@ def _tokenizer_dir(run: RunConfig, workdir: AnyPath, source: AnyPath | None) -> 
     if not (directory / "tokenizer_config.json").exists():
         synthetic.save_tokenizer(synthetic.train_tokenizer(run.teacher.scratch["vocab_size"]), directory)
     return directory
-
-
-def _token_file(run: RunConfig, workdir: AnyPath, tokenizer: Any, student: ModelConfig) -> binidx.TokenFile:
-    data = run.data
-    needed = max((run.stage(name).tokens for name in run.stages), default=0)
-    limit = data.max_tokens or (needed + needed // 50 + 10**6 if data.streaming else None)
-    source = sources.Source(
-        data.path or "synthetic",
-        kind=data.source,
-        text_field=data.text_field,
-        separator=data.separator,
-        config=data.name or None,
-        split=data.split,
-        streaming=data.streaming,
-        seed=data.seed,
-        num_documents=data.documents if data.source == "synthetic" else None,
-    )
-    return prepare.prepare(
-        source,
-        tokenizer.backend_tokenizer,
-        workdir / "data",
-        vocab_size=student.vocab_size,
-        eos_id=tokenizer.eos_token_id,
-        max_tokens=limit,
-    )

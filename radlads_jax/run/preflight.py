@@ -17,24 +17,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from pallas_kernels import dispatch
-from pallas_kernels.wkv6.api import IMPLEMENTATIONS as WKV6
-from pallas_kernels.wkv7.api import IMPLEMENTATIONS as WKV7
 from radlads_jax.data import pipeline
+from radlads_jax.data.tokenise import prompt_beginning
 from radlads_jax.distill.program import abstract_state
 from radlads_jax.models import sharding
 from radlads_jax.models.decoder import Params
+from radlads_jax.models.mixers import MIXERS
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.porting.names import disk_tensors
-from radlads_jax.run import ending, heldout
+from radlads_jax.run import ending, heldout, rates
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.job import Job
+from radlads_jax.run.tokens import described
 from radlads_jax.system import hosts
 from radlads_jax.system.untrusted import brief, listed
 
 # Random weights are at log(vocab) or above it, and so is a teacher that reads another tokenizer's ids; one that can say
 # something of its text is far below.
 NEAR_CHANCE = 0.85
-RECURRENCES = {"rad_rwkv6": ("wkv6", WKV6), "rad_rwkv7": ("wkv7", WKV7)}
 
 
 class Finding(NamedTuple):
@@ -58,7 +58,8 @@ def check(job: Job, *, force: bool = False, whole: bool = False) -> Params | Non
     if begun and not whole:
         findings = [disk(job)]
     else:
-        findings = [disk(job), data(job), tokenizer(job), checkpoints(job)]
+        findings = [disk(job), data(job), Finding("rates", rates.described(job.run, job.student))]
+        findings += [tokenizer(job), checkpoints(job)]
         if job.source is not None and job.student.recurrent_mixer:
             teacher = job.load_teacher(job.run.teacher.dtype)
             findings.append(teacher_loss(job, teacher))
@@ -115,16 +116,19 @@ def data(job: Job) -> Finding:
         )
         shares.append(f"{name} reads {f'{share:.0%} of them' if share <= 1 else f'them {share:.1f} times'}")
     count = job.token_file.num_tokens - job.eval_tokens
-    return Finding("data", f"{count:,} tokens besides {job.eval_tokens:,} held out; {', '.join(shares)}")
+    read = f"{count:,} tokens besides {job.eval_tokens:,} held out, of {described(job.token_file, job.depends['data'])}"
+    return Finding("data", f"{read}; {', '.join(shares)}")
 
 
 def tokenizer(job: Job) -> Finding:
     """Whether the data's tokenizer numbers tokens as the teacher's own does, where the teacher has another."""
     vocab, end = job.tokenizer.get_vocab(), job.tokenizer.eos_token
-    ends = (
-        "documents are not ended" if end is None else f"documents end with {brief(end)} ({job.tokenizer.eos_token_id})"
-    )
-    found = f"{len(vocab):,} tokens in a vocabulary of {job.teacher.vocab_size:,}; {ends}"
+    ends = "are not ended" if end is None else f"end with {brief(end)} ({job.tokenizer.eos_token_id})"
+    first = brief(job.tokenizer.decode(list(job.beginning)))
+    begin = f"begin with {first} ({', '.join(map(str, job.beginning))}) and " if job.beginning else ""
+    if job.beginning != (usual := prompt_beginning(job.tokenizer)):
+        ends += f"; prompts begin otherwise, with {brief(job.tokenizer.decode(list(usual)) or 'nothing')}"
+    found = f"{len(vocab):,} tokens in a vocabulary of {job.teacher.vocab_size:,}; documents {begin}{ends}"
     own = _own_vocabulary(job)
     moved = [token for token, number in vocab.items() if own.get(token, number) != number]
     if not moved:
@@ -216,11 +220,12 @@ def kernels(job: Job) -> Finding:
     sizes = {} if job.mesh is None else {axis: size for axis, size in job.mesh.shape.items() if size > 1}
     used = "one device" if job.mesh is None else " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     found = f"{used} of {jax.device_count()} ({jax.devices()[0].device_kind})"
-    if job.student.recurrent_mixer is not None:
-        operation, implementations = RECURRENCES[job.student.recurrent_mixer]
-        run = dispatch.choose(operation, implementations, None, (job.student.head_dim, job.student.head_dim))
-        name = next(name for name, function in implementations.items() if function is run)
-        found = f"{operation} runs as {name} on {found}"
+    operator = MIXERS[job.student.recurrent_mixer].operator if job.student.recurrent_mixer else None
+    if operator is not None:
+        head_sizes = (job.student.head_dim, job.student.head_dim)
+        run = dispatch.choose(operator.name, operator.implementations, None, head_sizes)
+        name = next(name for name, function in operator.implementations.items() if function is run)
+        found = f"{operator.name} runs as {name} on {found}"
     return Finding("kernels", found)
 
 

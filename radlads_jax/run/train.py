@@ -14,12 +14,12 @@ from radlads_jax.distill.optim import learning_rates
 from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.train_state import TrainState
-from radlads_jax.models import sharding
+from radlads_jax.models import placement, sharding
 from radlads_jax.models.decoder import Params
-from radlads_jax.models.tree import overlay_params, split_params
+from radlads_jax.models.tree import overlay_params, path_leaves, split_params
 from radlads_jax.planning.cost import model_flops
 from radlads_jax.porting.student import init_mixers, transfer_table, whole_student
-from radlads_jax.run import ending
+from radlads_jax.run import ending, fingerprint
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.checkpoint_sums import DamagedCheckpoint
 from radlads_jax.run.display import say, show
@@ -106,9 +106,10 @@ def convert(job: Job, teacher: Params | None = None, begun: Callable[[], None] =
     if (summary := ending.finished(job)) is not None:
         begun()
         return ending.go_on(job, summary)
+    fingerprint.remember(job.workdir, job.depends)
     if teacher is None and job.student.recurrent_mixer:
         teacher = job.load_teacher(job.run.teacher.dtype)
-    project, settings = job.run.train.wandb_project, dataclasses.asdict(job.run)
+    project, settings = job.run.train.wandb_project, job.run.settings()
     wandb = WandbCurves(job.workdir, project, settings) if project and hosts.is_first() else None
     with MetricsLogger(job.workdir, wandb=wandb) as logger, stop_signals() as stopping:
         stages, student = train_all(_Run(job, teacher, logger, stopping, begun))
@@ -237,7 +238,7 @@ class _StageRun:
             show(transfer_table(job.student, student, teacher, fresh_qkvo=job.run.student.fresh_qkvo))
         params, frozen = split_params(student, is_trainable(job.run, job.student, name))
         del student
-        return create_state(job.run, name, params, job.mesh), frozen
+        return create_state(job.run, job.student, name, params, job.mesh), frozen
 
     def _flush(self) -> None:
         """Logs the steps that have been computed since the last time; TooManyNonFinite where they are to end it."""
@@ -298,6 +299,8 @@ def _summary_line(job: Job, name: str, meta: dict[str, Any]) -> dict[str, Any]:
     timed = meta["timed_steps"] * tokens_per_step
     return {
         "name": name,
+        "trains": STAGES[name].trains,
+        "loss": STAGES[name].loss,
         "steps": recipe.steps,
         "tokens": recipe.steps * tokens_per_step,
         "seconds": meta["seconds"],
@@ -330,6 +333,7 @@ def student_after(job: Job, stages: Sequence[str], teacher: Params | None, *, wh
     if job.student.recurrent_mixer is not None:
         fresh = job.run.student.fresh_qkvo
         params = init_mixers(job.student, teacher or {}, job.run.seed, fresh_qkvo=fresh, mesh=job.mesh)
+        _check_frozen(job, params)
     if whole:
         params = whole_student(job.student, job.load_teacher("float32"), params)
     for name in stages:
@@ -342,11 +346,23 @@ def student_after(job: Job, stages: Sequence[str], teacher: Params | None, *, wh
     return params
 
 
+def _check_frozen(job: Job, mixers: Params) -> None:
+    """Raises ValueError where the mixers' weights that a stage freezes are not those that the run began with."""
+    values: dict[str, list[float]] = {}
+    for name in job.run.stages:
+        if job.run.stage(name).freeze:
+            _, frozen = split_params(mixers, is_trainable(job.run, job.student, name))
+            values |= fingerprint.of_values(path_leaves(frozen))
+    if values:
+        fingerprint.require_same_values(fingerprint.read(job.workdir).get("frozen", {}), values, job.workdir)
+        fingerprint.remember(job.workdir, {"frozen": values})
+
+
 def _stored_params(job: Job, checkpoints: Checkpoints, params: Params, step: int) -> Params:
     """The part of `params` that a checkpoint holds, read from it."""
     stored = checkpoints.shapes(step)
     wanted, _ = split_params(params, lambda path: f"params/{path}" in stored)
-    return checkpoints.restore_params(step, sharding.abstract(job.mesh, wanted))
+    return checkpoints.restore_params(step, placement.abstract(job.mesh, wanted, job.student))
 
 
 def stage_directory(job: Job, name: str) -> storage.AnyPath:

@@ -318,11 +318,19 @@ def local_directory(directory: AnyPath, patterns: Sequence[str]) -> Path:
     return target
 
 
-def staged(path: AnyPath) -> Path:
-    """Where to write, on this disk, what `publish` then gives its name."""
+def staged(path: AnyPath, *, kept: bool = False) -> Path:
+    """Where to write, on this disk, what `publish` then gives its name.
+
+    kept: under a name that does not depend on the process, so that a later one finds what this one had to leave.
+    """
     if not in_bucket(path):
-        return Path(path).with_name(f"{path.stem}.tmp-{os.getpid()}{path.suffix}")
-    return cache_directory() / f"{path.stem}.tmp-{os.getpid()}{path.suffix}"
+        place = Path(path).parent
+    else:
+        # Of runs in different buckets' directories only the one that wrote it is to find it again.
+        place = cache_directory() / hashlib.sha256(str(path.parent).encode()).hexdigest()[:16]
+        place.mkdir(parents=True, exist_ok=True)
+    mark = "unfinished" if kept else f"tmp-{os.getpid()}"
+    return place / f"{path.stem}.{mark}{path.suffix}"
 
 
 def publish(written: Path, path: AnyPath) -> None:

@@ -104,11 +104,25 @@ def test_missing(tmp_path: Path, name: str) -> None:
         open_token_file(tmp_path / "t")
 
 
-def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
+def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError), TokenFileWriter(tmp_path / "t", 100) as writer:
+        writer.add([1, 2])
+        raise OSError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_writer_is_gone_on_with(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), TokenFileWriter(tmp_path / "t", 100) as writer:
         writer.add([1, 2])
+        writer.add([])
         raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "t.idx").exists() and not (tmp_path / "t.bin").exists()
+    with TokenFileWriter(tmp_path / "t", 100) as writer, TokenFileWriter(tmp_path / "t", 100) as beside:
+        assert (writer.num_documents, writer.num_tokens, beside.num_documents) == (2, 2, 0)
+        writer.add([3])
+        beside.add([4])
+    assert open_token_file(tmp_path / "t").tokens.tolist() == [1, 2, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.bin", "t.idx"]
 
 
 def test_an_interrupted_writer_keeps_what_was_there(tmp_path: Path) -> None:

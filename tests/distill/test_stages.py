@@ -16,16 +16,16 @@ from radlads_jax.distill.optim import learning_rates, make_optimizer
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.step import make_train_step
 from radlads_jax.distill.train_state import TrainState
-from radlads_jax.models import MixerConfig, ModelConfig, abstract_params, bind
+from radlads_jax.models import MIXERS, ModelConfig, abstract_params, bind
 from radlads_jax.models.decoder import make_context
 from radlads_jax.models.tree import merge_params, overlay_params, path_leaves, split_params
 from radlads_jax.porting.student import init_mixers, whole_student
 
 TEACHER = ModelConfig("qwen2", 61, 32, 64, 4, 2, 8, (("attention", 4),), qkv_bias=True, tie_embeddings=True)
 STUDENTS = {
-    "rwkv6": TEACHER.as_student("rad_rwkv6", MixerConfig.for_student("rad_rwkv6", 32)),
-    "rwkv7": TEACHER.as_student("rad_rwkv7", MixerConfig.for_student("rad_rwkv7", 32)),
-    "hybrid": TEACHER.as_student("rad_rwkv7", MixerConfig.for_student("rad_rwkv7", 32), (1,)),
+    "rwkv6": TEACHER.as_student("rad_rwkv6", MIXERS["rad_rwkv6"].choose(32)),
+    "rwkv7": TEACHER.as_student("rad_rwkv7", MIXERS["rad_rwkv7"].choose(32)),
+    "hybrid": TEACHER.as_student("rad_rwkv7", MIXERS["rad_rwkv7"].choose(32), (1,)),
 }
 
 

@@ -15,16 +15,16 @@ from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from radlads_jax.data import prepare, sources
-from radlads_jax.models.config import MixerConfig, ModelConfig
+from radlads_jax.data.tokenise import Framing, prompt_beginning
+from radlads_jax.models import MIXERS, ModelConfig
 from radlads_jax.porting import check_tokenizer, load_tokenizer, model_config_from_hf, read_config
 from radlads_jax.porting.hf_export import hf_config_from_model
-from radlads_jax.porting.load import check_tensors
+from radlads_jax.porting.model_tensors import model_tensors
 from radlads_jax.porting.names import disk_tensors
-from radlads_jax.porting.safetensors_read import open_checkpoint
 
 WEIGHTS = "model.safetensors"
 MODEL = ModelConfig("qwen2", 300, 8, 8, 2, 1, 4, (("attention", 2),), qkv_bias=True, max_position_embeddings=64)
-STUDENTS = [MODEL.as_student(name, MixerConfig.for_student(name, 8), (1,)) for name in ("rad_rwkv6", "rad_rwkv7")]
+STUDENTS = [MODEL.as_student(name, MIXERS[name].choose(8), (1,)) for name in ("rad_rwkv6", "rad_rwkv7")]
 CONFIGS = [hf_config_from_model(cfg, {"eos_token_id": 0}) for cfg in (MODEL, *STUDENTS)]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CONFIGS.append(CONFIGS[0] | {"model_type": "llama", "rope_scaling": LLAMA3})
@@ -108,7 +108,7 @@ def read_indexed(place: Path, work: Path) -> None:
     """What make_job reads of a teacher."""
     del work
     cfg = model_config_from_hf(read_config(place))
-    check_tensors(open_checkpoint(place), disk_tensors(cfg), place, tied=cfg.tie_embeddings)
+    model_tensors(place, cfg)
 
 
 def read_weights(place: Path, work: Path) -> None:
@@ -134,7 +134,11 @@ def read_tokenizer(place: Path, work: Path) -> None:
     text.write_text("The cat, the dog.\n\n\nAnother text.")
     source = sources.Source(str(text))
     made = prepare.prepare(
-        source, tokenizer.backend_tokenizer, work / "data", vocab_size=MODEL.vocab_size, eos_id=tokenizer.eos_token_id
+        source,
+        tokenizer.backend_tokenizer,
+        work / "data",
+        vocab_size=MODEL.vocab_size,
+        framing=Framing(prompt_beginning(tokenizer), tokenizer.eos_token_id),
     )
     assert made.num_documents == 2
     ids = tokenizer("the end")["input_ids"]
@@ -144,7 +148,11 @@ def read_tokenizer(place: Path, work: Path) -> None:
 
 def read_token_file(place: Path, work: Path) -> None:
     made = prepare.prepare(
-        sources.Source(str(place / "t")), byte_tokenizer(), work / "data", vocab_size=MODEL.vocab_size, eos_id=None
+        sources.Source(str(place / "t")),
+        byte_tokenizer(),
+        work / "data",
+        vocab_size=MODEL.vocab_size,
+        framing=Framing(),
     )
     assert sum(len(made.document(i)) for i in range(made.num_documents)) <= made.num_tokens
 
@@ -152,6 +160,6 @@ def read_token_file(place: Path, work: Path) -> None:
 def read_documents(name: str) -> Callable[[Path, Path], None]:
     def read(place: Path, work: Path) -> None:
         source = sources.Source(str(place / name))
-        prepare.prepare(source, byte_tokenizer(), work / "data", vocab_size=MODEL.vocab_size, eos_id=None)
+        prepare.prepare(source, byte_tokenizer(), work / "data", vocab_size=MODEL.vocab_size, framing=Framing())
 
     return read

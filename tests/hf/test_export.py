@@ -10,11 +10,12 @@ import pytest
 from untrained import save_tokenizer
 
 from radlads_jax.config import RunConfig, Student, Teacher
-from radlads_jax.export import export_again, llama_cpp_obstacles
-from radlads_jax.models import MixerConfig, ModelConfig
+from radlads_jax.export import export_again
+from radlads_jax.models import MIXERS, ModelConfig
+from radlads_jax.models.tree import nest
 from radlads_jax.porting import load_params, model_config_from_hf, param_shapes, read_config, save_params
 from radlads_jax.porting.model_card import write_model_card
-from radlads_jax.porting.names import nest
+from radlads_jax.porting.writers import WRITERS
 
 TEACHER = ModelConfig("qwen2", 259, 32, 48, 4, 2, 8, (("attention", 3),), qkv_bias=True, max_position_embeddings=256)
 SUMMARY = {
@@ -22,12 +23,15 @@ SUMMARY = {
     "teacher": {"loss": 1.0, "top1": 0.625},
     "relative_top1": 0.8,
     "tokens": 4096,
-    "stages": [{"name": name, "tokens": 1000 + i} for i, name in enumerate(("stage1", "stage2", "stage3"))],
+    "stages": [
+        {"name": name, "tokens": 1000 + i, "trains": "everything", "loss": "KL to the teacher"}
+        for i, name in enumerate(("stage1", "stage2", "stage3"))
+    ],
 }
 
 
 def student(mixer: str = "rad_rwkv6", layers: tuple[int, ...] = (), base: ModelConfig = TEACHER, **switches):
-    return base.as_student(mixer, MixerConfig.for_student(mixer, base.hidden_size, **switches), layers)
+    return base.as_student(mixer, MIXERS[mixer].choose(base.hidden_size, **switches), layers)
 
 
 def run_settings(path: str = "Qwen/Qwen2.5-0.5B-Instruct") -> dict:
@@ -93,7 +97,7 @@ def test_model_card_leaves_out_what_is_not_known():
 
 def test_a_run_is_exported_again_in_another_dtype(exported, tmp_path):
     workdir, params = exported
-    target = export_again(workdir, tmp_path / "b", dtype="bfloat16", runtime="llama.cpp")
+    target = export_again(workdir, tmp_path / "b", dtype="bfloat16", writer="llama.cpp")
     config = read_config(target)
     assert config["torch_dtype"] == "bfloat16" and config["eos_token_id"] == 0 and config["auto_map"]
     read = load_params(target, model_config_from_hf(config), dtype="bfloat16")
@@ -107,7 +111,7 @@ def test_a_head_is_left_out_and_written_again(exported, tmp_path):
     (workdir / "export" / "README.md").write_text("my own words")
     tied = export_again(workdir / "export", tmp_path / "tied", retie=True)
     assert read_config(tied)["tie_word_embeddings"] is True and (tied / "README.md").read_text() == "my own words"
-    untied = export_again(tied, tmp_path / "untied", untie=True, runtime="llama.cpp")
+    untied = export_again(tied, tmp_path / "untied", untie=True, writer="llama.cpp")
     cfg = model_config_from_hf(read_config(untied))
     assert not cfg.tie_embeddings
     expected = params | {"head": {"kernel": params["embed"]["embedding"].T}}
@@ -115,7 +119,7 @@ def test_a_head_is_left_out_and_written_again(exported, tmp_path):
 
 
 def test_a_model_that_llama_cpp_takes():
-    assert llama_cpp_obstacles(student()) == []
+    assert WRITERS["llama.cpp"].obstacles(student(), None) == []
 
 
 @pytest.mark.parametrize(
@@ -136,7 +140,7 @@ def test_a_model_that_llama_cpp_takes():
     ],
 )
 def test_what_llama_cpp_has_no_place_for_is_named(cfg, named):
-    (obstacle,) = llama_cpp_obstacles(cfg)
+    (obstacle,) = WRITERS["llama.cpp"].obstacles(cfg, None)
     assert named in obstacle
 
 
@@ -148,7 +152,7 @@ def test_all_obstacles_are_named_before_anything_is_written(exported, tmp_path):
     (tmp_path / "a" / "model.safetensors").symlink_to(source / "model.safetensors")
     (tmp_path / "a" / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
     with pytest.raises(ValueError, match=r"RoPE .*; a tied head .*; a tokenizer of type WordPiece") as raised:
-        export_again(tmp_path / "a", tmp_path / "b", runtime="llama.cpp")
+        export_again(tmp_path / "a", tmp_path / "b", writer="llama.cpp")
     assert "\n" not in str(raised.value) and not (tmp_path / "b").exists()
 
 

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from untrained import save_tokenizer
+from untrained import save_tokenizer, student_of
 
-from radlads_jax.models import MixerConfig, ModelConfig, bind
+from radlads_jax.models import ModelConfig, bind
 from radlads_jax.models.config import RopeScaling
+from radlads_jax.models.tree import nest
 from radlads_jax.porting import load_params, model_config_from_hf, param_shapes, read_config, save_params
-from radlads_jax.porting.names import nest
 
 torch = pytest.importorskip("torch", reason="compares with torch, which is pinned for Python 3.11 alone")
 transformers = pytest.importorskip("transformers")
@@ -31,7 +31,7 @@ LLAMA = dataclasses.replace(
 
 def student(mixer: str, layers: tuple[int, ...] = (), base: ModelConfig = TEACHER, **switches) -> ModelConfig:
     ranks = {"rank_decay": 3, "rank_iclr": 5, "rank_value": 7, "rank_shift": 2, "rank_gate": 11}
-    return base.as_student(mixer, MixerConfig.for_student(mixer, base.hidden_size, **(ranks | switches)), layers)
+    return student_of(base, mixer, layers, **(ranks | switches))
 
 
 GROUP_NORM = {"balance_state": False, "group_norm": True}

@@ -100,15 +100,15 @@ def load_as_host(directory: Path, host: int, port: int) -> dict[str, float]:
     jax.distributed.initialize(f"localhost:{port}", HOSTS, host)
     from radlads_jax.config import Mesh, RunConfig
     from radlads_jax.distill import mesh as mesh_lib
-    from radlads_jax.models import sharding
     from radlads_jax.models.decoder import abstract_params
+    from radlads_jax.models.placement import shardings
     from radlads_jax.porting import model_config_from_hf, read_config
     from radlads_jax.porting.load import load_params
     from radlads_jax.porting.safetensors_read import read_header
 
     cfg = model_config_from_hf(read_config(directory))
     mesh = mesh_lib.make_mesh(RunConfig(mesh=Mesh(fsdp=HOSTS // 2, tensor=2), stages=()))
-    placed = sharding.shardings(mesh, abstract_params(cfg))
+    placed = shardings(mesh, abstract_params(cfg), cfg)
     usage = Usage()
     params = load_params(directory, cfg, dtype="bfloat16", shardings=placed)
     found = usage.report()

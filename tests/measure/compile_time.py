@@ -18,7 +18,7 @@ from radlads_jax.distill.optim import make_optimizer
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.step import make_train_step
 from radlads_jax.distill.train_state import TrainState
-from radlads_jax.models import MixerConfig
+from radlads_jax.models import MIXERS
 from radlads_jax.models.decoder import abstract_params
 from radlads_jax.models.tree import split_params
 from radlads_jax.porting.hf_config import model_config_from_hf
@@ -38,7 +38,7 @@ WIDTH = {
 def compile_seconds(stage: str, mixer: str, depth: int) -> float:
     """Seconds from the lowered step to the executable."""
     teacher_cfg = dataclasses.replace(model_config_from_hf(WIDTH | {"num_hidden_layers": depth}), dtype="float32")
-    student_cfg = teacher_cfg.as_student(mixer, MixerConfig.for_student(mixer, teacher_cfg.hidden_size))
+    student_cfg = teacher_cfg.as_student(mixer, MIXERS[mixer].choose(teacher_cfg.hidden_size))
     optimizer = make_optimizer(StageConfig(tokens=10**9), Optim())
 
     def loss_fn(student, teacher, batch):

@@ -27,7 +27,7 @@ import transformers
 
 from radlads_jax.decoding.loop import BLOCK, Sequences, decode, empty_sequences, unrolled
 from radlads_jax.decoding.writer import memory_line
-from radlads_jax.models import MixerConfig, ModelConfig, init_params
+from radlads_jax.models import MIXERS, ModelConfig, init_params
 from radlads_jax.models.decoder import Params
 from radlads_jax.porting import model_config_from_hf, read_config, save_params
 
@@ -37,7 +37,7 @@ Runs = dict[str, Callable[[], None]]
 def make_student(directory: Path, mixer: str) -> tuple[ModelConfig, Params]:
     """A fresh student of the teacher's shape."""
     teacher = dataclasses.replace(model_config_from_hf(read_config(directory)), dtype="float32")
-    cfg = unrolled(teacher.as_student(mixer, MixerConfig.for_student(mixer, teacher.hidden_size)))
+    cfg = unrolled(teacher.as_student(mixer, MIXERS[mixer].choose(teacher.hidden_size)))
     return cfg, jax.jit(lambda: init_params(cfg, 0))()
 
 

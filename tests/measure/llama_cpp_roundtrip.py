@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from radlads_jax.export import refuse_for_llama_cpp
-from radlads_jax.models import MixerConfig, ModelConfig, bind
+from radlads_jax.models import MIXERS, ModelConfig, bind
+from radlads_jax.models.tree import nest
 from radlads_jax.porting import load_params, model_config_from_hf, param_shapes, read_config, save_params
-from radlads_jax.porting.names import nest
+from radlads_jax.porting.writers import writer_named
 
 PACKAGE = "llama-cpp-python==0.3.36"
 TOLERANCE = 1e-5
@@ -88,7 +88,7 @@ def random_export(directory: Path, python: Path) -> Path:
     run(python, "-c", train, cwd=directory)
     cfg = ModelConfig("qwen2", 320, 64, 96, 4, 2, 16, (("attention", 2),), qkv_bias=True)
     ranks = {"rank_decay": 8, "rank_shift": 4}
-    cfg = cfg.as_student("rad_rwkv6", MixerConfig.for_student("rad_rwkv6", cfg.hidden_size, **ranks))
+    cfg = cfg.as_student("rad_rwkv6", MIXERS["rad_rwkv6"].choose(cfg.hidden_size, **ranks))
     rng = np.random.default_rng(0)
 
     def value(path: tuple, shape: tuple[int, ...]) -> jax.Array:
@@ -144,7 +144,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         export = args.export or random_export(scratch / "small", python)
-        refuse_for_llama_cpp(model_config_from_hf(read_config(export)), export)
+        writer_named("llama.cpp").require(model_config_from_hf(read_config(export)), export)
         ids = prompt_ids(export, python, args.prompt)
         gguf, request, result = scratch / "model.gguf", scratch / "request.json", scratch / "result.npz"
         request.write_text(json.dumps({"ids": ids, "tokens": args.tokens, "prompt": args.prompt}))

@@ -34,7 +34,8 @@ from radlads_jax.config import Mesh, RunConfig, StageConfig, Teacher
 from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill.program import create_state, make_step
 from radlads_jax.distill.stages import STAGES
-from radlads_jax.models import MixerConfig, ModelConfig, sharding
+from radlads_jax.models import MIXERS, ModelConfig, sharding
+from radlads_jax.models.placement import shardings
 from radlads_jax.models.tree import split_params
 from radlads_jax.planning.cost import model_flops
 from radlads_jax.porting.config_keys import read_config
@@ -52,7 +53,7 @@ MIXER = "rad_rwkv7"
 def configs(directory: Path, mixer: str) -> tuple[ModelConfig, ModelConfig]:
     """(student, teacher) of float32."""
     teacher = dataclasses.replace(model_config_from_hf(read_config(directory)), dtype="float32")
-    return teacher.as_student(mixer, MixerConfig.for_student(mixer, teacher.hidden_size)), teacher
+    return teacher.as_student(mixer, MIXERS[mixer].choose(teacher.hidden_size)), teacher
 
 
 def jax_step(stage: str, directory: Path, mixer: str, rows: np.ndarray, remat: str, devices: int) -> Callable[[], None]:
@@ -71,8 +72,12 @@ def jax_step(stage: str, directory: Path, mixer: str, rows: np.ndarray, remat: s
         student = whole_student(student_cfg, jax.tree.map(jnp.copy, teacher), student)
     params, frozen = split_params(student, lambda path: STAGES[stage].trainable(path, student_cfg))
     if mesh is not None:
-        params, frozen, teacher = (jax.device_put(x, sharding.shardings(mesh, x)) for x in (params, frozen, teacher))
-    step, state = make_step(run, student_cfg, teacher_cfg, stage, mesh), create_state(run, stage, params, mesh)
+        params, frozen, teacher = (
+            jax.device_put(x, shardings(mesh, x, cfg))
+            for x, cfg in ((params, student_cfg), (frozen, student_cfg), (teacher, teacher_cfg))
+        )
+    step = make_step(run, student_cfg, teacher_cfg, stage, mesh)
+    state = create_state(run, student_cfg, stage, params, mesh)
     mask = np.ones(rows.shape, np.float32)
     mask[:, -1] = 0
     positions = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)
@@ -109,7 +114,7 @@ class TorchRwkv7(torch.nn.Module):
             copy.deepcopy(getattr(attention, f"{p}_proj")).requires_grad_(True) for p in "qkvo"
         )
         size, width = self.heads * self.head_dim, config.hidden_size
-        ranks = MixerConfig.for_student("rad_rwkv7", width)
+        ranks = MIXERS["rad_rwkv7"].choose(width)
         for name, rank in (
             ("w", ranks.rank_decay),
             ("a", ranks.rank_iclr),

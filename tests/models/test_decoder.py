@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from untrained import random_params
 
-from radlads_jax.models import MixerConfig, ModelConfig, attention, bind, init_params, init_state, layers
+from radlads_jax.models import MIXERS, ModelConfig, attention, bind, init_params, init_state, layers
 from radlads_jax.models.decoder import graphdef
+from radlads_jax.models.mixers import mixer_spec
 from radlads_jax.models.tree import path_leaves
 
 TEACHER = ModelConfig("qwen2", 64, 48, 96, 4, 2, 12, (("attention", 3),), qkv_bias=True)
 
 
 def student(mixer: str, attention_layers=(), **switches) -> ModelConfig:
-    return TEACHER.as_student(mixer, MixerConfig.for_student(mixer, 48, **switches), attention_layers)
+    return TEACHER.as_student(mixer, MIXERS[mixer].choose(48, **switches), attention_layers)
 
 
 CONFIGS = {
@@ -181,13 +182,13 @@ def test_published_initial_values(mixer):
 
 def test_contradicting_switches_are_refused():
     with pytest.raises(ValueError, match="balance_state and student"):
-        MixerConfig.for_student("rad_rwkv7", 48, group_norm=True)
+        MIXERS["rad_rwkv7"].choose(48, group_norm=True)
     with pytest.raises(ValueError, match="gate"):
-        MixerConfig.for_student("rad_rwkv7", 48, gate="half")
+        MIXERS["rad_rwkv7"].choose(48, gate="half")
     with pytest.raises(ValueError, match="layers are 0 to 2"):
         student("rad_rwkv7", attention_layers=(3,))
     with pytest.raises(ValueError, match="expected one of"):
-        TEACHER.as_student("rwkv8", None)
+        mixer_spec("rwkv8")
 
 
 def test_structure_is_built_once():

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from radlads_jax.models import MixerConfig, ModelConfig
+from radlads_jax.models import MIXERS, ModelConfig
 from radlads_jax.models.attention import Context
-from radlads_jax.models.decoder import MIXERS
 from radlads_jax.models.rope import rope_tables
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
@@ -47,7 +46,7 @@ def our_params(g: dict) -> dict:
 def config_of(name: str, g: dict) -> ModelConfig:
     width, heads = g["x"].shape[1], int(g["heads"])
     group_norm = name.endswith("groupnorm")
-    mixer = MixerConfig.for_student(CASES[name], width, group_norm=group_norm, balance_state=not group_norm)
+    mixer = MIXERS[CASES[name]].choose(width, group_norm=group_norm, balance_state=not group_norm)
     return ModelConfig(
         "qwen2", 10, width, 2 * width, heads, int(g["kv_heads"]), g["q_proj.weight"].shape[0] // heads,
         ((CASES[name], 2),), rope_theta=float(g.get("rope_theta", 10000.0)), qkv_bias=True, mixer=mixer,
@@ -56,7 +55,7 @@ def config_of(name: str, g: dict) -> ModelConfig:
 
 def run_mixer(name: str, g: dict, dtype) -> np.ndarray:
     cfg = config_of(name, g)
-    structure, template = nnx.split(MIXERS[CASES[name]](cfg, jnp.zeros((), jnp.int32), rngs=nnx.Rngs(0)))
+    structure, template = nnx.split(MIXERS[CASES[name]].module(cfg, jnp.zeros((), jnp.int32), rngs=nnx.Rngs(0)))
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), our_params(g))
     assert set(params) == set(nnx.to_pure_dict(template))
     x = jnp.asarray(g["x"], dtype)[None]

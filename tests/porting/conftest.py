@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from untrained import student_of
 
-from radlads_jax.models.config import MixerConfig, ModelConfig
+from radlads_jax.models import ModelConfig
 from radlads_jax.porting.hf_export import hf_config_from_model
 from radlads_jax.porting.names import disk_tensors
 
@@ -30,9 +31,7 @@ RANKS = {"rank_decay": 3, "rank_iclr": 5, "rank_value": 7, "rank_shift": 2, "ran
 
 
 def student(mixer: str, attention_layers: tuple[int, ...] = (), base: ModelConfig = SMALL, **switches) -> ModelConfig:
-    return base.as_student(
-        mixer, MixerConfig.for_student(mixer, base.hidden_size, **(RANKS | switches)), attention_layers
-    )
+    return student_of(base, mixer, attention_layers, **(RANKS | switches))
 
 
 MODELS = {

@@ -4,14 +4,15 @@ import dataclasses
 
 import pytest
 
-from radlads_jax.models import MixerConfig, ModelConfig, abstract_params
-from radlads_jax.porting.names import flatten, param_shapes
+from radlads_jax.models import MIXERS, ModelConfig, abstract_params
+from radlads_jax.models.tensors import param_shapes
+from radlads_jax.models.tree import flatten
 
 TEACHER = ModelConfig("qwen2", 50, 32, 64, 4, 2, 8, (("attention", 3),), qkv_bias=True)
 
 
 def student(mixer: str, attention_layers=(), **switches) -> ModelConfig:
-    return TEACHER.as_student(mixer, MixerConfig.for_student(mixer, 32, **switches), attention_layers)
+    return TEACHER.as_student(mixer, MIXERS[mixer].choose(32, **switches), attention_layers)
 
 
 CONFIGS = {

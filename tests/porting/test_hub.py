@@ -4,8 +4,10 @@ import pytest
 import tokenizers
 import transformers
 
+from radlads_jax.data import prepare, sources
+from radlads_jax.decoding import loaded
 from radlads_jax.porting import hub
-from radlads_jax.porting.safetensors_read import SINGLE_FILE
+from radlads_jax.porting.safetensors_read import INDEX_FILE, SINGLE_FILE
 
 
 @pytest.fixture
@@ -54,19 +56,60 @@ def test_an_id_that_cannot_be_reached(tmp_path, monkeypatch):
     assert "\n" not in str(raised.value)
 
 
-def test_only_weights_configs_and_tokenizers_are_downloaded(model_dir, monkeypatch):
-    asked = {}
-    monkeypatch.setattr(
-        hub.huggingface_hub,
-        "snapshot_download",
-        lambda *args, **kwargs: asked.update(kwargs, id=args[0]) or str(model_dir),
-    )
-    assert hub.resolve_model_dir("organisation/model-1.5", revision="abc") == model_dir
-    assert (asked["id"], asked["revision"]) == ("organisation/model-1.5", "abc")
-    files = ["a.safetensors", "config.json", "tokenizer.model", "merges.txt", "vocab.json", "chat_template.jinja"]
-    others = ["pytorch_model.bin", "model.pt", "modeling_x.py", "model.pth", "README.md", "model.gguf", "weights.pkl"]
-    filtered = hub.huggingface_hub.utils.filter_repo_objects(files + others, allow_patterns=asked["allow_patterns"])
-    assert list(filtered) == files
+SMALL = ["config.json", "tokenizer.model", "merges.txt", "vocab.json", "chat_template.jinja"]
+NEVER = [
+    *("pytorch_model.bin", "model.pt", "modeling_x.py", "model.pth", "README.md", "model.gguf", "weights.pkl"),
+    *("original/consolidated.00.pth", "original/model.safetensors", "original/params.json", "consolidated.safetensors"),
+    *("checkpoint-500/model.safetensors", "checkpoint-500/config.json", "onnx/tokenizer.json"),
+    "consolidated-00001-of-00002.safetensors",
+]
+SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+INDEX = json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}})
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A function that puts files by name (their text) on a hub; it returns what is asked of it and the snapshot."""
+    commit, asked, snapshot = "0123456789" * 4, [], tmp_path / "snapshots" / ("0123456789" * 4)
+
+    def put(files: dict[str, str]):
+        def download(model_id, *, revision, allow_patterns, ignore_patterns):
+            asked.append((model_id, revision))
+            patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+            for name in hub.huggingface_hub.utils.filter_repo_objects(files, **patterns):
+                (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+                (snapshot / name).write_text(files[name])
+            snapshot.mkdir(parents=True, exist_ok=True)
+            return str(snapshot)
+
+        monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", download)
+        return asked, snapshot, commit
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("weights", "read"),
+    [
+        ({SINGLE_FILE: ""}, [SINGLE_FILE]),
+        ({SINGLE_FILE: "", "adapted.safetensors": "", SHARDS[0]: ""}, [SINGLE_FILE]),
+        ({INDEX_FILE: INDEX, **dict.fromkeys(SHARDS, ""), "model-of-ema.safetensors": ""}, [INDEX_FILE, *SHARDS]),
+        ({"weights.safetensors": ""}, ["weights.safetensors"]),
+    ],
+)
+def test_only_what_is_read_is_downloaded(repository, weights, read):
+    asked, snapshot, commit = repository(dict.fromkeys([*SMALL, *NEVER], "") | weights)
+    assert hub.resolve_model_dir("organisation/model-1.5", revision="abc") == snapshot
+    there = {file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()}
+    assert there == {*SMALL, *read}
+    # What is fetched second is of the same commit.
+    assert asked[0] == ("organisation/model-1.5", "abc") and {revision for _, revision in asked[1:]} <= {commit}
+
+
+def test_an_adapter_on_the_hub_is_refused(repository):
+    repository({"adapter_config.json": "{}", "adapter_model.safetensors": "", "tokenizer.json": "{}"})
+    with pytest.raises(ValueError, match=r"adapter_config\.json.*merge_and_unload"):
+        hub.resolve_model_dir("organisation/adapter")
 
 
 def test_the_tokenizer_is_the_files_own(tokenizer_dir):
@@ -87,10 +130,46 @@ def test_a_broken_tokenizer_is_a_value_error(tokenizer_dir, content):
         hub.load_tokenizer(tokenizer_dir)
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer_dir, models):
-    tokenizer = hub.load_tokenizer(tokenizer_dir)
-    assert isinstance(tokenizer, transformers.PreTrainedTokenizerBase)
-    hub.check_tokenizer(tokenizer, models["qwen2"])
-    tokenizer.add_tokens([f"new{i}" for i in range(40)])
-    with pytest.raises(ValueError, match="vocab_size is 40"):
+def words_tokenizer(directory, count: int, **special: str) -> transformers.PreTrainedTokenizerBase:
+    words = {f"w{i}": i for i in range(count)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(special))
+    return hub.load_tokenizer(directory)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, models):
+    assert models["qwen2"].vocab_size == 40
+    hub.check_tokenizer(words_tokenizer(tmp_path, 40), models["qwen2"])
+    with pytest.raises(ValueError, match=r"ids up to 40 .*vocab_size is 40.*w40"):
+        hub.check_tokenizer(words_tokenizer(tmp_path, 41), models["qwen2"])
+
+
+@pytest.mark.parametrize("role", ["pad_token", "cls_token", "mask_token"])
+def test_an_added_token_beyond_the_model_is_refused_in_text_alone(tmp_path, models, role, caplog):
+    tokenizer = words_tokenizer(tmp_path, 40, **{role: "<added>"})
+    assert tokenizer.convert_tokens_to_ids("<added>") == 40
+    with caplog.at_level("WARNING", logger="absl"):
         hub.check_tokenizer(tokenizer, models["qwen2"])
+    assert "<added> (40)" in caplog.text and "embedding of 40" in caplog.text
+    model = loaded.Model(tmp_path, models["qwen2"], {}, tokenizer, ())
+    assert model.encode("w1 w39") == [1, 39]
+    with pytest.raises(ValueError, match=r"'<added>'.*40"):
+        model.encode("w1 <added>")
+    (tmp_path / "text.txt").write_text("w1 w2\n\n\nw3 <added> w4")
+    source, backend = sources.Source(str(tmp_path / "text.txt")), tokenizer.backend_tokenizer
+    with pytest.raises(ValueError, match="expected 0 to 39"):
+        prepare.prepare(source, backend, tmp_path / "data", vocab_size=40, eos_id=None)
+
+
+def test_an_added_end_of_text_beyond_the_model_is_refused(tmp_path, models):
+    with pytest.raises(ValueError, match=r"<end>"):
+        hub.check_tokenizer(words_tokenizer(tmp_path, 40, eos_token="<end>"), models["qwen2"])
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_is_a_git_lfs_pointer(tokenizer_dir, name):
+    (tokenizer_dir / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 11421896\n")
+    with pytest.raises(ValueError, match=rf"{name} is a git-lfs pointer.*11421896.*lfs pull"):
+        hub.load_tokenizer(tokenizer_dir)

@@ -8,9 +8,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
+from radlads_jax.models.tensors import param_shapes
+from radlads_jax.models.tree import flatten, nest
 from radlads_jax.porting import load
 from radlads_jax.porting.load import load_params
-from radlads_jax.porting.names import disk_tensors, flatten, nest, param_shapes
+from radlads_jax.porting.names import disk_tensors
 
 
 def expected_params(cfg, tensors: dict[str, np.ndarray]) -> dict:
@@ -188,14 +190,6 @@ def test_frequency_buffers_are_passed_over(models, tmp_path, random_checkpoint):
     random_checkpoint(tmp_path / "m", models["llama"])
     resave(tmp_path / "m", lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}))
     load_params(tmp_path / "m", models["llama"])
-
-
-def test_a_head_is_passed_over_in_tied_models_only(models, tmp_path, random_checkpoint):
-    random_checkpoint(tmp_path / "m", models["qwen2"])
-    assert "head" not in load_params(tmp_path / "m", models["qwen2 tied"])
-    random_checkpoint(tmp_path / "tied", models["qwen2 tied"])
-    with pytest.raises(ValueError, match=r"1 missing: lm_head\.weight"):
-        load_params(tmp_path / "tied", models["qwen2"])
 
 
 def test_a_truncated_shard_is_named(models, tmp_path, random_checkpoint):

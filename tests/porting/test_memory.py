@@ -38,7 +38,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from radlads_jax.porting import load_params, model_config_from_hf, param_shapes, read_config, save_params
-from radlads_jax.porting.names import nest
+from radlads_jax.models.tree import nest
 from radlads_jax.porting.safetensors_read import open_checkpoint
 
 directory, step, placement = Path(sys.argv[1]), sys.argv[2], sys.argv[3]

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from untrained import student_of
 
-from radlads_jax.models.config import MixerConfig, ModelConfig
+from radlads_jax.models import ModelConfig
+from radlads_jax.models.tensors import param_shapes
+from radlads_jax.models.tree import flatten, nest, shown
 from radlads_jax.porting.hf_export import hf_config_from_model
-from radlads_jax.porting.names import disk_tensors, flatten, nest, param_shapes, shown
+from radlads_jax.porting.names import disk_tensors
 
 GOLDEN = Path(__file__).parents[1] / "data"
 
@@ -75,12 +78,12 @@ def test_mixers_have_the_names_and_shapes_of_the_golden_files(file):
     }
     group_norm = file.endswith("groupnorm")
     mixer = file[: len("rad_rwkv7")]
-    switches = MixerConfig.for_student(mixer, width, balance_state=not group_norm, group_norm=group_norm, **ranks)
+    switches = {"balance_state": not group_norm, "group_norm": group_norm} | ranks
     head_dim = shapes["self_attn.q_proj.weight"][0] // heads
     sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim, "intermediate_size": 1}
     teacher = ModelConfig("qwen2", 1, width, stacks=(("attention", 1),), qkv_bias=True, **sizes)
     prefix = "model.layers.0."
-    ours = disk_shapes(teacher.as_student(mixer, switches))
+    ours = disk_shapes(student_of(teacher, mixer, **switches))
     assert {n.removeprefix(prefix): s for n, s in ours.items() if n.startswith(f"{prefix}self_attn.")} == shapes
 
 

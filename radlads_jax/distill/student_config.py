@@ -1,0 +1,45 @@
+"""A student's dimensions, from its teacher's and what the run says of it."""
+
+import dataclasses
+from typing import Any
+
+from radlads_jax.config import RunConfig, Student
+from radlads_jax.distill.stages import STAGES
+from radlads_jax.models.config import SOFTMAX, ModelConfig
+from radlads_jax.models.mixers import MIXERS, mixer_spec
+from radlads_jax.models.spec import MixerSpec
+
+_RANKS = ("rank_decay", "rank_iclr", "rank_value", "rank_shift", "rank_gate")
+
+
+def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
+    """The student's dimensions. Raises ValueError for switches that contradict each other or the mixer."""
+    chosen, spec = run.student, mixer_spec(run.student.mixer)
+    if chosen.mixer == SOFTMAX:
+        needing = [name for name in run.stages if STAGES[name].needs_teacher]
+        if needing:
+            raise ValueError(
+                f"config.student.mixer is 'attention', which leaves {', '.join(needing)} nothing to convert; "
+                f"expected {' or '.join(repr(name) for name in MIXERS if name != SOFTMAX)}, or the stages pretrain and "
+                "stage3 alone."
+            )
+        return dataclasses.replace(teacher, dtype=run.dtype, param_dtype="float32")
+    student = teacher.as_student(chosen.mixer, _options(spec, chosen, teacher.hidden_size), chosen.attention_layers)
+    if student.recurrent_mixer is None:
+        raise ValueError(
+            f"config.student.attention_layers names all {teacher.num_layers} layers, which leaves nothing to convert; "
+            "leave at least one of them out."
+        )
+    return dataclasses.replace(student, dtype=run.dtype, param_dtype="float32")
+
+
+def _options(spec: MixerSpec, student: Student, hidden_size: int) -> Any:
+    """The mixer's options: what the config's fields choose of them."""
+    switches = {f: getattr(student, f) for f in ("use_rope", "token_shift", "group_norm", "balance_state")}
+    if switches["group_norm"] and switches["balance_state"] is None:
+        switches["balance_state"] = False
+    chosen = switches | {"gate": student.gate or None} | {f: getattr(student, f) or None for f in _RANKS}
+    chosen |= student.options
+    # A mixer without a switch has it turned off.
+    options = {field.name for field in dataclasses.fields(spec.options)} if spec.options else set()
+    return spec.choose(hidden_size, **{f: value for f, value in chosen.items() if f in options or value is not False})

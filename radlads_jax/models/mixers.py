@@ -1,0 +1,13 @@
+"""Every mixer there is, by the name that a config gives it. A new one is its file and its line here."""
+
+from radlads_jax.models import attention, rad_rwkv6, rad_rwkv7
+from radlads_jax.models.spec import MixerSpec
+
+MIXERS: dict[str, MixerSpec] = {spec.name: spec for spec in (attention.SPEC, rad_rwkv6.SPEC, rad_rwkv7.SPEC)}
+
+
+def mixer_spec(name: str) -> MixerSpec:
+    """Raises ValueError for a name that none has."""
+    if name not in MIXERS:
+        raise ValueError(f"config.student.mixer is {name!r}; expected one of {', '.join(MIXERS)}.")
+    return MIXERS[name]

@@ -1,0 +1,129 @@
+"""What the two RAD-RWKV mixers share: switches, the tensors of gate and GroupNorm, and their keys in config.json."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.spec import Tensor, linear_tensors, low_rank_tensors
+
+_NORM = (("scale", "weight"), ("bias", "bias"))
+GATES = ("none", "full", "low_rank")
+# Torch files for transformers' remote code: they are copied into an export, and never imported here.
+_TORCH_FILES = Path(__file__).parent.parent / "hf"
+
+
+@dataclasses.dataclass(frozen=True)
+class RwkvOptions:
+    """use_rope: of r and k. gate: "none", "full" (a sigmoid of a full-rank map) or "low_rank".
+
+    balance_state and group_norm are the two ways to bound the output: with balance_state keys are scaled by the decay
+    and the output by head_dim^-0.5 (RAD-RWKV7 variant A), with group_norm the output is normalised per head (variant
+    B). Raises ValueError where they contradict each other.
+    """
+
+    use_rope: bool
+    gate: str
+    rank_decay: int
+    rank_gate: int
+    balance_state: bool = True
+    group_norm: bool = False
+
+    def __post_init__(self):
+        if self.balance_state and self.group_norm:
+            raise ValueError(
+                "student.balance_state and student.group_norm are both on, but they are two answers to one question "
+                "(how the size of the state is bounded). Turn one of them off: balance_state is the paper's default, "
+                "group_norm the older variant."
+            )
+        if self.gate not in GATES:
+            raise ValueError(f"student.gate is {self.gate!r}; expected one of {', '.join(GATES)}.")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.startswith("rank_") and value < 1:
+                raise ValueError(f"student.{field.name} is {value}; expected at least 1.")
+
+    @classmethod
+    def for_width(cls, hidden_size: int) -> "RwkvOptions":
+        """The published student of this width."""
+        raise NotImplementedError
+
+
+def low_rank_size(hidden_size: int, exponent: float, multiplier: float) -> int:
+    """Rank of a low-rank matrix, a multiple of 32: max(1, round(D^e m / 32)) * 32 (RADLADS section 3)."""
+    return max(1, round(math.pow(hidden_size, exponent) * multiplier / 32)) * 32
+
+
+def gate_and_norm_tensors(cfg: ModelConfig, *, multiplies: Any = "input") -> list[Tensor]:
+    """The tensors of the output gate and of GroupNorm, as far as the options have them."""
+    width, size, options = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.mixer
+    gates = {
+        "none": [],
+        "full": linear_tensors("gate", "gate", width, size, multiplies=multiplies),
+        "low_rank": low_rank_tensors("gate", ("g1", "g2"), width, options.rank_gate, size, multiplies=multiplies),
+    }
+    norm = [Tensor(f"ln_x/{name}", f"ln_x.{disk}", (size,), axes=("tensor",)) for name, disk in _NORM]
+    return gates[options.gate] + (norm if options.group_norm else [])
+
+
+def torch_files(model_type: str) -> tuple[Path, ...]:
+    """The torch files that a student's export carries."""
+    own = (f"configuration_{model_type}", f"modeling_{model_type}")
+    names = ("configuration_student", "layers_student", "modeling_student", *own)
+    return tuple(_TORCH_FILES / f"{name}.py" for name in names)
+
+
+# config.json's gate_rank_type.
+_GATE_TYPES = {0: "none", 1: "full", 2: "low_rank"}
+
+
+def read_switches(keys: Any, *, gate: str, group_norm: bool) -> dict[str, Any]:
+    """The shared switches of a student's config.json; gate, group_norm: what published readers take for absent keys.
+
+    Raises ValueError where both ways to bound the output are on.
+    """
+    numbers = {name: number for number, name in _GATE_TYPES.items()}
+    gate_type = keys.integer("gate_rank_type", numbers[gate], low=0, high=2)
+    group_norm = keys.flag("groupnorm_att", group_norm)
+    balance_state = keys.flag("balance_state", not group_norm)
+    if balance_state and group_norm:
+        raise ValueError(
+            "config.json: balance_state and groupnorm_att are both true; expected one of them, because either alone "
+            "bounds the mixer's output. Choose a checkpoint that was trained with one."
+        )
+    return {
+        "use_rope": keys.flag("use_rope", False),
+        "gate": _GATE_TYPES[gate_type],
+        "balance_state": balance_state,
+        "group_norm": group_norm,
+    }
+
+
+def read_ranks(keys: Any, names: dict[str, str]) -> dict[str, int | None]:
+    """Low-rank sizes by the option's name; None (absent, null or 0): the published one."""
+    return {name: keys.integer(key, 0, low=0) or None for name, key in names.items()}
+
+
+def write_switches(options: RwkvOptions, *, token_shift: bool, ranks: dict[str, str]) -> dict[str, Any]:
+    """config.json's keys for a student's options; every rank is written, for a null breaks published readers."""
+    numbers = {name: number for number, name in _GATE_TYPES.items()}
+    return {
+        "use_rope": options.use_rope,
+        "gate_rank_type": numbers[options.gate],
+        "balance_state": options.balance_state,
+        "groupnorm_att": options.group_norm,
+        "use_tokenshift": token_shift,
+    } | {key: getattr(options, name) for name, key in ranks.items()}
+
+
+def card_facts(cfg: ModelConfig, *, token_shift: bool) -> dict[str, str]:
+    """Lines of the model card."""
+    options = cfg.mixer
+    bound = "state balancing" if options.balance_state else "GroupNorm" if options.group_norm else "nothing"
+    return {
+        "RoPE in the recurrent layers": "yes" if options.use_rope else "no",
+        "gate": options.gate.replace("_", " "),
+        "output bounded by": bound,
+        "token shift": "yes" if token_shift else "no",
+    }

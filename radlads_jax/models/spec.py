@@ -1,0 +1,169 @@
+"""What the rest of the house asks of a mixer: one MixerSpec a mixer, at the end of the mixer's file.
+
+decoder, decoding state, placement over a mesh, names on disk, config.json, model card, preflight, planning and report
+read it; none of them names a mixer.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from pallas_kernels.sharded import Axes
+from radlads_jax.models.config import ModelConfig
+
+Layout = Literal["same", "transposed", "vector"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of one layer (or of the model), here and on disk.
+
+    path: of the parameter, joined with slashes. name: on disk. shape: here, without the stack's axis and without the
+    axis that `row` selects where several tensors on disk are the rows of one parameter. layout: on disk "same",
+    "transposed" ([out, in]) or "vector" ([1, 1, d]).
+
+    axes: of the mesh, for each of the parameter's dimensions but the stack's. split_by: what the axis `tensor` cuts it
+    by where it is used, "heads", "kv_heads" or "width"; where it does not divide their number, and for "nothing", every
+    device of the axis uses all of it.
+    multiplies: as a matrix, the mixer's own "input" or something "inner"; "" for what is none.
+    """
+
+    path: str
+    name: str
+    shape: tuple[int, ...]
+    layout: Layout = "same"
+    row: int | None = None
+    axes: tuple[Axes, ...] = ()
+    split_by: Literal["heads", "kv_heads", "width", "nothing"] = "heads"
+    multiplies: Literal["", "input", "inner"] = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class StateArray:
+    """An array of one layer's decoding state, batch leading. axes: of the mesh, for each dimension.
+
+    by_position: it holds something of every token read (keys, values), which is masked by segments; all else is set to
+    zero where a sequence's segment ends.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any = jnp.float32
+    axes: tuple[Axes, ...] = ()
+    by_position: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """The recurrence that a mixer runs: its implementations by name, as pallas_kernels.dispatch takes them.
+
+    cycles: of a v6e, for a token and 128 columns of the first argument, by the name of a kernel in the compiled
+    program (`python -m pallas_kernels.static_cost` at B=1 T=8192 H=16 K=128, bfloat16).
+    """
+
+    name: str
+    implementations: Mapping[str, Callable[..., Any]]
+    cycles: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedFormat:
+    """How config.json says that a model has this mixer.
+
+    read(keys, hidden_size) -> options, from a porting.config_keys.ConfigKeys; write(options) -> keys. architecture:
+    the class of its causal language model. files: the torch files that an export carries, which hold that class.
+    """
+
+    model_type: str
+    architecture: str
+    read: Callable[[Any, int], Any]
+    write: Callable[[Any], dict[str, Any]]
+    files: tuple[Path, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerSpec:
+    """A mixer.
+
+    module: (cfg, layer_id, rngs=) -> an nnx.Module whose call is (x, context, layer_id, state) -> (out, state).
+    options: a frozen dataclass, with the rules between its fields, whose classmethod for_width(hidden_size) gives the
+    published ones; None where there are none to choose. It is found as cfg.mixer.
+    tensors(cfg), state(cfg, batch, max_length): its parameters and its decoding state, by name.
+    flops(cfg, seq_len): of a token's forward pass through scores or states, beside the matrices.
+    bytes_per_column: that a step's backward pass holds for each token and column of r (planning.memory).
+    shares_values: later layers read the first one's values (`first_values`).
+    facts(cfg): further lines of the model card.
+    """
+
+    name: str
+    title: str
+    module: Callable[..., Any]
+    tensors: Callable[[ModelConfig], list[Tensor]]
+    state: Callable[[ModelConfig, int, int], dict[str, StateArray]]
+    flops: Callable[[ModelConfig, int], float]
+    bytes_per_column: int
+    options: Any = None
+    operator: Operator | None = None
+    published: PublishedFormat | None = None
+    shares_values: bool = False
+    facts: Callable[[ModelConfig], dict[str, str]] = lambda cfg: {}
+
+    def choose(self, hidden_size: int, **chosen: Any) -> Any:
+        """The mixer's options: the published ones for this width, but for what is chosen (and not None).
+
+        Raises ValueError for what is none of its options.
+        """
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        if self.options is None and not chosen:
+            return None
+        fields = [field.name for field in dataclasses.fields(self.options)] if self.options is not None else []
+        if unknown := sorted(chosen.keys() - set(fields)):
+            shown = ", ".join(f"config.student.{name}" for name in unknown)
+            raise ValueError(
+                f"{shown} can not be chosen for the mixer {self.name}; expected options out of "
+                f"{', '.join(fields) or 'none'}. Leave it out, or choose another config.student.mixer."
+            )
+        return dataclasses.replace(self.options.for_width(hidden_size), **chosen)
+
+
+def linear_tensors(
+    path: str,
+    name: str,
+    fan_in: int,
+    fan_out: int,
+    *,
+    bias: bool = False,
+    out: bool = False,
+    split_by: Literal["heads", "kv_heads", "width"] = "heads",
+    multiplies: Literal["input", "inner"] = "input",
+) -> list[Tensor]:
+    """The weight of a linear layer, and its bias; `out`: it leads back to the width, which lies over fsdp."""
+    axes: tuple[Axes, ...] = ("tensor", "fsdp") if out else ("fsdp", "tensor")
+    shape = (fan_in, fan_out)
+    weight = Tensor(
+        f"{path}/kernel", f"{name}.weight", shape, "transposed", axes=axes, split_by=split_by, multiplies=multiplies
+    )
+    if not bias:
+        return [weight]
+    return [weight, Tensor(f"{path}/bias", f"{name}.bias", (fan_out,), axes=() if out else axes[1:], split_by=split_by)]
+
+
+def low_rank_tensors(
+    path: str,
+    names: tuple[str, ...],
+    width: int,
+    rank: int,
+    size: int,
+    *,
+    multiplies: Literal["input", "inner"] = "input",
+) -> list[Tensor]:
+    """A low-rank map's factors, and its base where there are three names: (base, first factor, second)."""
+    *base, first, second = names
+    split: tuple[Axes, ...] = (("fsdp", "tensor"),)
+    return [
+        *(Tensor(f"{path}/base", name, (size,), "vector", axes=("tensor",)) for name in base),
+        Tensor(f"{path}/a", first, (width, rank), axes=split, split_by="nothing", multiplies=multiplies),
+        Tensor(f"{path}/b", second, (rank, size), axes=(None, ("tensor", "fsdp")), multiplies="inner"),
+    ]

@@ -1,0 +1,92 @@
+"""The tokenizer of an export: its teacher's files, said so that every reader gets the ids that training had."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from radlads_jax.porting.config_keys import read_json
+from radlads_jax.porting.hub import SMALL_FILES, load_tokenizer
+from radlads_jax.system.storage import AnyPath, as_path, copy_file, local_directory, write_text
+from radlads_jax.system.untrusted import brief
+
+# Copied from the teacher's directory where they are there; nothing else is, in particular no code.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# By this name AutoTokenizer takes tokenizer.json as it is; by a family's it puts the family's splitting rules in.
+CLASS_OF_THE_FILE = "PreTrainedTokenizerFast"
+# What splitting rules and normalisers differ on: digits, spaces, marks, letters beyond ASCII, apostrophes, controls.
+SAMPLES = (
+    "Hello world, it's 1234567890 o'clock; they'LL pay $3.50 (or 12%)!",
+    " two  spaces\tand\n\nlines \n  of code: x_1 = [0]*32 # end ",
+    "Ünïcödé e\u0301 ﬁ Ａ ½ 数字 12 русский العربية हिन्दी 👩‍🚀 \u00a0\u200b\u3000",
+    "CamelCase123abc 2024-01-02T03:04:05 https://a.b/c?d=e&f=%20",
+)
+
+
+def write_tokenizer(source: AnyPath, target: AnyPath) -> None:
+    """Copies a model's tokenizer files, adds tokenizer.json where there is none, and names the class that reads it.
+
+    Files of which no tokenizer can be read are copied as they are. Raises ValueError where AutoTokenizer, on what was
+    written, gives other ids than `load_tokenizer` gives on the source.
+    """
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            copy_file(source / name, target / name)
+    try:
+        tokenizer = load_tokenizer(source)
+    except ValueError:
+        return
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return
+    settings = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
+    if not (source / "tokenizer.json").is_file():
+        write_text(target / "tokenizer.json", backend.to_str())
+        # What the family's class has without being told.
+        named = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+        settings = named | {key: value for key, value in settings.items() if value is not None or key not in named}
+    # The code that auto_map names is not copied.
+    settings = {key: value for key, value in settings.items() if key != "auto_map"}
+    settings["tokenizer_class"] = CLASS_OF_THE_FILE
+    write_text(target / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    _check_ids(tokenizer, source, target)
+
+
+def check_exportable(source: str | os.PathLike) -> None:
+    """Raises ValueError, as `write_tokenizer` would after the training, where an export would have other ids."""
+    with tempfile.TemporaryDirectory(prefix="radlads_jax-") as directory:
+        write_tokenizer(as_path(source), Path(directory))
+
+
+def _check_ids(tokenizer: Any, source: AnyPath, target: AnyPath) -> None:
+    written = transformers.AutoTokenizer.from_pretrained(local_directory(target, SMALL_FILES), trust_remote_code=False)
+    specials = tokenizer.all_special_tokens
+    for text in (*SAMPLES, f"a {' b '.join(specials)} c"):
+        for begun in (False, True):
+            wanted, got = (each(text, add_special_tokens=begun)["input_ids"] for each in (tokenizer, written))
+            if wanted != got:
+                raise ValueError(
+                    f"the tokenizer of {source}, written for transformers' AutoTokenizer, gives {brief(got)} for "
+                    f"{brief(repr(text))}; expected {brief(wanted)}, as in training. Put a tokenizer.json there that "
+                    "says all of it (AutoTokenizer.from_pretrained(dir).save_pretrained(dir) writes one), or set "
+                    "config.data.tokenizer to a directory with one."
+                )
+    if written.eos_token_id != tokenizer.eos_token_id:
+        raise ValueError(
+            f"the tokenizer of {source}, written for transformers' AutoTokenizer, ends texts with "
+            f"{written.eos_token_id}; expected {tokenizer.eos_token_id}, as in training. Name eos_token in its "
+            "tokenizer_config.json."
+        )

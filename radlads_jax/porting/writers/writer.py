@@ -1,0 +1,42 @@
+"""What an export asks of a format: one Writer a format, in a file of its own."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.tree import ParamPath
+from radlads_jax.porting.safetensors_write import PlannedTensor
+from radlads_jax.system.storage import AnyPath
+
+
+def nothing(cfg: ModelConfig, directory: AnyPath | None) -> list[str]:
+    """No obstacle."""
+    del cfg, directory
+    return []
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """A format that a model is written in: a directory of safetensors, config.json, tokenizer.
+
+    obstacles(cfg, directory): what of the model, or of the tokenizer's files in that directory (where it is given), the
+    format has no place for, or its readers would compute otherwise. expected: what a model without obstacles is.
+    tensors(parameters by path, cfg, dtype), config(cfg, base config.json), files(cfg): what is written.
+    """
+
+    name: str
+    tensors: Callable[[dict[ParamPath, Any], ModelConfig, str | None], list[PlannedTensor]]
+    config: Callable[[ModelConfig, dict[str, Any]], dict[str, Any]]
+    files: Callable[[ModelConfig], list[Path]] = lambda cfg: []
+    obstacles: Callable[[ModelConfig, AnyPath | None], list[str]] = nothing
+    expected: str = "any model"
+
+    def require(self, cfg: ModelConfig, directory: AnyPath | None) -> None:
+        """Raises ValueError naming, in one line, all obstacles."""
+        if obstacles := self.obstacles(cfg, directory):
+            raise ValueError(
+                f"the model has what {self.name} has no place for: {'; '.join(obstacles)}. Expected {self.expected}; "
+                "convert again to that, or choose another format."
+            )

@@ -1,0 +1,128 @@
+"""A family, a stage and an export format of a stranger's, registered and nothing else."""
+
+import dataclasses
+import json
+
+import mixers_alone
+import numpy as np
+import plain
+import pytest
+import tern
+import tiny_run
+from safetensors.numpy import load_file
+from untrained import TEACHER, random_params, save_teacher, student_of
+
+from radlads_jax import config
+from radlads_jax.decoding.loaded import load_model
+from radlads_jax.distill.stages import STAGES
+from radlads_jax.export import export_again
+from radlads_jax.models.tree import path_leaves
+from radlads_jax.planning.planner import make_planner
+from radlads_jax.porting import load_params, model_config_from_hf, read_config, save_params
+from radlads_jax.porting.families import FAMILIES
+from radlads_jax.porting.writers import WRITERS
+from radlads_jax.run.job import make_job
+
+TERN = dataclasses.replace(TEACHER, family="tern", qkv_bias=False, qk_norm=True, max_position_embeddings=64)
+STEPS = {"stage1": 2, mixers_alone.NAME: 3}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    FAMILIES["tern"], STAGES[mixers_alone.NAME], WRITERS["plain"] = tern.FAMILY, mixers_alone.STAGE, plain.WRITER
+    yield
+    del FAMILIES["tern"], STAGES[mixers_alone.NAME], WRITERS["plain"]
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(tmp_path_factory):
+    return save_teacher(tmp_path_factory.mktemp("teacher"), TERN)
+
+
+@pytest.fixture(scope="module")
+def finished(teacher_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, tiny_run.convert(workdir, tiny_run.settings(teacher_dir, "rad_rwkv6", STEPS))
+
+
+def test_a_teacher_of_the_family_is_read_under_its_own_names(teacher_dir):
+    stored = load_file(teacher_dir / "model.safetensors")
+    assert "tern.blocks.1.self_attn.q_norm.weight" in stored and "tern.embed_tokens.weight" in stored
+    written = read_config(teacher_dir)
+    assert (written["architectures"], written["tern_wings"]) == (["TernForCausalLM"], 2)
+    cfg = model_config_from_hf(written)
+    assert cfg == TERN
+    read = path_leaves(load_params(teacher_dir, cfg, dtype="float32"))
+    for path, value in path_leaves(random_params(TERN, 0.08)).items():
+        np.testing.assert_array_equal(read[path], value, err_msg=path)
+
+
+def test_what_the_family_refuses_is_told(teacher_dir):
+    with pytest.raises(ValueError, match="tern_wings"):
+        model_config_from_hf(read_config(teacher_dir) | {"tern_wings": 3})
+
+
+def test_the_stage_trains_what_it_says(finished):
+    workdir, summary = finished
+    assert [line["name"] for line in summary["stages"]] == list(STEPS)
+    assert summary["stages"][1]["loss"] == mixers_alone.STAGE.loss
+    assert mixers_alone.STAGE.loss in (workdir / "report" / "index.html").read_text()
+    assert f"| {mixers_alone.NAME} | the mixers, KL to the teacher" in (workdir / "export" / "README.md").read_text()
+    # Nothing but the mixers has moved from the teacher's values.
+    model = load_model(workdir, dtype="float32")
+    assert (model.cfg.family, model.cfg.qk_norm) == ("tern", True)
+    before = path_leaves(random_params(TERN, 0.08))
+    after = path_leaves(model.params)
+    same = {path for path, value in after.items() if path in before and np.array_equal(value, before[path])}
+    assert {path for path in after if "/mixer/" not in path and not path.startswith("head")} <= same
+    assert "stacks/0/mixer/q/kernel" not in same
+
+
+def test_a_new_stage_reorders_no_run(teacher_dir, tmp_path):
+    assert [STAGES[name].order_seed(3) for name in config.STAGE_NAMES] == [15, 16, 17, 18, 19]
+    chosen = config.defaults()
+    chosen.update_from_flattened_dict(tiny_run.settings(teacher_dir, "rad_rwkv6", STEPS))
+    job = make_job(config.validate(chosen), tmp_path)
+    first, own = (next(job.batches(name))["tokens"] for name in STEPS)
+    assert not np.array_equal(first, own)
+
+
+def test_the_stage_is_planned(teacher_dir):
+    chosen = config.defaults()
+    settings = tiny_run.settings(teacher_dir, "rad_rwkv6", STEPS) | {f"{name}.batch_size": 8 for name in STEPS}
+    chosen.update_from_flattened_dict(settings)
+    stages = make_planner(config.validate(chosen), {}).topology("h100:8")["stages"]
+    assert [stage["name"] for stage in stages] == list(STEPS) and all(stage["fits"] for stage in stages)
+
+
+def test_its_settings_are_checked_as_any_stages(teacher_dir):
+    chosen = config.defaults()
+    assert chosen[mixers_alone.NAME].batch_size == 8
+    chosen.update_from_flattened_dict(tiny_run.settings(teacher_dir, "rad_rwkv6", STEPS))
+    chosen[mixers_alone.NAME].accumulate = 3
+    with pytest.raises(ValueError, match=rf"config\.{mixers_alone.NAME}\.accumulate"):
+        config.validate(chosen)
+    with pytest.raises(ValueError, match="tokesn"):
+        config.check_override(f"{mixers_alone.NAME}.tokesn", "5")
+    with pytest.raises(ValueError, match="mesh"):
+        config.add_stage("mesh", config.StageConfig())
+
+
+def test_the_writer_writes_its_own_format(finished, tmp_path):
+    workdir, _ = finished
+    target = export_again(workdir, tmp_path / "plain", writer="plain")
+    stored = load_file(target / "model.safetensors")
+    model = load_model(workdir, dtype="float32")
+    leaves = {path.replace("/", "."): value for path, value in path_leaves(model.params).items()}
+    assert stored.keys() == {name for name in leaves if not name.startswith("head")}
+    for name, value in stored.items():
+        np.testing.assert_array_equal(value, leaves[name])
+    assert json.loads((target / "config.json").read_text())["mixer"] == "rad_rwkv6"
+    assert (target / "tokenizer.json").is_file()
+
+
+def test_what_it_has_no_place_for_is_told_before_anything_is_written(tmp_path):
+    deep = student_of(dataclasses.replace(TEACHER, stacks=(("attention", 3),)), "rad_rwkv6")
+    with pytest.raises(ValueError, match=r"plain.*3 layers.*two layers"):
+        save_params(random_params(deep), deep, tmp_path / "out", base_config={}, writer="plain")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,186 @@
+"""A continuation by contents: other ones are refused by name, the same ones go on wherever they lie."""
+
+import json
+import os
+import pathlib
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+from safetensors.numpy import load_file, save_file
+from untrained import save_teacher
+
+from radlads_jax import config, launch
+from radlads_jax.data import prepare, synthetic
+from radlads_jax.run import fingerprint
+from radlads_jax.run.job import Job, make_job
+
+TEXTS = list(synthetic.documents(0, 40))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> pathlib.Path:
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture
+def place(saved, tmp_path) -> pathlib.Path:
+    """A directory with teacher/, corpus/ and a run that has begun with both."""
+    shutil.copytree(saved, tmp_path / "teacher")
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("\n\n\n".join(TEXTS[:20]))
+    (tmp_path / "corpus" / "b.txt").write_text("\n\n\n".join(TEXTS[20:]))
+    begin(tmp_path)
+    return tmp_path
+
+
+def chosen(place: pathlib.Path, **more):
+    settings = config.defaults()
+    named = tiny_run.settings(place / "teacher")
+    named |= {"data.source": "text", "data.path": str(place / "corpus"), "data.eval_rows": 4}
+    settings.update_from_flattened_dict(named | {key.replace("__", "."): value for key, value in more.items()})
+    return settings
+
+
+def job_of(place: pathlib.Path, workdir: str = "run", **more) -> Job:
+    return make_job(config.validate(chosen(place, **more)), place / workdir)
+
+
+def begin(place: pathlib.Path, **more) -> Job:
+    job = job_of(place, **more)
+    launch.remember_config(place / "run", chosen(place, **more).to_dict())
+    fingerprint.remember(place / "run", job.depends)
+    return job
+
+
+def change_tensor(place: pathlib.Path) -> str:
+    path = place / "teacher" / "model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name] + np.float32(0.01)
+    save_file(tensors, path)
+    return f"the teacher of .*tensors {name}"
+
+
+def change_teacher_config(place: pathlib.Path) -> str:
+    path = place / "teacher" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": 77.0}))
+    return "config rope_theta was .* and is 77.0"
+
+
+def change_tokenizer(place: pathlib.Path) -> str:
+    path = place / "teacher" / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["normalizer"] = None
+    path.write_text(json.dumps(document))
+    return "the tokenizer of the run"
+
+
+def append_text(place: pathlib.Path) -> str:
+    with open(place / "corpus" / "b.txt", "a") as file:
+        file.write("\n\n\nOne more.")
+    return "files b.txt was .* bytes"
+
+
+def change_a_letter(place: pathlib.Path) -> str:
+    path = place / "corpus" / "a.txt"
+    path.write_text(path.read_text().replace("a", "o", 1))
+    return "files a.txt was"
+
+
+def add_a_file(place: pathlib.Path) -> str:
+    shutil.copy(place / "corpus" / "a.txt", place / "corpus" / "c.txt")
+    return "files c.txt is new"
+
+
+CHANGES = [change_tensor, change_teacher_config, change_tokenizer, append_text, change_a_letter, add_a_file]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=[change.__name__ for change in CHANGES])
+def test_other_contents_under_the_same_names_are_refused(place, change):
+    differs = change(place)
+    with pytest.raises(ValueError, match=rf"{differs}.*[Ee]xpected the same") as error:
+        job_of(place)
+    assert "another --workdir" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_same_contents_elsewhere_go_on(place, monkeypatch):
+    before = job_of(place)
+    monkeypatch.setattr(prepare, "tokenised", lambda *_: pytest.fail("tokenised again"))
+    for path in place.rglob("*"):
+        os.utime(path, (1, 1))
+    (place / "teacher").rename(place / "moved teacher")
+    (place / "teacher").symlink_to(place / "moved teacher")
+    (place / "corpus").rename(place / "moved corpus")
+    (place / "run").rename(place / "moved run")
+    elsewhere = {"teacher__path": str(place / "moved teacher"), "data__path": str(place / "moved corpus")}
+    launch.check_same_config(place / "moved run", chosen(place, **elsewhere).to_dict())
+    after = job_of(place, "moved run", **elsewhere)
+    assert after.token_file.tokens.tolist() == before.token_file.tokens.tolist()
+    assert after.depends == before.depends
+
+
+def test_tokens_outlive_their_text(place):
+    before = job_of(place)
+    shutil.rmtree(place / "corpus")
+    after = job_of(place)
+    assert after.token_file.tokens.tolist() == before.token_file.tokens.tolist() and after.depends == before.depends
+
+
+def test_lost_tokens_are_made_again_of_the_same_text_alone(place):
+    before = job_of(place)
+    shutil.rmtree(place / "run" / "data")
+    assert job_of(place).token_file.tokens.tolist() == before.token_file.tokens.tolist()
+    shutil.rmtree(place / "run" / "data")
+    append_text(place)
+    with pytest.raises(ValueError, match=r"files b\.txt was"):
+        job_of(place)
+
+
+def test_a_run_of_an_older_version_goes_on_with_its_tokens(place):
+    """Which had no fingerprint, and named its token file after its text's path and time."""
+    before = job_of(place)
+    (place / "run" / "fingerprint.json").unlink()
+    for path in (place / "run" / "data").iterdir():
+        if path.suffix == ".json":
+            path.unlink()
+        else:
+            path.rename(path.with_name(f"corpus-0123456789abcdef{path.suffix}"))
+    (place / "run" / "checkpoints").mkdir()
+    job = job_of(place)
+    assert job.token_file.prefix.name == "corpus-0123456789abcdef"
+    assert job.token_file.tokens.tolist() == before.token_file.tokens.tolist()
+    fingerprint.remember(place / "run", job.depends)
+    assert job_of(place).depends == job.depends
+    append_text(place)
+    with pytest.raises(ValueError, match=r"files b\.txt was"):
+        job_of(place)
+
+
+def test_a_given_token_file_is_told_by_contents(place):
+    shutil.rmtree(place / "run")
+    made = job_of(place, "first").token_file
+    given = {"data__source": "binidx", "data__path": str(made.prefix)}
+    begin(place, **given)
+    moved = shutil.copytree(made.prefix.parent, place / "moved")
+    assert job_of(place, **given | {"data__path": str(moved)}).token_file.num_tokens == made.num_tokens
+    with open(moved / f"{made.prefix.name}.bin", "r+b") as file:
+        file.write(b"\x05")
+    with pytest.raises(ValueError, match="the tokens of the run"):
+        job_of(place, **given | {"data__path": str(moved)})
+
+
+def test_paths_are_settings_like_others_where_no_contents_are_known(place):
+    (place / "run" / "fingerprint.json").unlink()
+    with pytest.raises(ValueError, match=r"config.data.path was .* and is now 'else'"):
+        launch.check_same_config(place / "run", chosen(place, data__path="else").to_dict())
+
+
+def test_new_weights_that_are_drawn_otherwise_are_refused():
+    values = fingerprint.of_values({"a/b": jnp.arange(12.0).reshape(3, 4), "c": jnp.zeros((2,))})
+    rounded = {path: [x * (1 + 1e-4) for x in row] for path, row in values.items()}
+    fingerprint.require_same_values(values, rounded, pathlib.Path("run"))
+    with pytest.raises(ValueError, match=r"freezes are drawn otherwise .*a/b began with .*Expected the same values"):
+        fingerprint.require_same_values(values, values | {"a/b": values["a/b"][::-1]}, pathlib.Path("run"))

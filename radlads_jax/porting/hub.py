@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -34,6 +35,14 @@ def resolve_model_dir(path_or_id: str | os.PathLike, revision: str | None = None
         directory = _downloaded(str(path_or_id), revision)
     find_files(directory)
     return directory
+
+
+def files_without_weights(path_or_id: str | os.PathLike, revision: str | None = None) -> AnyPath:
+    """As `resolve_model_dir`, but that config and tokenizer are enough, and all that is downloaded."""
+    directory = as_path(path_or_id)
+    if in_bucket(directory) or directory.exists():
+        return directory
+    return _downloaded(str(path_or_id), revision, [pattern for pattern in DOWNLOADED if pattern != WEIGHTS])
 
 
 def load_tokenizer(directory: str | os.PathLike) -> transformers.PreTrainedTokenizerBase:
@@ -107,14 +116,14 @@ def check_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, cfg: ModelC
         )
 
 
-def _downloaded(model_id: str, revision: str | None) -> Path:
+def _downloaded(model_id: str, revision: str | None, patterns: Sequence[str] = DOWNLOADED) -> Path:
     if not _HUB_ID.fullmatch(model_id):
         raise ValueError(
             f"{model_id!r} is no existing directory and no hub id; expected a model directory or an id like "
             "'organisation/name'. Check the path."
         )
     try:
-        return Path(huggingface_hub.snapshot_download(model_id, revision=revision, allow_patterns=list(DOWNLOADED)))
+        return Path(huggingface_hub.snapshot_download(model_id, revision=revision, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(

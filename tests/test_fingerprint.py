@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 from untrained import save_teacher
 
 from radlads_jax import config, launch
+from radlads_jax import prepare as prepare_door
 from radlads_jax.data import prepare, synthetic
-from radlads_jax.run import fingerprint
+from radlads_jax.run import fingerprint, preflight, tokens
 from radlads_jax.run.job import Job, make_job
 
 TEXTS = list(synthetic.documents(0, 40))
@@ -184,3 +186,46 @@ def test_new_weights_that_are_drawn_otherwise_are_refused():
     fingerprint.require_same_values(values, rounded, pathlib.Path("run"))
     with pytest.raises(ValueError, match=r"freezes are drawn otherwise .*a/b began with .*Expected the same values"):
         fingerprint.require_same_values(values, values | {"a/b": values["a/b"][::-1]}, pathlib.Path("run"))
+
+
+def test_a_corpus_that_is_prepared_before_is_the_same_run(place, capsys):
+    text = job_of(place)
+    made = tokens.prepare_tokens(config.validate(chosen(place)), place / "tokens")
+    assert {path.suffix for path in (place / "tokens").iterdir()} == {".bin", ".idx", ".json"}
+    given = {"data__source": "binidx", "data__path": str(place / "tokens")}
+    run = job_of(place, "other run", **given)
+    assert run.token_file.tokens.tolist() == text.token_file.tokens.tolist() == made.file.tokens.tolist()
+    assert (run.eval_tokens, run.beginning) == (text.eval_tokens, text.beginning)
+    assert "2 files with 40 documents" in preflight.data(run).found
+    assert not (place / "other run" / "data").exists()
+    # Again is quick, another text in the same directory is not taken in, tokens are no text.
+    assert tokens.prepare_tokens(config.validate(chosen(place)), place / "tokens").file.prefix == made.file.prefix
+    append_text(place)
+    with pytest.raises(ValueError, match="made of other text or by other settings"):
+        tokens.prepare_tokens(config.validate(chosen(place)), place / "tokens")
+    with pytest.raises(ValueError, match="tokens already"):
+        tokens.prepare_tokens(config.validate(chosen(place, **given)), place / "tokens")
+
+
+@pytest.mark.parametrize("change", [change_tokenizer, lambda place: None], ids=["tokenizer", "bos"])
+def test_prepared_tokens_of_another_tokenizer_or_beginning_are_refused(place, change):
+    tokens.prepare_tokens(config.validate(chosen(place)), place / "tokens")
+    bos = change(place) is None
+    if bos:
+        path = place / "teacher" / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": synthetic.END_OF_TEXT}))
+    given = {"data__source": "binidx", "data__path": str(place / "tokens")} | ({"data__bos": True} if bos else {})
+    with pytest.raises(ValueError, match=f"was made with other settings .*{'beginning' if bos else 'tokenizer'} "):
+        job_of(place, "other run", **given)
+
+
+def test_the_door_says_what_a_run_is_to_be_told(place, monkeypatch, capsys):
+    def door(output: pathlib.Path | None) -> int:
+        monkeypatch.setattr(prepare_door.flags, "FLAGS", {"config": types.SimpleNamespace(value=chosen(place))})
+        monkeypatch.setattr(prepare_door, "_OUTPUT", types.SimpleNamespace(value=output))
+        return prepare_door.main(["prepare"])
+
+    assert door(place / "tokens") == 0
+    said = capsys.readouterr().out
+    assert "of 2 files with 40 documents" in said and f"--config.data.path={place / 'tokens'}" in said
+    assert door(None) == 1 and "expected --config FILE and --output DIR" in capsys.readouterr().err

@@ -43,6 +43,14 @@ def resolve_model_dir(path_or_id: str | os.PathLike, revision: str | None = None
     return directory
 
 
+def files_without_weights(path_or_id: str | os.PathLike, revision: str | None = None) -> AnyPath:
+    """As `resolve_model_dir`, but that config and tokenizer are enough, and all that is downloaded."""
+    directory = as_path(path_or_id)
+    if in_bucket(directory) or directory.exists():
+        return directory
+    return _downloaded(str(path_or_id), revision, weights=False)
+
+
 def load_tokenizer(directory: str | os.PathLike) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of a model directory, exactly as its tokenizer.json describes it where there is one."""
     directory = as_path(directory)
@@ -143,15 +151,15 @@ def check_ids(ids: Sequence[int], tokenizer: transformers.PreTrainedTokenizerBas
         )
 
 
-def _downloaded(model_id: str, revision: str | None) -> Path:
+def _downloaded(model_id: str, revision: str | None, *, weights: bool = True) -> Path:
     if not _HUB_ID.fullmatch(model_id):
         raise ValueError(
             f"{model_id!r} is no existing directory and no hub id; expected a model directory or an id like "
             "'organisation/name'. Check the path."
         )
     try:
-        snapshot = _fetched(model_id, revision, (*SMALL_FILES, SINGLE_FILE))
-        if (snapshot / SINGLE_FILE).is_file():
+        snapshot = _fetched(model_id, revision, (*SMALL_FILES, SINGLE_FILE) if weights else SMALL_FILES)
+        if not weights or (snapshot / SINGLE_FILE).is_file():
             return snapshot
         # The same commit, even where a branch has moved meanwhile: the snapshot has its name.
         revision = snapshot.name if _COMMIT.fullmatch(snapshot.name) else revision

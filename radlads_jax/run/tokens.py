@@ -10,6 +10,7 @@ from absl import logging
 from radlads_jax.config import RunConfig
 from radlads_jax.data import binidx, prepare, sources
 from radlads_jax.data.tokenise import Framing, prompt_beginning
+from radlads_jax.porting.hub import files_without_weights, load_tokenizer
 from radlads_jax.run import fingerprint
 from radlads_jax.system.storage import AnyPath, as_path, children
 from radlads_jax.system.untrusted import listed
@@ -82,6 +83,37 @@ def tokenise(
         framing=around or framing(run, tokenizer),
         max_tokens=limit,
     )
+
+
+def prepare_tokens(run: RunConfig, output: AnyPath) -> Tokens:
+    """Makes the token file that a run with config.data.source=binidx and config.data.path=output takes for its text.
+
+    No weights are read; of a teacher on the hub config and tokenizer alone are downloaded. Raises ValueError for a
+    config whose data are tokens already, or that would give another text's tokens to a run.
+    """
+    if run.data.source == "binidx":
+        raise ValueError(
+            f"config.data.source is 'binidx' and config.data.path {run.data.path!r}: these are tokens already; "
+            "expected text. Leave the preparation out, or name the text that is to be prepared."
+        )
+    if not run.data.tokenizer and not run.teacher.path:
+        raise ValueError(
+            "config.data.tokenizer is empty and there is no teacher to take one from; expected a directory or hub id. "
+            "Set it."
+        )
+    revision = None if run.data.tokenizer else run.teacher.revision or None
+    directory = files_without_weights(run.data.tokenizer or run.teacher.path, revision)
+    tokenizer = load_tokenizer(directory)
+    vocab_size = 1 + max(tokenizer.get_vocab().values())
+    there = [name for name in children(output) if name.endswith(".idx")] if output.is_dir() else []
+    file = tokenise(run, output, tokenizer, vocab_size)
+    if there not in ([], [f"{file.prefix.name}.idx"]):
+        raise ValueError(
+            f"{output} holds {listed(there)} too, made of other text or by other settings; expected a directory of its "
+            "own, so that a run can be given it by name. Remove what is old, or choose another --output."
+        )
+    said = prepare.made_from(file)
+    return Tokens(file, said, tuple(said["beginning"]))
 
 
 def framing(run: RunConfig, tokenizer: Any) -> Framing:

@@ -1,5 +1,6 @@
 """How near the student comes to its teacher: losses and agreement on held-out rows, and text from both."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -99,8 +100,17 @@ def samples_page(prompts: tuple[str, ...], texts: dict[str, list[str]]) -> str:
     return "\n".join(lines)
 
 
+def exported_student(job: Job, student: Params) -> tuple[ModelConfig, Params]:
+    """The student as its export has it, rounded and without the head that is left out, in the dtype it is used in."""
+    options, cfg = job.run.export, job.student
+    if options.retie and not cfg.tie_embeddings:
+        student = {name: part for name, part in student.items() if name != "head"}
+        cfg = dataclasses.replace(cfg, tie_embeddings=True)
+    return cfg, jax.tree.map(lambda x: x.astype(options.dtype).astype(cfg.dtype), student)
+
+
 def evaluate_job(job: Job, student: Params, teacher: Params | None) -> dict[str, Any]:
-    """`evaluate` on the job's held-out rows, and samples of its prompts into DIR/samples.md."""
+    """`evaluate`, of the weights that are exported, on the job's held-out rows; samples of its prompts to samples.md."""
     run = job.run
     batches = pipeline.make_eval_batches(
         job.token_file,
@@ -110,13 +120,12 @@ def evaluate_job(job: Job, student: Params, teacher: Params | None) -> dict[str,
         cross_document=run.data.cross_document,
         rows_of_batch=sharding.own_rows(job.mesh, run.train.eval_batch_size),
     )
-    # Evaluated as it is used from here on: in the dtype it computes in.
-    student = jax.tree.map(lambda x: x.astype(job.student.dtype), student)
-    models = {"student": (job.student, student)}
+    cfg, student = exported_student(job, student)
+    models = {"student": (cfg, student)}
     if teacher is None:
-        result = evaluate(job.student, student, batches, run.train.eval_batch_size, mesh=job.mesh)
+        result = evaluate(cfg, student, batches, run.train.eval_batch_size, mesh=job.mesh)
     else:
-        result = evaluate(job.student, student, batches, run.train.eval_batch_size, job.teacher, teacher, job.mesh)
+        result = evaluate(cfg, student, batches, run.train.eval_batch_size, job.teacher, teacher, job.mesh)
         models = {"teacher": (job.teacher, teacher)} | models
     if prompts := run.train.sample_prompts:
         texts = {

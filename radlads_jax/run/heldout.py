@@ -15,6 +15,7 @@ from rich.table import Table
 
 from pallas_kernels.linear_loss import linear_stats
 from pallas_kernels.sharded import constrain
+from radlads_jax.config import Export
 from radlads_jax.data import pipeline
 from radlads_jax.decoding.loop import generate_greedy
 from radlads_jax.distill.losses import Batch, next_tokens, read_rows
@@ -100,9 +101,8 @@ def samples_page(prompts: tuple[str, ...], texts: dict[str, list[str]]) -> str:
     return "\n".join(lines)
 
 
-def exported_student(job: Job, student: Params) -> tuple[ModelConfig, Params]:
+def exported_student(options: Export, cfg: ModelConfig, student: Params) -> tuple[ModelConfig, Params]:
     """The student as its export has it, rounded and without the head that is left out, in the dtype it is used in."""
-    options, cfg = job.run.export, job.student
     if options.retie and not cfg.tie_embeddings:
         student = {name: part for name, part in student.items() if name != "head"}
         cfg = dataclasses.replace(cfg, tie_embeddings=True)
@@ -110,7 +110,7 @@ def exported_student(job: Job, student: Params) -> tuple[ModelConfig, Params]:
 
 
 def evaluate_job(job: Job, student: Params, teacher: Params | None) -> dict[str, Any]:
-    """`evaluate`, of the weights that are exported, on the job's held-out rows; samples of its prompts to samples.md."""
+    """`evaluate` of the exported weights on the job's held-out rows, and samples of its prompts into DIR/samples.md."""
     run = job.run
     batches = pipeline.make_eval_batches(
         job.token_file,
@@ -120,7 +120,7 @@ def evaluate_job(job: Job, student: Params, teacher: Params | None) -> dict[str,
         cross_document=run.data.cross_document,
         rows_of_batch=sharding.own_rows(job.mesh, run.train.eval_batch_size),
     )
-    cfg, student = exported_student(job, student)
+    cfg, student = exported_student(run.export, job.student, student)
     models = {"student": (cfg, student)}
     if teacher is None:
         result = evaluate(cfg, student, batches, run.train.eval_batch_size, mesh=job.mesh)

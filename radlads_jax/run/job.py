@@ -89,8 +89,8 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     if run.export.retie and not original.tie_embeddings:
         raise ValueError(
             f"config.export.retie is true, but the teacher {run.teacher.path or 'from scratch'} has a head of its own "
-            "(tie_word_embeddings is not true in its config.json): the export would be another model. Expected retie for "
-            "tied teachers alone. Leave config.export.retie out."
+            "(tie_word_embeddings is not true in its config.json): the export would be another model. Expected retie "
+            "for tied teachers alone. Leave config.export.retie out."
         )
     student = make_student_config(original, run)
     with hosts.first_alone("data"):

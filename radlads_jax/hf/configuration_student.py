@@ -26,7 +26,7 @@ class StudentConfig(PreTrainedConfig):
     """
 
     # A list: Trainer adds one to it.
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     has_token_shift = False
     default_gate = GATE_LOW_RANK
     default_group_norm = False

@@ -95,6 +95,8 @@ class StudentModel(StudentPreTrainedModel):
             raise ValueError("got both or neither of input_ids and inputs_embeds; expected one of them. Give one.")
         if output_attentions:
             raise ValueError("output_attentions is true; recurrent layers have no attention matrix. Leave it out.")
+        # Its name since transformers 5.24.
+        past_key_values = kwargs.pop("cache", past_key_values)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -191,6 +193,7 @@ class StudentForCausalLM(StudentPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """labels [B, T]: token ids, -100 where nothing is to be predicted; logits_to_keep: of that many last tokens."""
+        past_key_values = kwargs.pop("cache", past_key_values)
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,

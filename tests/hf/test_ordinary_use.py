@@ -69,6 +69,15 @@ def test_states_have_the_methods_of_every_transformers_5(export):
     assert layer.get_mask_sizes(7) == (7, 0) and layer.get_seq_length() == 0
 
 
+def test_a_state_under_its_newer_name(export):
+    """generate() of transformers 5.24 and later calls it cache."""
+    model, tokens = export("rwkv7 hybrid, last").model(), torch.as_tensor(ids(2, 12))
+    with torch.no_grad():
+        state = model(tokens[:, :9], use_cache=True).past_key_values
+        rest = model(tokens[:, 9:], attention_mask=torch.ones_like(tokens), cache=state).logits
+    assert relative_rms(rest, logits_of(model, tokens)[:, 9:]) < 5e-6
+
+
 @pytest.mark.parametrize("version", ["4.57.6", "4.36.0"])
 def test_transformers_4_is_told_which_version_is_needed(version, monkeypatch):
     old = types.ModuleType("transformers")

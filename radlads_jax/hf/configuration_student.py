@@ -2,7 +2,15 @@
 
 import math
 
-from transformers import PreTrainedConfig
+import transformers
+
+try:
+    from transformers import PreTrainedConfig
+except ImportError:
+    raise ImportError(
+        f"this model's files need transformers 5.0 or newer; got {transformers.__version__}. Run: "
+        "pip install --upgrade 'transformers>=5'"
+    ) from None
 
 ROPE_TYPES = ("default", "linear", "llama3")
 GATE_NONE, GATE_FULL, GATE_LOW_RANK = range(3)
@@ -17,7 +25,8 @@ class StudentConfig(PreTrainedConfig):
     not the last. A rank of 0 or None is the published one for hidden_size. Raises ValueError for what the models lack.
     """
 
-    keys_to_ignore_at_inference = ("past_key_values",)
+    # A list: Trainer adds one to it.
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     has_token_shift = False
     default_gate = GATE_LOW_RANK
     default_group_norm = False

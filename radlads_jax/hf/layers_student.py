@@ -20,13 +20,15 @@ PARTS = 8
 
 class Context(NamedTuple):
     """What every mixer is told of the tokens; real [B, T] is False for padding, pairs [B, 1, T, S] says which keys a
-    query sees; both are None where nothing is hidden but the future.
+    query sees; both are None where nothing is hidden but the future. starts [B, T] is True where a document begins
+    within what is read (rows packed with several); None where none does.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
     real: torch.Tensor | None
     pairs: torch.Tensor | None
+    starts: torch.Tensor | None = None
 
 
 class RecurrentLayer(CacheLayerMixin):
@@ -72,6 +74,9 @@ class RecurrentLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    # Its name until transformers 5.12.
+    get_max_cache_shape = get_max_length
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
 
@@ -83,13 +88,44 @@ class RecurrentLayer(CacheLayerMixin):
 
 
 class StudentCache(Cache):
-    """What a model remembers of the tokens it has read: a state a recurrent layer, keys and values a softmax layer."""
+    """What a model remembers of the tokens it has read: a state a recurrent layer, keys and values a softmax layer.
+
+    document_start [B]: the number of the token at which every row's last document begins; None where all is one.
+    """
 
     def __init__(self, config: StudentConfig):
+        self.document_start: torch.Tensor | None = None
         softmax = config.softmax_layers
         super().__init__(
             layers=[DynamicLayer() if i in softmax else RecurrentLayer() for i in range(config.num_hidden_layers)]
         )
+
+    def note_documents(self, starts: torch.Tensor | None, before: int) -> None:
+        """Takes in where documents begin in the tokens [B, T] that follow the first `before`."""
+        if starts is None:
+            return
+        numbers = torch.arange(before, before + starts.shape[1], device=starts.device)
+        known = 0 if self.document_start is None else self.document_start
+        self.document_start = torch.where(starts, numbers, 0).amax(1).clamp(min=known)
+
+    def _change(self, change) -> None:
+        self.document_start = None if self.document_start is None else change(self.document_start)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._change(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._change(lambda x: x[indices.to(x.device)])
+
+    def reset(self) -> None:
+        super().reset()
+        self.document_start = None
 
 
 class RMSNorm(nn.Module):
@@ -113,7 +149,8 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() != self.in_features:
+        plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() == self.in_features
+        if not plain or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         parts = math.gcd(self.out_features, PARTS)
         # The row as a transpose of [parts, 1, in]: by its strides torch picks the fast product.
@@ -239,15 +276,96 @@ def on_gpu(x: torch.Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float32
 
 
-def split_chunks(x: torch.Tensor, size: int) -> torch.Tensor:
-    """[B, T, H, K] -> [B, H, T / size, size, K] float32, filled up with zeros, which no state notices."""
+def in_float32(recurrence):
+    """The recurrence with autocast switched off, which would round state and decays to half precision."""
+
+    def run(r, *others):
+        # These devices have no switch of their own.
+        device = "cpu" if r.device.type in ("meta", "mps") else r.device.type
+        with torch.autocast(device, enabled=False):
+            return recurrence(r, *others)
+
+    return run
+
+
+def forget(state: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
+    """The states [B, H, K, V], zero in those rows [B] in which a document begins."""
+    return state if starts is None else state.masked_fill(starts[:, None, None, None], 0)
+
+
+def run_kernel(kernel, tensors: tuple, state: torch.Tensor, starts: torch.Tensor | None):
+    """One of flash-linear-attention's kernels, which takes the documents of all rows as one row with boundaries."""
+    options = {"scale": 1.0, "output_final_state": True}
+    if starts is None:
+        return kernel(*tensors, initial_state=state, **options)
+    rows, length = starts.shape
+    begins = starts.clone()
+    begins[:, 0] = True
+    offsets = begins.flatten().nonzero().flatten()
+    first = offsets % length == 0
+    states = state.new_zeros(len(offsets), *state.shape[1:])
+    states[first] = forget(state, starts[:, 0])
+    options["cu_seqlens"] = nn.functional.pad(offsets, (0, 1), value=rows * length)
+    out, last = kernel(*(x.flatten(0, 1)[None] for x in tensors), initial_state=states, **options)
+    return out[0].unflatten(0, (rows, length)), last[nn.functional.pad(first[1:], (0, 1), value=True)]
+
+
+class Slots(NamedTuple):
+    """Places [B, T] of tokens where every document begins a chunk, and which chunks [B, N] do."""
+
+    places: torch.Tensor
+    fresh: torch.Tensor
+
+
+def chunk_slots(starts: torch.Tensor | None, size: int) -> Slots | None:
+    """The slots of tokens with these starts of documents [B, T]; None where there is but one."""
+    if starts is None:
+        return None
+    numbers = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
+    begun = torch.where(starts, numbers, 0).cummax(1).values
+    before = F.pad(begun[:, :-1], (1, 0))
+    places = numbers + torch.where(starts, (before - numbers) % size, 0).cumsum(1)
+    fresh = torch.zeros(starts.shape[0], int(places.max()) // size + 1, dtype=torch.bool, device=starts.device)
+    rows, tokens = starts.nonzero(as_tuple=True)
+    fresh[rows, places[rows, tokens] // size] = True
+    return Slots(places, fresh)
+
+
+def split_chunks(x: torch.Tensor, size: int, slots: Slots | None = None) -> torch.Tensor:
+    """[B, T, H, K] -> [B, H, N, size, K] float32, filled up with zeros, which no state notices."""
+    if slots is not None:
+        rows = torch.arange(x.shape[0], device=x.device)[:, None]
+        spread = x.new_zeros(x.shape[0], slots.fresh.shape[1] * size, *x.shape[2:])
+        x = spread.index_put((rows, slots.places), x)
     padded = F.pad(x.float(), (0, 0, 0, 0, 0, -x.shape[1] % size))
     return padded.transpose(1, 2).unflatten(2, (-1, size))
 
 
-def join_chunks(x: torch.Tensor, length: int) -> torch.Tensor:
-    """The first `length` tokens of the inverse."""
-    return x.flatten(2, 3).transpose(1, 2)[:, :length]
+def join_chunks(x: torch.Tensor, length: int, slots: Slots | None = None) -> torch.Tensor:
+    """The inverse, of the first `length` tokens."""
+    joined = x.flatten(2, 3).transpose(1, 2)
+    if slots is None:
+        return joined[:, :length]
+    return joined[torch.arange(x.shape[0], device=x.device)[:, None], slots.places]
+
+
+def state_before(state: torch.Tensor, chunk: int, slots: Slots | None) -> torch.Tensor:
+    """The state that a chunk begins with, after the chunk before it left this one."""
+    return state if slots is None else forget(state, slots.fresh[:, chunk])
+
+
+def document_starts(positions: torch.Tensor, real: torch.Tensor | None, before: int) -> torch.Tensor | None:
+    """Where, in positions [B, T], those of real tokens do not grow: a document begins there. None where none does.
+
+    before: the number of tokens read before, after which a row that goes on at 0 begins anew.
+    """
+    numbers = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    real = torch.ones_like(positions, dtype=torch.bool) if real is None else real
+    latest = F.pad(torch.where(real, numbers, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
+    previous = positions.gather(1, latest.clamp(min=0))
+    begins_again = (positions == 0) & bool(before)
+    starts = real & torch.where(latest < 0, begins_again, positions <= previous)
+    return starts if bool(starts.any()) else None
 
 
 def hide_padding(real: torch.Tensor | None, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

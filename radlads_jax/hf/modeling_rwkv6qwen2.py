@@ -11,7 +11,18 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_rwkv6qwen2 import RWKV6Qwen2Config
-from .layers_student import RecurrentMixer, hide_padding, join_chunks, on_gpu, split_chunks
+from .layers_student import (
+    RecurrentMixer,
+    chunk_slots,
+    forget,
+    hide_padding,
+    in_float32,
+    join_chunks,
+    on_gpu,
+    run_kernel,
+    split_chunks,
+    state_before,
+)
 from .modeling_student import StudentForCausalLM, StudentModel, StudentPreTrainedModel
 
 try:
@@ -25,13 +36,17 @@ STREAMS = "rkvwg"
 CHUNK_SIZE = 16
 
 
-def wkv6(r, log_w, k, v, state):
-    """All outputs S_t^T r_t [B, T, H, V] of S_t = diag(w_t) S_{t-1} + k_t v_t^T, and the last state [B, H, K, V]."""
+@in_float32
+def wkv6(r, log_w, k, v, state, starts=None):
+    """All outputs S_t^T r_t [B, T, H, V] of S_t = diag(w_t) S_{t-1} + k_t v_t^T, and the last state [B, H, K, V].
+
+    starts [B, T]: where S_{t-1} is zero, for a document begins.
+    """
     if r.shape[1] == 1:
-        return wkv6_step(r, log_w, k, v, state)
+        return wkv6_step(r, log_w, k, v, state if starts is None else forget(state, starts[:, 0]))
     if chunk_gla is not None and on_gpu(r):
-        return chunk_gla(r, k, v, log_w, scale=1.0, initial_state=state, output_final_state=True)
-    return wkv6_chunked(r, log_w, k, v, state)
+        return run_kernel(chunk_gla, (r, k.to(r.dtype), v.to(r.dtype), log_w.float()), state, starts)
+    return wkv6_chunked(r, log_w, k, v, state, starts=starts)
 
 
 def wkv6_step(r, log_w, k, v, state):
@@ -41,13 +56,13 @@ def wkv6_step(r, log_w, k, v, state):
     return (r[..., None, :] @ state).transpose(1, 2), state
 
 
-def wkv6_chunked(r, log_w, k, v, state, size: int = CHUNK_SIZE):
+def wkv6_chunked(r, log_w, k, v, state, size: int = CHUNK_SIZE, starts=None):
     """The recurrence as matrix products over chunks of `size` tokens, one state a chunk.
 
     e^(sum of log_w from j to i) is split into a factor of i and one of j, both counted from the chunk's middle.
     """
-    length = r.shape[1]
-    r, log_w, k, v = (split_chunks(x, size) for x in (r, log_w, k, v))
+    length, slots = r.shape[1], chunk_slots(starts, size)
+    r, log_w, k, v = (split_chunks(x, size, slots) for x in (r, log_w, k, v))
     ones = torch.ones(size, size, device=r.device)
     until, after = ones.tril(), ones.triu(1)
     centred = until - until[size // 2]
@@ -57,15 +72,22 @@ def wkv6_chunked(r, log_w, k, v, state, size: int = CHUNK_SIZE):
     kept = from_start[..., -1, :, None].exp()
     states = []
     for n in range(r.shape[2]):
+        state = state_before(state, n, slots)
         states.append(state)
         state = torch.addcmul(written[:, :, n], kept[:, :, n], state)
     out = (r * from_start.exp()) @ torch.stack(states, 2) + inner @ v
-    return join_chunks(out, length), state
+    return join_chunks(out, length, slots), state
 
 
-def previous_inputs(x, before, real):
-    """The last real input before every token, [B, T, D], and the last of all, [B, D]; `before` precedes the first."""
+def previous_inputs(x, before, real, starts=None):
+    """The last real input before every token, [B, T, D], zero where a document starts, and the last of all, [B, D].
+
+    `before` precedes the first.
+    """
     joined = torch.cat([before[:, None], x], 1)
+    if starts is not None:
+        found, last = previous_inputs(x, before, real)
+        return found.masked_fill(starts[..., None], 0), last
     if real is None:
         return joined[:, :-1], joined[:, -1]
     counted = torch.arange(1, x.shape[1] + 1, device=x.device)
@@ -108,23 +130,24 @@ class RWKV6Qwen2Mixer(RecurrentMixer):
         x_r = x_k = x_v = x_w = x_g = x
         last_input = None
         if self.config.use_tokenshift:
-            (x_r, x_k, x_v, x_w, x_g), last_input = self._shifted(x, context.real, cache)
+            (x_r, x_k, x_v, x_w, x_g), last_input = self._shifted(x, context, cache)
         r, k, v = self.project(x_r, x_k, x_v, context, use_rope=self.config.use_rope)
         k, v = self.repeat(k), self.repeat(v)
         decay = self.time_decay.float() + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
         log_w = self.split(torch.clamp(-torch.exp(decay), min=LOG_W_MIN))
         if self.config.balance_state:
-            k = (k * -torch.expm1(log_w)).to(x.dtype)
+            k = (k * -torch.expm1(log_w)).to(r.dtype)
         log_w, k = hide_padding(context.real, log_w, k)
-        out, state = wkv6(r, log_w, k, v, self.initial_state(x, cache))
+        out, state = wkv6(r, log_w, k, v, self.initial_state(x, cache), context.starts)
         if cache is not None:
             cache.layers[self.layer_idx].store(x.shape[1], state, last_input)
         return self.finish(out * self.head_dim**-0.5, x_g), v_first
 
-    def _shifted(self, x, real, cache):
+    def _shifted(self, x, context, cache):
         """The five mixes of every token with the one before it, in the order r, k, v, w, g, and the last input."""
         before = None if cache is None else cache.layers[self.layer_idx].last_input
-        previous, last = previous_inputs(x, torch.zeros_like(x[:, 0]) if before is None else before, real)
+        before = torch.zeros_like(x[:, 0]) if before is None else before
+        previous, last = previous_inputs(x, before, context.real, context.starts)
         s = previous - x
         streams = torch.tanh((x + s * self.time_maa_x) @ self.time_maa_w1).chunk(len(STREAMS), -1)
         lerps = (getattr(self, f"time_maa_{name}") for name in STREAMS)

@@ -15,7 +15,18 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_rwkv7qwen2 import RWKV7Qwen2Config
-from .layers_student import RecurrentMixer, hide_padding, join_chunks, on_gpu, split_chunks
+from .layers_student import (
+    RecurrentMixer,
+    chunk_slots,
+    forget,
+    hide_padding,
+    in_float32,
+    join_chunks,
+    on_gpu,
+    run_kernel,
+    split_chunks,
+    state_before,
+)
 from .modeling_student import StudentForCausalLM, StudentModel, StudentPreTrainedModel
 
 try:
@@ -28,15 +39,17 @@ LOG_W_BOUND = -math.exp(-0.5)
 CHUNK_SIZE = 32
 
 
-def wkv7(r, log_w, k, v, a, b, state):
+@in_float32
+def wkv7(r, log_w, k, v, a, b, state, starts=None):
     """All outputs S_t^T r_t [B, T, H, V] of S_t = diag(w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T, and the last
-    state [B, H, K, V].
+    state [B, H, K, V]. starts [B, T]: where S_{t-1} is zero, for a document begins.
     """
     if r.shape[1] == 1:
-        return wkv7_step(r, log_w, k, v, a, b, state)
+        return wkv7_step(r, log_w, k, v, a, b, state if starts is None else forget(state, starts[:, 0]))
     if chunk_rwkv7 is not None and on_gpu(r):
-        return chunk_rwkv7(r, log_w, k, v, a, b, scale=1.0, initial_state=state, output_final_state=True)
-    return wkv7_chunked(r, log_w, k, v, a, b, state)
+        k, v, a, b = (x.to(r.dtype) for x in (k, v, a, b))
+        return run_kernel(chunk_rwkv7, (r, log_w.float(), k, v, a, b), state, starts)
+    return wkv7_chunked(r, log_w, k, v, a, b, state, starts=starts)
 
 
 def wkv7_step(r, log_w, k, v, a, b, state):
@@ -48,14 +61,14 @@ def wkv7_step(r, log_w, k, v, a, b, state):
     return (r[..., None, :] @ state).transpose(1, 2), state
 
 
-def wkv7_chunked(r, log_w, k, v, a, b, state, size: int = CHUNK_SIZE):
+def wkv7_chunked(r, log_w, k, v, a, b, state, size: int = CHUNK_SIZE, starts=None):
     """The recurrence as matrix products over chunks of `size` tokens.
 
     With U the rows a_t^T S_{t-1} of a chunk, U = W S + Y where (I - tril(a b^T, -1)) [W, Y] = [a, tril(a k^T, -1) v],
     each factor times its decay; the state then goes from chunk to chunk by one affine map.
     """
-    length = r.shape[1]
-    r, log_w, k, v, a, b = (split_chunks(x, size) for x in (r, log_w, k, v, a, b))
+    length, slots = r.shape[1], chunk_slots(starts, size)
+    r, log_w, k, v, a, b = (split_chunks(x, size, slots) for x in (r, log_w, k, v, a, b))
     total = log_w.cumsum(-2)
     whole = total[..., -1:, :]
     k_end, b_end = k * (whole - total).exp(), b * (whole - total).exp()
@@ -69,11 +82,12 @@ def wkv7_chunked(r, log_w, k, v, a, b, state, size: int = CHUNK_SIZE):
     written = b_end.mT @ y + k_end.mT @ v
     states = []
     for n in range(r.shape[2]):
+        state = state_before(state, n, slots)
         states.append(state)
         state = kept[:, :, n] @ state + written[:, :, n]
     before = torch.stack(states, 2)
     out = r @ before + (r @ b.mT).tril() @ (w @ before + y) + (r @ k.mT).tril() @ v
-    return join_chunks(out, length), state
+    return join_chunks(out, length, slots), state
 
 
 def low_rank(width: int, rank: int, size: int) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
@@ -118,9 +132,9 @@ class RWKV7Qwen2Mixer(RecurrentMixer):
         else:
             v = v + (v_first - v) * self.split(torch.sigmoid(self.v0.float() + x @ self.v1 @ self.v2)).to(v.dtype)
         kk, k = self._keys(k.float(), log_w, iclr)
-        a, b, k = (y.to(x.dtype) for y in (-kk, kk * iclr, k))
+        a, b, k = (y.to(r.dtype) for y in (-kk, kk * iclr, k))
         log_w, k, b = hide_padding(context.real, log_w, k, b)
-        out, state = wkv7(r, log_w, k, v, a, b, self.initial_state(x, cache))
+        out, state = wkv7(r, log_w, k, v, a, b, self.initial_state(x, cache), context.starts)
         if cache is not None:
             cache.layers[self.layer_idx].store(x.shape[1], state)
         return self.finish(out if self.config.groupnorm_att else out * self.head_dim**-0.5, x), v_first

@@ -10,7 +10,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from .configuration_student import StudentConfig
-from .layers_student import MLP, Context, Linear, RecurrentMixer, RMSNorm, SoftmaxAttention, StudentCache, rope_tables
+from .layers_student import (
+    MLP,
+    Context,
+    Linear,
+    RecurrentMixer,
+    RMSNorm,
+    SoftmaxAttention,
+    StudentCache,
+    document_starts,
+    rope_tables,
+)
 
 
 class StudentLayer(GradientCheckpointingLayer):
@@ -77,11 +87,16 @@ class StudentModel(StudentPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """attention_mask [B, tokens read before + T]: 0 where a token is padding, wherever in its row that stands."""
+        """attention_mask [B, tokens read before + T]: 0 where a token is padding, wherever in its row that stands.
+
+        position_ids [B, T]: where they do not grow a document begins, which knows nothing of those before it.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("got both or neither of input_ids and inputs_embeds; expected one of them. Give one.")
         if output_attentions:
             raise ValueError("output_attentions is true; recurrent layers have no attention matrix. Leave it out.")
+        # Its name since transformers 5.24.
+        past_key_values = kwargs.pop("cache", past_key_values)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -121,20 +136,33 @@ class StudentModel(StudentPreTrainedModel):
                     "before. Give one entry a token."
                 )
             mask = F.pad(attention_mask.bool(), (total - attention_mask.shape[1], 0), value=True)
-        if position_ids is None:
+        real = None if mask is None else mask[:, before:]
+        starts = None
+        if position_ids is not None:
+            starts = document_starts(position_ids.expand(x.shape[0], length), real, before)
+        else:
             counted = torch.arange(total, device=x.device)[None] if mask is None else mask.long().cumsum(1) - 1
             position_ids = counted[:, before:].clamp(min=0)
-        real = None if mask is None else mask[:, before:]
+        first_key = None if cache is None else cache.document_start
         pairs = None
-        if self.config.softmax_layers and (mask is not None or (before and length > 1)):
+        packed = starts is not None or first_key is not None
+        if self.config.softmax_layers and (mask is not None or packed or (before and length > 1)):
             keys = torch.arange(total, device=x.device)
             queries = keys[before:, None]
             pairs = keys <= queries
             if mask is not None:
                 # A query that is padding sees itself, for a softmax over nothing is not a number.
                 pairs = pairs & (mask[:, None, None] | (keys == queries))
+            if packed:
+                document = torch.zeros(x.shape[:2], device=x.device) if starts is None else starts.cumsum(1)
+                # Of tokens read before, those of the last document there are of this call's first.
+                earlier = torch.zeros(x.shape[0], 1, device=x.device) if first_key is None else first_key[:, None]
+                documents = torch.cat([-1 * (keys[:before] < earlier), document], 1)
+                pairs = pairs & (documents[:, None, None] == document[:, None, :, None])
             pairs = pairs.expand(x.shape[0], 1, length, total)
-        return Context(*rope_tables(self.config, position_ids), real, pairs)
+        if cache is not None:
+            cache.note_documents(starts, before)
+        return Context(*rope_tables(self.config, position_ids), real, pairs, starts)
 
 
 class StudentForCausalLM(StudentPreTrainedModel, GenerationMixin):
@@ -165,6 +193,7 @@ class StudentForCausalLM(StudentPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """labels [B, T]: token ids, -100 where nothing is to be predicted; logits_to_keep: of that many last tokens."""
+        past_key_values = kwargs.pop("cache", past_key_values)
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,

@@ -32,9 +32,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def resolve_model_dir(path_or_id: str | os.PathLike, revision: str | None = None) -> AnyPath:
     """The directory of a model: path_or_id itself where it exists, else the downloaded snapshot of that hub id.
 
-    revision: branch, tag or commit on the hub. Of the weights only files that are read are downloaded.
-    Raises ValueError where there is neither, where the hub cannot be
-    reached and the model is not in the local cache, and for a model without safetensors.
+    revision: branch, tag or commit on the hub. Of the weights only files that are read are downloaded. Raises
+    ValueError where there is neither, where the hub cannot be reached and the model is not in the local cache, for a
+    model without safetensors and for an adapter.
     """
     directory = as_path(path_or_id)
     if not in_bucket(directory) and not directory.exists():

@@ -8,8 +8,6 @@ import dataclasses
 import json
 from typing import Any
 
-import jax
-
 from radlads_jax.distill.stages import stage_losses
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import Params, abstract_params
@@ -78,15 +76,15 @@ def finish(job: Job, student: Params, teacher: Params | None, stages: list[dict[
     scored = False
     try:
         display.say("evaluating on held-out rows")
-        # Evaluated as it is used from here on: in the dtype it computes in.
-        student = jax.tree.map(lambda x: x.astype(job.student.dtype), student)
-        summary = heldout.evaluate_job(job, student, teacher) | {"stages": stages}
+        # Evaluated as it is used from here on: with the exported weights, in the dtype it computes in.
+        cfg, student = heldout.exported_student(job.run.export, job.student, student)
+        summary = heldout.evaluate_job(job, cfg, student, teacher) | {"stages": stages}
         _keep(job, summary, to_do)
         scored = True
     finally:
         if not scored and hosts.is_first():
             write_report(job.workdir, losses=stage_losses())
-    return _complete(job, summary, to_do, (job.student, student), teacher)
+    return _complete(job, summary, to_do, (cfg, student), teacher)
 
 
 def finished(job: Job) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """How near the student comes to its teacher: losses and agreement on held-out rows, and text from both."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from pallas_kernels.linear_loss import linear_stats
 from pallas_kernels.sharded import constrain
+from radlads_jax.config import Export
 from radlads_jax.data import pipeline
 from radlads_jax.decoding.loop import generate_greedy
 from radlads_jax.distill.losses import Batch, next_tokens, read_rows
@@ -109,6 +111,14 @@ def samples_page(prompts: tuple[str, ...], texts: dict[str, list[str]]) -> str:
     return "\n".join(lines)
 
 
+def exported_student(options: Export, cfg: ModelConfig, student: Params) -> tuple[ModelConfig, Params]:
+    """The student as its export has it, rounded and without the head that is left out, in the dtype it is used in."""
+    if options.retie and not cfg.tie_embeddings:
+        student = {name: part for name, part in student.items() if name != "head"}
+        cfg = dataclasses.replace(cfg, tie_embeddings=True)
+    return cfg, jax.tree.map(lambda x: x.astype(options.dtype).astype(cfg.dtype), student)
+
+
 def batches(job: Job) -> Sequence[Mapping[str, np.ndarray]]:
     """The job's held-out rows."""
     run = job.run
@@ -122,12 +132,12 @@ def batches(job: Job) -> Sequence[Mapping[str, np.ndarray]]:
     )
 
 
-def evaluate_job(job: Job, student: Params, teacher: Params | None) -> dict[str, Any]:
-    """`evaluate` on the job's held-out rows."""
+def evaluate_job(job: Job, cfg: ModelConfig, student: Params, teacher: Params | None) -> dict[str, Any]:
+    """`evaluate` on the job's held-out rows. cfg: the student's, as it is exported."""
     rows = job.run.train.eval_batch_size
     if teacher is None:
-        return evaluate(job.student, student, batches(job), rows, mesh=job.mesh)
-    return evaluate(job.student, student, batches(job), rows, job.teacher, teacher, job.mesh)
+        return evaluate(cfg, student, batches(job), rows, mesh=job.mesh)
+    return evaluate(cfg, student, batches(job), rows, job.teacher, teacher, job.mesh)
 
 
 def write_samples(job: Job, models: Mapping[str, tuple[ModelConfig, Params]]) -> list[dict[str, str]]:

@@ -95,6 +95,12 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     if source is not None:
         # Only headers are read here: a damaged file shows now, not after the data has been tokenised.
         model_tensors(source, original)
+    if run.export.retie and not original.tie_embeddings:
+        raise ValueError(
+            f"config.export.retie is true, but the teacher {run.teacher.path or 'from scratch'} has a head of its own "
+            "(tie_word_embeddings is not true in its config.json): the export would be another model. Expected retie "
+            "for tied teachers alone. Leave config.export.retie out."
+        )
     student = make_student_config(original, run)
     check_trainable(run, student)
     with hosts.first_alone("data"):

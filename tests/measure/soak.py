@@ -72,7 +72,7 @@ def child(directory: Path) -> int:
     save = Checkpoints.save
 
     def save_and_evaluate(self, step, state, **more):
-        heldout.evaluate_job(job, jax.tree.map(lambda x: x.copy(), state.params), teacher)
+        heldout.evaluate_job(job, job.student, jax.tree.map(lambda x: x.copy(), state.params), teacher)
         return save(self, step, state, **more)
 
     Checkpoints.save = save_and_evaluate

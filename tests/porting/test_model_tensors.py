@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from radlads_jax.models.tree import flatten
 from radlads_jax.porting import model_config_from_hf, read_config
 from radlads_jax.porting.load import load_params
-from radlads_jax.porting.names import flatten
 from radlads_jax.porting.safetensors_read import INDEX_FILE, SINGLE_FILE, open_checkpoint
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -1,0 +1,3 @@
+from hf_exports import code_cache, export, tokenizer_dir
+
+__all__ = ["code_cache", "export", "tokenizer_dir"]

@@ -1,0 +1,40 @@
+"""What is scored at the end of a run is what its export holds."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from untrained import TEACHER, random_params, save_teacher, student_of
+
+from radlads_jax import config
+from radlads_jax.porting import load_params, model_config_from_hf, read_config, save_params
+from radlads_jax.run.heldout import exported_student
+from radlads_jax.run.job import make_job
+
+STUDENT = student_of(TEACHER, "rad_rwkv7")
+
+
+@pytest.mark.parametrize("retie", [False, True])
+@pytest.mark.parametrize("export_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scored_weights_are_those_of_the_export(tmp_path, dtype, export_dtype, retie):
+    cfg = dataclasses.replace(STUDENT, dtype=dtype)
+    params = random_params(cfg)
+    scored_cfg, scored = exported_student(config.Export(dtype=export_dtype, retie=retie), cfg, params)
+    save_params(params, cfg, tmp_path / "export", base_config={}, dtype=export_dtype, retie=retie)
+    written = model_config_from_hf(read_config(tmp_path / "export"))
+    assert scored_cfg.tie_embeddings == written.tie_embeddings == retie
+    expected = load_params(tmp_path / "export", written, dtype=dtype)
+    assert ("head" in scored) == (not retie)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), scored, expected)
+
+
+def test_retie_of_an_untied_teacher_is_refused_when_the_run_begins(tmp_path):
+    teacher = save_teacher(tmp_path, dataclasses.replace(TEACHER, tie_embeddings=False))
+    chosen = config.defaults()
+    chosen.update_from_flattened_dict(tiny_run.settings(teacher) | {"export.retie": True})
+    with pytest.raises(ValueError, match=r"config\.export\.retie is true.*head of its own"):
+        make_job(config.validate(chosen), tmp_path / "run")
+    assert not (tmp_path / "run" / "data").exists()

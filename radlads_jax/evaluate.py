@@ -268,12 +268,14 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("tasks", [], "lm-eval tasks and task files; radlads: the paper's suite.", **put)
     flags.DEFINE_bool("trust_task_code", False, "Let task files run the Python code that they name.", **put)
     flags.DEFINE_float("limit", None, "Documents of every task; below 1: their share.", **put)
-    flags.DEFINE_integer("num_fewshot", None, "Examples in the prompt. Default: each task's own, mostly none.", **put)
+    flags.DEFINE_integer(
+        "num_fewshot", None, "Examples in the prompt. Default: each task's own, mostly none.", lower_bound=0, **put
+    )
     flags.DEFINE_boolean("probes", False, "Run the long-context probes.", **put)
     flags.DEFINE_list("probe_lengths", [str(n) for n in DEFAULT_LENGTHS], "Their contexts, in tokens.", **put)
     flags.DEFINE_integer("probe_samples", 4, "How many of each probe and length.", **put)
     flags.DEFINE_string("probe_text", None, "A text file for the loss by position. Default: made-up tales.", **put)
-    flags.DEFINE_integer("seed", 0, "Of the probes.", **put)
+    flags.DEFINE_integer("seed", 0, "Of the probes.", lower_bound=0, **put)
     flags.DEFINE_integer("batch_size", 8, "Rows that are read at once.", **put)
     flags.DEFINE_string("output", None, "Where the results go. Default: the --model's directory.", **put)
     flags.DEFINE_enum("dtype", None, DTYPES, "Default: bfloat16, on a CPU float32.", **put)

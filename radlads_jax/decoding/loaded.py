@@ -3,10 +3,12 @@
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
+from radlads_jax.decoding.chat_template import Message, chat_text, check_text
 from radlads_jax.decoding.loop import unrolled
 from radlads_jax.models import ModelConfig, init_state
 from radlads_jax.models.config import SOFTMAX
@@ -21,6 +23,7 @@ from radlads_jax.porting import (
 )
 from radlads_jax.porting.config_keys import read_json
 from radlads_jax.system.storage import AnyPath, as_path
+from radlads_jax.system.untrusted import brief
 
 DTYPES = ("float32", "bfloat16")
 
@@ -37,7 +40,7 @@ class Model:
 
     def encode(self, text: str) -> list[int]:
         """The text's tokens, with the tokenizer's own beginning; an empty text is its beginning-of-text token."""
-        ids = self.tokenizer(text)["input_ids"]
+        ids = self._tokens(text)
         beginning = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         ids = ids or [i for i in beginning if i is not None][:1]
         if not ids:
@@ -47,15 +50,18 @@ class Model:
             )
         return ids
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """The tokens of a conversation ({"role", "content"} each) up to where the assistant answers."""
-        if not self.tokenizer.chat_template:
+        return self._tokens(chat_text(self.tokenizer, messages, tools, self.directory), add_special_tokens=False)
+
+    def _tokens(self, text: str, **options: Any) -> list[int]:
+        ids = self.tokenizer(check_text(text, "the prompt"), **options)["input_ids"]
+        if (largest := max(ids, default=0)) >= self.cfg.vocab_size:
             raise ValueError(
-                f"the tokenizer of {self.directory} has no chat template, so its model was not made for chats; "
-                "expected one. Give a --prompt to continue instead."
+                f"the prompt holds {brief(self.tokenizer.decode([largest]))}, token {largest}, but the model's "
+                f"vocab_size is {self.cfg.vocab_size}; expected tokens below it. Leave that text out."
             )
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
 
 def load_model(path: str | os.PathLike, *, dtype: str | None = None, for_decoding: bool = False) -> Model:

@@ -2,7 +2,7 @@
 
 python -m radlads_jax.evaluate --model DIR [--teacher DIR] [--tasks radlads|name,...|file.yaml] [--limit N] [--probes]
 
-Writes evaluation.json and evaluation.md, and probes.png, into --output or else beside the model.
+Writes evaluation.json and evaluation.md into --output or else beside the model; a run's report draws the probes.
 """
 
 import json
@@ -13,7 +13,7 @@ from absl import flags
 
 from radlads_jax.decoding.loaded import DTYPES
 from radlads_jax.evaluation.model_scores import evaluate_model, output_directory
-from radlads_jax.evaluation.probes import DEFAULT_LENGTHS, draw_probes
+from radlads_jax.evaluation.probes import DEFAULT_LENGTHS
 from radlads_jax.evaluation.table import as_markdown
 from radlads_jax.evaluation.task_code import check_task_code
 from radlads_jax.evaluation.tasks import SUITE_NAME, compare, expand_tasks, load_tasks
@@ -65,7 +65,6 @@ def main(values: flags.FlagValues) -> None:
     result |= compare(cfg, scores, found["teacher"][1] if "teacher" in found else None)
     if values.probes:
         result["probes"] = {role: probes for role, (_, _, probes) in found.items()}
-        draw_probes(result["probes"], directory / "probes.png")
     page = as_markdown(result)
     storage.write_text(directory / "evaluation.json", json.dumps(result, indent=2) + "\n")
     storage.write_text(directory / "evaluation.md", page)

@@ -16,7 +16,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     if result.get("tasks"):
         lines += ["", *_task_table(result)]
     if result.get("probes"):
-        lines += ["", "## Long-context probes", "", "![probes](probes.png)", "", *_probe_table(result["probes"])]
+        lines += ["", "## Long-context probes", "", *_probe_table(result["probes"])]
     return "\n".join(lines) + "\n"
 
 

@@ -9,28 +9,33 @@ from typing import Any
 from absl import flags
 
 from radlads_jax.decoding.loaded import DTYPES, load_model
-from radlads_jax.decoding.prompts import encoded, read_prompts
+from radlads_jax.decoding.prompts import Prompt, encoded, read_prompts
 from radlads_jax.decoding.sampling import Sampling
 from radlads_jax.decoding.writer import Writer, console, print_now
 from radlads_jax.system import command, storage
+
+# Of a number of tokens, rows or a seed, for which a device has 32 bits.
+LARGEST = 2**30
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """The command line."""
     put: Any = {"flag_values": values}
+    positive = put | {"lower_bound": 1, "upper_bound": LARGEST}
+    natural = put | {"lower_bound": 0, "upper_bound": LARGEST}
     flags.DEFINE_string("model", None, "A model's directory, a run's, or a hub id.", **put)
     flags.DEFINE_multi_string("prompt", [], "A text to continue; may be given several times.", **put)
     flags.DEFINE_string("prompts", None, "A file of them: a line each, or .jsonl with prompt or messages.", **put)
     flags.DEFINE_boolean("chat", False, "Talk to the model; with prompts: they are a user's messages.", **put)
     flags.DEFINE_string("system", "", "What the chat begins with, in the system's role.", **put)
-    flags.DEFINE_integer("max_tokens", 256, "The most tokens of one continuation.", **put)
-    flags.DEFINE_integer("context", 4096, "Tokens that a chat with a softmax model has room for.", **put)
+    flags.DEFINE_integer("max_tokens", 256, "The most tokens of one continuation.", **positive)
+    flags.DEFINE_integer("context", 4096, "Tokens that a chat with a softmax model has room for.", **positive)
     flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token.", **put)
-    flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: from all.", **put)
+    flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: from all.", **natural)
     flags.DEFINE_float("top_p", 1.0, "Draw from the fewest tokens of together this probability.", **put)
     flags.DEFINE_multi_string("stop", [], "A text before which to stop; may be given several times.", **put)
-    flags.DEFINE_integer("seed", 0, "The same seed draws the same text.", **put)
-    flags.DEFINE_integer("batch_size", 8, "How many prompts of a file are continued at once.", **put)
+    flags.DEFINE_integer("seed", 0, "The same seed draws the same text.", **(natural | {"upper_bound": 2**32 - 1}))
+    flags.DEFINE_integer("batch_size", 8, "How many prompts of a file are continued at once.", **positive)
     flags.DEFINE_enum("dtype", None, DTYPES, "Default: bfloat16, on a CPU float32.", **put)
 
 
@@ -42,9 +47,7 @@ def main(values: flags.FlagValues) -> None:
         raise ValueError("expected --prompt TEXT, --prompts FILE or --chat.")
     if values.prompt and values.prompts:
         raise ValueError("got both --prompt and --prompts; expected one of them.")
-    if values.batch_size < 1:
-        raise ValueError(f"batch_size is {values.batch_size}; expected at least 1. Change --batch_size.")
-    prompts = read_prompts(storage.as_path(values.prompts)) if values.prompts else list(values.prompt)
+    prompts = read_prompts(storage.as_path(values.prompts)) if values.prompts else list(map(Prompt, values.prompt))
     sampling = Sampling(values.temperature, values.top_k, values.top_p)
     model = load_model(values.model, dtype=values.dtype, for_decoding=True)
     writer = Writer(model, sampling, values)
@@ -55,16 +58,17 @@ def main(values: flags.FlagValues) -> None:
     if not values.prompts:
         for prompt, row in zip(prompts, ids, strict=True):
             if len(prompts) > 1:
-                console.print(f"> {prompt}", style="bold", markup=False)
+                console.print(f"> {prompt.content}", style="bold", markup=False)
             writer.texts([row], print_now)
         return
-    for start in range(0, len(ids), values.batch_size):
-        numbers = range(start, min(start + values.batch_size, len(ids)))
+    rows = min(values.batch_size, len(ids))
+    for start in range(0, len(ids), rows):
+        numbers = range(start, min(start + rows, len(ids)))
         # The last batch is filled up with its last prompt, since another number of rows is another program.
-        batch = [min(start + i, len(ids) - 1) for i in range(values.batch_size)]
+        batch = [min(start + i, len(ids) - 1) for i in range(rows)]
         texts = writer.texts([ids[i] for i in batch], numbers=batch)
         for i in numbers:
-            print(json.dumps({"prompt": prompts[i], "text": texts[i - start]}, ensure_ascii=False), flush=True)
+            print(json.dumps({"prompt": prompts[i].content, "text": texts[i - start]}, ensure_ascii=False), flush=True)
 
 
 if __name__ == "__main__":

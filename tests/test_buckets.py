@@ -28,7 +28,7 @@ from radlads_jax.data import binidx, synthetic
 from radlads_jax.data.sources import Source, documents, fingerprint
 from radlads_jax.decoding.loaded import load_model
 from radlads_jax.distill.mesh import make_mesh
-from radlads_jax.evaluate import output_directory
+from radlads_jax.evaluation.model_scores import output_directory
 from radlads_jax.export import export_again
 from radlads_jax.models.decoder import abstract_params
 from radlads_jax.models.placement import shardings

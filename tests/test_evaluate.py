@@ -12,7 +12,8 @@ from untrained import random_params, save_tokenizer
 from radlads_jax import evaluate
 from radlads_jax.data import synthetic
 from radlads_jax.decoding.loaded import load_model
-from radlads_jax.evaluation import paper
+from radlads_jax.evaluation import paper, table
+from radlads_jax.evaluation import tasks as suite
 from radlads_jax.evaluation.scoring import padded_width, score_rows
 from radlads_jax.models import MIXERS, ModelConfig, bind
 from radlads_jax.porting.save import save_params
@@ -83,7 +84,7 @@ def test_published_scores_are_those_of_the_same_shape():
 
 
 def test_suite_stands_for_the_papers_tasks():
-    assert evaluate.expand_tasks(["sciq", "radlads", "mmlu"]) == ["sciq", *paper.SUITE]
+    assert suite.expand_tasks(["sciq", "radlads", "mmlu"]) == ["sciq", *paper.SUITE]
     assert [task.metric for task in paper.SUITE.values()].count("acc_norm") == 2
 
 
@@ -98,15 +99,15 @@ def test_comparison_and_its_page():
     scores = {"arc_easy": result_of(0.6), "lambada_openai": result_of(0.5, chance=0.0)}
     teacher = {"arc_easy": result_of(0.75), "lambada_openai": result_of(0.4, chance=0.0)}
     perplexity = {"text": result_of(17.123, "word_perplexity", None)}
-    result = evaluate.compare(student, scores | perplexity, teacher | perplexity)
+    result = suite.compare(student, scores | perplexity, teacher | perplexity)
     assert result["tasks"]["arc_easy"]["relative"] == pytest.approx(0.7)
     assert result["tasks"]["text"]["relative"] is None
     assert result["mean_relative"] == pytest.approx((0.7 + 1.25) / 2)
-    page = evaluate.as_markdown({"model": "S", "teacher": "T", "limit": 40.0} | result)
+    page = table.as_markdown({"model": "S", "teacher": "T", "limit": 40.0} | result)
     assert "| arc_easy | acc | 40 | 25.0 | 75.0 ± 1.0 | 60.0 ± 1.0 | 70.0 | 81.5 | 81.7 | 100.4 |" in page
     assert "| text | word_perplexity | 40 |  | 17.12 | 17.12 |  |  |  |  |" in page
     assert "Mean relative score: 97.5" in page and "first 40 documents" in page
-    alone = evaluate.compare(STUDENT, scores, None)
+    alone = suite.compare(STUDENT, scores, None)
     assert alone["mean_relative"] is None and "published" not in alone["tasks"]["arc_easy"]
 
 
@@ -135,7 +136,7 @@ def test_refusals(arguments, message):
 def test_lm_eval_is_asked_for(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'radlads-jax\[eval\]'"):
-        evaluate.load_tasks(["piqa"])
+        suite.load_tasks(["piqa"])
 
 
 CHOICES = """\
@@ -213,9 +214,9 @@ def test_adapter_agrees_with_lm_evals_own_model(directories, task_files):
     from lm_eval.tasks import TaskManager
 
     torch.set_num_threads(1)
-    tasks = evaluate.load_tasks([str(path) for path in task_files.values()])
+    tasks = suite.load_tasks([str(path) for path in task_files.values()])
     model = load_model(directories["teacher"])
-    ours = evaluate.run_tasks(model, tasks, batch_size=4)
+    ours = suite.run_tasks(model, tasks, batch_size=4)
     own = HFLM(
         pretrained=str(directories["teacher"]),
         tokenizer=model.tokenizer,
@@ -262,8 +263,8 @@ def test_a_group_is_one_score_over_all_its_documents(directories, task_files, tm
         "group: both\ntask: [first, second]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
     )
     model = load_model(directories["student"])
-    result = evaluate.run_tasks(model, evaluate.load_tasks([str(group)]), limit=6.0)
-    alone = evaluate.run_tasks(model, evaluate.load_tasks([str(task_files["choices"])]), limit=6.0)["local_choices"]
+    result = suite.run_tasks(model, suite.load_tasks([str(group)]), limit=6.0)
+    alone = suite.run_tasks(model, suite.load_tasks([str(task_files["choices"])]), limit=6.0)["local_choices"]
     assert list(result) == ["both"]
     assert result["both"]["score"] == pytest.approx(alone["score"]) and result["both"]["documents"] == 12
     assert result["both"]["chance"] == pytest.approx(1 / 3)
@@ -281,7 +282,7 @@ def broken(task_files, tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_missing_data_is_named(broken):
     with pytest.raises(ValueError, match=r"the data of .*broken\.yaml cannot be had .*gone\.jsonl"):
-        evaluate.load_tasks([str(broken)])
+        suite.load_tasks([str(broken)])
 
 
 @pytest.mark.slow
@@ -289,4 +290,4 @@ def test_missing_data_is_named(broken):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_missing_data_and_unknown_tasks_are_named_together(broken):
     with pytest.raises(ValueError, match=r"data of .*broken.yaml.*; the data of sciq .*; no_such_task is no task"):
-        evaluate.load_tasks([str(broken), "sciq", "no_such_task"])
+        suite.load_tasks([str(broken), "sciq", "no_such_task"])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from radlads_jax.decoding.chat_template import check_text
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.decoding.loop import BLOCK, Sequences, decode, empty_sequences, left_padded, prefill
 from radlads_jax.decoding.sampling import GREEDY, Sampling
@@ -75,7 +76,7 @@ def generate(
         sequences, rest = memory.resume(read, max_tokens)
         unread = left_padded([rest])
     sequences, unread = prefill(model.cfg, model.params, sequences, unread)
-    streams = [TextStream(model.tokenizer, stop) for _ in rows]
+    streams = [TextStream(model.tokenizer, stop, prompt) for prompt in rows]
     row_numbers = jnp.arange(len(rows)) if numbers is None else jnp.asarray(numbers)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), row_numbers)
     done, made = np.zeros(len(rows), bool), 0
@@ -113,3 +114,5 @@ def _check(prompts: list[list[int]], max_tokens: int, stop: Sequence[str]) -> No
         raise ValueError(f"max_tokens is {max_tokens}; expected at least 1. Change --max_tokens.")
     if not all(stop):
         raise ValueError("a stop string is empty; expected text. Leave --stop out to stop at the model's end tokens.")
+    for text in stop:
+        check_text(text, "a stop string")

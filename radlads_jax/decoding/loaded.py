@@ -3,10 +3,12 @@
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
+from radlads_jax.decoding.chat_template import Message, chat_text, check_text
 from radlads_jax.decoding.loop import unrolled
 from radlads_jax.models import ModelConfig, init_state
 from radlads_jax.models.config import SOFTMAX
@@ -39,7 +41,7 @@ class Model:
 
     def encode(self, text: str) -> list[int]:
         """The text's tokens, with the tokenizer's own beginning; an empty text is its beginning-of-text token."""
-        ids = self.tokenizer(text)["input_ids"]
+        ids = self._tokens(text)
         beginning = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         ids = ids or [i for i in beginning if i is not None][:1]
         if not ids:
@@ -47,18 +49,14 @@ class Model:
                 "the prompt is empty and the tokenizer has no token for a text's beginning; expected at least one "
                 "token to continue. Give a prompt."
             )
-        check_ids(ids, self.tokenizer, self.cfg.vocab_size)
         return ids
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """The tokens of a conversation ({"role", "content"} each) up to where the assistant answers."""
-        if not self.tokenizer.chat_template:
-            raise ValueError(
-                f"the tokenizer of {self.directory} has no chat template, so its model was not made for chats; "
-                "expected one. Give a --prompt to continue instead."
-            )
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._tokens(chat_text(self.tokenizer, messages, tools, self.directory), add_special_tokens=False)
+
+    def _tokens(self, text: str, **options: Any) -> list[int]:
+        ids = self.tokenizer(check_text(text, "the prompt"), **options)["input_ids"]
         check_ids(ids, self.tokenizer, self.cfg.vocab_size)
         return ids
 

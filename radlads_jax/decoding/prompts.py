@@ -1,44 +1,89 @@
 """Prompts: read from a file, and as a model's tokens."""
 
-import json
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
+from radlads_jax.decoding.chat_template import Message
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.system import storage
+from radlads_jax.system.untrusted import listed, parse_json
+
+_KEYS = ("prompt", "messages", "tools")
 
 
-def read_prompts(path: storage.AnyPath) -> list[str | list[dict[str, str]]]:
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A text to continue, or the messages of a chat; tools: what the model may call in its answer, as JSON schemas."""
+
+    content: str | list[Message]
+    tools: Sequence[dict[str, Any]] | None = None
+
+
+def read_prompts(path: storage.AnyPath) -> list[Prompt]:
     """The prompts of a file: lines of text, or of JSON with "prompt" (text) or "messages" (a chat) where it is .jsonl.
 
-    Raises ValueError naming the line that is none.
+    A chat may have "tools". Raises ValueError naming the line that is none, and for a file without prompts.
     """
-    lines = storage.read_text(path).splitlines()
+    try:
+        text = storage.read_text(path).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); expected text. Convert the file to UTF-8.") from error
+    # Not splitlines(), which also ends a line at U+2028, a form feed and their kin: JSON has them within strings.
+    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} holds no prompt; expected one a line. Fill the file, or give another as --prompts.")
     if path.suffix != ".jsonl":
-        return [line for line in lines if line.strip()]
-    prompts: list[str | list[dict[str, str]]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}); expected one object a line.") from error
-        prompt = record.get("prompt", record.get("messages")) if isinstance(record, dict) else None
-        is_chat = isinstance(prompt, list) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
+        return [Prompt(line) for _, line in lines]
+    return [_prompt_of(line, f"{path}, line {number}") for number, line in lines]
+
+
+def _prompt_of(line: str, where: str) -> Prompt:
+    record = parse_json(line, where, "Correct the line.", strict=True)
+    if not isinstance(record, dict) or not _is_prompt(record):
+        count = "both" if isinstance(record, dict) and {"prompt", "messages"} <= set(record) else "neither"
+        raise ValueError(
+            f'{where} has {count} of a text "prompt" and "messages" with role and content; expected one of them. '
+            "Correct the line."
         )
-        if not (prompt and (isinstance(prompt, str) or is_chat)):
-            raise ValueError(
-                f'{path}, line {number} has neither a text "prompt" nor "messages" with role and content; expected '
-                "one of them. Correct the line."
-            )
-        prompts.append(prompt)
-    return prompts
+    if unknown := [key for key in record if key not in _KEYS]:
+        raise ValueError(
+            f"{where} has {listed(unknown)}; expected no keys but {', '.join(_KEYS)}, since others change nothing. "
+            "Leave them out."
+        )
+    tools = record.get("tools")
+    if tools is not None and not ("messages" in record and _is_list_of_objects(tools)):
+        raise ValueError(
+            f'{where} has "tools" that are no list of JSON objects, or no "messages" beside them; expected both. '
+            "Correct the line."
+        )
+    return Prompt(record.get("prompt") or record["messages"], tools)
 
 
-def encoded(model: Model, prompt: str | list[dict[str, str]], *, chat: bool, system: str) -> list[int]:
+def _is_prompt(record: dict[str, Any]) -> bool:
+    if ("prompt" in record) == ("messages" in record):
+        return False
+    if "prompt" in record:
+        return isinstance(record["prompt"], str) and bool(record["prompt"])
+    messages = record["messages"]
+    return _is_list_of_objects(messages) and bool(messages) and all(map(_is_message, messages))
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _is_message(message: Message) -> bool:
+    """Role and text; without text where the assistant called a tool."""
+    has_text = isinstance(message.get("content"), str)
+    calls = message.get("content") is None and bool(message.get("tool_calls"))
+    return isinstance(message.get("role"), str) and (has_text or calls)
+
+
+def encoded(model: Model, prompt: Prompt, *, chat: bool, system: str) -> list[int]:
     """The tokens of a prompt; chat: of a text too, as the message of a user after the system's, where there is one."""
-    if isinstance(prompt, str) and not chat:
-        return model.encode(prompt)
-    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if isinstance(prompt.content, str) and not chat:
+        return model.encode(prompt.content)
+    messages = prompt.content if isinstance(prompt.content, list) else [{"role": "user", "content": prompt.content}]
     beginning = [{"role": "system", "content": system}] if system else []
-    return model.encode_chat(beginning + messages)
+    return model.encode_chat(beginning + messages, prompt.tools)

@@ -1,8 +1,10 @@
 """A model that writes to the terminal: prompts continued, chats answered, and how fast it went."""
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import jax
 from absl import flags
 from rich.console import Console
 
@@ -12,6 +14,8 @@ from radlads_jax.decoding.loop import compile_for
 from radlads_jax.decoding.sampling import Sampling
 from radlads_jax.models import ModelConfig
 from radlads_jax.models.state import grows
+from radlads_jax.system import command
+from radlads_jax.system.untrusted import brief
 
 console = Console(stderr=True, highlight=False)
 
@@ -35,7 +39,8 @@ class Writer:
         model, longest = self.model, max(map(len, prompts))
         capacity = longest + self.max_tokens if memory is None else memory.capacity
         # Before the clock starts, so that it shows what a second prompt will take.
-        compile_for(model.cfg, model.params, len(prompts), longest, capacity, self.sampling, model.stop_ids)
+        with _room_for(len(prompts), capacity):
+            compile_for(model.cfg, model.params, len(prompts), longest, capacity, self.sampling, model.stop_ids)
         texts, later = [""] * len(prompts), 0
         steps = generate(
             model,
@@ -76,6 +81,9 @@ class Writer:
                 said = input("> ").strip()
             except (EOFError, KeyboardInterrupt):
                 return
+            except UnicodeDecodeError as error:
+                command.refuse(f"what was typed is not text ({error}); expected UTF-8. Type it again.")
+                continue
             if said == "/quit":
                 return
             if said in ("/new", ""):
@@ -92,7 +100,26 @@ class Writer:
                 self.texts([self.model.encode_chat(messages)], show, memory=memory)
             except KeyboardInterrupt:
                 print_now("\n")
+            except ValueError as error:
+                # What the template refuses, or has no room: the conversation goes on as if it had not been said.
+                command.refuse(error)
+                messages.pop()
+                continue
             messages.append({"role": "assistant", "content": "".join(answer)})
+
+
+@contextlib.contextmanager
+def _room_for(rows: int, capacity: int) -> Iterator[None]:
+    """Raises ValueError where so many sequences of so many tokens do not fit into memory."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(
+            f"{rows} sequences with room for {capacity:,} tokens do not fit into memory ({brief(error)}); expected "
+            "fewer. Lower --max_tokens, --batch_size or, in a chat, --context."
+        ) from error
 
 
 def print_now(text: str) -> None:

@@ -5,7 +5,6 @@ right when each of its tokens is the most likely one after those before it.
 """
 
 import dataclasses
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -212,35 +211,3 @@ def _by_position(losses: np.ndarray) -> dict[str, list[float]]:
     begins = [0, *ends[:-1]]
     means = [float(losses[begin:end].mean()) for begin, end in zip(begins, ends, strict=True)]
     return {"positions": [float(end) for end in ends], "loss": means}
-
-
-def draw_probes(probes: dict[str, dict[str, Any]], path: storage.AnyPath) -> None:
-    """One picture with every probe of every model, {model: its results}."""
-    # Imported late: it takes a second that most commands need not spend.
-    from matplotlib.figure import Figure
-
-    titles = {
-        "passkey": "pass key found",
-        "multi_key": f"one of {NEEDLES} needles found",
-        "recall": "pair recalled from a list",
-        "copy": "tokens copied",
-    }
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    axes = figure.subplots(2, 3).ravel()
-    for ax, (name, title) in zip(axes, titles.items(), strict=False):
-        for model, results in probes.items():
-            ax.plot(results[name]["lengths"], results[name]["accuracy"], marker="o", label=model)
-        ax.set(title=title, xlabel="context (tokens)", ylabel="share", ylim=(-0.05, 1.05))
-    for model, results in probes.items():
-        losses = results["loss_by_position"]
-        axes[4].plot(losses["positions"], losses["loss"], marker="o", label=model)
-    axes[4].set(title="loss by position", xlabel="position (tokens)", ylabel="nats a token")
-    for ax in axes[:5]:
-        ax.set_xscale("log", base=2)
-        ax.grid(alpha=0.3)
-    axes[5].set_axis_off()
-    handles, labels = axes[0].get_legend_handles_labels()
-    axes[5].legend(handles, labels, loc="center", frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=110, format="png")
-    storage.write_bytes(path, picture.getvalue())

@@ -18,6 +18,7 @@ from pallas_kernels.sharded import constrain
 from radlads_jax.config import Export
 from radlads_jax.data import pipeline
 from radlads_jax.decoding.loop import generate_greedy
+from radlads_jax.decoding.text_stream import text_after
 from radlads_jax.distill.losses import Batch, next_tokens, read_rows
 from radlads_jax.models import ModelConfig, bind, sharding
 from radlads_jax.models.decoder import Params
@@ -94,7 +95,8 @@ def continue_prompts(
     rows = np.stack([np.pad(row, (width - len(row), 0), constant_values=-1) for row in ids]).astype(np.int32)
     out = hosts.fetched(generate_greedy(cfg, params, rows, new_tokens)).tolist()
     end = tokenizer.eos_token_id
-    return [tokenizer.decode(row[: row.index(end)] if end in row else row) for row in out]
+    new = [row[: row.index(end)] if end in row else row for row in out]
+    return [text_after(tokenizer, prompt, row) for prompt, row in zip(ids, new, strict=True)]
 
 
 def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:

@@ -1,0 +1,79 @@
+"""A conversation as a model's own chat template writes it, and text as a tokenizer takes it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+
+from radlads_jax.system.untrusted import brief
+
+Message = dict[str, Any]
+
+# A template is a program of its author's: what it refuses, and what it does not expect, come as any of these.
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def chat_text(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, directory: Any
+) -> str:
+    """The text of a conversation up to where the assistant answers.
+
+    tools: what the model may call, as JSON schemas. Raises ValueError where the tokenizer has no template, where the
+    template refuses the messages, and where it makes nothing of tools.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer of {directory} has no chat template, so its model was not made for chats; expected one. "
+            "Give a --prompt to continue instead."
+        )
+    text = _rendered(tokenizer, messages, tools, directory)
+    if tools and text == _rendered(tokenizer, messages, None, directory):
+        raise ValueError(
+            f'got {len(tools)} "tools", of which the chat template of {directory} writes nothing; expected a model '
+            'that was made for tools. Leave "tools" out.'
+        )
+    return text
+
+
+def _rendered(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, directory: Any
+) -> str:
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=True
+        )
+    except _TEMPLATE_ERRORS as error:
+        reason = brief(str(error) or type(error).__name__, 400)
+        roles = ", ".join(brief(message.get("role")) for message in messages)
+        raise ValueError(
+            f"the chat template of {directory} refuses messages of the roles {brief(roles)}: {reason}; expected what "
+            "it was made for. Change the messages (--system gives the first one), or correct the template."
+        ) from error
+    if not isinstance(text, str):
+        raise ValueError(
+            f"the chat template of {directory} gives a {type(text).__name__}; expected text. Correct the template."
+        )
+    return text
+
+
+def check_text(text: str, name: str) -> str:
+    """The text itself; ValueError for halves of surrogate pairs, which stand for no character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has {brief(text[error.start])} as its character {error.start + 1:,}, half of a surrogate pair; "
+            "expected text that can be written as UTF-8. Correct it, or its encoding."
+        ) from error
+    return text

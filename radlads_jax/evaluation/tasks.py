@@ -1,0 +1,185 @@
+"""lm-eval's tasks: by name, run with a model, and a student's scores beside its teacher's and the paper's."""
+
+import importlib.util
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from radlads_jax.decoding.loaded import Model
+from radlads_jax.evaluation.paper import SUITE, published_scores, relative_score
+from radlads_jax.evaluation.table import METRICS, shown
+from radlads_jax.models import ModelConfig
+from radlads_jax.system import storage
+
+console = Console(stderr=True, highlight=False)
+
+SUITE_NAME = "radlads"
+
+
+def expand_tasks(tasks: Sequence[str]) -> list[str]:
+    """Task names and yaml files, with the paper's tasks in the place of their suite's name."""
+    names: list[str] = []
+    for task in tasks:
+        file = storage.whole_name(task)
+        names += SUITE if task == SUITE_NAME else [file if Path(file).is_file() else task]
+    return list(dict.fromkeys(names))
+
+
+def load_tasks(names: Sequence[str]) -> dict[str, Any]:
+    """lm-eval's tasks by name, with their data.
+
+    Raises ValueError naming all that are unknown or whose data cannot be had, and where lm-eval is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(
+            "--tasks needs lm-eval, which is not installed; expected the extra `eval`. Install it with pip install "
+            "'radlads-jax[eval]', or leave --tasks out and run --probes alone."
+        )
+    from lm_eval.tasks import TaskManager
+
+    groups = {name: group for name in names if (group := _group_of(name))}
+    manager = TaskManager(
+        include_path=[str(Path(name).parent) for name in groups],
+        # lm-eval reads thousands of files to know its own tasks.
+        include_defaults=not all(Path(name).is_file() for name in names),
+    )
+    loaded, problems = {}, []
+    for name in names:
+        try:
+            loaded[name] = manager.load([groups.get(name, name)])
+        except KeyError as error:
+            problems.append(f"{name} is no task that lm-eval knows and no yaml file ({_first_line(error)})")
+        # datasets and huggingface_hub raise OSErrors where they cannot reach the hub or a file, ValueErrors for what
+        # they cannot read.
+        except (OSError, ValueError) as error:
+            problems.append(f"the data of {name} cannot be had ({_first_line(error)})")
+    if problems:
+        raise ValueError(
+            f"{'; '.join(problems)}; expected tasks whose data is on this machine or can be downloaded. Check the "
+            "network, or give a yaml file whose dataset_kwargs.data_files name local files."
+        )
+    return loaded
+
+
+def _group_of(name: str) -> str | None:
+    """The group that a yaml file describes, whose tasks are files beside it; None for a task."""
+    text = Path(name).read_text(encoding="utf-8") if Path(name).is_file() else ""
+    found = re.search(r"^group:\s*(\S+)", text, re.MULTILINE)
+    return found[1] if found else None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def run_tasks(
+    model: Model,
+    tasks: dict[str, Any],
+    *,
+    batch_size: int = 8,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """{task: {"metric", "score", "stderr", "chance", "documents", "metrics": {name: value}}} of one model.
+
+    tasks: as `load_tasks` gives them; a group such as mmlu has one entry. limit: documents of every task, below 1 their
+    share. chance: the score of answers drawn by lot, None where there is none, as for perplexities.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    if not tasks:
+        return results
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    from radlads_jax.evaluation.adapter import RadladsLM
+
+    adapter, manager = RadladsLM(model, batch_size=batch_size), TaskManager(include_defaults=False)
+    for loaded in tasks.values():
+        wanted = list(loaded.get("groups", {}).values()) or list(loaded["tasks"].values())
+        # Without bootstraps, which start processes: the errors of means are computed here.
+        found = lm_eval.simple_evaluate(
+            adapter, tasks=wanted, limit=limit, num_fewshot=num_fewshot, bootstrap_iters=0, task_manager=manager
+        )
+        for task, scores in _topmost(found).items():
+            results[task] = _summary(task, scores, found)
+            line = f"{model.directory.name}: {task} {results[task]['metric']} {shown(results[task]['score'])}"
+            console.print(line, markup=False)
+    return results
+
+
+def _topmost(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The scores of the groups that are part of no other group; of the tasks, where no group has scores."""
+    if not found.get("groups"):
+        return {task: scores for task, scores in found["results"].items() if task in found["samples"]}
+    parts = {part for parts in found["group_subtasks"].values() for part in parts}
+    return {group: scores for group, scores in found["groups"].items() if group not in parts}
+
+
+def _leaves(found: dict[str, Any], task: str) -> list[str]:
+    """The tasks that a group is made of, through groups of groups; the task itself where it is none."""
+    parts = found.get("group_subtasks", {}).get(task)
+    return [leaf for part in parts for leaf in _leaves(found, part)] if parts else [task]
+
+
+def _summary(task: str, scores: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    # Keys are "metric,filter".
+    metrics = {key.split(",")[0]: value for key, value in scores.items() if isinstance(value, int | float)}
+    metrics = {key: value for key, value in metrics.items() if key != "sample_len" and not key.endswith("_stderr")}
+    metric = SUITE[task].metric if task in SUITE else next((m for m in METRICS if m in metrics), None)
+    metric = metric if metric in metrics else next(iter(metrics), "")
+    samples = {leaf: found["samples"][leaf] for leaf in _leaves(found, task)}
+    single = [sample.get(metric) for leaf in samples.values() for sample in leaf]
+    chance = SUITE[task].chance if task in SUITE else _chance(found, samples) if metric in METRICS else None
+    return {
+        "metric": metric,
+        "score": metrics.get(metric),
+        "stderr": _standard_error(single) if metric in METRICS else None,
+        "chance": chance,
+        "documents": len(single),
+        "metrics": metrics,
+    }
+
+
+def _standard_error(scores: list[Any]) -> float | None:
+    """Of a mean over documents; None where it is none."""
+    if len(scores) < 2 or not all(isinstance(score, int | float) for score in scores):
+        return None
+    return statistics.stdev(map(float, scores)) / len(scores) ** 0.5
+
+
+def _chance(found: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) -> float | None:
+    """The mean over documents of one in the number of their choices; 0 for tasks without choices."""
+    shares: list[float] = []
+    for task, documents in samples.items():
+        is_choice = found["configs"][task].get("output_type") == "multiple_choice"
+        shares += [1 / len(document["filtered_resps"]) if is_choice else 0.0 for document in documents]
+    return sum(shares) / len(shares) if shares else None
+
+
+def compare(cfg: ModelConfig, student: dict[str, Any], teacher: dict[str, Any] | None) -> dict[str, Any]:
+    """{"tasks": {task: {"metric", "chance", "student", "teacher", "relative", "published"}}, "mean_relative", ...}.
+
+    relative: (student - chance) / (teacher - chance); published: the paper's scores of its student of this shape.
+    """
+    name, published = published_scores(cfg) or (None, {})
+    tasks = {}
+    for task, result in student.items():
+        line = {"metric": result["metric"], "chance": result["chance"], "student": result}
+        other = (teacher or {}).get(task)
+        if other is not None:
+            line["teacher"] = other
+            known = None not in (result["score"], other["score"], result["chance"])
+            line["relative"] = relative_score(result["score"], other["score"], result["chance"]) if known else None
+        if task in published:
+            scores = published[task]
+            relative = relative_score(scores["student"], scores["teacher"], SUITE[task].chance)
+            line["published"] = scores | {"relative": relative}
+        tasks[task] = line
+    relatives = [line["relative"] for line in tasks.values() if line.get("relative") is not None]
+    mean = sum(relatives) / len(relatives) if relatives else None
+    return {"tasks": tasks, "mean_relative": mean, "published_model": name}

@@ -24,7 +24,7 @@ AnyMesh = DeviceMesh | AbstractMesh
 AXES = ("data", "fsdp", "tensor", "context")
 
 # Path of a parameter (whole, or the end of a path in the optimizer's state) -> axes of its dimensions, the layers of a
-# stack on the first. An axis that does not divide its dimension is left out.
+# stack on the first; () where all of them are whole. An axis that does not divide its dimension is left out.
 RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
     (r"embed/embedding", ("tensor", "fsdp")),
     (r"head/kernel", ("fsdp", "tensor")),
@@ -37,13 +37,13 @@ RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
     (r"stacks/\d+/mixer/(q|k|v)/bias", (None, "tensor")),
     (r"stacks/\d+/mixer/o/bias", ()),
     (r"stacks/\d+/mixer/(q|k)_norm/scale", ()),
-    (r"stacks/\d+/mixer/(decay|iclr|value|gate|shift)/a", (None, ("fsdp", "tensor"))),
+    (r"stacks/\d+/mixer/(decay|iclr|value|gate|shift)/a", (None, ("fsdp", "tensor"), None)),
     (r"stacks/\d+/mixer/(decay|iclr|value|gate)/b", (None, None, ("tensor", "fsdp"))),
     (r"stacks/\d+/mixer/(decay|iclr|value)/base", (None, "tensor")),
     (r"stacks/\d+/mixer/shift/b", (None, None, None, ("fsdp", "tensor"))),
     (r"stacks/\d+/mixer/shift/mu(_x)?", ()),
     (r"stacks/\d+/mixer/(k_k|k_a)", (None, "tensor")),
-    (r"stacks/\d+/mixer/r_k", (None, "tensor")),
+    (r"stacks/\d+/mixer/r_k", (None, "tensor", None)),
     (r"stacks/\d+/mixer/ln_x/(scale|bias)", (None, "tensor")),
 )
 _BY_KV_HEADS = re.compile(r"mixer/(k|v)/(kernel|bias)$")
@@ -69,12 +69,17 @@ def rule_axes(path: str) -> tuple[Axes, ...] | None:
 
 
 def shardings(mesh: AnyMesh | None, tree: Any) -> Any:
-    """The sharding of every leaf of a tree of parameters or of a training state; None without a mesh."""
+    """The sharding of every leaf of a tree of parameters or of a training state; None without a mesh.
+
+    An optimizer may keep less of a parameter than its shape: what has other dimensions than the rule is whole on every
+    device.
+    """
     if mesh is None:
         return None
 
     def one(path: tuple, leaf: Any) -> NamedSharding:
-        spec = fitting_spec(rule_axes(_path(path)) or (), leaf.shape, mesh)
+        axes = rule_axes(_path(path)) or ()
+        spec = fitting_spec(axes if len(axes) == len(leaf.shape) else (), leaf.shape, mesh)
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, tree)

@@ -1,4 +1,4 @@
-"""Adam with one learning rate for the mixers and one for the rest, as RADLADS section 2 trains them."""
+"""Adam, or Adafactor, with one learning rate for the mixers and one for the rest, as RADLADS section 2 trains them."""
 
 import math
 from typing import Any
@@ -12,16 +12,57 @@ from radlads_jax.distill.train_state import Params
 
 
 def make_optimizer(stage: StageConfig, optim: Optim) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled weight decay, then the group's own schedule."""
+    """Clip by global norm, Adam or Adafactor, decoupled weight decay, then the group's own schedule."""
     steps = []
     if optim.clip > 0:
         steps.append(optax.clip_by_global_norm(optim.clip))
-    adam = optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps)
-    steps.append(adam if optim.moment_dtype == "float32" else kept_in(adam, optim.moment_dtype))
+    steps += _adafactor(optim) if optim.name == "adafactor" else [_adam(optim)]
     if optim.weight_decay > 0:
-        steps.append(optax.add_decayed_weights(optim.weight_decay))
+        steps.append(_decayed_matrices(optim.weight_decay))
     groups = {name: optax.scale_by_learning_rate(schedule) for name, schedule in learning_rates(stage).items()}
     return optax.chain(*steps, optax.partition(groups, param_groups))
+
+
+def _adam(optim: Optim) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps)
+    return adam if optim.moment_dtype == "float32" else kept_in(adam, optim.moment_dtype)
+
+
+def _adafactor(optim: Optim) -> list[optax.GradientTransformation]:
+    """Shazeer and Stern (arXiv 1804.04235) with rates that are absolute, as Adam's, and with momentum unless beta1 = 0.
+
+    The second moment of a matrix of at least 128 x 128 is kept as its means over rows and over columns; its decay is
+    1 - t^-0.8.
+    """
+    steps = [optax.scale_by_factored_rms(), optax.stateless(_clipped_layers)]
+    return steps + ([optax.ema(optim.beta1, accumulator_dtype=optim.moment_dtype)] if optim.beta1 else [])
+
+
+def _clipped_layers(updates: Params, _: Params | None) -> Params:
+    """Every layer's update of a parameter, scaled down where its root mean square is above 1."""
+
+    def clipped(path: tuple, x: jax.Array) -> jax.Array:
+        own = tuple(range(x.ndim - _own_rank(path, x), x.ndim))
+        return x / jnp.maximum(1.0, jnp.sqrt(jnp.mean(x**2, axis=own, keepdims=True)))
+
+    return jax.tree_util.tree_map_with_path(clipped, updates)
+
+
+def _decayed_matrices(rate: float) -> optax.GradientTransformation:
+    """Adds `rate` of each matrix to its update: of what has two dimensions or more in a layer of its own.
+
+    Vectors, of which a stack makes an [L, D], have a size to keep: norms, biases, decay bases.
+    """
+
+    def decayed(path: tuple, update: jax.Array, x: jax.Array) -> jax.Array:
+        return update + rate * x if _own_rank(path, x) > 1 else update
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(decayed, updates, params))
+
+
+def _own_rank(path: tuple, x: Any) -> int:
+    """Dimensions of a parameter in one layer, without the axis along which a stack holds its layers."""
+    return x.ndim - ("stacks" in jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
 
 
 def kept_in(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:

@@ -232,6 +232,46 @@ def test_moments_kept_in_bfloat16():
         assert np.sqrt(np.mean(error**2) / np.mean(expected**2)) < 0.02
 
 
+@pytest.mark.parametrize("name", ["adam", "adafactor"])
+@pytest.mark.parametrize("mixer", ["rwkv6", "rwkv7"])
+def test_weight_decay_is_of_matrices_alone(name, mixer):
+    """By what a parameter is in one layer: with gradients of zero, decay alone moves anything."""
+    stage = StageConfig(tokens=10**6, lr=1e-2, mixer_lr=1e-2, warmup_steps=0)
+    params = jax.tree.map(jnp.ones_like, whole_student(*start_parts(mixer)))
+    optimizer = make_optimizer(stage, Optim(name=name, weight_decay=0.5))
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    moved = {path for path, update in path_leaves(updates).items() if np.any(update)}
+    matrices = ("kernel", "embedding", "/a", "/b", "shift/mu", "r_k")
+    assert moved == {path for path in path_leaves(params) if path.endswith(matrices)}
+    assert {"stacks/0/mlp/up/kernel", "stacks/0/mixer/decay/b", "head/kernel"} <= moved
+    for vector in ("input_norm/scale", "mixer/q/bias", "mixer/decay/base"):
+        assert f"stacks/0/{vector}" in path_leaves(params).keys() - moved
+    np.testing.assert_allclose(path_leaves(updates)["head/kernel"], -1e-2 * 0.5, rtol=1e-5)
+
+
+def start_parts(mixer: str):
+    student_cfg, _, teacher, mixers = make_pair(mixer)
+    return student_cfg, teacher, mixers
+
+
+def test_adafactor_scales_every_layer_by_itself():
+    """A step as the paper has it in float64, layer by layer, although the layers are one array."""
+    rng = np.random.default_rng(0)
+    grads = rng.normal(size=(2, 130, 150)) * np.array([1.0, 100.0])[:, None, None] * rng.lognormal(size=(2, 130, 1))
+    params = {"stacks": [{"mlp": {"up": {"kernel": jnp.zeros((2, 130, 150))}}}]}
+    stage = StageConfig(tokens=10**6, lr=1e-2, lr_final=1e-2, mixer_lr=1.0, warmup_steps=0)
+    optimizer = make_optimizer(stage, Optim(name="adafactor", clip=0.0, beta1=0.0))
+    state = optimizer.init(params)
+    assert sum(leaf.size for path, leaf in path_leaves(state).items() if "/v" in path) == 2 * (130 + 150) + 1
+    updates, _ = optimizer.update(jax.tree.map(lambda _: jnp.asarray(grads, jnp.float32), params), state, params)
+    for gradient, update in zip(grads, updates["stacks"][0]["mlp"]["up"]["kernel"], strict=True):
+        squares = gradient**2
+        second = squares.mean(1, keepdims=True) * squares.mean(0, keepdims=True) / squares.mean()
+        wanted = gradient / np.sqrt(second)
+        wanted /= max(1.0, np.sqrt(np.mean(wanted**2)))
+        np.testing.assert_allclose(update, -1e-2 * wanted, rtol=1e-4, atol=1e-7)
+
+
 def test_frozen_paths_are_not_in_the_optimizer():
     student_cfg, _, teacher, mixers = make_pair("rwkv7")
     student = whole_student(student_cfg, teacher, mixers)

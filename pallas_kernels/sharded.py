@@ -82,8 +82,8 @@ def per_shard(
 
     kinds: for each argument "sequence" [B,T,H,K], "state" [B,H,K,V] or "rows" [B,T], "window" [B,W,H] or "taps" [W,H];
     the first is a sequence. All are cut by its heads, which may be channels [B,T,C]; a sequence with a multiple of them
-    is cut into as many parts. An argument may be None. out_kinds: the same for the result, or for the tuple of results. Heads that the tensor axis
-    does not divide are computed by all of its devices.
+    is cut into as many parts. An argument may be None. out_kinds: the same for the result, or for the tuple of results.
+    Heads that the tensor axis does not divide are computed by all of its devices.
 
     Over a context axis, over_pieces turns op into what runs on a device's piece of every sequence (with communication);
     without it, the axis takes its share of the heads, and every device has whole sequences.

@@ -9,9 +9,11 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, layout
 from pallas_kernels.gdn.chunked import gdn_chunked
+from pallas_kernels.gdn.pallas_tpu import gdn_pallas_tpu
 from pallas_kernels.gdn.reference import gdn_reference
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "pallas_tpu": gdn_pallas_tpu,
     "chunked": gdn_chunked,
     "reference": gdn_reference,
 }

@@ -3,8 +3,9 @@
 Notation, per chunk of C tokens and with G the cumulative log decay from the chunk's start:
     D = e^(G_i - G_j) for i >= j, else 0,   A = tril(diag(beta) (K K^T * D), -1),   P = Q K^T * D
     Z = V - e^G K S,   U = (I + A)^-1 diag(beta) Z,   O = e^G Q S + P U,   S' = e^G_C S + (e^(G_C - G) K)^T U
-No exponent is positive, so that any decay is safe. A scan goes from chunk to chunk and does all of a chunk's work: its
-arrays are small enough to stay in cache, those of key heads that serve several heads included.
+No exponent is positive, so that any decay is safe, and a reset is one of e^RESET, which is zero. A scan goes from
+chunk to chunk and does all of a chunk's work: its arrays are small enough to stay in cache, those of key heads that
+serve several heads included.
 """
 
 import functools
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import layout
-from pallas_kernels.layout import Resets, row_sums, transpose, transposed
+from pallas_kernels.layout import row_sums, transpose, transposed
 from pallas_kernels.shared.triangular import invert_unit_lower
 
 # A chunk by default: a quarter of the head size, within these, as for wkv7.
@@ -22,6 +23,7 @@ CHUNK_SIZES = (16, 32)
 # Decays are summed in two parts, multiples of 1/STEPS and the rest. Sums of the first are exact and the others' small:
 # a weak decay between two tokens is right to its last digits after any strong one before them.
 STEPS = 16.0
+RESET = -128.0
 
 
 class Inputs(NamedTuple):
@@ -35,7 +37,7 @@ class Inputs(NamedTuple):
 
 
 class Decays(NamedTuple):
-    """What a chunk makes of log_g, [B,H,...] float32, zero where a reset lies between.
+    """What a chunk makes of log_g, [B,H,...] float32.
 
     `pairs` [C,C] is D, `start` [C,1] e^G, `rest` [C,1] e^(G_C - G). The state's own decay is kept + end, [1,1]: of a
     weak one the change is added, since over a thousand chunks of the same decay the rounding of a factor just below
@@ -78,7 +80,14 @@ def two_parts(log_g: jax.Array) -> jax.Array:
     return jnp.stack([coarse, log_g - coarse])
 
 
-def decays(log_g: jax.Array, resets: Resets | None) -> Decays:
+def with_resets(log_g: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """log_g [B,T,H] with RESET in the place of the decays that a new segment makes nothing of."""
+    if segment_ids is None:
+        return log_g
+    return jnp.where(layout.boundaries(segment_ids)[..., None], RESET, log_g)
+
+
+def decays(log_g: jax.Array) -> Decays:
     """log_g [B,H,C]."""
     size = log_g.shape[-1]
     coarse, fine = layout.prefix_sums(two_parts(log_g)[..., None])
@@ -87,9 +96,6 @@ def decays(log_g: jax.Array, resets: Resets | None) -> Decays:
     start, total = jnp.exp(coarse + fine), coarse[..., -1:, :] + fine[..., -1:, :]
     weak = total > -0.5
     kept, end = weak.astype(jnp.float32), jnp.where(weak, jnp.expm1(total), jnp.exp(total))
-    if resets is not None:
-        pairs, start = pairs * resets.pairs, start * resets.head
-        kept, end = kept * resets.keep, end * resets.keep
     return Decays(pairs, start, transpose(pairs[..., -1:, :]), kept, end)
 
 
@@ -105,10 +111,10 @@ def chunk_pairs(chunk: Inputs, d: Decays) -> Pairs:
     return Pairs(kq, products, between, inner[..., size:, :], inverse)
 
 
-def chunk_forward(chunk: Inputs, state: jax.Array, resets: Resets | None) -> tuple[jax.Array, jax.Array]:
+def chunk_forward(chunk: Inputs, state: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Outputs [B,H,C,V] of one chunk and the state after it."""
     size, heads = chunk.q.shape[-2], chunk.v.shape[1]
-    d = decays(chunk.log_g, resets)
+    d = decays(chunk.log_g)
     p = chunk_pairs(chunk, d)
     seen = of_heads(p.kq, heads) @ state
     z = chunk.v - d.start * seen[..., :size, :]
@@ -118,15 +124,13 @@ def chunk_forward(chunk: Inputs, state: jax.Array, resets: Resets | None) -> tup
     return out, d.kept * state + (d.end * state + written)
 
 
-def chunk_backward(
-    chunk: Inputs, state: jax.Array, d_out: jax.Array, d_next: jax.Array, resets: Resets | None
-) -> tuple[Inputs, jax.Array]:
+def chunk_backward(chunk: Inputs, state: jax.Array, d_out: jax.Array, d_next: jax.Array) -> tuple[Inputs, jax.Array]:
     """Gradients of one chunk's inputs and of the state before it.
 
     d_out is the gradient of the chunk's outputs, d_next that of the state after it.
     """
     size, groups, heads = chunk.q.shape[-2], chunk.q.shape[1], chunk.v.shape[1]
-    d, beta = decays(chunk.log_g, resets), chunk.beta[..., None]
+    d, beta = decays(chunk.log_g), chunk.beta[..., None]
     p = chunk_pairs(chunk, d)
     start = jnp.concatenate([d.start, d.start], axis=-2)
     kq_start, k_rest = start * of_heads(p.kq, heads), d.rest * of_heads(chunk.k, heads)
@@ -148,8 +152,6 @@ def chunk_backward(
     d_start = from_start[..., :size, :] + from_start[..., size:, :]
     exponents = beta * exponents[..., :size, :] + exponents[..., size:, :] * (1 - jnp.eye(size))
     d_log_g = decay_gradient(exponents, d_start, row_sums(u * into_state), d, jnp.sum(d_next * state, (-2, -1)))
-    if resets is not None:
-        d_log_g = d_log_g * resets.inside[..., 0]
     d_state = d.kept * d_next + (d.end * d_next + transposed(kq_start) @ d_seen)
     d_chunk = Inputs(d_kq[..., size:, :], d_kq[..., :size, :] + d_k, d_v, d_log_g, d_beta[..., 0])
     return d_chunk, d_state
@@ -170,30 +172,28 @@ def decay_gradient(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def recurrence(
-    size: int, inputs: Inputs, initial_state: jax.Array, starts: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
+def recurrence(size: int, inputs: Inputs, initial_state: jax.Array) -> tuple[jax.Array, jax.Array]:
     """All chunks one after the other; the inputs' length is a whole number of chunks."""
-    return recurrence_forward(size, inputs, initial_state, starts)[0]
+    return recurrence_forward(size, inputs, initial_state)[0]
 
 
-def recurrence_forward(size: int, inputs: Inputs, initial_state: jax.Array, starts: jax.Array | None) -> Any:
+def recurrence_forward(size: int, inputs: Inputs, initial_state: jax.Array) -> Any:
     """Keeps the inputs and the state each chunk begins with."""
 
     def step(carry: Any, index: jax.Array) -> Any:
         state, out = carry
         chunk = Inputs(*layout.take(inputs, index, size))
-        chunk_out, next_state = chunk_forward(chunk, state, layout.resets(starts, index, size))
+        chunk_out, next_state = chunk_forward(chunk, state)
         return (next_state, layout.put(out, index, chunk_out)), state
 
     chunks = jnp.arange(inputs.q.shape[1] // size)
     (final_state, out), states = jax.lax.scan(step, (initial_state, jnp.zeros_like(inputs.v)), chunks)
-    return (out, final_state), (inputs, starts, states)
+    return (out, final_state), (inputs, states)
 
 
 def recurrence_backward(size: int, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
     """The chunks in reverse."""
-    inputs, starts, states = kept
+    inputs, states = kept
     d_out, d_final = cotangents
 
     def step(carry: Any, xs: tuple[jax.Array, jax.Array]) -> Any:
@@ -201,13 +201,13 @@ def recurrence_backward(size: int, kept: Any, cotangents: tuple[jax.Array, jax.A
         index, state = xs
         chunk = Inputs(*layout.take(inputs, index, size))
         (d_one,) = layout.take((d_out,), index, size)
-        d_chunk, d_state = chunk_backward(chunk, state, d_one, d_state, layout.resets(starts, index, size))
+        d_chunk, d_state = chunk_backward(chunk, state, d_one, d_state)
         gradients = Inputs(*(layout.put(all_of, index, one) for all_of, one in zip(gradients, d_chunk, strict=True)))
         return (d_state, gradients), None
 
     start = (d_final, jax.tree.map(jnp.zeros_like, inputs))
     (d_initial, gradients), _ = jax.lax.scan(step, start, (jnp.arange(states.shape[0]), states), reverse=True)
-    return gradients, d_initial, None
+    return gradients, d_initial
 
 
 recurrence.defvjp(recurrence_forward, recurrence_backward)
@@ -227,7 +227,6 @@ def gdn_chunked(
     length = q.shape[1]
     default = min(max(q.shape[-1] // 4, CHUNK_SIZES[0]), CHUNK_SIZES[1])
     size = layout.fitting_chunk(length, chunk_size or default)
-    inputs = Inputs(*(layout.pad(x, size) for x in (q, k, v, log_g, beta)))
-    starts = None if segment_ids is None else layout.pad(layout.boundaries(segment_ids), size)
-    out, final_state = recurrence(size, inputs, initial_state, starts)
+    inputs = Inputs(*(layout.pad(x, size) for x in (q, k, v, with_resets(log_g, segment_ids), beta)))
+    out, final_state = recurrence(size, inputs, initial_state)
     return out[:, :length], final_state

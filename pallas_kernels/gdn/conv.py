@@ -32,7 +32,7 @@ def short_conv(
     inputs, continues into token 0's segment. Sums are float32; y and the state have x's dtype.
     """
     _check("short_conv", x, kernel, initial_state, segment_ids)
-    batch, length, channels = x.shape
+    batch, _, channels = x.shape
     reach = kernel.shape[0] - 1
     before = jnp.zeros((batch, reach, channels), x.dtype) if initial_state is None else initial_state.astype(x.dtype)
     passed = None  # resets from the start to each token

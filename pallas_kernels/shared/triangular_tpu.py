@@ -1,6 +1,6 @@
 """The inverses of unit lower triangular matrices inside a TPU kernel, for lists of heads, whose work overlaps."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ NN, NT, TN = (1, 0), (1, 1), (0, 0)
 BASE = 16
 
 
+@runtime_checkable
 class Products(Protocol):
     """How a kernel's plan multiplies matrices: operands of `dtype`, sums in float32."""
 

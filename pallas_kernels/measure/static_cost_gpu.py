@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from pallas_kernels.shared.triton_call import Launch, running
 from pallas_kernels.wkv6 import wkv6
 from pallas_kernels.wkv7 import wkv7
-from pallas_kernels.wkv7.triton_gpu import Launch, running
 
 OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "wkv7": (wkv7, ("r", "log_w", "k", "v", "a", "b")),

@@ -22,9 +22,10 @@ import pytest
 
 from pallas_kernels import dispatch
 from pallas_kernels.measure import static_cost_gpu
+from pallas_kernels.shared import triton_call
 from pallas_kernels.testing import TOLERANCE, recurrence_inputs, rms_ratio, token_loop, value_and_gradients
 from pallas_kernels.wkv6 import wkv6
-from pallas_kernels.wkv7 import triton_gpu, wkv7
+from pallas_kernels.wkv7 import wkv7
 
 ROOT = pathlib.Path(__file__).parents[2]
 OPERATIONS = {"wkv7": wkv7, "wkv6": wkv6}
@@ -142,7 +143,7 @@ class Pointer:
     set_ = storage_offset = size = stride = copy_ = nothing
 
 
-def interpret(launch: triton_gpu.Launch) -> Any:
+def interpret(launch: triton_call.Launch) -> Any:
     """Runs a kernel by Triton's interpreter, in a callback."""
 
     def run(*arrays: jax.Array) -> tuple[np.ndarray, ...]:
@@ -319,7 +320,7 @@ def test_lowers_into_a_jax_program_for_cuda(operation, calls, monkeypatch):
 @pytest.mark.parametrize("missing", ["triton", "jax_triton"])
 def test_without_triton_says_what_to_install(operation, missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
-    for module in ("wkv6.triton_kernels", "wkv7.triton_kernels", "wkv7.triton_chunk"):
+    for module in ("wkv6.triton_kernels", "wkv7.triton_kernels", "shared.triton_chunk", "shared.triton_states"):
         monkeypatch.delitem(sys.modules, f"pallas_kernels.{module}", raising=False)
     inputs = {name: jnp.asarray(x) for name, x in recurrence_inputs(operation, 1, 4, 1, 8, 8).items()}
     with pytest.raises(NotImplementedError, match=r"triton.*radlads-jax\[cuda\]"):
@@ -331,7 +332,7 @@ def test_without_triton_says_what_to_install(operation, missing, monkeypatch):
 @pytest.mark.parametrize(("size", "chunk_size", "says"), [(256, None, "at most 128"), (64, 128, "chunk_size=128")])
 def test_what_the_kernels_cannot_do_is_refused(operation, size, chunk_size, says):
     inputs = {name: jnp.asarray(x) for name, x in recurrence_inputs(operation, 1, 4, 1, size, size).items()}
-    with triton_gpu.running(interpret), pytest.raises(NotImplementedError, match=says):
+    with triton_call.running(interpret), pytest.raises(NotImplementedError, match=says):
         OPERATIONS[operation](**inputs, implementation="triton_gpu", chunk_size=chunk_size)
 
 
@@ -366,7 +367,7 @@ def test_dispatch_takes_a_tpu_kernel_for_its_head_sizes(sizes, chosen, monkeypat
 
 if __name__ == "__main__":
     round_as_tensor_cores_do()
-    with triton_gpu.running(interpret):
+    with triton_call.running(interpret):
         found = {
             name: {
                 "errors": {case: errors_of(name, case) for case in sys.argv[1:]},

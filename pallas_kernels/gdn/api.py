@@ -11,9 +11,11 @@ from pallas_kernels import dispatch, layout
 from pallas_kernels.gdn.chunked import gdn_chunked
 from pallas_kernels.gdn.pallas_tpu import gdn_pallas_tpu
 from pallas_kernels.gdn.reference import gdn_reference
+from pallas_kernels.gdn.triton_gpu import gdn_triton
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "pallas_tpu": gdn_pallas_tpu,
+    "triton_gpu": gdn_triton,
     "chunked": gdn_chunked,
     "reference": gdn_reference,
 }

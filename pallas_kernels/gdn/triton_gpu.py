@@ -24,7 +24,7 @@ TUNED: Tuning = {
     },
     "float32": {
         "prepare": {"num_warps": 4, "BLOCK": 32},
-        "pass_states": {"num_warps": 4, "BLOCK": 16},
+        "pass_states": {"num_warps": 8, "BLOCK": 16},
         "outputs": {"num_warps": 4, "BLOCK": 64, "BLOCK_K": 32},
         "adjoint_values": {"num_warps": 4, "BLOCK": 64, "BLOCK_K": 32},
         "pair_gradients": {"num_warps": 4, "BLOCK": 32},

@@ -27,8 +27,8 @@ def gdn_reference(
     keep = jnp.ones((batch, length), dtype) if segment_ids is None else (~boundaries(segment_ids)).astype(dtype)
 
     def step(state: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        *arrays, keep_t = token
-        out, state = gdn_step(*arrays, state * keep_t[:, None, None, None])
+        q_t, k_t, v_t, log_g_t, beta_t, keep_t = token
+        out, state = gdn_step(q_t, k_t, v_t, log_g_t, beta_t, state * keep_t[:, None, None, None])
         return state, out
 
     tokens = tuple(jnp.moveaxis(x.astype(dtype), 1, 0) for x in (q, k, v, log_g, beta, keep))

@@ -167,7 +167,8 @@ def permuted(operation: str) -> bool:
 @functools.cache
 def interpreted(cases: tuple[str, ...]) -> dict[str, Any]:
     """What the other process found, by operation."""
-    variables = {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    variables = {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
+    variables["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "tests"))
     done = subprocess.run(
         [sys.executable, __file__, *cases], env=os.environ | variables, cwd=ROOT, capture_output=True, text=True
     )

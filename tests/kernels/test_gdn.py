@@ -76,18 +76,12 @@ def test_one_token():
     check(gated_delta_inputs(2, 1, 1, 2, 8, 8), TOLERANCE["float32"])
 
 
-def test_wide_heads():
-    check(gated_delta_inputs(1, 70, 2, 2, 128, 128), TOLERANCE["float32"])
-
-
-@every_implementation
-def test_bfloat16(implementation):
+def test_bfloat16():
     """Inputs rounded to bfloat16 for the loop too."""
-    inputs = rounded(gated_delta_inputs(2, 70, 1, 2, 64, 64))
-    check(inputs, TOLERANCE["bfloat16"], random_segments(2, 70), implementation=implementation)
+    check(rounded(gated_delta_inputs(1, 70, 1, 2, 128, 128)), TOLERANCE["bfloat16"], random_segments(1, 70))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 16, 128])
+@pytest.mark.parametrize("chunk_size", [1, 128])
 def test_chunk_sizes(chunk_size):
     inputs = gated_delta_inputs(1, 150, 1, 2, 16, 16)
     check(inputs, TOLERANCE["float32"], random_segments(1, 150), chunk_size=chunk_size)
@@ -158,11 +152,10 @@ def test_equals_transformers(function):
     assert rms_ratio(final, last.numpy()) < TOLERANCE["float32"]
 
 
-@every_implementation
-def test_whole_equals_pieces(implementation):
+def test_whole_equals_pieces():
     """Two calls with the state carried over, cut off a chunk's edge."""
     inputs = {n: jnp.asarray(x) for n, x in gated_delta_inputs(2, 80, 1, 2, 16, 16).items()}
-    op = jax.jit(lambda inputs, state: gdn(**inputs, initial_state=state, implementation=implementation))
+    op = jax.jit(lambda inputs, state: gdn(**inputs, initial_state=state))
     zero = jnp.zeros((2, 2, 16, 16))
     out, state = op(inputs, zero)
     first, middle = op({n: x[:, :40] for n, x in inputs.items()}, zero)
@@ -208,15 +201,15 @@ def test_steps_are_the_whole(dtype):
     assert rms_ratio(state, want["final_state"]) < TOLERANCE["float32"]
 
 
-# Of 4 pieces; 20 is cut into pieces that are no whole chunks. The second segment begins at a seam, or does not.
-@pytest.mark.parametrize(("length", "begin"), [(32, None), (20, 8)])
-def test_pieces_over_devices_are_the_whole(length, begin):
-    """Heads over the tensor axis, pieces of the sequence over the context axis, rows over data."""
-    segments = None
-    if begin is not None:
-        ids = np.ones((2, length), np.int32)
-        ids[0, begin:], ids[0, length - 2 :] = 2, 3
-        segments = jnp.asarray(ids)
+def test_pieces_over_devices_are_the_whole():
+    """Heads over the tensor axis, pieces of the sequence over the context axis; pieces are no whole chunks.
+
+    In one row the second segment begins inside a piece and ends in another, in the other there is none.
+    """
+    length = 20
+    ids = np.ones((2, length), np.int32)
+    ids[0, 7:], ids[0, length - 2 :] = 2, 3
+    segments = jnp.asarray(ids)
     inputs = gated_delta_inputs(2, length, 2, 4, 8, 16, log_g_range=(-3.0, -1e-3))
     rng = np.random.default_rng(1)
     state, weights = (jnp.asarray(rng.standard_normal((2, 4, 8, 16)), jnp.float32) for _ in range(2))

@@ -78,12 +78,6 @@ def test_bfloat16(decay):
     check(rounded, TOLERANCE["bfloat16"], random_segments(1, 200))
 
 
-@pytest.mark.parametrize(("length", "chunk_size"), [(1, None), (130, 128)])
-def test_lengths_and_chunk_sizes(length, chunk_size):
-    inputs = gated_delta_inputs(2 if length == 1 else 1, length, 1, 1, 64, 64)
-    check(inputs, TOLERANCE["float32"], chunk_size=chunk_size)
-
-
 STRESS: dict[str, dict[str, Any]] = {
     "strongest_decay": {"log_g_range": (-100.0, -100.0)},
     "strong_decay": {"log_g_range": (-20.0, -20.0)},
@@ -117,11 +111,11 @@ def test_16k_tokens(log_g):
 
 
 def test_several_groups_of_heads(monkeypatch):
-    """Three key heads of two heads each, two key heads a step: the last step is filled up."""
-    monkeypatch.setattr(pallas_tpu, "MAX_HEADS", 16)
+    """Three heads, two a step: the last step is filled up."""
+    monkeypatch.setattr(pallas_tpu, "MAX_HEADS", 8)
     monkeypatch.setattr(pallas_tpu, "MAX_CHANNELS", 64)
-    assert pallas_tpu.head_groups(3, 2, 64, 64, 4) == (2, 4)
-    check(gated_delta_inputs(1, 20, 3, 6, 64, 64), TOLERANCE["float32"], chunk_size=16)
+    assert pallas_tpu.head_groups(3, 1, 64, 64, 2) == (2, 4)
+    check(gated_delta_inputs(1, 20, 3, 3, 64, 64), TOLERANCE["float32"], chunk_size=16)
 
 
 @pytest.mark.parametrize(
@@ -148,13 +142,13 @@ def test_backward_keeps_no_per_token_states():
     assert given < kept <= given + (512 // pallas_tpu.DEFAULT_CHUNK_SIZE + 1) * 2 * 64 * 64
 
 
-@pytest.mark.parametrize("races", [False, True], ids=["bounds", "races"])
-def test_memory(races, capfd):
+def test_memory(capfd):
     """Reads out of bounds raise, memory nobody wrote is NaN; with two threads for the parallel axes, no races."""
-    options = {"detect_races": True, "num_cores_or_threads": 2} if races else {"out_of_bounds_reads": "raise"}
-    params = pltpu.InterpretParams(uninitialized_memory="nan", **options)
-    inputs = gated_delta_inputs(2, 40, 1, 1, 64, 64)
-    check(inputs, TOLERANCE["float32"], random_segments(2, 40), chunk_size=16, interpret=params)
+    params = pltpu.InterpretParams(
+        uninitialized_memory="nan", out_of_bounds_reads="raise", detect_races=True, num_cores_or_threads=2
+    )
+    inputs = gated_delta_inputs(2, 20, 1, 1, 64, 64)
+    check(inputs, TOLERANCE["float32"], random_segments(2, 20), chunk_size=16, interpret=params)
     printed = capfd.readouterr()
     assert "RACE DETECTED" not in printed.out + printed.err
 

@@ -39,7 +39,7 @@ def test_equals_torch():
     assert rms_ratio(d_kernel, given[1].grad.numpy().T) < TOLERANCE["float32"]
 
 
-@pytest.mark.parametrize("cut", [1, 2, 7])
+@pytest.mark.parametrize("cut", [1, 7])
 def test_whole_equals_pieces(cut):
     """A piece shorter than the taps' reach too."""
     x, kernel, start = arrays()
@@ -50,7 +50,7 @@ def test_whole_equals_pieces(cut):
     np.testing.assert_array_equal(last, state)
 
 
-@pytest.mark.parametrize("length", [6, 7, 16])
+@pytest.mark.parametrize("length", [6, 16])
 def test_segments_equal_separate_sequences(length):
     """Where the last segment is shorter than the taps' reach, the state holds it alone."""
     x, kernel, start = arrays(length)
@@ -79,8 +79,7 @@ def test_steps_are_the_whole(dtype):
     np.testing.assert_array_equal(state, last)
 
 
-@pytest.mark.parametrize("length", [16, 8])
-@pytest.mark.parametrize("segments", [False, True], ids=["whole", "segments"])
+@pytest.mark.parametrize(("segments", "length"), [(False, 16), (True, 16), (True, 8)])
 def test_pieces_over_devices_are_the_whole(segments, length):
     """Channels over the tensor axis; of 8 tokens a piece has two, fewer than the taps reach back."""
     x, kernel, start = arrays(length)

@@ -121,7 +121,7 @@ def check_recurrence(
     if segment_ids is not None:
         arrays["segment_ids"] = segment_ids
         expected["segment_ids"] = (batch, length)
-    _check_shapes(operation, arrays, expected, f"{first} of shape {like.shape}")
+    check_shapes(operation, arrays, expected, f"{first} of shape {like.shape}")
 
 
 def check_step(operation: str, keys: dict[str, jax.Array], v: jax.Array, state: jax.Array) -> None:
@@ -132,12 +132,11 @@ def check_step(operation: str, keys: dict[str, jax.Array], v: jax.Array, state: 
     expected = dict.fromkeys(keys, like.shape)
     expected["v"] = (*like.shape[:2], v.shape[-1])
     expected["state"] = (*like.shape, v.shape[-1])
-    _check_shapes(operation, {**keys, "v": v, "state": state}, expected, f"{first} of shape {like.shape}")
+    check_shapes(operation, {**keys, "v": v, "state": state}, expected, f"{first} of shape {like.shape}")
 
 
-def _check_shapes(
-    operation: str, arrays: dict[str, jax.Array], expected: dict[str, tuple[int, ...]], like: str
-) -> None:
+def check_shapes(operation: str, arrays: dict[str, jax.Array], expected: dict[str, tuple[int, ...]], like: str) -> None:
+    """Raises ValueError for the first array whose shape is not the expected one; `like` says what sets it."""
     for name, array in arrays.items():
         if array.shape != expected[name]:
             raise ValueError(

@@ -18,25 +18,28 @@ _exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 VALUES = 3  # where v stands among a recurrence's sequences: r, log_w, k, v, ...
 
 
-def over_pieces(op: Callable[..., Any]) -> Callable[..., Any]:
+def over_pieces(op: Callable[..., Any] | None = None, *, values: int = VALUES) -> Callable[..., Any]:
     """op as it runs on one device's piece of every sequence, inside a shard_map over the axis `context`.
 
     op: (r, log_w, k, v, ..., initial_state, segment_ids) -> (o, final_state), linear in (v, initial_state), resetting
-    where segment_ids change. Returned is the same function of pieces [B,T/n,H,K] and [B,T/n]; initial_state (or None)
-    is the whole sequence's, and so is the final_state that every device gets. It runs op twice.
+    where segment_ids change; v [B,T,H,V] is the sequence number `values`, and r may have fewer heads than v. Returned
+    is the same function of pieces [B,T/n,H,K] and [B,T/n]; initial_state (or None) is the whole sequence's, and so is
+    the final_state that every device gets. It runs op twice. Without op, it is what takes op.
 
     o_t = S_t^T r_t is the sum of what the piece wrote and of (A_t^T r_t)^T S_before: the second run's outputs, from
     the identity as state and with v = 0, are the rows A_t^T r_t.
     """
+    if op is None:
+        return functools.partial(over_pieces, values=values)
 
     def run(*arguments: Any) -> Any:
         *sequences, initial_state, segment_ids = arguments
-        values, receptance = sequences[VALUES], sequences[0]
-        batch, _, heads, key_size = receptance.shape
-        shape = (batch, heads, key_size, values.shape[-1])
+        v, key_size = sequences[values], sequences[0].shape[-1]
+        batch, _, heads, value_size = v.shape
+        shape = (batch, heads, key_size, value_size)
         own, end = op(*sequences, jnp.zeros(shape, jnp.float32), segment_ids)
 
-        sequences[VALUES] = jnp.zeros(receptance.shape, values.dtype)
+        sequences[values] = jnp.zeros((*v.shape[:-1], key_size), v.dtype)
         identity = jnp.broadcast_to(jnp.eye(key_size, dtype=jnp.float32), (*shape[:-1], key_size))
         reads, transition = op(*sequences, identity, segment_ids)
 

@@ -80,9 +80,10 @@ def per_shard(
 ) -> Callable[..., Any]:
     """op on every device's own rows and heads, with no communication in it; op itself without a mesh.
 
-    kinds: for each argument "sequence" [B,T,H,K], "state" [B,H,K,V] or "rows" [B,T]; the first is a sequence. An
-    argument may be None. out_kinds: the same for the result, or for the tuple of results. Heads that the tensor axis
-    does not divide are computed by all of its devices.
+    kinds: for each argument "sequence" [B,T,H,K], "state" [B,H,K,V] or "rows" [B,T], "window" [B,W,H] or "taps" [W,H];
+    the first is a sequence. All are cut by its heads, which may be channels [B,T,C]; a sequence with a multiple of them
+    is cut into as many parts. An argument may be None. out_kinds: the same for the result, or for the tuple of results.
+    Heads that the tensor axis does not divide are computed by all of its devices.
 
     Over a context axis, over_pieces turns op into what runs on a device's piece of every sequence (with communication);
     without it, the axis takes its share of the heads, and every device has whole sequences.
@@ -92,13 +93,15 @@ def per_shard(
         mesh = current_mesh()
         if mesh is None:
             return op(*arguments)
-        batch, tokens, heads, _ = arguments[0].shape
+        batch, tokens, heads = arguments[0].shape[:3]
         pieces = fitting(PIECES, tokens, mesh) if over_pieces else ()
         rows, split = fitting(ROWS, batch, mesh), fitting(HEADS if over_pieces else WHOLE_HEADS, heads, mesh)
         specs = {
             "sequence": PartitionSpec(rows, pieces, split),
             "state": PartitionSpec(rows, split),
             "rows": PartitionSpec(rows, pieces),
+            "window": PartitionSpec(rows, None, split),
+            "taps": PartitionSpec(None, split),
         }
         of_one = over_pieces(op) if over_pieces and pieces else op
         given = [i for i, argument in enumerate(arguments) if argument is not None]

@@ -9,7 +9,7 @@ A topology needs the `tpu` extra (libtpu has the compiler), a target the `cuda` 
 
 import argparse
 
-OPERATIONS = ("wkv7", "wkv6", "linear_loss")
+OPERATIONS = ("wkv7", "wkv6", "gdn", "linear_loss")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--T", type=int, default=8192)
     made.add_argument("--H", type=int, default=16)
     made.add_argument("--K", type=int, default=128, help="channels of a head's keys and values")
-    made.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="log_w is float32 always")
+    made.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="decays are float32 always")
     made.add_argument("--chunk-size", type=int, default=None)
     made.add_argument("--implementation", nargs="+", default=["pallas_tpu", "chunked"], help="on TPU")
     made.add_argument("--tokens", type=int, default=2048, help="of linear_loss, as --vocab and --width")

@@ -122,3 +122,84 @@ def value_and_gradients(
     grads, d_initial = pull((jnp.asarray(d_out, out.dtype), jnp.asarray(d_final, final_state.dtype)))
     result = {"o": out, "final_state": final_state, "d_initial_state": d_initial}
     return result | {f"d_{name}": grad for name, grad in grads.items()}
+
+
+def gated_delta_inputs(
+    batch: int,
+    length: int,
+    groups: int,
+    heads: int,
+    key_size: int,
+    value_size: int,
+    *,
+    seed: int = 0,
+    log_g_range: tuple[float, float] = (-100.0, -1e-7),
+    key_scale: float = 1.0,
+    beta: float | None = None,
+) -> Arrays:
+    """Random float32 arguments of `gdn`: unit keys times key_scale, queries times K^-0.5, decays even in their log."""
+    rng = np.random.default_rng(seed)
+
+    def unit(shape: tuple[int, ...]) -> np.ndarray:
+        x = rng.standard_normal(shape)
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    low, high = (-np.log(-x) if x < 0 else np.inf for x in log_g_range)
+    shape = (batch, length, heads)
+    inputs = {
+        "q": unit((batch, length, groups, key_size)) * key_size**-0.5,
+        "k": unit((batch, length, groups, key_size)) * key_scale,
+        "v": rng.standard_normal((*shape, value_size)),
+        "log_g": -np.exp(-rng.uniform(low, high, shape)) if low < high else np.full(shape, log_g_range[0]),
+        "beta": rng.uniform(0.0, 1.0, shape) if beta is None else np.full(shape, beta),
+    }
+    return {name: value.astype(np.float32) for name, value in inputs.items()}
+
+
+def gated_delta_loop(
+    inputs: dict[str, Any],
+    initial_state: np.ndarray | None = None,
+    segment_ids: np.ndarray | None = None,
+    d_out: np.ndarray | None = None,
+    d_final: np.ndarray | None = None,
+) -> Arrays:
+    """`gdn` and its adjoint in float64, one token after the other; takes and returns what `token_loop` does."""
+    x = {name: np.moveaxis(np.asarray(value, np.float64), 1, 0) for name, value in inputs.items()}
+    length, batch, heads, value_size = x["v"].shape
+    groups, key_size = x["q"].shape[2:]
+    q, k = (np.repeat(x[name], heads // groups, axis=2) for name in ("q", "k"))
+    beta, decay = x["beta"][..., None], np.exp(x["log_g"])[..., None, None]
+    zero = np.zeros((batch, heads, key_size, value_size))
+    keep = np.ones((length, batch, 1, 1, 1))
+    if segment_ids is not None:
+        keep[1:, :, 0, 0, 0] = (segment_ids[:, 1:] == segment_ids[:, :-1]).T
+    states = [zero if initial_state is None else np.asarray(initial_state, np.float64)]
+    out, missing = np.empty(x["v"].shape), np.empty(x["v"].shape)
+    for t in range(length):
+        state = states[-1] * keep[t] * decay[t]
+        missing[t] = x["v"][t] - np.einsum("bhk,bhkv->bhv", k[t], state)
+        state = state + k[t][..., None] * (beta[t] * missing[t])[..., None, :]
+        out[t] = np.einsum("bhk,bhkv->bhv", q[t], state)
+        states.append(state)
+    result = {"o": np.moveaxis(out, 0, 1), "final_state": states[-1]}
+    if d_out is None:
+        return result
+    d_out = np.moveaxis(np.asarray(d_out, np.float64), 1, 0)
+    d_state = zero.copy() if d_final is None else np.asarray(d_final, np.float64)
+    d_q, d_k, grads = np.zeros_like(q), np.zeros_like(k), {n: np.zeros_like(x[n]) for n in ("v", "log_g", "beta")}
+    for t in reversed(range(length)):
+        decayed = states[t] * keep[t] * decay[t]
+        d_q[t] = np.einsum("bhkv,bhv->bhk", states[t + 1], d_out[t])
+        d_state = d_state + q[t][..., None] * d_out[t][..., None, :]
+        d_written = np.einsum("bhkv,bhk->bhv", d_state, k[t])
+        d_missing = beta[t] * d_written
+        grads["v"][t], grads["beta"][t] = d_missing, np.sum(d_written * missing[t], axis=-1)
+        d_k[t] = np.einsum("bhkv,bhv->bhk", d_state, beta[t] * missing[t])
+        d_k[t] -= np.einsum("bhkv,bhv->bhk", decayed, d_missing)
+        d_decayed = d_state - k[t][..., None] * d_missing[..., None, :]
+        grads["log_g"][t] = np.sum(d_decayed * decayed, axis=(-2, -1))
+        d_state = d_decayed * decay[t] * keep[t]
+    grads["q"], grads["k"] = (g.reshape(length, batch, groups, heads // groups, key_size).sum(3) for g in (d_q, d_k))
+    result.update({f"d_{name}": np.moveaxis(grads[name], 0, 1) for name in inputs})
+    result["d_initial_state"] = d_state
+    return result

@@ -19,13 +19,16 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from pallas_kernels.gdn import gdn
+from pallas_kernels.measure.static_profile import FLOAT32, ONE_A_HEAD
+from pallas_kernels.shared.triton_call import Launch, running
 from pallas_kernels.wkv6 import wkv6
 from pallas_kernels.wkv7 import wkv7
-from pallas_kernels.wkv7.triton_gpu import Launch, running
 
 OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "wkv7": (wkv7, ("r", "log_w", "k", "v", "a", "b")),
     "wkv6": (wkv6, ("r", "log_w", "k", "v")),
+    "gdn": (gdn, ("q", "k", "v", "log_g", "beta")),
 }
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32"}
 # Instructions on tensor cores: of one warp, of four (Hopper), of the tensor memory's own unit (Blackwell).
@@ -45,10 +48,13 @@ class Cost(NamedTuple):
 def launches(
     operation: str, B: int, T: int, H: int, K: int, dtype: str = "bfloat16", segments: bool = True
 ) -> tuple[list[Launch], list[Launch]]:
-    """The kernels that forward and backward call, in order, for [B,T,H,K] of `dtype` with log_w float32."""
+    """The kernels that forward and backward call, in order, for [B,T,H,K] of `dtype` with decays in float32."""
     function, names = OPERATIONS[operation]
     shapes: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct((B, T, H, K), jnp.float32 if name == "log_w" else dtype) for name in names
+        name: jax.ShapeDtypeStruct(
+            (B, T, H) if name in ONE_A_HEAD else (B, T, H, K), jnp.float32 if name in FLOAT32 else dtype
+        )
+        for name in names
     }
     state = jax.ShapeDtypeStruct((B, H, K, K), jnp.float32)
     ids = jax.ShapeDtypeStruct((B, T), jnp.int32) if segments else None

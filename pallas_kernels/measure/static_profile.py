@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 FORWARD, BACKWARD = "forward", "forward+backward"
-ARRAYS = {"wkv7": ("r", "log_w", "k", "v", "a", "b"), "wkv6": ("r", "log_w", "k", "v")}
+ARRAYS = {
+    "wkv7": ("r", "log_w", "k", "v", "a", "b"),
+    "wkv6": ("r", "log_w", "k", "v"),
+    "gdn": ("q", "k", "v", "log_g", "beta"),
+}
+# Those that are float32 whatever the others are; the last ones have one channel a head.
+FLOAT32 = ("log_w", "log_g", "beta")
+ONE_A_HEAD = ("log_g", "beta")
 # bfloat16 passes of a float32 product on the MXU.
 PASSES = {"HIGHEST": 6, "HIGH": 3}
 
@@ -32,7 +39,7 @@ def program(request: dict[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
 
     def forward(*arguments: Any) -> Any:
         *arrays, state = arguments
-        split = [x.reshape(batch, length, heads, size) for x in arrays]
+        split = [x if x.shape[-1] == heads else x.reshape(batch, length, heads, size) for x in arrays]
         out, final_state = implementation(*split, state, None, request["chunk_size"], **options)
         return out.reshape(batch, length, -1), final_state
 
@@ -43,8 +50,12 @@ def program(request: dict[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
     dtype = jnp.dtype(request["dtype"])
     like = jax.ShapeDtypeStruct((batch, length, heads * size), dtype)
     state = jax.ShapeDtypeStruct((batch, heads, size, size), jnp.float32)
-    names = ARRAYS[request["operation"]]
-    arrays = [jax.ShapeDtypeStruct(like.shape, jnp.float32) if name == "log_w" else like for name in names]
+
+    def array(name: str) -> Any:
+        width = heads if name in ONE_A_HEAD else heads * size
+        return jax.ShapeDtypeStruct((batch, length, width), jnp.float32 if name in FLOAT32 else dtype)
+
+    arrays = [array(name) for name in ARRAYS[request["operation"]]]
     if request["direction"] == FORWARD:
         return forward, [*arrays, state]
     return backward, [(*arrays, state), (like, state)]
@@ -55,7 +66,12 @@ def bytes_moved(request: dict[str, Any]) -> int:
     tokens = request["batch"] * request["length"] * request["heads"] * request["head_size"]
     state = 4 * request["batch"] * request["heads"] * request["head_size"] ** 2
     width = 2 if request["dtype"] == "bfloat16" else 4
-    given = tokens * (width * (len(ARRAYS[request["operation"]]) - 1) + 4) + state
+
+    def bytes_of(name: str) -> int:
+        channels = tokens // request["head_size"] if name in ONE_A_HEAD else tokens
+        return channels * (4 if name in FLOAT32 else width)
+
+    given = sum(bytes_of(name) for name in ARRAYS[request["operation"]]) + state
     made = tokens * width + state
     return given + made if request["direction"] == FORWARD else 3 * given + 2 * made
 

@@ -1,6 +1,6 @@
 """wkv6 by Triton kernels, forward and backward, for NVIDIA GPUs of compute capability 8.0 and up.
 
-The kernels are in `triton_kernels`; how they are called, and the pass over chunks, are `wkv7.triton_gpu`'s.
+The kernels are in `triton_kernels`; how they are called, and the pass over chunks, are in `shared`.
 """
 
 import functools
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.wkv7.triton_gpu import Plan, Tuning, fill, given, import_kernels, make_plan, pass_states, run
+from pallas_kernels.shared.triton_call import Plan, Tuning, fill, given, import_kernels, make_plan, pass_states, run
 
 # Warps and blocks with which no kernel spills a register on sm_80, sm_90 or sm_100.
 TUNED: Tuning = {

@@ -1,4 +1,4 @@
-"""The Triton kernels of wkv6, forward and backward; the pass over chunks is `wkv7.triton_kernels.pass_states`.
+"""The Triton kernels of wkv6, forward and backward; the pass over chunks is `shared.triton_states.pass_states`.
 
 Decays of -5 a token make e^-G too large to split off. As in `wkv6.chunked` every pair of tokens is served at one level:
 in groups of eight, with exponents counted from the group's middle; all others where a boundary between two spans of
@@ -9,7 +9,7 @@ sums are float32.
 
 import triton.language as tl
 
-from pallas_kernels.wkv7.triton_chunk import (
+from pallas_kernels.shared.triton_chunk import (
     chunk_decay,
     jit,
     place,
@@ -18,7 +18,7 @@ from pallas_kernels.wkv7.triton_chunk import (
     segments_passed,
     tile,
 )
-from pallas_kernels.wkv7.triton_kernels import through_state
+from pallas_kernels.shared.triton_states import through_state
 
 # 2 to the level's number tokens are a span; the first level makes the groups of eight.
 GROUPS = tl.constexpr(2)

@@ -14,13 +14,12 @@ import jax.numpy as jnp
 
 from pallas_kernels import layout
 from pallas_kernels.layout import Resets, transpose, transposed
+from pallas_kernels.shared.triangular import invert_unit_lower
 
 # A chunk by default: a quarter of the head size, within these. Pairs of tokens cost in proportion to a chunk's length,
 # states to its inverse; measured on a CPU, forward and backward, 16 against 32 takes 0.9 of the time at K=64, and as
 # long at K=128, where 32 keeps half as many states.
 CHUNK_SIZES = (16, 32)
-# Up to this size a triangular inverse is made from whole products under masks, beyond from its quarters.
-SMALL_INVERSE = 16
 # Below this sum of log_w over a chunk, quotients of float32 exponentials lose digits, then all of them.
 LOWEST_SUM = -81.0
 
@@ -54,41 +53,6 @@ class Pairs(NamedTuple):
     a_decay: jax.Array
     r_decay: jax.Array
     grow: jax.Array
-
-
-def invert_unit_lower(strict: jax.Array) -> jax.Array:
-    """(I - strict)^-1 for strictly lower triangular [...,C,C], C a power of two.
-
-    [[X, 0], [Z L X, Z]] inverts [[X^-1, 0], [-L, Z^-1]]: diagonal blocks of doubling size are merged. This is as
-    stable as substitution; the product (I + L)(I + L^2)(I + L^4)... is not, when keys repeat.
-    """
-    size = strict.shape[-1]
-    if size <= SMALL_INVERSE:
-        return _invert_small(strict)
-    half = size // 2
-    upper, lower = strict[..., :half, :half], strict[..., half:, half:]
-    both = invert_unit_lower(jnp.stack([upper, lower], axis=-3))
-    first, second = both[..., 0, :, :], both[..., 1, :, :]
-    corner = second @ strict[..., half:, :half] @ first
-    top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
-    return jnp.concatenate([top, jnp.concatenate([corner, second], axis=-1)], axis=-2)
-
-
-def _invert_small(strict: jax.Array) -> jax.Array:
-    """The same, all blocks of one width at once: X <- X + X (their corners of strict) X."""
-    size = strict.shape[-1]
-    index = jnp.arange(size)
-
-    def corners(width: int) -> jax.Array:
-        block = index // width
-        return strict * ((block[:, None] == block[None, :] + 1) & (block[:, None] % 2 == 1))
-
-    inverse = jnp.eye(size, dtype=strict.dtype) + corners(1)
-    width = 2
-    while width < size:
-        inverse = inverse + inverse @ corners(width) @ inverse
-        width *= 2
-    return inverse
 
 
 def visible(size: int, resets: Resets | None) -> jax.Array:

@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.shared.triangular_tpu import NN, NT, TN
 from pallas_kernels.wkv7.pallas_tpu_chunk import (
     LANES,
-    NN,
-    NT,
-    TN,
     Decays,
     Masks,
     Pairs,

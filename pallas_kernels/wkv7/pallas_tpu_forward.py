@@ -5,7 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.wkv7.pallas_tpu_chunk import NN, NT, TN, Plan, decays, from_values, masks, pairs, solve, stack
+from pallas_kernels.shared.triangular_tpu import NN, NT, TN
+from pallas_kernels.wkv7.pallas_tpu_chunk import Plan, decays, from_values, masks, pairs, solve, stack
 
 
 def forward_kernel(plan: Plan, has_counts: bool, *refs: Any) -> None:

@@ -13,7 +13,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("operation", ["wkv7", "wkv6"])
+@pytest.mark.parametrize("operation", ["wkv7", "wkv6", "gdn"])
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 @pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 128), ("float32", 64)])
 def test_the_kernels_compile_for_every_tpu(operation, topology, dtype, size):

@@ -1,4 +1,4 @@
-"""The Triton kernels of wkv7 and wkv6 without a GPU: their numbers by Triton's interpreter, what they compile to.
+"""The Triton kernels of wkv7, wkv6 and gdn without a GPU: their numbers by Triton's interpreter, what they compile to.
 
 Run as a script with TRITON_INTERPRET=1 (Triton reads it on import, so the tests start a process for it), this file
 computes the errors of the CASES named and prints them as JSON.
@@ -19,17 +19,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from triton_interpreter import interpret, round_as_tensor_cores_do
 
 from pallas_kernels import dispatch
+from pallas_kernels.gdn import gdn
 from pallas_kernels.measure import static_cost_gpu
-from pallas_kernels.testing import TOLERANCE, recurrence_inputs, rms_ratio, token_loop, value_and_gradients
+from pallas_kernels.measure.static_profile import FLOAT32
+from pallas_kernels.shared import triton_call
+from pallas_kernels.testing import (
+    TOLERANCE,
+    gated_delta_inputs,
+    gated_delta_loop,
+    recurrence_inputs,
+    rms_ratio,
+    token_loop,
+    value_and_gradients,
+)
 from pallas_kernels.wkv6 import wkv6
-from pallas_kernels.wkv7 import triton_gpu, wkv7
+from pallas_kernels.wkv7 import wkv7
 
 ROOT = pathlib.Path(__file__).parents[2]
-OPERATIONS = {"wkv7": wkv7, "wkv6": wkv6}
-STRONGEST = {"wkv7": -0.6066, "wkv6": -5.0}
-DOCUMENTED = {"wkv7": -1.8, "wkv6": -10.0}
+OPERATIONS = {"wkv7": wkv7, "wkv6": wkv6, "gdn": gdn}
+STRONGEST = {"wkv7": -0.6066, "wkv6": -5.0, "gdn": -20.0}
+DOCUMENTED = {"wkv7": -1.8, "wkv6": -10.0, "gdn": -100.0}
 
 # name -> length, key size, value size, tolerance, and what differs from random inputs of float32 in one segment.
 CASES: dict[str, tuple[int, int, int, str, dict[str, Any]]] = {
@@ -66,34 +78,56 @@ KERNEL_CALLS = [jax.export.DisabledSafetyCheck.custom_call(f"triton_kernel_call{
 every_operation = pytest.mark.parametrize("operation", OPERATIONS)
 
 
+def inputs_of(
+    operation: str,
+    batch: int,
+    length: int,
+    heads: int,
+    key_size: int,
+    value_size: int,
+    *,
+    log_w: float | None = None,
+    iclr: float | None = None,
+    key_scale: float = 1.0,
+) -> dict[str, Any]:
+    """Arguments of any operation; gdn has beta where wkv7 has the iclr, and two heads that read one key head."""
+    decays = None if log_w is None else (log_w, log_w)
+    if operation != "gdn":
+        options: dict[str, Any] = {"log_w_range": decays, "key_scale": key_scale, "iclr": iclr}
+        return recurrence_inputs(operation, batch, length, heads, key_size, value_size, **options)
+    groups, options = 1 if heads == 2 else heads, {"key_scale": min(key_scale, 1.0), "beta": iclr}
+    options |= {} if decays is None else {"log_g_range": decays}
+    return gated_delta_inputs(batch, length, groups, heads, key_size, value_size, **options)
+
+
 def errors_of(operation: str, case: str) -> dict[str, float]:
     """RMS ratios of outputs, final state and all gradients to the float64 loop."""
     length, key_size, value_size, tolerance, options = CASES[case]
-    log_w = options.get("log_w", {}).get(operation)
-    inputs: dict[str, Any] = recurrence_inputs(
+    inputs = inputs_of(
         operation,
         options.get("batch", 1),
         length,
         options.get("heads", 1),
         key_size,
         value_size,
-        log_w_range=None if log_w is None else (log_w, log_w),
+        log_w=options.get("log_w", {}).get(operation),
         key_scale=options.get("key_scale", 1.0),
         iclr=options.get("iclr"),
     )
     if "zeros" in options:
         inputs = {name: np.zeros_like(x) for name, x in inputs.items()}
     if tolerance == "bfloat16":
-        inputs = {name: x if name == "log_w" else jnp.asarray(x, jnp.bfloat16) for name, x in inputs.items()}
+        inputs = {name: x if name in FLOAT32 else jnp.asarray(x, jnp.bfloat16) for name, x in inputs.items()}
     rng = np.random.default_rng(7)
-    batch, _, heads, _ = inputs["r"].shape
+    batch, _, heads, _ = inputs["v"].shape
     state, d_final = rng.standard_normal((2, batch, heads, key_size, value_size)).astype(np.float32)
     d_out = jnp.asarray(rng.standard_normal(inputs["v"].shape), inputs["v"].dtype)
     ids = None
     if "segments" in options:
         often = {"all": 1.0, "some": 0.08}[options["segments"]]
         ids = np.cumsum(np.random.default_rng(3).random((batch, length)) < often, axis=1).astype(np.int32)
-    want = token_loop(inputs, state, ids, np.asarray(d_out, np.float64), d_final)
+    loop = gated_delta_loop if operation == "gdn" else token_loop
+    want = loop(inputs, state, ids, np.asarray(d_out, np.float64), d_final)
     got = value_and_gradients(
         OPERATIONS[operation],
         inputs,
@@ -105,94 +139,14 @@ def errors_of(operation: str, case: str) -> dict[str, float]:
         chunk_size=options.get("chunk_size"),
     )
     assert set(got) == set(want)
+    # What decays to less than a float32 is nothing.
+    want = {name: np.where(np.abs(x) < np.finfo(np.float32).tiny, 0.0, x) for name, x in want.items()}
     return {name: rms_ratio(got[name], want[name]) for name in want}
-
-
-class Pointer:
-    """As much of a torch tensor as Triton's interpreter asks for, between guards that nobody may touch or use."""
-
-    GUARD = 1 << 12
-
-    def __init__(self, shape: tuple[int, ...], dtype: Any):
-        self.dtype = str(np.dtype(dtype))
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        # All ones: NaN in every float type, and no segment's id.
-        self.memory = np.full(size + 2 * self.GUARD, 0xFF, np.uint8)
-        self.array = self.memory[self.GUARD : self.GUARD + size].view(dtype).reshape(shape)
-
-    def data_ptr(self) -> int:
-        return self.array.ctypes.data
-
-    def check(self) -> None:
-        assert (self.memory[: self.GUARD] == 0xFF).all() and (self.memory[-self.GUARD :] == 0xFF).all()
-
-    # The interpreter would copy a GPU's memory to the host and back; this memory is there already.
-    def untyped_storage(self) -> "Pointer":
-        return self
-
-    def cpu(self) -> "Pointer":
-        return self
-
-    def new_empty(self, *_: Any, **__: Any) -> "Pointer":
-        return self
-
-    def nothing(self, *_: Any) -> None:
-        return None
-
-    set_ = storage_offset = size = stride = copy_ = nothing
-
-
-def interpret(launch: triton_gpu.Launch) -> Any:
-    """Runs a kernel by Triton's interpreter, in a callback."""
-
-    def run(*arrays: jax.Array) -> tuple[np.ndarray, ...]:
-        pointers = [Pointer(x.shape, x.dtype) for x in (*arrays, *launch.outputs)]
-        for pointer, array in zip(pointers, arrays, strict=False):
-            pointer.array[...] = np.asarray(array)
-        launch.kernel[launch.grid](*pointers, **launch.settings)
-        for pointer in pointers:
-            pointer.check()
-        return tuple(pointer.array for pointer in pointers[len(arrays) :])
-
-    return jax.pure_callback(run, tuple(launch.outputs), *launch.inputs)
-
-
-def round_as_tensor_cores_do() -> None:
-    """Teaches the interpreter bfloat16, which it truncates and multiplies as integers, and tf32, which it lacks."""
-    import ml_dtypes
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    handle, types_of = interpreter.TensorHandle, interpreter._get_np_dtype
-
-    def cast(self: Any, source: Any, target: Any) -> Any:
-        data = source.data.view(ml_dtypes.bfloat16) if source.dtype.scalar == tl.bfloat16 else source.data
-        if target.scalar == tl.bfloat16:
-            return handle(data.astype(ml_dtypes.bfloat16).view(np.uint16), target.scalar)
-        return handle(data.astype(types_of(target)), target.scalar)
-
-    def tf32(x: np.ndarray) -> np.ndarray:
-        return ((x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
-
-    def dot(self: Any, a: Any, b: Any, total: Any, precision: Any, _: Any) -> Any:
-        if a.dtype.scalar == tl.bfloat16:
-            x, y = (operand.data.view(ml_dtypes.bfloat16).astype(np.float32) for operand in (a, b))
-            product = x @ y
-        else:
-            x, y = a.data, b.data
-            product = tf32(x) @ tf32(y)
-            if "x3" in str(precision).lower():
-                product = product + (tf32(x) @ tf32(y - tf32(y)) + tf32(x - tf32(x)) @ tf32(y))
-        return handle(product + total.data, total.dtype.scalar)
-
-    builder = interpreter.InterpreterBuilder
-    builder.create_fp_trunc = builder.create_fp_ext = cast
-    builder.create_dot = dot
 
 
 def pieces(operation: str) -> float:
     """The largest difference between one call and two with the state carried over, cut off a chunk's edge."""
-    inputs = {name: jnp.asarray(x) for name, x in recurrence_inputs(operation, 1, 36, 1, 64, 64).items()}
+    inputs = {name: jnp.asarray(x) for name, x in inputs_of(operation, 1, 36, 1, 64, 64).items()}
     run = functools.partial(OPERATIONS[operation], implementation="triton_gpu")
     out, state = run(**inputs)
     first, middle = run(**{name: x[:, :21] for name, x in inputs.items()})
@@ -202,7 +156,7 @@ def pieces(operation: str) -> float:
 
 def permuted(operation: str) -> bool:
     """Permuting batch and heads permutes the result to the bit."""
-    inputs = {name: jnp.asarray(x) for name, x in recurrence_inputs(operation, 2, 9, 3, 64, 64).items()}
+    inputs = {name: jnp.asarray(x) for name, x in inputs_of(operation, 2, 9, 3, 64, 64).items()}
     batch, heads = jnp.array([1, 0]), jnp.array([2, 0, 1])
     run = functools.partial(OPERATIONS[operation], implementation="triton_gpu")
     out, state = run(**inputs)
@@ -213,7 +167,8 @@ def permuted(operation: str) -> bool:
 @functools.cache
 def interpreted(cases: tuple[str, ...]) -> dict[str, Any]:
     """What the other process found, by operation."""
-    variables = {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    variables = {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
+    variables["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "tests"))
     done = subprocess.run(
         [sys.executable, __file__, *cases], env=os.environ | variables, cwd=ROOT, capture_output=True, text=True
     )
@@ -292,7 +247,7 @@ def test_static_cost_table(capsys):
 
 
 @needs_jax_triton
-@pytest.mark.parametrize(("operation", "calls"), [("wkv7", 8), ("wkv6", 7)])
+@pytest.mark.parametrize(("operation", "calls"), [("wkv7", 8), ("wkv6", 7), ("gdn", 8)])
 def test_lowers_into_a_jax_program_for_cuda(operation, calls, monkeypatch):
     """Every kernel of forward and backward: with the value asked for too, or the outputs' kernel is left out."""
     jax_triton = importlib.import_module("jax_triton")
@@ -308,8 +263,8 @@ def test_lowers_into_a_jax_program_for_cuda(operation, calls, monkeypatch):
         return jax.value_and_grad(loss)(inputs)
 
     inputs = {
-        name: jax.ShapeDtypeStruct(x.shape, jnp.float32 if name == "log_w" else jnp.bfloat16)
-        for name, x in recurrence_inputs(operation, 1, 40, 2, 64, 64).items()
+        name: jax.ShapeDtypeStruct(x.shape, jnp.float32 if name in FLOAT32 else jnp.bfloat16)
+        for name, x in inputs_of(operation, 1, 40, 2, 64, 64).items()
     }
     exported = jax.export.export(gradients, platforms=["cuda"], disabled_checks=KERNEL_CALLS)(inputs)
     assert exported.mlir_module().count("@triton_kernel_call") == calls
@@ -319,9 +274,15 @@ def test_lowers_into_a_jax_program_for_cuda(operation, calls, monkeypatch):
 @pytest.mark.parametrize("missing", ["triton", "jax_triton"])
 def test_without_triton_says_what_to_install(operation, missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
-    for module in ("wkv6.triton_kernels", "wkv7.triton_kernels", "wkv7.triton_chunk"):
+    for module in (
+        "wkv6.triton_kernels",
+        "wkv7.triton_kernels",
+        "gdn.triton_kernels",
+        "shared.triton_chunk",
+        "shared.triton_states",
+    ):
         monkeypatch.delitem(sys.modules, f"pallas_kernels.{module}", raising=False)
-    inputs = {name: jnp.asarray(x) for name, x in recurrence_inputs(operation, 1, 4, 1, 8, 8).items()}
+    inputs = {name: jnp.asarray(x) for name, x in inputs_of(operation, 1, 4, 1, 8, 8).items()}
     with pytest.raises(NotImplementedError, match=r"triton.*radlads-jax\[cuda\]"):
         OPERATIONS[operation](**inputs, implementation="triton_gpu")
 
@@ -330,8 +291,8 @@ def test_without_triton_says_what_to_install(operation, missing, monkeypatch):
 @every_operation
 @pytest.mark.parametrize(("size", "chunk_size", "says"), [(256, None, "at most 128"), (64, 128, "chunk_size=128")])
 def test_what_the_kernels_cannot_do_is_refused(operation, size, chunk_size, says):
-    inputs = {name: jnp.asarray(x) for name, x in recurrence_inputs(operation, 1, 4, 1, size, size).items()}
-    with triton_gpu.running(interpret), pytest.raises(NotImplementedError, match=says):
+    inputs = {name: jnp.asarray(x) for name, x in inputs_of(operation, 1, 4, 1, size, size).items()}
+    with triton_call.running(interpret), pytest.raises(NotImplementedError, match=says):
         OPERATIONS[operation](**inputs, implementation="triton_gpu", chunk_size=chunk_size)
 
 
@@ -366,7 +327,7 @@ def test_dispatch_takes_a_tpu_kernel_for_its_head_sizes(sizes, chosen, monkeypat
 
 if __name__ == "__main__":
     round_as_tensor_cores_do()
-    with triton_gpu.running(interpret):
+    with triton_call.running(interpret):
         found = {
             name: {
                 "errors": {case: errors_of(name, case) for case in sys.argv[1:]},

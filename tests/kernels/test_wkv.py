@@ -10,11 +10,11 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from pallas_kernels.shared.triangular import invert_unit_lower
 from pallas_kernels.testing import TOLERANCE, recurrence_inputs, rms_ratio, token_loop, value_and_gradients
 from pallas_kernels.wkv6 import wkv6, wkv6_step
 from pallas_kernels.wkv6.levels import levels
 from pallas_kernels.wkv7 import wkv7, wkv7_step
-from pallas_kernels.wkv7.chunked import invert_unit_lower
 
 OPERATIONS = {"wkv7": wkv7, "wkv6": wkv6}
 STEPS = {"wkv7": wkv7_step, "wkv6": wkv6_step}

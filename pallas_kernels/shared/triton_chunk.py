@@ -1,4 +1,4 @@
-"""What the Triton kernels of wkv7 and wkv6 share: tiles in and out, segments, decays, the inverse of a chunk's matrix.
+"""What the recurrences' Triton kernels share: tiles in and out, segments, decays, the inverse of a chunk's matrix.
 
 Sequences are [B,T,H,D], a chunk has C tokens, a block BK channels.
 """

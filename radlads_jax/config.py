@@ -31,7 +31,8 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """mixer: "rad_rwkv6", "rad_rwkv7" or "attention" (no conversion). attention_layers keep softmax attention.
+    """mixer: "rad_rwkv6", "rad_rwkv7", "gdn" or "attention" (no conversion). attention_layers keep softmax attention.
+    attention_every: N keeps every N-th layer, those with (i + 1) % N == 0, in place of attention_layers; 0 = off.
 
     use_rope, token_shift, gate, group_norm, balance_state: "" = the mixer's published choice, else "on"/"off" (gate:
     "none"/"full"/"low_rank"). rank_*: 0 = from the width. fresh_qkvo: q, k, v, o start fresh in place of the teacher's.
@@ -39,6 +40,7 @@ class Student:
 
     mixer: str = "rad_rwkv7"
     attention_layers: tuple[int, ...] = ()
+    attention_every: int = 0
     use_rope: str = ""
     token_shift: str = ""
     gate: str = ""
@@ -312,6 +314,13 @@ def _check_student(student: Student) -> None:
             "config.student.group_norm and config.student.balance_state are both 'on'; expected one of them, because "
             "either alone bounds the mixer's output. Set the other to 'off'."
         )
+    if student.attention_every and student.attention_layers:
+        raise ValueError(
+            f"config.student.attention_every is {student.attention_every} and config.student.attention_layers "
+            f"{student.attention_layers}; expected one of them, for both say which layers stay softmax attention. "
+            "Leave one out."
+        )
+    _at_least(0, student, "config.student", "attention_every")
     _at_least(0, student, "config.student", "rank_decay", "rank_iclr", "rank_value", "rank_shift", "rank_gate")
 
 

@@ -19,6 +19,8 @@ from radlads_jax.config import (
     validate,
 )
 from radlads_jax.distill.stages import STAGES
+from radlads_jax.distill.student_config import make_student_config
+from radlads_jax.models import ModelConfig
 from radlads_jax.recipes import paper
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -173,7 +175,7 @@ def test_a_misspelt_field_can_not_be_set():
     [
         ("sede", 1, ["config.sede", "did you mean 'seed'?"]),
         ("stage1.tokns", 1, ["config.stage1.tokns", "did you mean 'tokens'?"]),
-        ("student.xyz", 1, ["config.student.xyz", "expected one of mixer, attention_layers, use_rope"]),
+        ("student.xyz", 1, ["config.student.xyz", "expected one of mixer, attention_layers, attention_every"]),
         ("stage1", 5, ["config.stage1 is 5", "a group of fields"]),
         ("stage1.tokens", "abc", ["config.stage1.tokens is 'abc'", "expected int"]),
         ("stage1.tokens", True, ["config.stage1.tokens is True", "expected int"]),
@@ -202,6 +204,7 @@ def test_a_misspelt_field_can_not_be_set():
         ("student.use_rope", "yes", ["config.student.use_rope is 'yes'", "'on', 'off'"]),
         ("student.use_rope", True, ["config.student.use_rope is True", "expected str"]),
         ("student.rank_decay", -32, ["config.student.rank_decay is -32"]),
+        ("student.attention_every", -1, ["config.student.attention_every is -1"]),
         ("student.attention_layers", ("1",), ["config.student.attention_layers is '1'", "expected int"]),
         ("data.source", "csv", ["config.data.source is 'csv'", "jsonl, parquet"]),
         ("data.path", "", ["config.data.path is ''", "--config.data.path="]),
@@ -222,6 +225,21 @@ def test_stages_that_are_not_run_are_not_looked_at():
     config = changed("stage3.tokens", 0)
     config.stages = ("stage1", "stage2")
     assert validate(config).stages == ("stage1", "stage2")
+
+
+@pytest.mark.parametrize(("every", "kept"), [(4, (3,)), (3, (2, 5)), (2, (1, 3, 5)), (7, ())])
+def test_attention_every(every, kept):
+    config = changed("student.attention_every", every)
+    teacher = ModelConfig("qwen2", 64, 48, 96, 4, 2, 12, (("attention", 6),))
+    student = make_student_config(teacher, validate(config))
+    assert tuple(i for i, mixer in enumerate(student.layer_mixers) if mixer == "attention") == kept
+
+
+def test_two_placements_are_refused():
+    config = changed("student.attention_every", 2)
+    config.student.attention_layers = (1,)
+    with pytest.raises(ValueError, match=r"attention_every is 2.*attention_layers"):
+        validate(config)
 
 
 def test_both_answers_to_the_size_of_the_state():

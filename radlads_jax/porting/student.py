@@ -29,9 +29,11 @@ def init_mixers(
     for i, stack in new["stacks"].items():
         source = {} if fresh_qkvo else teacher["stacks"][i]["mixer"]
         for name in COPIED_PROJECTIONS:
-            if name in source:
+            if name in source and name in stack["mixer"]:
                 # A copy even where the dtype is the same: training donates the student's buffers, never the teacher's.
-                stack["mixer"][name] = jax.tree.map(lambda x: jnp.array(x, cfg.param_dtype), source[name])
+                # Of them only what the mixer has: one without biases leaves the teacher's out.
+                own = {leaf: source[name][leaf] for leaf in stack["mixer"][name]}
+                stack["mixer"][name] = jax.tree.map(lambda x: jnp.array(x, cfg.param_dtype), own)
         if fresh_qkvo:
             _refresh(cfg, stack["mixer"], jax.random.fold_in(jax.random.key(seed), i), mesh)
     return new

@@ -19,7 +19,7 @@ from radlads_jax.config import Mesh, RunConfig, StageConfig, Teacher, defaults, 
 from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
 from radlads_jax.distill.stages import STAGES
-from radlads_jax.models import ModelConfig, abstract_params, sharding
+from radlads_jax.models import ModelConfig, abstract_params, bind, sharding
 from radlads_jax.models.attention import Context, softmax_attention
 from radlads_jax.models.placement import param_axes, shardings
 from radlads_jax.models.tensors import tensor_of

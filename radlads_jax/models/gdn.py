@@ -285,5 +285,6 @@ SPEC = MixerSpec(
     # gradients of most of them; the kernel's state every 64 tokens.
     bytes_per_column=56,
     disk_prefix="linear_attn",
+    export_format="qwen3_5",
     facts=_facts,
 )

@@ -12,7 +12,7 @@ Source: Gated Delta Networks (arXiv 2412.06464); transformers' qwen3_5.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -179,7 +179,8 @@ def _conv(x, kernel, initial_state, segment_ids):
 
 def _recurrence(q, k, v, log_g, beta, initial_state, segment_ids):
     if q.shape[1] == 1 and initial_state is not None:
-        out, final = gdn_step(*(x[:, 0] for x in (q, k, v, log_g, beta)), initial_state)
+        q, k, v, log_g, beta = (x[:, 0] for x in (q, k, v, log_g, beta))
+        out, final = gdn_step(q, k, v, log_g, beta, initial_state)
         return out[:, None], final
     return gdn(q, k, v, log_g, beta, initial_state=initial_state, segment_ids=segment_ids)
 
@@ -218,7 +219,7 @@ def _tensors(cfg: ModelConfig) -> list[Tensor]:
     else:
         before = []
         for part in parts:
-            by = "heads" if part.name == "q" else "kv_heads"
+            by: Literal["heads", "kv_heads"] = "heads" if part.name == "q" else "kv_heads"
             before += linear_tensors(part.name, f"{part.name}_proj", width, part.channels, split_by=by)
             before.append(taps(f"conv_{part.name}", f"conv_{part.name}", part.channels, split_by=by))
     return [

@@ -69,7 +69,7 @@ def _rotary_size(keys: ConfigKeys, head_dim: int) -> int | None:
     """The channels that RoPE turns; None for all."""
     rope = ConfigKeys(keys.mapping("rope_parameters"), f"{keys.where}, rope_parameters")
     share = rope.number("partial_rotary_factor", keys.number("partial_rotary_factor", _DEFAULT_PARTIAL), high=1.0)
-    size = int(head_dim * share)
+    size = int(head_dim * share + 1e-6)  # a quotient such as 64 / 96 comes back a bit too small
     if size % 2 or not size:
         raise ValueError(
             f"{keys.where}: partial_rotary_factor {share:g} of head_dim {head_dim} is {size} channels; expected an "

@@ -29,7 +29,7 @@ CONSTANT = min((float(32 * m) for m in range(128, 256)), key=lambda c: _miss(c) 
 
 def norm(size: int) -> np.ndarray:
     """The stored scale of q's and k's norm [2 size]."""
-    return np.repeat(np.float32([_undone(CONSTANT) - 1, -1]), size)
+    return np.repeat(np.array([_undone(CONSTANT) - 1, -1], np.float32), size)
 
 
 def padded(array: np.ndarray, heads: int, *, axis: int, value: float) -> np.ndarray:

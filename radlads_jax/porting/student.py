@@ -90,5 +90,13 @@ def transfer_table(cfg: ModelConfig, student: Params, teacher: Params, *, fresh_
         source = "teacher" if from_teacher else "teacher (embedding)" if path == "head/kernel" else "new"
         copied, new = (copied + leaf.size, new) if source != "new" else (copied, new + leaf.size)
         table.add_row(path, " x ".join(map(str, leaf.shape)), source)
-    table.caption = f"{copied:,} values copied, {new:,} new"
+    dropped = sorted(
+        {
+            "/".join(path.split("/")[3:])
+            for path in teacher_paths.keys() - path_leaves(student).keys()
+            if _in_recurrent_mixer(cfg, path)
+        }
+    )
+    left_out = f"; of the teacher's attention left out: {', '.join(dropped)}" if dropped and not fresh_qkvo else ""
+    table.caption = f"{copied:,} values copied, {new:,} new{left_out}"
     return table

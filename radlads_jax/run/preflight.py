@@ -88,7 +88,8 @@ def disk(job: Job) -> Finding:
         largest = max(largest, size if saves > run.train.keep_checkpoints else 0)
     left += largest
     if not (directory / "export").exists():
-        tensors = disk_tensors(job.student).values()
+        form = writer_named(default_format(job.student))
+        tensors = disk_tensors(form.written(job.student)).values()
         left += sum(_bytes(location.disk_shape, run.export.dtype) for location in tensors)
     free = free_bytes(job.workdir)
     if free is None:

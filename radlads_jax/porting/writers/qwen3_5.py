@@ -141,5 +141,6 @@ WRITER = Writer(
     _tensors,
     _config,
     obstacles=_obstacles,
+    written=native,
     expected=f"softmax layers of {', '.join(_TEACHERS)} and mixers of the kind {qwen3_5.MIXER}",
 )

@@ -23,8 +23,8 @@ class Writer:
 
     obstacles(cfg, directory): what of the model, or of the tokenizer's files in that directory (where it is given), the
     format has no place for, or its readers would compute otherwise. expected: what a model without obstacles is.
-    tensors(parameters by path, cfg, dtype), config(cfg, base config.json), files(cfg): what is written. written(cfg): the model
-    that a reader of it finds, which computes the same.
+    tensors(parameters by path, cfg, dtype), config(cfg, base config.json), files(cfg): what is written.
+    written(cfg): the model that a reader of it finds, which computes the same.
     """
 
     name: str

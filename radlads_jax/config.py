@@ -6,16 +6,24 @@ wrong type or value.
 """
 
 import dataclasses
-import difflib
 import math
 import re
-import types
 import typing
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from radlads_jax.fields import bounded, follow, set_type, with_placeholders
+from radlads_jax.fields import (
+    bounded,
+    build,
+    check_bounds,
+    follow,
+    nearest,
+    require,
+    set_type,
+    type_of,
+    with_placeholders,
+)
 
 STAGE_NAMES = ("pretrain", "stage1", "stage2", "stage2a", "stage3")
 SOURCES = ("synthetic", "text", "jsonl", "parquet", "hf", "binidx")
@@ -37,7 +45,8 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """mixer: "rad_rwkv6", "rad_rwkv7" or "attention" (no conversion). attention_layers keep softmax attention.
+    """mixer: "rad_rwkv6", "rad_rwkv7", "gdn" or "attention" (no conversion). attention_layers keep softmax attention.
+    attention_every: N keeps every N-th layer, those with (i + 1) % N == 0, in place of attention_layers; 0 = off.
 
     use_rope, token_shift, group_norm, balance_state: None = the mixer's published choice; gate: "" = the same, else
     one of GATES. rank_*: 0 = from the width. fresh_qkvo: q, k, v, o start fresh in place of the teacher's.
@@ -46,6 +55,7 @@ class Student:
 
     mixer: str = "rad_rwkv7"
     attention_layers: tuple[int, ...] = ()
+    attention_every: int = bounded(0, least=0)
     use_rope: bool | None = None
     token_shift: bool | None = None
     gate: str = bounded("", one_of=("", *GATES))
@@ -264,7 +274,7 @@ def parse_arg(arg: str | None, **known: Any) -> ConfigDict:
     for part in filter(None, (arg or "").split(",")):
         key, _, text = part.partition("=")
         if key not in known:
-            raise ValueError(f"the config's argument {key!r} is not known{_nearest(key, known)}")
+            raise ValueError(f"the config's argument {key!r} is not known{nearest(key, known)}")
         values[key] = _parse(text, type(known[key]), f"the config's argument {key}")
     return ConfigDict(values)
 
@@ -276,7 +286,7 @@ def check_override(path: str, text: str | None) -> None:
     """
     kind, where = RunConfig, "config"
     for name in path.split("."):
-        hint = StageConfig if kind is RunConfig and name in _ADDED else _hint(kind, name, where)
+        hint = StageConfig if kind is RunConfig and name in _ADDED else type_of(kind, name, where)
         kind, where = set_type(hint), f"{where}.{name}"
         if not dataclasses.is_dataclass(kind):
             break
@@ -286,7 +296,7 @@ def check_override(path: str, text: str | None) -> None:
 
 def _parse(text: str, kind: type, where: str) -> Any:
     if kind is bool:
-        _require(text.lower() in ("", "1", "0", "true", "false"), where, text, "true or false")
+        require(text.lower() in ("", "1", "0", "true", "false"), where, text, "true or false")
         return text.lower() in ("", "1", "true")
     try:
         return kind(text)
@@ -298,51 +308,45 @@ def _parse(text: str, kind: type, where: str) -> Any:
 def validate(config: ConfigDict) -> RunConfig:
     """The checked, frozen form. Raises ValueError naming the field, what was got and what is expected."""
     values = config.to_dict()
-    added = {name: _build(StageConfig, values.pop(name), f"config.{name}") for name in _ADDED if name in values}
-    run = dataclasses.replace(_build(RunConfig, values, "config"), added=added)
+    added = {name: build(StageConfig, values.pop(name), f"config.{name}") for name in _ADDED if name in values}
+    run = dataclasses.replace(build(RunConfig, values, "config"), added=added)
     unknown = [s for s in run.stages if s not in stage_names()]
     if unknown:
         raise ValueError(
             f"config.stages holds {unknown}; expected names out of {', '.join(stage_names())}. On the command line "
             "each is a flag of its own: --config.stages=stage1 --config.stages=stage2."
         )
-    _require(bool(run.stages), "config.stages", run.stages, f"at least one of {', '.join(STAGE_NAMES)}")
-    _require(len(set(run.stages)) == len(run.stages), "config.stages", run.stages, "each stage at most once")
-    _check_bounds("config", run)
+    require(bool(run.stages), "config.stages", run.stages, f"at least one of {', '.join(STAGE_NAMES)}")
+    require(len(set(run.stages)) == len(run.stages), "config.stages", run.stages, "each stage at most once")
+    check_bounds("config", run)
     # Stages that are not run are not looked at.
     for name in _GROUPS - set(STAGE_NAMES):
-        _check_bounds(f"config.{name}", getattr(run, name))
+        check_bounds(f"config.{name}", getattr(run, name))
     for name in run.stages:
-        _check_bounds(f"config.{name}", run.stage(name))
+        check_bounds(f"config.{name}", run.stage(name))
         _check_stage(f"config.{name}", run.stage(name), run.mesh.context)
     _check_teacher(run.teacher)
     _check_student(run.student)
     given = bool(run.data.path) or run.data.source == "synthetic"
     example = f"the path of the {run.data.source} data, e.g. --config.data.path=PATH"
-    _require(given, "config.data.path", run.data.path, example)
+    require(given, "config.data.path", run.data.path, example)
     fsdp = run.mesh.fsdp
-    _require(fsdp == -1 or fsdp >= 1, "config.mesh.fsdp", fsdp, "at least 1, or -1 for all devices")
+    require(fsdp == -1 or fsdp >= 1, "config.mesh.fsdp", fsdp, "at least 1, or -1 for all devices")
     shard = run.export.max_shard_gb
-    _require(1e-9 <= shard < math.inf, "config.export.max_shard_gb", shard, "a byte (1e-9) at least, and an end")
+    require(1e-9 <= shard < math.inf, "config.export.max_shard_gb", shard, "a byte (1e-9) at least, and an end")
     return run
-
-
-def _check_bounds(where: str, group: Any) -> None:
-    for field in dataclasses.fields(group):
-        bounds, value = field.metadata.get("bounds"), getattr(group, field.name)
-        _require(bounds is None or bounds.hold(value), f"{where}.{field.name}", value, str(bounds))
 
 
 def _check_stage(where: str, stage: StageConfig, pieces: int) -> None:
     divisible = stage.seq_len % pieces == 0
-    _require(divisible, f"{where}.seq_len", stage.seq_len, f"a multiple of config.mesh.context, {pieces}")
-    _require(
+    require(divisible, f"{where}.seq_len", stage.seq_len, f"a multiple of config.mesh.context, {pieces}")
+    require(
         not stage.accumulate or stage.batch_size % stage.accumulate == 0,
         f"{where}.accumulate",
         stage.accumulate,
         f"a divisor of batch_size ({stage.batch_size}), or 0 for one row at a time on every group of devices",
     )
-    _require(
+    require(
         0 <= stage.decay_begin < stage.decay_end <= 1,
         f"{where}.decay_begin",
         stage.decay_begin,
@@ -353,7 +357,7 @@ def _check_stage(where: str, stage: StageConfig, pieces: int) -> None:
 
 
 def _check_teacher(teacher: Teacher) -> None:
-    _require(
+    require(
         bool(teacher.path) != bool(teacher.scratch),
         "config.teacher.path",
         teacher.path,
@@ -368,6 +372,12 @@ def _check_student(student: Student) -> None:
             "config.student.group_norm and config.student.balance_state are both true; expected one of them, because "
             "either alone bounds the mixer's output. Set the other to false."
         )
+    if student.attention_every and student.attention_layers:
+        raise ValueError(
+            f"config.student.attention_every is {student.attention_every} and config.student.attention_layers "
+            f"{student.attention_layers}; expected one of them, for both say which layers stay softmax attention. "
+            "Leave one out."
+        )
 
 
 def _check_regex(field: str, pattern: str) -> None:
@@ -375,50 +385,3 @@ def _check_regex(field: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{field} holds {pattern!r}, which is no regular expression ({error}).") from error
-
-
-def _require(fine: bool, field: str, got: Any, expected: str) -> None:
-    if not fine:
-        raise ValueError(f"{field} is {got!r}; expected {expected}.")
-
-
-def _hint(cls: type, name: str, where: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    if name not in hints:
-        raise ValueError(f"{where}.{name} is not a field{_nearest(name, hints)}")
-    return hints[name]
-
-
-def _build(cls: type, values: dict[str, Any], where: str) -> Any:
-    hints = {name: _hint(cls, name, where) for name in values}
-    return cls(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} is {value!r}; expected a group of fields.")
-        return _build(typing.cast(type, hint), value, where)
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        if isinstance(value, str) or not isinstance(value, tuple | list):
-            raise ValueError(f"{where} is {value!r}; expected a tuple of {item.__name__}.")
-        # What "--config.name=" comes as.
-        if list(value) == [""]:
-            return ()
-        return tuple(_convert(item, v, where) for v in value)
-    if typing.get_origin(hint) is dict:
-        return dict(value)
-    if value is None and types.NoneType in typing.get_args(hint):
-        return None
-    hint = set_type(hint)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{where} is {value!r} ({type(value).__name__}); expected {hint.__name__}.")
-    return value
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known)}."

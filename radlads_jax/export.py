@@ -17,7 +17,7 @@ from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.save import EXPORT_DTYPES, MODEL_CARD, save_params
-from radlads_jax.porting.writers import HUGGINGFACE, WRITERS, writer_named
+from radlads_jax.porting.writers import WRITERS, default_format, writer_named
 from radlads_jax.system import backend, command, storage
 
 console = Console(highlight=False)
@@ -30,7 +30,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("dtype", None, EXPORT_DTYPES, "Of the weights; default: as they are.", flag_values=values)
     flags.DEFINE_bool("retie", False, "Leave the head out: the embedding is used for it.", flag_values=values)
     flags.DEFINE_bool("untie", False, "Write the head of a tied model as a tensor of its own.", flag_values=values)
-    flags.DEFINE_enum("for", HUGGINGFACE, list(WRITERS), "The format, by who reads it.", flag_values=values)
+    flags.DEFINE_enum("for", None, list(WRITERS), "The format, by who reads it.", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:
@@ -41,7 +41,7 @@ def main(values: flags.FlagValues) -> None:
         dtype=values.dtype,
         retie=values.retie,
         untie=values.untie,
-        writer=values["for"].value or HUGGINGFACE,
+        writer=values["for"].value,
     )
     console.print(f"exported to {target}", markup=False)
 
@@ -53,12 +53,12 @@ def export_again(
     dtype: str | None = None,
     retie: bool = False,
     untie: bool = False,
-    writer: str = HUGGINGFACE,
+    writer: str | None = None,
 ) -> storage.AnyPath:
     """Reads a student (of a run: its export/) and writes it to `output` with its tokenizer and a model card.
 
-    writer: a name of WRITERS. Raises ValueError for what is no model, for retie with untie, and for what the format has
-    no place for, before any weight is read.
+    writer: a name of WRITERS (default: the mixer's own). Raises ValueError for what is no model, for retie with untie,
+    and for what the format has no place for, before any weight is read.
     """
     if retie and untie:
         raise ValueError("got --retie and --untie; expected one of them at most. Leave one out.")
@@ -67,7 +67,7 @@ def export_again(
     config = read_config(source)
     cfg = model_config_from_hf(config)
     written = dataclasses.replace(cfg, tie_embeddings=(cfg.tie_embeddings or retie) and not untie)
-    writer_named(writer).require(written, source)
+    writer_named(writer or default_format(written)).require(written, source)
     dtype = dtype or stored_dtype(config)
     params = load_params(source, cfg, dtype=dtype)
     if cfg.tie_embeddings and untie:

@@ -1,6 +1,7 @@
 """The fields of a run's settings: the values that one may hold, and those that follow others until they are set."""
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
@@ -92,3 +93,61 @@ def following(config: ConfigDict, where: str = "config") -> dict[str, tuple[Conf
         elif isinstance(value, _Following) and not value.is_set:
             found[path] = (config, name)
     return found
+
+
+def check_bounds(where: str, group: Any) -> None:
+    """Raises ValueError for the first field of a group that holds what its bounds do not allow."""
+    for field in dataclasses.fields(group):
+        bounds, value = field.metadata.get("bounds"), getattr(group, field.name)
+        require(bounds is None or bounds.hold(value), f"{where}.{field.name}", value, str(bounds))
+
+
+def require(fine: bool, field: str, got: Any, expected: str) -> None:
+    """Raises ValueError naming the field, what was got and what is expected, unless all is fine."""
+    if not fine:
+        raise ValueError(f"{field} is {got!r}; expected {expected}.")
+
+
+def type_of(cls: type, name: str, where: str) -> Any:
+    """The type of a group's field. Raises ValueError naming the nearest for one that it lacks."""
+    hints = typing.get_type_hints(cls)
+    if name not in hints:
+        raise ValueError(f"{where}.{name} is not a field{nearest(name, hints)}")
+    return hints[name]
+
+
+def build(cls: type, values: dict[str, Any], where: str) -> Any:
+    """A group of values, each of its field's type. Raises ValueError naming the field that is not."""
+    hints = {name: type_of(cls, name, where) for name in values}
+    return cls(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} is {value!r}; expected a group of fields.")
+        return build(typing.cast(type, hint), value, where)
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        if isinstance(value, str) or not isinstance(value, tuple | list):
+            raise ValueError(f"{where} is {value!r}; expected a tuple of {item.__name__}.")
+        # What "--config.name=" comes as.
+        if list(value) == [""]:
+            return ()
+        return tuple(_convert(item, v, where) for v in value)
+    if typing.get_origin(hint) is dict:
+        return dict(value)
+    if value is None and types.NoneType in typing.get_args(hint):
+        return None
+    hint = set_type(hint)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{where} is {value!r} ({type(value).__name__}); expected {hint.__name__}.")
+    return value
+
+
+def nearest(name: str, known: Any) -> str:
+    """The end of a message about a name that is not known."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known)}."

@@ -176,7 +176,7 @@ def test_a_misspelt_field_can_not_be_set():
     [
         ("sede", 1, ["config.sede", "did you mean 'seed'?"]),
         ("stage1.tokns", 1, ["config.stage1.tokns", "did you mean 'tokens'?"]),
-        ("student.xyz", 1, ["config.student.xyz", "expected one of mixer, attention_layers, use_rope"]),
+        ("student.xyz", 1, ["config.student.xyz", "expected one of mixer, attention_layers, attention_every"]),
         ("stage1", 5, ["config.stage1 is 5", "a group of fields"]),
         ("stage1.tokens", "abc", ["config.stage1.tokens is 'abc'", "expected int"]),
         ("stage1.tokens", True, ["config.stage1.tokens is True", "expected int"]),
@@ -205,6 +205,7 @@ def test_a_misspelt_field_can_not_be_set():
         ("student.use_rope", "yes", ["config.student.use_rope is 'yes'", "expected bool"]),
         ("student.token_shift", 1, ["config.student.token_shift is 1", "expected bool"]),
         ("student.rank_decay", -32, ["config.student.rank_decay is -32"]),
+        ("student.attention_every", -1, ["config.student.attention_every is -1"]),
         ("student.attention_layers", ("1",), ["config.student.attention_layers is '1'", "expected int"]),
         ("data.source", "csv", ["config.data.source is 'csv'", "'jsonl', 'parquet'"]),
         ("data.path", "", ["config.data.path is ''", "--config.data.path="]),
@@ -254,6 +255,13 @@ def test_stages_that_are_not_run_are_not_looked_at():
     config = changed("stage3.tokens", 0)
     config.stages = ("stage1", "stage2")
     assert validate(config).stages == ("stage1", "stage2")
+
+
+def test_two_placements_are_refused():
+    config = changed("student.attention_every", 2)
+    config.student.attention_layers = (1,)
+    with pytest.raises(ValueError, match=r"attention_every is 2.*attention_layers"):
+        validate(config)
 
 
 def test_both_answers_to_the_size_of_the_state():

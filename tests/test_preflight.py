@@ -27,7 +27,7 @@ from radlads_jax.run.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEACHER = ROOT / "configs" / "demo_teacher"
-NAMES = ["disk", "data", "rates", "tokenizer", "checkpoints", "teacher", "kernels"]
+NAMES = ["disk", "data", "rates", "tokenizer", "checkpoints", "export", "teacher", "kernels"]
 
 
 def settings(teacher: pathlib.Path = TEACHER, **fields) -> ConfigDict:

@@ -19,7 +19,7 @@ from radlads_jax.config import Mesh, RunConfig, StageConfig, Teacher, defaults, 
 from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
 from radlads_jax.distill.stages import STAGES
-from radlads_jax.models import ModelConfig, abstract_params, sharding
+from radlads_jax.models import ModelConfig, abstract_params, bind, sharding
 from radlads_jax.models.attention import Context, softmax_attention
 from radlads_jax.models.placement import param_axes, shardings
 from radlads_jax.models.tensors import tensor_of
@@ -81,7 +81,7 @@ def test_what_is_no_parameter_lies_whole(path):
     assert param_axes(TEACHER, path, 1) == ()
 
 
-@pytest.mark.parametrize("mixer", ["rad_rwkv6", "rad_rwkv7"])
+@pytest.mark.parametrize("mixer", ["rad_rwkv6", "rad_rwkv7", "gdn"])
 def test_what_is_large_is_split_over_every_device(mixer):
     mesh = abstract_mesh(fsdp=32, tensor=4)
     for cfg in (LARGE, student_of(LARGE, mixer)):
@@ -216,6 +216,22 @@ def eight(data: int = 1, fsdp: int = 1, tensor: int = 1):
     )
     assert mesh is not None
     return mesh
+
+
+@pytest.mark.parametrize("shape", [Mesh(fsdp=2, tensor=4), Mesh(data=2, fsdp=1, context=4)], ids=["tensor", "context"])
+def test_gdn_over_a_mesh_is_that_of_one_device(shape):
+    """More heads than kv heads over tensor; the convolution's and the segments' seams over context."""
+    mesh = mesh_lib.make_mesh(dataclasses.replace(RunConfig(), mesh=shape, stages=()))
+    cfg = student_of(TEACHER, "gdn", (1,))
+    params, tokens = random_params(cfg), jnp.asarray(np.random.default_rng(0).integers(1, 64, (2, 16)), jnp.int32)
+    segments = jnp.asarray([[1] * 5 + [2] * 11, [1] * 16], jnp.int32)
+
+    def hidden(params, tokens, segments):
+        return bind(cfg, params).hidden(tokens, segment_ids=segments)[0]
+
+    assert (
+        relative_error(over(mesh, hidden, params, tokens, segments), jax.jit(hidden)(params, tokens, segments)) < 2e-6
+    )
 
 
 def over(mesh, function, *arrays):

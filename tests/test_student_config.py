@@ -150,3 +150,9 @@ def test_no_conversion():
 def test_rad_rwkv7_has_no_token_shift():
     assert "config.student.token_shift" in refusal(token_shift=True)
     assert student_of(token_shift=False) == student_of()
+
+
+@pytest.mark.parametrize(("every", "kept"), [(4, (3,)), (3, (2,)), (2, (1, 3)), (7, ())])
+def test_attention_every(every, kept):
+    student = student_of(attention_every=every)
+    assert tuple(i for i, mixer in enumerate(student.layer_mixers) if mixer == "attention") == kept

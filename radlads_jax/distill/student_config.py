@@ -24,13 +24,21 @@ def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
                 "stage3 alone."
             )
         return dataclasses.replace(teacher, dtype=run.dtype, param_dtype="float32")
-    student = teacher.as_student(chosen.mixer, _options(spec, chosen, teacher.hidden_size), chosen.attention_layers)
+    options = _options(spec, chosen, teacher.hidden_size)
+    student = teacher.as_student(chosen.mixer, options, _kept(chosen, teacher))
     if student.recurrent_mixer is None:
         raise ValueError(
-            f"config.student.attention_layers names all {teacher.num_layers} layers, which leaves nothing to convert; "
-            "leave at least one of them out."
+            f"config.student.attention_layers or attention_every names all {teacher.num_layers} layers, which leaves "
+            "nothing to convert; expected at least one layer left out. Name fewer, or set attention_every to 2 or more."
         )
     return dataclasses.replace(student, dtype=run.dtype, param_dtype="float32")
+
+
+def _kept(student: Student, teacher: ModelConfig) -> tuple[int, ...]:
+    """The layers that stay softmax attention."""
+    if not student.attention_every:
+        return student.attention_layers
+    return tuple(range(student.attention_every - 1, teacher.num_layers, student.attention_every))
 
 
 def _options(spec: MixerSpec, student: Student, hidden_size: int) -> Any:

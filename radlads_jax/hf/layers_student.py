@@ -52,7 +52,7 @@ class RecurrentLayer(CacheLayerMixin):
         self.wkv = None if self.wkv is None else change(self.wkv)
         self.last_input = None if self.last_input is None else change(self.last_input)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -111,7 +111,7 @@ class StudentCache(Cache):
     def _change(self, change) -> None:
         self.document_start = None if self.document_start is None else change(self.document_start)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
@@ -305,8 +305,8 @@ def run_kernel(kernel, tensors: tuple, state: torch.Tensor, starts: torch.Tensor
     first = offsets % length == 0
     states = state.new_zeros(len(offsets), *state.shape[1:])
     states[first] = forget(state, starts[:, 0])
-    options["cu_seqlens"] = nn.functional.pad(offsets, (0, 1), value=rows * length)
-    out, last = kernel(*(x.flatten(0, 1)[None] for x in tensors), initial_state=states, **options)
+    bounds = nn.functional.pad(offsets, (0, 1), value=rows * length)
+    out, last = kernel(*(x.flatten(0, 1)[None] for x in tensors), initial_state=states, cu_seqlens=bounds, **options)
     return out[0].unflatten(0, (rows, length)), last[nn.functional.pad(first[1:], (0, 1), value=True)]
 
 

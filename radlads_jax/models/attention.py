@@ -53,8 +53,11 @@ class Mixer(nnx.Module):
     def project(self, x_q: Array, x_k: Array, x_v: Array, context: Context, *, use_rope: bool):
         """q [B, T, H, K] and k, v [B, T, G, K] of inputs [B, T, D], with the family's norms and RoPE."""
         q = split_heads(self.q(x_q), self.cfg.num_heads)
-        k = split_heads(self.k(x_k), self.cfg.num_kv_heads)
-        v = split_heads(self.v(x_v), self.cfg.num_kv_heads)
+        return self.prepared(q, self.k(x_k), self.v(x_v), context, use_rope=use_rope)
+
+    def prepared(self, q: Array, k: Array, v: Array, context: Context, *, use_rope: bool):
+        """What `project` gives, of q [B, T, H, K] and k, v [B, T, G K]."""
+        k, v = split_heads(k, self.cfg.num_kv_heads), split_heads(v, self.cfg.num_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if use_rope:
@@ -73,16 +76,27 @@ class Attention(Mixer):
     def __init__(self, cfg: ModelConfig, layer_id: Int[Array, ""], *, rngs: nnx.Rngs):
         del layer_id
         super().__init__(cfg, rngs=rngs)
+        if cfg.output_gate:
+            self.q = linear(cfg.hidden_size, 2 * cfg.num_heads * cfg.head_dim, cfg, rngs, bias=cfg.qkv_bias)
 
     def __call__(self, x, context: Context, layer_id, state):
         """[B, T, D] -> [B, T, D]; state {"k", "v"} [B, S, G, K] is written at context.offset."""
         del layer_id
-        q, k, v = self.project(x, x, x, context, use_rope=True)
+        q, k, v, gate = self._projected(x, context)
         if state is not None:
             state = {name: _written(state[name], new, context) for name, new in (("k", k), ("v", v))}
             k, v = state["k"].astype(q.dtype), state["v"].astype(q.dtype)
         out = softmax_attention(q, k, v, context)
+        out = out if gate is None else out * jax.nn.sigmoid(gate)
         return self.o(out.reshape(*x.shape[:2], -1)), state
+
+    def _projected(self, x: Float[Array, "B T D"], context: Context) -> tuple[Array, Array, Array, Array | None]:
+        """q, k, v as `project`, and the heads' gates [B, T, H, K] where the family has them."""
+        if not self.cfg.output_gate:
+            return *self.project(x, x, x, context, use_rope=True), None
+        # A head's query and its gate lie side by side.
+        q, gate = jnp.split(split_heads(self.q(x), self.cfg.num_heads), 2, axis=-1)
+        return *self.prepared(q, self.k(x), self.v(x), context, use_rope=True), sharding.by_heads(gate)
 
 
 def _written(cache: Float[Array, "B S G K"], new: Float[Array, "B T G K"], context: Context) -> Float[Array, "B S G K"]:
@@ -131,12 +145,14 @@ def _attend(
     return jnp.concatenate(pieces, axis=1)
 
 
-def projection_tensors(cfg: ModelConfig, *, multiplies: Literal["input", "inner"] = "input") -> list[Tensor]:
-    """What every `Mixer` has: q, k, v, o and the family's norms, by Hugging Face's names."""
+def projection_tensors(
+    cfg: ModelConfig, *, multiplies: Literal["input", "inner"] = "input", gated: bool = False
+) -> list[Tensor]:
+    """What every `Mixer` has: q (with the heads' gates), k, v, o and the family's norms, by Hugging Face's names."""
     width, wide, narrow = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     of_kv: dict[str, Any] = {"bias": cfg.qkv_bias, "split_by": "kv_heads", "multiplies": multiplies}
     tensors = [
-        *linear_tensors("q", "q_proj", width, wide, bias=cfg.qkv_bias, multiplies=multiplies),
+        *linear_tensors("q", "q_proj", width, 2 * wide if gated else wide, bias=cfg.qkv_bias, multiplies=multiplies),
         *linear_tensors("k", "k_proj", width, narrow, **of_kv),
         *linear_tensors("v", "v_proj", width, narrow, **of_kv),
         *linear_tensors("o", "o_proj", wide, width, bias=cfg.o_bias, out=True, multiplies="inner"),
@@ -155,7 +171,7 @@ SPEC = MixerSpec(
     name="attention",
     title="softmax attention",
     module=Attention,
-    tensors=projection_tensors,
+    tensors=lambda cfg: projection_tensors(cfg, gated=cfg.output_gate),
     state=_cache,
     # Causal attention sees half the row: 2 T d.
     flops=lambda cfg, seq_len: 2.0 * seq_len * cfg.num_heads * cfg.head_dim,

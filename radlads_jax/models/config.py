@@ -27,6 +27,8 @@ class ModelConfig:
     """Dimensions and switches of one Decoder.
 
     stacks: runs of layers with the same mixer, in order, as (mixer, number of layers); each run is one scanned stack.
+    zero_centred_norms: a norm multiplies by 1 + its scale. output_gate: of softmax layers, whose q gives every head's
+    query and gate. rotary_size: how many of a head's channels RoPE turns, the first ones; None: all.
     mixer: the recurrent mixers' options (MixerSpec.options); None where every layer is softmax attention.
     dtype: of activations and matmuls ("float32" or "bfloat16"); norms, softmax and recurrence stay float32.
     """
@@ -46,6 +48,9 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False
+    zero_centred_norms: bool = False
+    output_gate: bool = False
+    rotary_size: int | None = None
     tie_embeddings: bool = False
     mixer: Any = None
     dtype: str = "float32"

@@ -13,15 +13,19 @@ from radlads_jax.models.config import ModelConfig
 
 
 class RMSNorm(nnx.Module):
-    """y = scale * x / sqrt(mean(x^2) + eps); statistics float32."""
+    """y = scale * x / sqrt(mean(x^2) + eps), or (1 + scale) * ... where zero-centred; statistics float32."""
 
-    def __init__(self, size: int, cfg: ModelConfig):
-        self.scale = nnx.Param(jnp.ones((size,), cfg.param_dtype))
+    def __init__(self, size: int, cfg: ModelConfig, *, zero_centred: bool | None = None):
+        """zero_centred: None: as the family's norms are."""
+        self.zero_centred = cfg.zero_centred_norms if zero_centred is None else zero_centred
+        self.scale = nnx.Param(jnp.full((size,), 0 if self.zero_centred else 1, cfg.param_dtype))
         self.eps = cfg.rms_norm_eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        if self.zero_centred:
+            return ((1 + self.scale[...].astype(jnp.float32)) * normed).astype(x.dtype)
         return self.scale[...].astype(x.dtype) * normed.astype(x.dtype)
 
 

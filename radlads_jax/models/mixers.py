@@ -1,9 +1,9 @@
 """Every mixer there is, by the name that a config gives it. A new one is its file and its line here."""
 
-from radlads_jax.models import attention, rad_rwkv6, rad_rwkv7
+from radlads_jax.models import attention, gdn, rad_rwkv6, rad_rwkv7
 from radlads_jax.models.spec import MixerSpec
 
-MIXERS: dict[str, MixerSpec] = {spec.name: spec for spec in (attention.SPEC, rad_rwkv6.SPEC, rad_rwkv7.SPEC)}
+MIXERS: dict[str, MixerSpec] = {spec.name: spec for spec in (attention.SPEC, rad_rwkv6.SPEC, rad_rwkv7.SPEC, gdn.SPEC)}
 
 
 def mixer_spec(name: str) -> MixerSpec:

@@ -9,8 +9,9 @@ from radlads_jax.models.config import ModelConfig, RopeScaling
 
 
 def inverse_frequencies(cfg: ModelConfig) -> Float[Array, " half"]:
-    """theta^(-2i/head_dim) for i in [0, head_dim/2), scaled as cfg.rope_scaling says; radians per position, float32."""
-    exponents = jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim
+    """theta^(-2i/r) for i in [0, r/2) (r: the channels that are turned), scaled as cfg says; radians per position."""
+    turned = cfg.rotary_size or cfg.head_dim
+    exponents = jnp.arange(0, turned, 2, dtype=jnp.float32) / turned
     frequencies = 1.0 / (cfg.rope_theta**exponents)
     if cfg.rope_scaling is None:
         return frequencies
@@ -39,6 +40,11 @@ def rope_tables(
 def rotate(
     x: Float[Array, "B T H K"], cos: Float[Array, "B T 1 half"], sin: Float[Array, "B T 1 half"]
 ) -> Float[Array, "B T H K"]:
-    """Rotates the pairs (x_i, x_{i + K/2}) by their position's angles; float32 inside, x's dtype outside."""
+    """Rotates the pairs (x_i, x_{i + half}) by their position's angles; float32 inside, x's dtype outside.
+
+    Channels from 2 half on stay as they are.
+    """
+    if (turned := 2 * cos.shape[-1]) < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :turned], cos, sin), x[..., turned:]], axis=-1)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -95,6 +95,8 @@ class MixerSpec:
     bytes_per_column: that a step's backward pass holds for each token and column of r (planning.memory).
     shares_values: later layers read the first one's values (`first_values`).
     facts(cfg): further lines of the model card.
+    disk_prefix: what its tensors' names on disk begin with, behind the layer's.
+    export_format: the one of porting.writers that a run exports its student in.
     """
 
     name: str
@@ -109,6 +111,8 @@ class MixerSpec:
     published: PublishedFormat | None = None
     shares_values: bool = False
     facts: Callable[[ModelConfig], dict[str, str]] = lambda cfg: {}
+    disk_prefix: str = "self_attn"
+    export_format: str = "huggingface"
 
     def choose(self, hidden_size: int, **chosen: Any) -> Any:
         """The mixer's options: the published ones for this width, but for what is chosen (and not None).

@@ -24,10 +24,10 @@ def model_tensors(cfg: ModelConfig) -> list[Tensor]:
 
 def layer_tensors(cfg: ModelConfig, mixer: str) -> list[Tensor]:
     """Those of one layer; names on disk without the layer's prefix."""
-    width, mlp_width = cfg.hidden_size, cfg.intermediate_size
+    width, mlp_width, spec = cfg.hidden_size, cfg.intermediate_size, MIXERS[mixer]
     inside = [
-        dataclasses.replace(tensor, path=f"mixer/{tensor.path}", name=f"self_attn.{tensor.name}")
-        for tensor in MIXERS[mixer].tensors(cfg)
+        dataclasses.replace(tensor, path=f"mixer/{tensor.path}", name=f"{spec.disk_prefix}.{tensor.name}")
+        for tensor in spec.tensors(cfg)
     ]
     return [
         Tensor("input_norm/scale", "input_layernorm.weight", (width,)),

@@ -12,6 +12,7 @@ from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.spec import MixerSpec
 from radlads_jax.porting.config_keys import ConfigKeys
 from radlads_jax.porting.families import FAMILIES, Family
+from radlads_jax.porting.families.qwen3_5 import text_config
 from radlads_jax.system.untrusted import brief, listed
 
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
@@ -26,7 +27,7 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
     lacks (sliding windows in use, yarn, experts, quantised weights, ...). The activations' dtype is not read: it
     is a choice of the run.
     """
-    keys = ConfigKeys(config)
+    keys = ConfigKeys(text_config(config))
     model_type = keys.text("model_type")
     students = student_types()
     mixer = students.get(model_type)
@@ -40,7 +41,7 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
     _refuse_unsupported(keys, family)
     model = _softmax_model(keys, family, is_student=mixer is not None)
     if mixer is None or mixer.published is None:
-        return model
+        return family.complete(keys, model)
     options = mixer.published.read(keys, model.hidden_size)
     student = model.as_student(mixer.name, options, _attention_layers(keys, model))
     return dataclasses.replace(student, tie_embeddings=model.tie_embeddings)
@@ -162,7 +163,6 @@ def _one_rope(
 ) -> tuple[float, RopeScaling | None]:
     theta = rope.number("rope_theta", default_theta)
     kind = rope.text("rope_type", rope.text("type", "default"))
-    _refuse_partial_rotary(rope)
     if kind == "default":
         return theta, None
     if kind == "linear":
@@ -197,7 +197,7 @@ def _refuse_partial_rotary(keys: ConfigKeys) -> None:
 
 def _refuse_unsupported(keys: ConfigKeys, family: Family) -> None:
     values = keys.values
-    other_layers = [t for t in _layer_types(values) if t != "full_attention"]
+    other_layers = [t for t in _layer_types(values) if t not in family.layer_types]
     experts = [key for key in _EXPERT_KEYS if keys.integer(key, 0, low=0)]
     problems = {
         "use_sliding_window true": keys.flag("use_sliding_window", False),
@@ -214,7 +214,10 @@ def _refuse_unsupported(keys: ConfigKeys, family: Family) -> None:
             "SiLU MLPs without biases and unquantised weights. Choose a model without these, or, where a window is "
             "longer than every sequence you train on, set sliding_window to null and use_sliding_window to false."
         )
-    _refuse_partial_rotary(keys)
+    if not family.partial_rotary:
+        _refuse_partial_rotary(keys)
+        for name in ("rope_scaling", "rope_parameters"):
+            _refuse_partial_rotary(ConfigKeys(_full_attention_rope(keys.mapping(name)), f"config.json, {name}"))
 
 
 def _layer_types(values: Mapping[str, Any]) -> list[str]:

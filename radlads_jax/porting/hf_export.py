@@ -43,11 +43,10 @@ def hf_config_from_model(cfg: ModelConfig, base: dict[str, Any]) -> dict[str, An
     }
     if "head_dim" in base or cfg.head_dim * cfg.num_heads != cfg.hidden_size:
         out["head_dim"] = cfg.head_dim
-    out |= family.keys(cfg)
     # A teacher's list says that all layers are softmax attention.
     if published is not None or len(base.get("layer_types") or ()) != cfg.num_layers:
         out.pop("layer_types", None)
-    out |= _rope_keys(cfg, base)
+    out |= _rope_keys(cfg, base) | family.keys(cfg)
     if published is not None:
         out |= _student_keys(cfg, published)
     _check_says_the_same(out, cfg)
@@ -76,7 +75,7 @@ def auto_map(cfg: ModelConfig) -> dict[str, str]:
 
 def _published(cfg: ModelConfig) -> PublishedFormat | None:
     """The format of a student; None for a model that transformers knows. Raises ValueError for one without a format."""
-    if cfg.recurrent_mixer is None:
+    if cfg.recurrent_mixer in (None, FAMILIES[cfg.family].recurrent):
         return None
     published = MIXERS[cfg.recurrent_mixer].published
     if published is None:

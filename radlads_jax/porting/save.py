@@ -18,7 +18,7 @@ from radlads_jax.porting.load import Params
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.safetensors_write import PlannedTensor, plan_files, write_file, write_index
 from radlads_jax.porting.tokenizer_files import write_tokenizer
-from radlads_jax.porting.writers import HUGGINGFACE, writer_named
+from radlads_jax.porting.writers import default_format, writer_named
 from radlads_jax.system.storage import AnyPath, as_path, children, copy_file, empty, in_bucket, write_text
 
 GENERATION_CONFIG = "generation_config.json"
@@ -42,7 +42,7 @@ def save_params(
     config_updates: dict[str, Any] | None = None,
     extra_files: Sequence[str | os.PathLike] = (),
     model_card: str | None = None,
-    writer: str = HUGGINGFACE,
+    writer: str | None = None,
 ) -> AnyPath:
     """Writes safetensors, config.json, the tokenizer's files and generation_config.json; returns the directory.
 
@@ -52,7 +52,8 @@ def save_params(
     dtype: "float32" or "bfloat16"; None keeps each parameter's own. max_shard_size: bytes of a file.
     generation_config: default: tokenizer_from's file, else the token ids of base_config.
     retie: leave the head out and write tie_word_embeddings true. extra_files: copied in by name.
-    model_card: README.md's text; default for a student: what its configuration says. writer: a name of WRITERS.
+    model_card: README.md's text; default for a student: what its configuration says.
+    writer: a name of WRITERS; default: the mixer's own.
     Tensors leave the devices one at a time. Everything goes into a hidden sibling directory that is renamed at the end;
     an earlier export of that name is removed after the rename. In a bucket, where nothing can be renamed, an earlier
     export goes first, and until all is there .partial lies beside it. With several processes all must call this; the
@@ -70,7 +71,7 @@ def save_params(
     flat = flatten(params)
     _check_params(flat, cfg)
     cfg = dataclasses.replace(cfg, tie_embeddings=cfg.tie_embeddings or retie)
-    form = writer_named(writer)
+    form = writer_named(writer or default_format(cfg))
     form.require(cfg, tokenizer_from)
     tensors = form.tensors(flat, cfg, dtype)
     config = form.config(cfg, base_config)

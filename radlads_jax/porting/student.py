@@ -29,9 +29,11 @@ def init_mixers(
     for i, stack in new["stacks"].items():
         source = {} if fresh_qkvo else teacher["stacks"][i]["mixer"]
         for name in COPIED_PROJECTIONS:
-            if name in source:
+            if name in source and name in stack["mixer"]:
                 # A copy even where the dtype is the same: training donates the student's buffers, never the teacher's.
-                stack["mixer"][name] = jax.tree.map(lambda x: jnp.array(x, cfg.param_dtype), source[name])
+                # Of them only what the mixer has: one without biases leaves the teacher's out.
+                own = {leaf: source[name][leaf] for leaf in stack["mixer"][name]}
+                stack["mixer"][name] = jax.tree.map(lambda x: jnp.array(x, cfg.param_dtype), own)
         if fresh_qkvo:
             _refresh(cfg, stack["mixer"], jax.random.fold_in(jax.random.key(seed), i), mesh)
     return new
@@ -88,5 +90,13 @@ def transfer_table(cfg: ModelConfig, student: Params, teacher: Params, *, fresh_
         source = "teacher" if from_teacher else "teacher (embedding)" if path == "head/kernel" else "new"
         copied, new = (copied + leaf.size, new) if source != "new" else (copied, new + leaf.size)
         table.add_row(path, " x ".join(map(str, leaf.shape)), source)
-    table.caption = f"{copied:,} values copied, {new:,} new"
+    dropped = sorted(
+        {
+            "/".join(path.split("/")[3:])
+            for path in teacher_paths.keys() - path_leaves(student).keys()
+            if _in_recurrent_mixer(cfg, path)
+        }
+    )
+    left_out = f"; of the teacher's attention left out: {', '.join(dropped)}" if dropped and not fresh_qkvo else ""
+    table.caption = f"{copied:,} values copied, {new:,} new{left_out}"
     return table

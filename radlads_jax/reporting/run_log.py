@@ -127,8 +127,11 @@ class RunLog:
     @property
     def recurrent_layers(self) -> list[int]:
         """The layer that each alignment error belongs to: all but those that stay softmax attention."""
-        kept = set((self.config.get("student") or {}).get("attention_layers") or ())
+        student = self.config.get("student") or {}
+        kept, every = set(student.get("attention_layers") or ()), student.get("attention_every")
         count = max((len(stage.layers()) for stage in self.stages), default=0)
+        if every:
+            return [layer for layer in range(2 * count + 1) if (layer + 1) % every][:count]
         return [layer for layer in range(count + len(kept)) if layer not in kept][:count]
 
     def stage_summary(self, name: str) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from radlads_jax.models.decoder import Params, abstract_params
 from radlads_jax.models.placement import shardings
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
-from radlads_jax.porting.hf_export import hf_config_from_model
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.save import MODEL_CARD, check_target, save_params
+from radlads_jax.porting.writers import default_format, writer_named
 from radlads_jax.reporting.sections import write_report
 from radlads_jax.run import display, heldout
 from radlads_jax.run.job import Job
@@ -36,7 +36,9 @@ def check(job: Job) -> None:
     if not hosts.agreed(int(any(batch["loss_mask"].any() for batch in rows))):
         raise ValueError("the held-out rows hold no token with a next one; expected some. Raise config.data.eval_rows.")
     check_target(job.workdir / "export", job.tokenizer_dir)
-    hf_config_from_model(job.student, job.base_config)
+    form = writer_named(default_format(job.student))
+    form.require(job.student, job.tokenizer_dir)
+    form.config(job.student, job.base_config)
     for name, is_file in {"report": False, "samples.md": True, "summary.json": True}.items():
         place = job.workdir / name
         if place.exists() and place.is_file() != is_file:

@@ -3,6 +3,7 @@
 All of it together costs seconds. Over several hosts every process takes part, and the first one prints.
 """
 
+import dataclasses
 import math
 import os
 import re
@@ -25,6 +26,7 @@ from radlads_jax.models.decoder import Params
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.porting.names import disk_tensors
+from radlads_jax.porting.writers import default_format, writer_named
 from radlads_jax.run import ending, heldout, rates
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.job import Job
@@ -59,7 +61,7 @@ def check(job: Job, *, force: bool = False, whole: bool = False) -> Params | Non
         findings = [disk(job)]
     else:
         findings = [disk(job), data(job), Finding("rates", rates.described(job.run, job.student))]
-        findings += [tokenizer(job), checkpoints(job)]
+        findings += [tokenizer(job), checkpoints(job), export_format(job)]
         if job.source is not None and job.student.recurrent_mixer:
             teacher = job.load_teacher(job.run.teacher.dtype)
             findings.append(teacher_loss(job, teacher))
@@ -90,7 +92,8 @@ def disk(job: Job) -> Finding:
         largest = max(largest, size if saves > run.train.keep_checkpoints else 0)
     left += largest
     if not (directory / "export").exists():
-        tensors = disk_tensors(job.student).values()
+        form = writer_named(default_format(job.student))
+        tensors = disk_tensors(form.written(job.student)).values()
         left += sum(_bytes(location.disk_shape, run.export.dtype) for location in tensors)
     free = free_bytes(job.workdir)
     if free is None:
@@ -103,6 +106,20 @@ def disk(job: Job) -> Finding:
         found,
         f"the run will write up to {_gigabytes(left)} below {job.workdir}, where {_gigabytes(free)} are free; expected "
         "room for all of it. Free some, choose a --workdir on a larger disk, or lower config.train.keep_checkpoints.",
+    )
+
+
+def export_format(job: Job) -> Finding:
+    """The format that the student will be exported in, and whether it has a place for all of it."""
+    form = writer_named(default_format(job.student))
+    retied = dataclasses.replace(job.student, tie_embeddings=job.student.tie_embeddings or job.run.export.retie)
+    if not (obstacles := form.obstacles(retied, None)):
+        return Finding("export", f"as {form.name}")
+    return Finding(
+        "export",
+        f"{form.name} has no place for {'; '.join(obstacles)}",
+        f"the student will be exported as {form.name}, which has no place for {'; '.join(obstacles)}; expected "
+        f"{form.expected}. Choose another teacher or config.student.mixer.",
     )
 
 

@@ -34,6 +34,8 @@ CONFIGS = {
     "rwkv7_no_gate_no_rope": student("rad_rwkv7", gate="none", use_rope=False),
     "rwkv7_full_gate": student("rad_rwkv7", gate="full"),
     "hybrid7": student("rad_rwkv7", attention_layers=(1,)),
+    "gdn_hybrid": student("gdn", attention_layers=(2,)),
+    "gdn_of_a_checkpoint": student("gdn", (1,), key_heads=2, value_heads=4, key_size=6, value_size=10),
     "hybrid6_first": student("rad_rwkv6", attention_layers=(0, 2)),
 }
 

@@ -224,8 +224,24 @@ ANY_JSON = st.recursive(
 KNOWN_KEYS = sorted({key for keys, _ in REFUSED for key in keys} | {key for keys in WRONG for key in keys})
 
 
+QWEN3_5 = [
+    ({"layer_types": ["linear_attention"] * 2}, "2 entries"),
+    ({"layer_types": ["full_attention", "other", "linear_attention"]}, "other"),
+    ({"linear_conv_kernel_dim": 3}, "linear_conv_kernel_dim is 3"),
+    ({"linear_num_key_heads": 3, "linear_num_value_heads": 4}, "key_heads"),
+    ({"partial_rotary_factor": 0.1, "head_dim": 10}, "partial_rotary_factor"),
+]
+
+
+@pytest.mark.parametrize(("keys", "named"), QWEN3_5)
+def test_what_qwen3_5_lacks_is_named(keys, named):
+    with pytest.raises(ValueError, match=named):
+        model_config_from_hf(config("qwen3_5_text", **keys))
+
+
 @hypothesis.given(
-    st.sampled_from([*FAMILIES, *STUDENTS]), st.dictionaries(st.sampled_from(KNOWN_KEYS), ANY_JSON, max_size=4)
+    st.sampled_from([*FAMILIES, "qwen3_5_text", *STUDENTS]),
+    st.dictionaries(st.sampled_from(KNOWN_KEYS), ANY_JSON, max_size=4),
 )
 @hypothesis.settings(max_examples=300, deadline=None)
 def test_any_json_is_a_config_or_a_value_error(model_type, keys):

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors import safe_open
 
-from radlads_jax.porting import save
+from radlads_jax.porting import hf_config_from_model, save
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
@@ -48,7 +48,7 @@ def test_porting_then_exporting_gives_every_bit_back(model, tmp_path, random_che
 def test_models_of_transformers_make_the_round_trip(name, dtype, tied, models, tmp_path):
     torch = pytest.importorskip("torch", reason="transformers' models need torch")
     transformers = pytest.importorskip("transformers")
-    config = save.hf_config_from_model(dataclasses.replace(models[name], tie_embeddings=tied), {})
+    config = hf_config_from_model(dataclasses.replace(models[name], tie_embeddings=tied), {})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(config.pop("model_type"), **config)

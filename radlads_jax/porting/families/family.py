@@ -30,6 +30,9 @@ class Family:
     head's query and key. refused(values): what of a config.json the Decoder lacks, by how it is told, beside what holds
     for all families. keys(cfg, base): what its config.json says beside the keys of all families; base is the teacher's.
     disk_name: a tensor's name on disk from Hugging Face's usual one ("model.layers.0.self_attn.q_proj.weight").
+    layer_types: what its config.json may call a layer. partial_rotary: RoPE may turn a part of a head. recurrent: the
+    mixer of its own recurrent layers, where it has any. complete(keys, model): the model of softmax layers with what
+    else its config.json says.
     """
 
     name: str
@@ -42,3 +45,7 @@ class Family:
     refused: Callable[[Mapping[str, Any]], list[str]] = lambda values: []
     keys: Callable[[ModelConfig], dict[str, Any]] = lambda cfg: {}
     disk_name: Callable[[str], str] = lambda name: name
+    layer_types: tuple[str, ...] = ("full_attention",)
+    partial_rotary: bool = False
+    recurrent: str | None = None
+    complete: Callable[[ConfigKeys, ModelConfig], ModelConfig] = lambda keys, model: model

@@ -24,6 +24,7 @@ class Writer:
     obstacles(cfg, directory): what of the model, or of the tokenizer's files in that directory (where it is given), the
     format has no place for, or its readers would compute otherwise. expected: what a model without obstacles is.
     tensors(parameters by path, cfg, dtype), config(cfg, base config.json), files(cfg): what is written.
+    written(cfg): the model that a reader of it finds, which computes the same.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Writer:
     files: Callable[[ModelConfig], list[Path]] = lambda cfg: []
     obstacles: Callable[[ModelConfig, AnyPath | None], list[str]] = nothing
     expected: str = "any model"
+    written: Callable[[ModelConfig], ModelConfig] = lambda cfg: cfg
 
     def require(self, cfg: ModelConfig, directory: AnyPath | None) -> None:
         """Raises ValueError naming, in one line, all obstacles."""

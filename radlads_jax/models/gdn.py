@@ -1,0 +1,291 @@
+"""Gated DeltaNet as dense Qwen3.5 has it: a delta rule with one decay a head behind a short convolution.
+
+    u = SiLU(conv4(x W_qkv))    q^ = q / |q| K^-1/2    k^ = k / |k|    beta = sigmoid(x W_b)
+    log_g = -exp(A_log) softplus(x W_a + dt_bias)
+    S <- e^log_g S;   S <- S + k^ (beta (v - S^T k^))^T;   o = S^T q^
+    out = (w RMS(o) SiLU(x W_z)) W_o
+
+A student's k and v have its teacher's kv heads, and every one serves its query heads: a Qwen3.5 checkpoint holds them
+cloned. The format has neither biases nor norms of q and k, nor RoPE: a teacher's are left out.
+Source: Gated Delta Networks (arXiv 2412.06464); transformers' qwen3_5.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.gdn import conv_over_pieces, gdn, gdn_step, short_conv
+from pallas_kernels.gdn.api import IMPLEMENTATIONS
+from pallas_kernels.pieces import over_pieces
+from pallas_kernels.sharded import ROWS, constrain, per_shard
+from radlads_jax.models.attention import Context
+from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.layers import RMSNorm, linear, repeat_kv, split_heads
+from radlads_jax.models.spec import MixerSpec, Operator, StateArray, Tensor, linear_tensors
+
+CONV_WIDTH = 4
+# Of |q|^2 and |k|^2, as transformers has it.
+_UNIT_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class GdnOptions:
+    """key_heads, value_heads, key_size, value_size: 0 = the softmax layers' (a student); all given: of a checkpoint,
+    whose q, k and v are one matrix on disk and here.
+
+    The start of what is new: shortest, longest: half-lives of the first and the last head, in tokens, the others spread
+    evenly in log between them, for what looks back how far is not known without data. conv_qk, conv_v: the last tap of
+    the convolution, the others 0: SiLU is nearly linear where its argument is small, and what is smaller meets the eps
+    of the norms behind it. gate_std: of W_z; 0 would stop every gradient but its own.
+    """
+
+    key_heads: int = 0
+    value_heads: int = 0
+    key_size: int = 0
+    value_size: int = 0
+    shortest: int = 4
+    longest: int = 4096
+    conv_qk: float = 0.03
+    conv_v: float = 0.2
+    gate_std: float = 0.02
+
+    def __post_init__(self):
+        given = (self.key_heads, self.value_heads, self.key_size, self.value_size)
+        if any(given) != all(given) or (self.fused and self.value_heads % self.key_heads):
+            raise ValueError(
+                f"gdn's key_heads, value_heads, key_size, value_size are {given}; expected all 0 (the teacher's), or "
+                "all given with value_heads a multiple of key_heads. Correct the one that is wrong."
+            )
+        if not 0 < self.shortest <= self.longest:
+            raise ValueError(
+                f"gdn's shortest and longest half-lives are {self.shortest} and {self.longest} tokens; expected "
+                "0 < shortest <= longest. Exchange or raise them."
+            )
+
+    @property
+    def fused(self) -> bool:
+        """Whether q, k and v are one matrix."""
+        return self.key_heads > 0
+
+    @classmethod
+    def for_width(cls, hidden_size: int) -> "GdnOptions":
+        """The same for every width."""
+        del hidden_size
+        return cls()
+
+
+class _Part(NamedTuple):
+    """One of q, k, v: its heads and their size."""
+
+    name: str
+    heads: int
+    size: int
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.size
+
+
+def parts_of(cfg: ModelConfig) -> tuple[_Part, _Part, _Part]:
+    """q, k and v."""
+    options = cfg.mixer
+    if options.fused:
+        keys = (options.key_heads, options.key_size)
+        return _Part("q", *keys), _Part("k", *keys), _Part("v", options.value_heads, options.value_size)
+    narrow = (cfg.num_kv_heads, cfg.head_dim)
+    return _Part("q", cfg.num_heads, cfg.head_dim), _Part("k", *narrow), _Part("v", *narrow)
+
+
+def value_heads(cfg: ModelConfig) -> tuple[int, int]:
+    """The heads of the state, and their size."""
+    options = cfg.mixer
+    return (options.value_heads, options.value_size) if options.fused else (cfg.num_heads, cfg.head_dim)
+
+
+class Gdn(nnx.Module):
+    """The mixer; taps [C, 1, 4] lie as on disk, the last one the token's own."""
+
+    def __init__(self, cfg: ModelConfig, layer_id: Int[Array, ""], *, rngs: nnx.Rngs):
+        del layer_id
+        self.cfg, options = cfg, cfg.mixer
+        heads, size = value_heads(cfg)
+        starts = {"q": options.conv_qk, "k": options.conv_qk, "v": options.conv_v}
+        taps = {part.name: _first_taps(part.channels, starts[part.name], cfg) for part in parts_of(cfg)}
+        if options.fused:
+            self.qkv = linear(cfg.hidden_size, sum(part.channels for part in parts_of(cfg)), cfg, rngs)
+            self.conv = nnx.Param(jnp.concatenate(list(taps.values())))
+        else:
+            self.q, self.k, self.v = (linear(cfg.hidden_size, p.channels, cfg, rngs) for p in parts_of(cfg))
+            self.conv_q, self.conv_k, self.conv_v = (nnx.Param(first) for first in taps.values())
+        self.z = linear(cfg.hidden_size, heads * size, cfg, rngs)
+        self.z.kernel = nnx.Param(self.z.kernel[...] * (options.gate_std / 0.02))
+        self.b = linear(cfg.hidden_size, heads, cfg, rngs, zero=True)
+        self.a = linear(cfg.hidden_size, heads, cfg, rngs, zero=True)
+        self.a_log = nnx.Param(jnp.zeros((heads,), cfg.param_dtype))
+        self.dt_bias = nnx.Param(_first_dt_bias(options, heads).astype(cfg.param_dtype))
+        self.norm = RMSNorm(size, cfg, zero_centred=False)
+        self.o = linear(heads * size, cfg.hidden_size, cfg, rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], context: Context, layer_id, state):
+        """-> (out [B, T, D], state {"gdn": [B, H, K, V] float32, "conv_q", "conv_k", "conv_v": [B, 3, C]})."""
+        del layer_id
+        (q, k, v), windows = self._convolved(x, context, state)
+        if not self.cfg.mixer.fused:
+            k, v = repeat_kv(k, self.cfg.num_heads), repeat_kv(v, self.cfg.num_heads)
+        q, k = (_unit(q) * q.shape[-1] ** -0.5).astype(x.dtype), _unit(k).astype(x.dtype)
+        # float32 from here on: the sums feed the exponentials of the decay.
+        beta = jax.nn.sigmoid(self.b(x).astype(jnp.float32))
+        rate = jax.nn.softplus(self.a(x).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
+        log_g = -jnp.exp(self.a_log[...].astype(jnp.float32)) * rate
+        initial = None if state is None else state["gdn"]
+        kinds = ("sequence",) * 5 + ("state", "rows")
+        recurrence = per_shard(_recurrence, kinds, ("sequence", "state"), over_pieces(values=2))
+        out, final = recurrence(q, k, v, log_g, beta, initial, context.segment_ids)
+        gate = jax.nn.silu(split_heads(self.z(x), out.shape[2]).astype(jnp.float32))
+        out = (self.norm(out) * gate).astype(x.dtype)
+        return self.o(out.reshape(*x.shape[:2], -1)), None if state is None else {"gdn": final, **windows}
+
+    def first_values(self, x: Float[Array, "B T D"]) -> None:
+        """Nothing is shared with later layers."""
+        del x
+
+    def _convolved(self, x: Array, context: Context, state: dict | None) -> tuple[list[Array], dict[str, Array]]:
+        """q, k, v [B, T, heads, size] after the convolution, and its last inputs."""
+        parts = parts_of(self.cfg)
+        if self.cfg.mixer.fused:
+            ends = [parts[0].channels, parts[0].channels + parts[1].channels]
+            inputs, taps = jnp.split(self.qkv(x), ends, axis=-1), jnp.split(self.conv[...], ends)
+        else:
+            inputs = [self.q(x), self.k(x), self.v(x)]
+            taps = [self.conv_q[...], self.conv_k[...], self.conv_v[...]]
+        run = per_shard(_conv, ("sequence", "taps", "window", "rows"), ("sequence", "window"), conv_over_pieces)
+        outs, windows = [], {}
+        for part, u, kernel in zip(parts, inputs, taps, strict=True):
+            name = f"conv_{part.name}"
+            before = None if state is None else state[name]
+            y, windows[name] = run(constrain(u, ROWS, "context", "tensor"), kernel[:, 0].T, before, context.segment_ids)
+            outs.append(split_heads(y, part.heads))
+        return outs, windows if state is None else {n: w.astype(state[n].dtype) for n, w in windows.items()}
+
+
+def _conv(x, kernel, initial_state, segment_ids):
+    return short_conv(x, kernel, initial_state=initial_state, segment_ids=segment_ids)
+
+
+def _recurrence(q, k, v, log_g, beta, initial_state, segment_ids):
+    if q.shape[1] == 1 and initial_state is not None:
+        q, k, v, log_g, beta = (x[:, 0] for x in (q, k, v, log_g, beta))
+        out, final = gdn_step(q, k, v, log_g, beta, initial_state)
+        return out[:, None], final
+    return gdn(q, k, v, log_g, beta, initial_state=initial_state, segment_ids=segment_ids)
+
+
+def _unit(x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
+    """x / |x|, float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + _UNIT_EPS)
+
+
+def _first_taps(channels: int, last: float, cfg: ModelConfig) -> Float[Array, "C 1 W"]:
+    return jnp.zeros((channels, 1, CONV_WIDTH), cfg.param_dtype).at[:, 0, -1].set(last)
+
+
+def _first_dt_bias(options: GdnOptions, heads: int) -> Float[Array, " H"]:
+    """softplus^-1(log 2 / half-life), half-lives from the shortest to the longest."""
+    half_lives = jnp.geomspace(options.shortest, options.longest, heads)
+    return jnp.log(jnp.expm1(math.log(2) / half_lives))
+
+
+def _tensors(cfg: ModelConfig) -> list[Tensor]:
+    heads, size = value_heads(cfg)
+    width, parts = cfg.hidden_size, parts_of(cfg)
+
+    def taps(path: str, name: str, channels: int, **split: Any) -> Tensor:
+        return Tensor(path, f"{name}.weight", (channels, 1, CONV_WIDTH), axes=("tensor",), **split)
+
+    if cfg.mixer.fused:
+        # Cut by columns, q, k and v do not lie by heads: every device of the axis tensor uses all of them.
+        channels = sum(part.channels for part in parts)
+        weight = linear_tensors("qkv", "in_proj_qkv", width, channels)[0]
+        before = [
+            dataclasses.replace(weight, split_by="nothing"),
+            taps("conv", "conv1d", channels, split_by="nothing"),
+        ]
+    else:
+        before = []
+        for part in parts:
+            by: Literal["heads", "kv_heads"] = "heads" if part.name == "q" else "kv_heads"
+            before += linear_tensors(part.name, f"{part.name}_proj", width, part.channels, split_by=by)
+            before.append(taps(f"conv_{part.name}", f"conv_{part.name}", part.channels, split_by=by))
+    return [
+        *before,
+        *linear_tensors("z", "in_proj_z", width, heads * size),
+        *linear_tensors("b", "in_proj_b", width, heads),
+        *linear_tensors("a", "in_proj_a", width, heads),
+        Tensor("a_log", "A_log", (heads,), axes=("tensor",)),
+        Tensor("dt_bias", "dt_bias", (heads,), axes=("tensor",)),
+        Tensor("norm/scale", "norm.weight", (size,)),
+        *linear_tensors("o", "out_proj", heads * size, width, out=True, multiplies="inner"),
+    ]
+
+
+def _state(cfg: ModelConfig, batch: int, max_length: int) -> dict[str, StateArray]:
+    del max_length
+    heads, value_size = value_heads(cfg)
+    parts = parts_of(cfg)
+    windows = {
+        f"conv_{part.name}": StateArray((batch, CONV_WIDTH - 1, part.channels), cfg.dtype, (ROWS, None, "tensor"))
+        for part in parts
+    }
+    return {"gdn": StateArray((batch, heads, parts[0].size, value_size), axes=(ROWS, "tensor")), **windows}
+
+
+def _flops(cfg: ModelConfig, seq_len: int) -> float:
+    """Decay, what the key finds, outer product, output: 7 K V a head; four taps a channel."""
+    del seq_len
+    heads, value_size = value_heads(cfg)
+    parts = parts_of(cfg)
+    return 7.0 * heads * parts[0].size * value_size + 2.0 * CONV_WIDTH * sum(part.channels for part in parts)
+
+
+def left_out(cfg: ModelConfig) -> list[str]:
+    """What a teacher of these dimensions has and the mixer has no place for."""
+    present = {
+        "biases of q, k and v": cfg.qkv_bias,
+        "the bias of o": cfg.o_bias,
+        "norms of q and k": cfg.qk_norm,
+        "RoPE": True,
+    }
+    return [name for name, is_there in present.items() if is_there]
+
+
+def _facts(cfg: ModelConfig) -> dict[str, str]:
+    heads, size = value_heads(cfg)
+    return {
+        "heads of the state": f"{heads} of {parts_of(cfg)[0].size} x {size}",
+        "convolution": f"{CONV_WIDTH} tokens, causal, with SiLU",
+        "of softmax attention left out in these layers": ", ".join(left_out(cfg)),
+    }
+
+
+SPEC = MixerSpec(
+    name="gdn",
+    title="Gated DeltaNet",
+    module=Gdn,
+    options=GdnOptions,
+    tensors=_tensors,
+    state=_state,
+    operator=Operator("gdn", IMPLEMENTATIONS),
+    flops=_flops,
+    # bfloat16: q, k, v before and after the convolution, their unit vectors, the output, its norm and the gate; the
+    # gradients of most of them; the kernel's state every 64 tokens.
+    bytes_per_column=56,
+    disk_prefix="linear_attn",
+    export_format="qwen3_5",
+    facts=_facts,
+)

@@ -1,0 +1,146 @@
+"""Dense Qwen3.5, which transformers, vLLM, llama.cpp and MLX load without remote code.
+
+A teacher's softmax layers are carried exactly: q with a gate of zeros, whose sigmoid 1/2 a doubled o makes good; norms
+as w - 1, behind powers of two that the next matrices take where w - 1 would be rounded (writers/zero_centred.py); and,
+for a teacher without norms of q and k, heads of twice the size, whose second half is a constant that makes the norms
+constant too (writers/padded_heads.py). Gated DeltaNet layers get their k and v cloned for every query head.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from radlads_jax.models.config import SOFTMAX, ModelConfig
+from radlads_jax.models.gdn import GdnOptions
+from radlads_jax.models.tree import ParamPath
+from radlads_jax.porting.families import qwen3_5
+from radlads_jax.porting.hf_export import hf_config_from_model
+from radlads_jax.porting.names import disk_tensors
+from radlads_jax.porting.safetensors_write import PlannedTensor
+from radlads_jax.porting.writers import padded_heads, zero_centred
+from radlads_jax.porting.writers.fetching import planned_tensors
+from radlads_jax.porting.writers.writer import Writer
+from radlads_jax.system.storage import AnyPath
+
+Fetch = Callable[[str], np.ndarray]
+_TEACHERS = ("qwen2", "qwen3", "llama", "mistral")
+
+
+def native(cfg: ModelConfig) -> ModelConfig:
+    """The Qwen3.5 model that computes what cfg does."""
+    if cfg.family == qwen3_5.NAME:
+        return cfg
+    heads, size = cfg.num_heads, cfg.head_dim
+    padded = not cfg.qk_norm and SOFTMAX in cfg.layer_mixers
+    return dataclasses.replace(
+        cfg,
+        family=qwen3_5.NAME,
+        head_dim=padded_heads.SIZES * size if padded else size,
+        rotary_size=size if padded else None,
+        qkv_bias=padded,
+        o_bias=padded,
+        qk_norm=True,
+        zero_centred_norms=True,
+        output_gate=True,
+        mixer=GdnOptions(heads, heads, size, size) if cfg.recurrent_mixer else None,
+    )
+
+
+def _obstacles(cfg: ModelConfig, directory: AnyPath | None) -> list[str]:
+    del directory
+    if cfg.family == qwen3_5.NAME:
+        return [] if cfg.mixer is None or cfg.mixer.fused else ["a gdn student of a Qwen3.5 teacher"]
+    obstacles = {
+        f"the mixer {cfg.recurrent_mixer} (only {qwen3_5.MIXER} has one)": cfg.recurrent_mixer
+        not in (None, qwen3_5.MIXER),
+        f"a teacher of the family {cfg.family} (out of {', '.join(_TEACHERS)})": cfg.family not in _TEACHERS,
+        "biases of q, k or v beside norms of q and k": cfg.qk_norm and cfg.qkv_bias,
+    }
+    return [name for name, present in obstacles.items() if present]
+
+
+def _tensors(flat: dict[ParamPath, Any], cfg: ModelConfig, dtype: str | None) -> list[PlannedTensor]:
+    if cfg.family == qwen3_5.NAME:
+        return planned_tensors(flat, cfg, dtype)
+    # Worked on in float32, which holds every bfloat16; a tensor that is not changed comes out as it went in.
+    stored = {tensor.name: tensor for tensor in planned_tensors(flat, cfg, "float32")}
+    disk_dtype = np.dtype(jnp.dtype(dtype or flat["embed", "embedding"].dtype))
+
+    def fetch(name: str) -> np.ndarray:
+        return stored[name].fetch()
+
+    def planned(name: str, shape: tuple[int, ...]) -> PlannedTensor:
+        return PlannedTensor(name, shape, disk_dtype, lambda: converted(name, shape, cfg, fetch).astype(disk_dtype))
+
+    return [planned(name, location.disk_shape) for name, location in disk_tensors(native(cfg)).items()]
+
+
+def converted(name: str, shape: tuple[int, ...], cfg: ModelConfig, fetch: Fetch) -> np.ndarray:
+    """The tensor of that name in Qwen3.5's format, float32, of the student's by their names."""
+    prefix, _, part = name.partition("linear_attn.")
+    if part:
+        array = _recurrent(prefix + "linear_attn.", part, cfg, fetch)
+    elif "self_attn." in name:
+        array = _softmax(name, shape, cfg, fetch)
+    elif name.endswith("norm.weight"):
+        tied = name == "model.norm.weight" and cfg.tie_embeddings
+        # The embedding can not take the powers of the norm before the head, where it is the head.
+        return zero_centred.stored(fetch(name), split=not tied)
+    else:
+        array = fetch(name)
+    norm = zero_centred.norm_before(name)
+    return array if norm is None else array * zero_centred.powers(fetch(norm))
+
+
+def _recurrent(prefix: str, part: str, cfg: ModelConfig, fetch: Fetch) -> np.ndarray:
+    sources = {"in_proj_qkv.weight": "{}_proj.weight", "conv1d.weight": "conv_{}.weight"}
+    if part not in sources:
+        return fetch(prefix + part)
+    q, k, v = (fetch(prefix + sources[part].format(letter)) for letter in "qkv")
+    return np.concatenate([q, _cloned(k, cfg), _cloned(v, cfg)])
+
+
+def _cloned(rows: np.ndarray, cfg: ModelConfig) -> np.ndarray:
+    """Rows of the kv heads, a copy for every query head."""
+    heads = rows.reshape(cfg.num_kv_heads, cfg.head_dim, *rows.shape[1:])
+    return np.repeat(heads, cfg.num_heads // cfg.num_kv_heads, axis=0).reshape(-1, *rows.shape[1:])
+
+
+def _softmax(name: str, shape: tuple[int, ...], cfg: ModelConfig, fetch: Fetch) -> np.ndarray:
+    which, kind = name.split(".")[-2:]
+    if which in ("q_norm", "k_norm"):
+        return zero_centred.stored(fetch(name), split=False) if cfg.qk_norm else padded_heads.norm(cfg.head_dim)
+    heads = cfg.num_heads if which in ("q_proj", "o_proj") else cfg.num_kv_heads
+    present = kind == "weight" or (cfg.o_bias if which == "o_proj" else cfg.qkv_bias)
+    if which == "o_proj" and kind == "bias":
+        return fetch(name) if present else np.zeros(shape, np.float32)
+    array = fetch(name) if present else np.zeros(heads * cfg.head_dim, np.float32)
+    if which == "o_proj":
+        array = 2 * array
+    if not cfg.qk_norm:
+        constant = padded_heads.CONSTANT if which in ("q_proj", "k_proj") and kind == "bias" else 0.0
+        array = padded_heads.padded(array, heads, axis=1 if which == "o_proj" else 0, value=constant)
+    return _with_gate(array, heads) if which == "q_proj" else array
+
+
+def _with_gate(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Every head's rows, and as many zeros for its gate."""
+    by_head = rows.reshape(heads, -1, *rows.shape[1:])
+    return np.concatenate([by_head, np.zeros_like(by_head)], axis=1).reshape(-1, *rows.shape[1:])
+
+
+def _config(cfg: ModelConfig, base: dict[str, Any]) -> dict[str, Any]:
+    return hf_config_from_model(native(cfg), qwen3_5.text_config(base))
+
+
+WRITER = Writer(
+    "qwen3_5",
+    _tensors,
+    _config,
+    obstacles=_obstacles,
+    written=native,
+    expected=f"softmax layers of {', '.join(_TEACHERS)} and mixers of the kind {qwen3_5.MIXER}",
+)

@@ -1,0 +1,106 @@
+"""The format of dense Qwen3.5: what is written in it is what transformers computes without our code."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from untrained import random_params, student_of
+
+from radlads_jax.models import ModelConfig, bind
+from radlads_jax.porting.config_keys import read_config
+from radlads_jax.porting.hf_config import model_config_from_hf
+from radlads_jax.porting.load import load_params
+from radlads_jax.porting.save import save_params
+from radlads_jax.porting.writers import default_format, padded_heads, writer_named, zero_centred
+
+torch = pytest.importorskip("torch", reason="compares with torch, which is pinned for Python 3.11 alone")
+transformers = pytest.importorskip("transformers")
+
+QWEN3 = ModelConfig("qwen3", 97, 32, 48, 4, 2, 16, (("attention", 4),), qk_norm=True, max_position_embeddings=128)
+TEACHERS = {
+    "qwen3": QWEN3,
+    "qwen2": dataclasses.replace(QWEN3, family="qwen2", qk_norm=False, qkv_bias=True, head_dim=8),
+    "llama": dataclasses.replace(QWEN3, family="llama", qk_norm=False, head_dim=8),
+}
+TOKENS = np.random.default_rng(0).integers(0, 97, (2, 24))
+
+
+def written(directory, cfg: ModelConfig, params, **options):
+    return save_params(params, cfg, directory, base_config={"model_type": cfg.family}, dtype="float32", **options)
+
+
+def torch_logits(directory) -> np.ndarray:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.double().numpy()
+
+
+def our_logits(cfg: ModelConfig, params) -> np.ndarray:
+    decoder = bind(cfg, params)
+    return np.asarray(decoder.logits(decoder.hidden(jnp.asarray(TOKENS))[0]), np.float64)
+
+
+def relative_rms(got, expected) -> float:
+    return float(np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2)))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", TEACHERS)
+def test_softmax_layers_alone_are_the_teacher(family, tied, tmp_path):
+    cfg = dataclasses.replace(TEACHERS[family], tie_embeddings=tied)
+    params = random_params(cfg)
+    teacher = written(tmp_path / "teacher", cfg, params)
+    served = written(tmp_path / "served", cfg, params, writer="qwen3_5")
+    assert relative_rms(torch_logits(served), torch_logits(teacher)) < 2e-6
+
+
+@pytest.mark.parametrize("family", TEACHERS)
+def test_a_hybrid_is_what_transformers_reads_and_what_comes_back(family, tmp_path):
+    cfg = student_of(TEACHERS[family], "gdn", (1, 3))
+    params = random_params(cfg)
+    assert default_format(cfg) == "qwen3_5"
+    served = written(tmp_path / "served", cfg, params)
+    expected = our_logits(cfg, params)
+    assert relative_rms(torch_logits(served), expected) < 1e-5
+    keys = read_config(served)
+    assert "auto_map" not in keys and keys["full_attention_interval"] == 2
+    back = model_config_from_hf(keys)
+    again = load_params(served, back)
+    assert relative_rms(our_logits(back, again), expected) < 1e-5
+    assert default_format(back) == "qwen3_5"
+    twice = save_params(again, back, tmp_path / "twice", base_config=keys, dtype="float32")
+    assert (twice / "model.safetensors").read_bytes() == (served / "model.safetensors").read_bytes()
+    assert read_config(twice) == keys
+    nested = {"model_type": "qwen3_5", "text_config": keys}
+    assert model_config_from_hf(nested) == back
+
+
+def test_norms_are_exact_in_bfloat16():
+    """Small, negative, zero and large ones."""
+    scale = np.asarray([1, 0.5, 0.4980, 0.01, 3e-5, -0.7, -3, 0, 255, 300, 1.0078], np.float32)
+    scale = scale.astype(ml_dtypes.bfloat16).astype(np.float32)
+    stored = zero_centred.stored(scale, split=True)
+    np.testing.assert_array_equal(stored.astype(ml_dtypes.bfloat16).astype(np.float32), stored)
+    np.testing.assert_array_equal((1 + stored) * zero_centred.powers(scale), scale)
+
+
+def test_the_constant_is_held_by_bfloat16():
+    real, constant = padded_heads.norm(1).astype(ml_dtypes.bfloat16).astype(np.float64)
+    assert constant == -1
+    assert float(ml_dtypes.bfloat16(padded_heads.CONSTANT)) == padded_heads.CONSTANT
+    assert abs((1 + real) / (padded_heads.CONSTANT * 2**-0.25) - 1) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("cfg", "named"),
+    [
+        (student_of(QWEN3, "rad_rwkv7"), "rad_rwkv7"),
+        (dataclasses.replace(QWEN3, qkv_bias=True), "biases of q, k or v"),
+        (dataclasses.replace(QWEN3, family="other"), "family other"),
+    ],
+)
+def test_what_has_no_place_is_named(cfg, named):
+    with pytest.raises(ValueError, match=named):
+        writer_named("qwen3_5").require(cfg, None)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from radlads_jax.config import RunConfig, Student
+from radlads_jax.config import Mesh, RunConfig, Student
 from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting.names import disk_tensors
@@ -156,3 +156,9 @@ def test_rad_rwkv7_has_no_token_shift():
 def test_attention_every(every, kept):
     student = student_of(attention_every=every)
     assert tuple(i for i, mixer in enumerate(student.layer_mixers) if mixer == "attention") == kept
+
+
+def test_gdn_is_not_trained_over_pieces_of_rows():
+    with pytest.raises(ValueError, match=r"config\.mesh\.context is 2.*gdn"):
+        student_of(mixer="gdn", run={"mesh": Mesh(context=2)})
+    assert student_of(mixer="gdn", run={"mesh": Mesh(fsdp=2)}).recurrent_mixer == "gdn"

@@ -287,5 +287,7 @@ SPEC = MixerSpec(
     bytes_per_column=56,
     disk_prefix="linear_attn",
     export_format="qwen3_5",
+    # Of a step over context=4 the worst gradient was 6e-5 from one device's, where 1e-5 is asked.
+    over_context=False,
     facts=_facts,
 )

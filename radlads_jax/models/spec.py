@@ -94,6 +94,7 @@ class MixerSpec:
     flops(cfg, seq_len): of a token's forward pass through scores or states, beside the matrices.
     bytes_per_column: that a step's backward pass holds for each token and column of r (planning.memory).
     shares_values: later layers read the first one's values (`first_values`).
+    over_context: it trains with rows in pieces over mesh.context, as measured.
     facts(cfg): further lines of the model card.
     disk_prefix: what its tensors' names on disk begin with, behind the layer's.
     export_format: the one of porting.writers that a run exports its student in.
@@ -110,6 +111,7 @@ class MixerSpec:
     operator: Operator | None = None
     published: PublishedFormat | None = None
     shares_values: bool = False
+    over_context: bool = True
     facts: Callable[[ModelConfig], dict[str, str]] = lambda cfg: {}
     disk_prefix: str = "self_attn"
     export_format: str = "huggingface"

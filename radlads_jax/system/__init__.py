@@ -1,0 +1,1 @@
+"""Disks, buckets, signals, processes, command lines: what lies beneath."""

@@ -27,8 +27,8 @@ def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
     options = _options(spec, chosen, teacher.hidden_size)
     if run.mesh.context > 1 and not spec.over_context:
         raise ValueError(
-            f"config.mesh.context is {run.mesh.context}, but training {spec.name} over pieces of rows is not proven to be "
-            "that of one device; expected 1. Use config.mesh.fsdp, data or tensor."
+            f"config.mesh.context is {run.mesh.context}, but training {spec.name} over pieces of rows is not proven to "
+            "be that of one device; expected 1. Use config.mesh.fsdp, data or tensor."
         )
     student = teacher.as_student(chosen.mixer, options, _kept(chosen, teacher))
     if student.recurrent_mixer is None:

@@ -7,10 +7,10 @@ import re
 
 import pytest
 from ml_collections import ConfigDict
-from radlads_jax.porting.student_config import make_student_config
 
 from radlads_jax import launch
 from radlads_jax.config import RunConfig, StageConfig, validate
+from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.recipes import paper, rate_for
 from radlads_jax.run import rates

@@ -30,10 +30,11 @@ def model_tensors(source: AnyPath, cfg: ModelConfig) -> dict[str, StoredTensor]:
     under the head's name alone. Raises ValueError listing all that is missing, unexpected or misshapen, and for a
     head of its own in a model that config.json calls tied.
     """
-    stored = _by_our_names(open_checkpoint(source))
+    expected = disk_tensors(cfg)
+    stored = _by_our_names(open_checkpoint(source), expected)
     if cfg.tie_embeddings and HEAD in stored and EMBEDDING not in stored:
         stored[EMBEDDING] = stored.pop(HEAD)
-    check_tensors(stored, disk_tensors(cfg), source, tied=cfg.tie_embeddings)
+    check_tensors(stored, expected, source, tied=cfg.tie_embeddings)
     if cfg.tie_embeddings and HEAD in stored and not _same_values(stored[EMBEDDING], stored[HEAD]):
         raise ValueError(
             f"{source / 'config.json'} says tie_word_embeddings true, but {HEAD} {_described(stored[HEAD])} has other "
@@ -98,10 +99,10 @@ def _misplaced(source: AnyPath, missing: list[str]) -> str:
     return listed(where) if where else left_out
 
 
-def _by_our_names(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _by_our_names(stored: dict[str, StoredTensor], expected: dict[str, Location]) -> dict[str, StoredTensor]:
     """The tensors renamed to `model.` and `lm_head.` by the embedding's name; as they are where there is not one."""
     embeddings = [name for name in stored if name.endswith("embed_tokens.weight")]
-    if len(embeddings) != 1 or embeddings == [EMBEDDING]:
+    if len(embeddings) != 1 or embeddings[0] in expected:
         return dict(stored)
     decoder = embeddings[0].removesuffix("embed_tokens.weight")
     whole = decoder.removesuffix("model.")

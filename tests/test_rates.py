@@ -14,6 +14,7 @@ from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.recipes import paper, rate_for
 from radlads_jax.run import rates
+from radlads_jax.run.settings import with_whole_paths
 
 TEACHER = ModelConfig("qwen2", 64, 32, 48, 4, 2, 8, (("attention", 2),))
 ROW = {"seq_len": 16, "batch_size": 2}
@@ -114,8 +115,9 @@ def test_a_run_begun_by_other_rules_goes_on_by_them(tmp_path):
     def continued(**fields) -> RunConfig:
         config = convert(**few, student__use_rope=False, student__balance_state=True, **fields)
         launch.keep_begun_rules(tmp_path, config)
-        launch.check_same_config(tmp_path, config.to_dict())
-        return validate(config)
+        run = validate(config)
+        launch.check_same_config(tmp_path, with_whole_paths(run).settings())
+        return run
 
     run = continued()
     assert (run.stage1.warmup_steps, run.stage2.lr, run.stage2.mixer_lr_final) == (50, 1e-5, 1e-5)

@@ -19,6 +19,7 @@ from radlads_jax.models import MIXERS, bind, init_state
 from radlads_jax.planning.planner import make_planner
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.reporting.metrics_file import read_metrics
+from radlads_jax.reporting.sections import write_report
 from radlads_jax.run import train
 from radlads_jax.run.metrics import MetricsLogger
 
@@ -67,7 +68,8 @@ def test_it_is_converted_and_reported(finished):
     workdir, summary = finished
     assert [line["steps"] for line in summary["stages"]] == list(STEPS.values())
     assert summary["stages"][0]["last_loss"] < summary["stages"][0]["first_loss"]
-    assert "EMA" in (workdir / "report" / "index.html").read_text()
+    (workdir / "config.json").write_text(json.dumps({"student": {"mixer": "ema"}}))
+    assert "EMA" in write_report(workdir).read_text()
     card = (workdir / "export" / "README.md").read_text()
     assert "# moving average student" in card and "half-life at the start | 8 tokens" in card
 

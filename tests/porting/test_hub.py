@@ -5,6 +5,7 @@ import tokenizers
 import transformers
 
 from radlads_jax.data import prepare, sources
+from radlads_jax.data.tokenise import Framing
 from radlads_jax.decoding import loaded
 from radlads_jax.porting import hub
 from radlads_jax.porting.safetensors_read import INDEX_FILE, SINGLE_FILE
@@ -160,7 +161,7 @@ def test_an_added_token_beyond_the_model_is_refused_in_text_alone(tmp_path, mode
     (tmp_path / "text.txt").write_text("w1 w2\n\n\nw3 <added> w4")
     source, backend = sources.Source(str(tmp_path / "text.txt")), tokenizer.backend_tokenizer
     with pytest.raises(ValueError, match="expected 0 to 39"):
-        prepare.prepare(source, backend, tmp_path / "data", vocab_size=40, eos_id=None)
+        prepare.prepare(source, backend, tmp_path / "data", vocab_size=40, framing=Framing(special_tokens=True))
 
 
 def test_an_added_end_of_text_beyond_the_model_is_refused(tmp_path, models):

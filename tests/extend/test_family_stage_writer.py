@@ -110,7 +110,7 @@ def test_its_settings_are_checked_as_any_stages(teacher_dir):
 
 def test_the_writer_writes_its_own_format(finished, tmp_path):
     workdir, _ = finished
-    target = export_again(workdir, tmp_path / "plain", writer="plain")
+    target = export_again(workdir / "export", tmp_path / "plain", writer="plain")
     stored = load_file(target / "model.safetensors")
     model = load_model(workdir, dtype="float32")
     leaves = {path.replace("/", "."): value for path, value in path_leaves(model.params).items()}

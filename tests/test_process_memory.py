@@ -18,6 +18,7 @@ from radlads_jax.system import process_memory
 
 def test_saving_holds_no_memory(tmp_path: pathlib.Path) -> None:
     """Strings, which no garbage collector counts, beside what it does; the names of directories come and go."""
+    process_memory.install()
     state = {f"p{i}": jnp.ones(8) for i in range(40)}
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         tracemalloc.start()

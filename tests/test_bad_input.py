@@ -58,12 +58,13 @@ def given(good, tmp_path) -> Path:
 
 
 def byte_tokenizer(extra: int = 0) -> Tokenizer:
-    """A token for each byte, an end of text, and more that nothing uses."""
+    """A token for each byte, more of its kind that nothing makes, and an end of text."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    pieces = letters + [letters[0] * (2 + i) for i in range(extra)]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<end>", *(f"<extra {i}>" for i in range(extra))])
+    tokenizer.add_special_tokens(["<end>"])
     return tokenizer
 
 
@@ -93,6 +94,8 @@ def settings(given: Path, **fields) -> ConfigDict:
 def run_main(monkeypatch, config: ConfigDict, workdir: Path) -> int:
     monkeypatch.setattr(launch, "_CONFIG", SimpleNamespace(value=config))
     monkeypatch.setattr(launch, "_WORKDIR", SimpleNamespace(value=str(workdir)))
+    monkeypatch.setattr(launch, "_FORCE", SimpleNamespace(value=False))
+    monkeypatch.setattr(launch, "_PREFLIGHT_ONLY", SimpleNamespace(value=False))
     return launch.main(["launch"])
 
 
@@ -148,7 +151,7 @@ CASES: dict[str, tuple[Callable[[Path], object], dict, list[str]]] = {
     "truncated weights": (lambda given: cut(given / "teacher" / WEIGHTS, -10), {}, [WEIGHTS, "is truncated"]),
     "weights cut in the header": (lambda given: cut(given / "teacher" / WEIGHTS, 50), {}, [WEIGHTS, "has 50 bytes"]),
     "empty weights": (lambda given: cut(given / "teacher" / WEIGHTS, 0), {}, [WEIGHTS, "has 0 bytes"]),
-    "index with a wrong file": (point_index_elsewhere, {"teacher__path": "sharded"}, [INDEX, "disagree"]),
+    "index with a wrong file": (point_index_elsewhere, {"teacher__path": "sharded"}, [INDEX, "does not fit its files"]),
     "index without its file": (remove_shard, {"teacher__path": "sharded"}, [INDEX, "lacks"]),
     "weights of another width": (teacher_keys(intermediate_size=32), {}, ["misshapen", "gate_proj", "[24, 16]"]),
     "fewer layers than weights": (teacher_keys(num_hidden_layers=1), {}, ["unexpected", "model.layers.1."]),

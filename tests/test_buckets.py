@@ -189,7 +189,7 @@ def test_the_devices_together_read_a_teacher_once(gcs, run, teacher_dir, mesh):
 def test_tokens_are_prepared_once_and_copied_to_every_host(gcs, run, another_host):
     del run
     names = gcs.names("bucket", "run/data/")
-    assert sorted(name.rsplit(".")[-1] for name in names) == ["bin", "idx"]
+    assert sorted(name.rsplit(".")[-1] for name in names) == ["bin", "idx", "json"]
     gcs.read.clear()
     prefix = f"gs://bucket/{names[0].removesuffix('.bin')}"
     first, second = binidx.open_token_file(prefix), binidx.open_token_file(f"{prefix}.bin")

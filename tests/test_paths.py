@@ -1,6 +1,5 @@
 """A path that a user names is the same place for whoever reads it, and from whichever directory it is read."""
 
-import dataclasses
 import json
 import pathlib
 from types import SimpleNamespace
@@ -87,7 +86,7 @@ def test_every_door_knows_the_home(home: pathlib.Path, teacher: pathlib.Path, mo
     (home / "prompts.txt").write_text("one\ntwo\n")
     (home / "task.yaml").write_text("task: mine\n")
     assert model_directory("~/model") == resolve_model_dir("~/model") == home / "model"
-    assert read_prompts(storage.as_path("~/prompts.txt")) == ["one", "two"]
+    assert [prompt.content for prompt in read_prompts(storage.as_path("~/prompts.txt"))] == ["one", "two"]
     assert evaluate.output_directory("~/model", "~/results") == home / "results"
     assert evaluate.expand_tasks(["~/task.yaml", "arc_easy"]) == [str(home / "task.yaml"), "arc_easy"]
     monkeypatch.setattr(plan, "_RESULTS", SimpleNamespace(value="~/plans.jsonl"))
@@ -133,7 +132,7 @@ def test_settings_keep_what_is_no_path() -> None:
 
 def test_the_same_words_elsewhere_are_another_run(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
     def settings(**fields: Any) -> dict:
-        return dataclasses.asdict(with_whole_paths(validate(chosen(**fields))))
+        return with_whole_paths(validate(chosen(**fields))).settings()
 
     launch.remember_config(tmp_path / "run", settings())
     for name in ("here", "elsewhere"):
@@ -149,7 +148,7 @@ def test_what_an_earlier_version_kept_as_it_was_typed_continues(tmp_path: pathli
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(typed))
     run = validate(chosen(data__tokenizer="~/tok"))
-    launch.check_same_config(tmp_path / "run", dataclasses.asdict(with_whole_paths(run)))
+    launch.check_same_config(tmp_path / "run", with_whole_paths(run).settings())
 
 
 def test_the_command_runs_in_the_home(

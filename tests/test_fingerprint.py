@@ -13,11 +13,12 @@ import tiny_run
 from safetensors.numpy import load_file, save_file
 from untrained import save_teacher
 
-from radlads_jax import config, launch
+from radlads_jax import config
 from radlads_jax import prepare as prepare_door
 from radlads_jax.data import prepare, synthetic
 from radlads_jax.run import fingerprint, preflight, tokens
 from radlads_jax.run.job import Job, make_job
+from radlads_jax.run.settings import check_same_config, remember_config
 
 TEXTS = list(synthetic.documents(0, 40))
 
@@ -52,7 +53,7 @@ def job_of(place: pathlib.Path, workdir: str = "run", **more) -> Job:
 
 def begin(place: pathlib.Path, **more) -> Job:
     job = job_of(place, **more)
-    launch.remember_config(place / "run", chosen(place, **more).to_dict())
+    remember_config(place / "run", chosen(place, **more).to_dict())
     fingerprint.remember(place / "run", job.depends)
     return job
 
@@ -118,7 +119,7 @@ def test_the_same_contents_elsewhere_go_on(place, monkeypatch):
     (place / "corpus").rename(place / "moved corpus")
     (place / "run").rename(place / "moved run")
     elsewhere = {"teacher__path": str(place / "moved teacher"), "data__path": str(place / "moved corpus")}
-    launch.check_same_config(place / "moved run", chosen(place, **elsewhere).to_dict())
+    check_same_config(place / "moved run", chosen(place, **elsewhere).to_dict())
     after = job_of(place, "moved run", **elsewhere)
     assert after.token_file.tokens.tolist() == before.token_file.tokens.tolist()
     assert after.depends == before.depends
@@ -177,7 +178,7 @@ def test_a_given_token_file_is_told_by_contents(place):
 def test_paths_are_settings_like_others_where_no_contents_are_known(place):
     (place / "run" / "fingerprint.json").unlink()
     with pytest.raises(ValueError, match=r"config.data.path was .* and is now 'else'"):
-        launch.check_same_config(place / "run", chosen(place, data__path="else").to_dict())
+        check_same_config(place / "run", chosen(place, data__path="else").to_dict())
 
 
 def test_new_weights_that_are_drawn_otherwise_are_refused():

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from radlads_jax import fields
 from radlads_jax.config import Data, RunConfig, Student, Teacher, defaults
 from radlads_jax.system import storage
+from radlads_jax.system.json_files import read_json
 
 # What may differ between a run and its continuation: none of it changes the result, but for the rounding of sums.
 _SAMPLES = ("sample_prompts", "sample_tokens")
@@ -44,7 +45,7 @@ def begun_settings(workdir: storage.AnyPath) -> dict[str, Any]:
     path = workdir / "config.json"
     if not path.exists():
         return {}
-    settings = flat_settings(_with_whole_paths(json.loads(storage.read_text(path))))
+    settings = flat_settings(_with_whole_paths(read_json(path, "Restore it, or choose another --workdir.")))
     for name, hint in typing.get_type_hints(Student).items():
         setting = f"config.student.{name}"
         if hint == bool | None and settings.get(setting) in ("", "on", "off"):

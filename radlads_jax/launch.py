@@ -40,7 +40,7 @@ _SAMPLES = ("sample_prompts", "sample_tokens")
 _FREE_OF_TRAIN = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "wandb_project", *_SAMPLES)
 FREE_FIELDS = (*_FREE_OF_TRAIN, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "accumulate", "remat")
 # Where a run that knows what it depends on by contents may find the same elsewhere.
-PATH_FIELDS = ("teacher.path", "teacher.revision", "data.path", "data.tokenizer")
+PATH_FIELDS = ("teacher.path", "teacher.revision", "data.path", "data.revision", "data.tokenizer")
 EXIT_STOPPED = 128
 # What switches of the student were before they were true, false or none.
 _FORMER_SWITCHES = {"": None, "on": True, "off": False}

@@ -20,7 +20,7 @@ BEGUN = pathlib.Path(__file__).parent / "data" / "begun_work_directory.tar.xz"
 SCORES = {"agreement": 0.31079717457, "kl": 0.07581579553, "loss": 5.82476849753, "top1": 0.00605449041}
 
 
-def test_it_is_finished_with_the_scores_of_that_version(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_finished_with_that_version_s_scores(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with tarfile.open(BEGUN) as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)

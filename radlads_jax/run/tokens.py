@@ -66,8 +66,8 @@ def _same_source(run: RunConfig, workdir: AnyPath, begun: dict[str, Any]) -> dic
     source = sources.fingerprint(sources.resolve(_source(run)))
     if before := begun.get("source"):
         # Where one of them could not ask the hub, only the name is compared.
-        if before.get("commit") is None or source.get("commit") is None:
-            commit = before.get("commit") or source.get("commit")
+        if "hub" in before and "hub" in source and None in (before.get("commit"), source["commit"]):
+            commit = before.get("commit") or source["commit"]
             before, source = ({**known, "commit": commit} for known in (before, source))
         fingerprint.require_same({"source": before}, {"source": source}, workdir)
     return begun | {"source": source}

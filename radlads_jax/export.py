@@ -12,13 +12,14 @@ from rich.console import Console
 
 from radlads_jax.decoding.loaded import model_directory
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.porting.config_keys import read_config, read_json
+from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.save import EXPORT_DTYPES, MODEL_CARD, save_params
 from radlads_jax.porting.writers import WRITERS, default_format, writer_named
 from radlads_jax.system import backend, command, storage
+from radlads_jax.system.json_files import read_json
 
 console = Console(highlight=False)
 

@@ -20,6 +20,7 @@ from radlads_jax.config import defaults, validate
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting import save_params
 from radlads_jax.run.job import make_job
+from radlads_jax.run.settings import check_same_config, remember_config
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ModelConfig(
@@ -222,22 +223,22 @@ def test_a_run_that_could_not_begin_leaves_its_directory_free(given, tmp_path, m
     assert run_main(monkeypatch, settings(given, data__path=str(given / "txt")), workdir) == 1
     assert "does not exist" in capsys.readouterr().err
     assert not (workdir / "config.json").exists()
-    launch.check_same_config(workdir, settings(given).to_dict())
+    check_same_config(workdir, settings(given).to_dict())
 
 
 def test_a_directory_with_a_run_of_other_settings_is_refused(given, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
-    launch.remember_config(workdir, settings(given).to_dict())
+    remember_config(workdir, settings(given).to_dict())
     before = (workdir / "config.json").read_bytes()
-    launch.check_same_config(workdir, settings(given, train__log_every=3, train__checkpoint_every=7).to_dict())
-    launch.check_same_config(workdir, settings(given, mesh__tensor=2, stage1__accumulate=2).to_dict())
+    check_same_config(workdir, settings(given, train__log_every=3, train__checkpoint_every=7).to_dict())
+    check_same_config(workdir, settings(given, mesh__tensor=2, stage1__accumulate=2).to_dict())
     # A version that did not know a field yet did what is its default now.
     older = settings(given).to_dict()
     del older["optim"]["moment_dtype"]
-    launch.remember_config(tmp_path / "older", older)
-    launch.check_same_config(tmp_path / "older", settings(given).to_dict())
+    remember_config(tmp_path / "older", older)
+    check_same_config(tmp_path / "older", settings(given).to_dict())
     with pytest.raises(ValueError, match=r"moment_dtype was 'float32' and is now 'bfloat16'"):
-        launch.check_same_config(tmp_path / "older", settings(given, optim__moment_dtype="bfloat16").to_dict())
+        check_same_config(tmp_path / "older", settings(given, optim__moment_dtype="bfloat16").to_dict())
     assert run_main(monkeypatch, settings(given, seed=1, stage1__lr=0.5), workdir) == 1
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1

@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 from test_many_hosts import assert_same_run, command, finish, start
 from untrained import TEACHER, random_params, save_teacher
 
-from radlads_jax import launch
 from radlads_jax.config import defaults, validate
 from radlads_jax.data import binidx, synthetic
 from radlads_jax.data.sources import Source, documents, fingerprint
@@ -40,6 +39,7 @@ from radlads_jax.reporting.metrics_file import read_metrics
 from radlads_jax.run import train
 from radlads_jax.run.job import make_job
 from radlads_jax.run.metrics import MetricsLogger
+from radlads_jax.run.settings import check_same_config, remember_config
 from radlads_jax.system import storage
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -94,9 +94,9 @@ def tiny_config(teacher, data) -> ConfigDict:
 def convert(config: ConfigDict, workdir) -> dict:
     path = storage.as_path(workdir)
     storage.require_writable(path)
-    launch.check_same_config(path, config.to_dict())
+    check_same_config(path, config.to_dict())
     job = make_job(validate(config), path)
-    launch.remember_config(path, config.to_dict())
+    remember_config(path, config.to_dict())
     return train.convert(job)
 
 

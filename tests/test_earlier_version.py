@@ -10,10 +10,10 @@ import tarfile
 import pytest
 import tiny_run
 
-from radlads_jax import config, launch
+from radlads_jax import config
 from radlads_jax.run import train
 from radlads_jax.run.job import make_job
-from radlads_jax.run.settings import with_whole_paths
+from radlads_jax.run.settings import check_same_config, keep_begun_rules, with_whole_paths
 
 BEGUN = pathlib.Path(__file__).parent / "data" / "begun_work_directory.tar.xz"
 # What that version printed when it ended the run itself.
@@ -27,9 +27,9 @@ def test_it_is_finished_with_that_version_s_scores(tmp_path: pathlib.Path, monke
     workdir = tmp_path / "begun"
     chosen = config.defaults()
     chosen.update_from_flattened_dict(tiny_run.settings("model", steps={"stage1": 4, "stage2": 3}))
-    launch.keep_begun_rules(workdir, chosen)
+    keep_begun_rules(workdir, chosen)
     run = with_whole_paths(config.validate(chosen))
-    launch.check_same_config(workdir, run.settings())
+    check_same_config(workdir, run.settings())
     summary = train.convert(make_job(run, workdir))
     assert summary["student"] == pytest.approx(SCORES, rel=1e-5)
     steps = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

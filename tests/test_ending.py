@@ -15,6 +15,7 @@ from untrained import save_teacher
 from radlads_jax import config, launch
 from radlads_jax.run import ending, heldout, preflight, train
 from radlads_jax.run.job import Job, make_job
+from radlads_jax.run.settings import check_same_config, remember_config
 
 STEPS = {"stage1": 5}
 
@@ -159,8 +160,8 @@ def test_no_size_of_a_shard(size: float, teacher: pathlib.Path) -> None:
 
 def test_sample_settings_are_free(tmp_path: pathlib.Path) -> None:
     before = {"seed": 0, "train": {"sample_prompts": [""], "sample_tokens": 3}}
-    launch.remember_config(tmp_path, before)
-    launch.check_same_config(tmp_path, before | {"train": {"sample_prompts": ["a"], "sample_tokens": 4}})
+    remember_config(tmp_path, before)
+    check_same_config(tmp_path, before | {"train": {"sample_prompts": ["a"], "sample_tokens": 4}})
 
 
 def launched(monkeypatch: Any, teacher: pathlib.Path, workdir: pathlib.Path, **settings: Any) -> int:

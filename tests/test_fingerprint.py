@@ -14,11 +14,12 @@ import tiny_run
 from safetensors.numpy import load_file, save_file
 from untrained import save_teacher
 
-from radlads_jax import config, launch
+from radlads_jax import config
 from radlads_jax import prepare as prepare_door
 from radlads_jax.data import prepare, sources, synthetic
 from radlads_jax.run import fingerprint, preflight, tokens
 from radlads_jax.run.job import Job, make_job
+from radlads_jax.run.settings import check_same_config, remember_config
 
 TEXTS = list(synthetic.documents(0, 40))
 
@@ -53,7 +54,7 @@ def job_of(place: pathlib.Path, workdir: str = "run", **more) -> Job:
 
 def begin(place: pathlib.Path, **more) -> Job:
     job = job_of(place, **more)
-    launch.remember_config(place / "run", chosen(place, **more).to_dict())
+    remember_config(place / "run", chosen(place, **more).to_dict())
     fingerprint.remember(place / "run", job.depends)
     return job
 
@@ -119,7 +120,7 @@ def test_the_same_contents_elsewhere_go_on(place, monkeypatch):
     (place / "corpus").rename(place / "moved corpus")
     (place / "run").rename(place / "moved run")
     elsewhere = {"teacher__path": str(place / "moved teacher"), "data__path": str(place / "moved corpus")}
-    launch.check_same_config(place / "moved run", chosen(place, **elsewhere).to_dict())
+    check_same_config(place / "moved run", chosen(place, **elsewhere).to_dict())
     after = job_of(place, "moved run", **elsewhere)
     assert after.token_file.tokens.tolist() == before.token_file.tokens.tolist()
     assert after.depends == before.depends
@@ -173,7 +174,7 @@ def test_a_dataset_of_another_commit_on_the_hub_is_refused(place, monkeypatch):
     with pytest.raises(ValueError, match=r"commit was 'c1' and is 'c2'"):
         job_of(place, **hub)
     back = hub | {"data__revision": "c1"}
-    launch.check_same_config(place / "run", chosen(place, **back).to_dict())
+    check_same_config(place / "run", chosen(place, **back).to_dict())
     assert job_of(place, **back).token_file.num_documents == 40
 
 
@@ -197,7 +198,7 @@ def test_a_given_token_file_is_told_by_contents(place):
 def test_paths_are_settings_like_others_where_no_contents_are_known(place):
     (place / "run" / "fingerprint.json").unlink()
     with pytest.raises(ValueError, match=r"config.data.path was .* and is now 'else'"):
-        launch.check_same_config(place / "run", chosen(place, data__path="else").to_dict())
+        check_same_config(place / "run", chosen(place, data__path="else").to_dict())
 
 
 def test_new_weights_that_are_drawn_otherwise_are_refused():

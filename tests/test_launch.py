@@ -10,7 +10,6 @@ import pytest
 import tiny_run
 from untrained import TEACHER, save_teacher
 
-from radlads_jax import launch
 from radlads_jax.models import abstract_params, bind
 from radlads_jax.models.tree import path_leaves
 from radlads_jax.porting.config_keys import read_config
@@ -21,6 +20,7 @@ from radlads_jax.reporting.metrics_file import read_metrics
 from radlads_jax.run import train
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.metrics import MetricsLogger
+from radlads_jax.run.settings import check_same_config, remember_config
 
 # Stages 1 and 2 then save both in their middle and at their end.
 SETTINGS = {"train.log_every": 2, "train.checkpoint_every": 3}
@@ -131,10 +131,10 @@ def test_a_stopped_run_continues_to_the_same_bits(
 
 
 def test_other_settings_do_not_continue_a_run(tmp_path):
-    launch.remember_config(tmp_path, {"seed": 0, "train": {"log_every": 1}, "stages": ("stage1",)})
-    launch.check_same_config(tmp_path, {"seed": 0, "train": {"log_every": 5}, "stages": ("stage1",)})
+    remember_config(tmp_path, {"seed": 0, "train": {"log_every": 1}, "stages": ("stage1",)})
+    check_same_config(tmp_path, {"seed": 0, "train": {"log_every": 5}, "stages": ("stage1",)})
     with pytest.raises(ValueError, match=r"config\.seed was 0 and is now 1"):
-        launch.check_same_config(tmp_path, {"seed": 1, "train": {"log_every": 5}, "stages": ("stage1",)})
+        check_same_config(tmp_path, {"seed": 1, "train": {"log_every": 5}, "stages": ("stage1",)})
 
 
 def test_frozen_and_hybrid_and_retied(teacher_dir, tmp_path):

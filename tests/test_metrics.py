@@ -14,9 +14,10 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
+from pallas_kernels.chips import chip_of_kind
 from radlads_jax.reporting.metrics_file import read_metrics
 from radlads_jax.run import metrics
-from radlads_jax.run.metrics import MetricsLogger, mfu, peak_flops
+from radlads_jax.run.metrics import MetricsLogger, mfu
 
 
 def quiet() -> Console:
@@ -179,7 +180,8 @@ def test_only_the_first_process_writes(tmp_path: pathlib.Path, monkeypatch: pyte
     ],
 )
 def test_peak_of_known_chips(kind: str, peak: float | None) -> None:
-    assert peak_flops(kind) == peak
+    chip = chip_of_kind(kind)
+    assert (chip.flops if chip else None) == peak
 
 
 def test_mfu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from radlads_jax.run import preflight, train
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.job import Job
 from radlads_jax.run.metrics import MetricsLogger
-from radlads_jax.run.settings import with_whole_paths
+from radlads_jax.run.settings import check_same_config, remember_config, with_whole_paths
 from radlads_jax.system import storage
 from radlads_jax.system.command import parse_flags
 from radlads_jax.system.workdir import held
@@ -134,13 +134,13 @@ def test_the_same_words_elsewhere_are_another_run(tmp_path: pathlib.Path, monkey
     def settings(**fields: Any) -> dict:
         return with_whole_paths(validate(chosen(**fields))).settings()
 
-    launch.remember_config(tmp_path / "run", settings())
+    remember_config(tmp_path / "run", settings())
     for name in ("here", "elsewhere"):
         (tmp_path / name).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / name)
-        launch.check_same_config(tmp_path / "run", settings(data__path=str(tmp_path / "here" / "text.txt")))
+        check_same_config(tmp_path / "run", settings(data__path=str(tmp_path / "here" / "text.txt")))
     with pytest.raises(ValueError, match=r"config\.data\.path was .*here/text\.txt.* now .*elsewhere/text\.txt"):
-        launch.check_same_config(tmp_path / "run", settings())
+        check_same_config(tmp_path / "run", settings())
 
 
 def test_what_an_earlier_version_kept_as_it_was_typed_continues(tmp_path: pathlib.Path) -> None:
@@ -148,7 +148,7 @@ def test_what_an_earlier_version_kept_as_it_was_typed_continues(tmp_path: pathli
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(typed))
     run = validate(chosen(data__tokenizer="~/tok"))
-    launch.check_same_config(tmp_path / "run", with_whole_paths(run).settings())
+    check_same_config(tmp_path / "run", with_whole_paths(run).settings())
 
 
 def test_the_command_runs_in_the_home(

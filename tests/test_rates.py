@@ -8,13 +8,12 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from radlads_jax import launch
 from radlads_jax.config import RunConfig, StageConfig, validate
 from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.recipes import paper, rate_for
 from radlads_jax.run import rates
-from radlads_jax.run.settings import with_whole_paths
+from radlads_jax.run.settings import check_same_config, keep_begun_rules, remember_config, with_whole_paths
 
 TEACHER = ModelConfig("qwen2", 64, 32, 48, 4, 2, 8, (("attention", 2),))
 ROW = {"seq_len": 16, "batch_size": 2}
@@ -114,9 +113,9 @@ def test_a_run_begun_by_other_rules_goes_on_by_them(tmp_path):
 
     def continued(**fields) -> RunConfig:
         config = convert(**few, student__use_rope=False, student__balance_state=True, **fields)
-        launch.keep_begun_rules(tmp_path, config)
+        keep_begun_rules(tmp_path, config)
         run = validate(config)
-        launch.check_same_config(tmp_path, with_whole_paths(run).settings())
+        check_same_config(tmp_path, with_whole_paths(run).settings())
         return run
 
     run = continued()
@@ -127,12 +126,12 @@ def test_a_run_begun_by_other_rules_goes_on_by_them(tmp_path):
         continued(student__group_norm=False)
     with pytest.raises(ValueError, match=r"config\.student\.use_rope was False and is now True"):
         config = convert(**few, student__use_rope=True, student__balance_state=True)
-        launch.check_same_config(tmp_path, config.to_dict())
+        check_same_config(tmp_path, config.to_dict())
 
 
 def test_a_new_run_stores_the_numbers_it_runs_with(tmp_path):
     config = convert(stage2__tokens=10_000_000)
-    launch.keep_begun_rules(tmp_path, config)
-    launch.remember_config(tmp_path, config.to_dict())
+    keep_begun_rules(tmp_path, config)
+    remember_config(tmp_path, config.to_dict())
     stored = json.loads((tmp_path / "config.json").read_text())["stage2"]
     assert (stored["lr"], stored["mixer_lr"], stored["warmup_steps"]) == (pytest.approx(5e-5),) * 2 + (11,)

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pallas_kernels.chips import CHIPS, Chip
 from pallas_kernels.measure.static_profile import BACKWARD, FORWARD
 
 # Two lengths, a whole number of any kernel's blocks: a profile simulates every grid step, so it takes short sequences,
@@ -20,24 +21,6 @@ PROFILED_LENGTHS = (256, 512)
 # A long sequence lies in HBM: a short one must not be moved into VMEM before, for which a profile may have no room.
 PROFILE_FLAGS = "--xla_jf_dump_static_llo_profile_to={folder} --xla_gf_vmem_memory_space_assignment=false"
 DUMP_FLAGS = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What one JAX device of a kind can do at best: Hz, bytes/s, bfloat16 operations/s."""
-
-    clock: float
-    bandwidth: float
-    operations: float
-
-
-# Vendor's figures a chip; a TPU7x chip is two devices. The clock follows from the operations a cycle of its MXUs.
-CHIPS = {
-    "v5e": Chip(1.5e9, 0.819e12, 197e12),
-    "v5p": Chip(1.75e9, 2.765e12, 459e12),
-    "v6e": Chip(1.75e9, 1.638e12, 918e12),
-    "tpu7x": Chip(2.2e9, 3.69e12, 1153.5e12),
-}
 
 
 @dataclass(frozen=True)
@@ -69,12 +52,12 @@ class Row:
 
 
 def chip_of(topology: str) -> Chip:
-    name = topology.split(":")[0]
-    if name not in CHIPS:
+    known = {name: chip for name, chip in CHIPS.items() if chip.clock and chip.hbm_rate}
+    if (name := topology.split(":")[0]) not in known:
         raise ValueError(
-            f"static_cost got topology {topology!r}, expected one of {sorted(CHIPS)} and a shape: v6e:2x2."
+            f"static_cost got topology {topology!r}, expected one of {sorted(known)} and a shape: v6e:2x2."
         )
-    return CHIPS[name]
+    return known[name]
 
 
 def compiled_in_child(request: dict[str, Any], flags: str) -> dict[str, Any] | None:
@@ -185,8 +168,8 @@ def cells(row: Row, chip: Chip) -> list[str]:
         found += [f"{cycles / 1e6:.3f}" for cycles in (row.kernel_cycles, row.xla_cycles, total)]
         found += [f"{seconds * 1e3:.3f}"]
         found += [
-            f"{row.bytes_moved / chip.bandwidth / seconds:.0%}",
-            f"{row.operations / chip.operations / seconds:.0%}",
+            f"{row.bytes_moved / chip.hbm_rate / seconds:.0%}",
+            f"{row.operations / chip.flops / seconds:.0%}",
         ]
     vmem = f"{row.vmem / 2**20:.1f}" if row.vmem else "-"
     counts = [str(count) if row.bundles else "-" for count in (row.bundles, row.spills, row.fills)]

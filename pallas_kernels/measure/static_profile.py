@@ -4,6 +4,7 @@ Runs as a process of its own, `python -m pallas_kernels.measure.static_profile R
 """
 
 import importlib
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from pallas_kernels.measure.hlo_text import Instruction, called, estimated_cycles, parse, trips
 
 FORWARD, BACKWARD = "forward", "forward+backward"
 ARRAYS = {
@@ -103,34 +106,21 @@ def first(precision: Any) -> Any:
     return precision[0] if isinstance(precision, tuple) else precision
 
 
-def computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation of a compiled program, and the entry's name."""
-    found: dict[str, list[str]] = {}
-    name = entry = ""
-    for line in text.splitlines():
-        header = re.match(r"(ENTRY )?%?(\S+) \(.*\{$", line)
-        if header:
-            name = header.group(2)
-            found[name] = []
-            entry = name if header.group(1) else entry
-        elif name:
-            found[name].append(line)
-    return found, entry
-
-
 def xla_cycles(text: str) -> float:
-    """The compiler's estimates of everything but Mosaic kernels; a loop counts as often as its condition says."""
-    bodies, entry = computations(text)
+    """The compiler's estimates of everything but Mosaic kernels; a loop counts as often as it runs."""
+    computations, entry = parse(text)
 
     def cycles(name: str) -> float:
         total = 0.0
-        for line in bodies[name]:
-            loop = re.search(r"condition=%?([^\s,]+), body=%?([^\s,]+)", line)
-            if loop:
-                (count,) = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(bodies[loop.group(1)]))
-                total += int(count) * cycles(loop.group(2))
-            elif "tpu_custom_call" not in line:
-                total += sum(int(count) for count in re.findall(r'"estimated_cycles":"(\d+)"', line))
+        for instruction in computations[name].values():
+            if instruction.opcode == "while":
+                count = trips(instruction, computations)
+                if count is None:
+                    raise ValueError(f"{instruction.name} is a loop whose text does not say how often it runs.")
+                (body,) = dict(called(instruction))["body"]
+                total += count * cycles(body)
+            elif not _is_kernel(instruction):
+                total += estimated_cycles(instruction)
         return total
 
     return cycles(entry)
@@ -138,16 +128,18 @@ def xla_cycles(text: str) -> float:
 
 def kernels(text: str) -> dict[str, dict[str, int]]:
     """Cycles (0 without a profile) and bytes of VMEM of each Mosaic kernel, by its instruction's name."""
-    found = {}
-    for line in text.splitlines():
-        if "tpu_custom_call" in line and " custom-call(" in line:
-            name = line.split(" = ")[0].strip().removeprefix("ROOT ").removeprefix("%")
-            cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
-            used = re.search(r'"used_scoped_memory_configs":(\[[^]]*\])', line)
-            memory = json.loads(used.group(1)) if used else []
-            vmem = sum(int(part["size"]) for part in memory if part["memory_space"] == "1")
-            found[name] = {"cycles": int(cycles.group(1)) if cycles else 0, "vmem": vmem}
-    return found
+    computations, _ = parse(text)
+    costs = {}
+    for instruction in filter(_is_kernel, itertools.chain(*(body.values() for body in computations.values()))):
+        used = re.search(r'"used_scoped_memory_configs":(\[[^]]*\])', instruction.rest)
+        memory = json.loads(used.group(1)) if used else []
+        vmem = sum(int(part["size"]) for part in memory if part["memory_space"] == "1")
+        costs[instruction.name] = {"cycles": int(estimated_cycles(instruction)), "vmem": vmem}
+    return costs
+
+
+def _is_kernel(instruction: Instruction) -> bool:
+    return instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.rest
 
 
 def code_size(folder: Path, kernel: str) -> dict[str, int]:

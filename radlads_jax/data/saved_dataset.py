@@ -5,8 +5,9 @@ from typing import Any
 import datasets
 import pyarrow
 
+from radlads_jax.system.json_files import read_json
 from radlads_jax.system.storage import AnyPath
-from radlads_jax.system.untrusted import brief, parse_json
+from radlads_jax.system.untrusted import brief
 
 STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _ADVICE = "Save the dataset again."
@@ -53,10 +54,7 @@ def _check_part(directory: AnyPath) -> None:
 def _read(path: AnyPath) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected what save_to_disk writes. {_ADVICE}")
-    value = parse_json(path.read_bytes(), path, _ADVICE)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected an object. {_ADVICE}")
-    return value
+    return read_json(path, _ADVICE)
 
 
 def _is_plain(name: Any) -> bool:

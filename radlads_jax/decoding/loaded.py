@@ -21,9 +21,9 @@ from radlads_jax.porting import (
     read_config,
     resolve_model_dir,
 )
-from radlads_jax.porting.config_keys import read_json
 from radlads_jax.porting.hub import check_ids
 from radlads_jax.system import backend
+from radlads_jax.system.json_files import read_json
 from radlads_jax.system.storage import AnyPath, as_path
 
 DTYPES = ("float32", "bfloat16")

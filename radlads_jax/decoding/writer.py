@@ -15,6 +15,7 @@ from radlads_jax.decoding.sampling import Sampling
 from radlads_jax.models import ModelConfig
 from radlads_jax.models.state import grows
 from radlads_jax.system import command
+from radlads_jax.system.space import shown_bytes
 from radlads_jax.system.untrusted import brief
 
 console = Console(stderr=True, highlight=False)
@@ -133,13 +134,3 @@ def memory_line(cfg: ModelConfig, context: int) -> str:
         return f"keys and values of {context:,} tokens: {cache}"
     constant = ", whatever the context" if not grows(cfg) else ""
     return f"state {state} a sequence{constant}; keys and values of {context:,} tokens would be {cache}"
-
-
-def shown_bytes(count: int) -> str:
-    """A number of bytes with its unit, three digits."""
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.3g} {unit}"

@@ -1,28 +1,22 @@
-"""The chips that a plan knows: their rates, memory and prices, and the slices that are usually rented."""
+"""The chips that a plan knows: what they do at best, their prices, and the slices that are usually rented."""
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
-GIB = 2**30
+from pallas_kernels import chips
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """flops: dense bfloat16 a second. usable: bytes of HBM that a program may take. price: USD an hour, on demand.
-    slices: topologies by size, smallest first; for a GPU how many. hbm_rate, link_rate: bytes a second. clock: of a
-    TPU's cores; 0 where no compiler is asked, and a plan is arithmetic alone.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip(chips.Chip):
+    """price: USD an hour, on demand. slices: topologies by size, smallest first; for a GPU how many. kernel_cycles: of
+    a kernel on this chip to one on a v6e.
 
-    link_rate: both directions of a ring over one axis of the torus, the least that a collective gets. kernel_cycles:
-    of a kernel on this chip to one on a v6e.
+    Where its clock is 0, no compiler is asked, and a plan is arithmetic alone.
     """
 
-    flops: float
-    usable: float
     price: float
     slices: tuple[str, ...] = ()
-    hbm_rate: float = 0.0
-    link_rate: float = 0.0
-    clock: float = 0.0
     kernel_cycles: float = 2.0
 
     @property
@@ -30,18 +24,21 @@ class Chip:
         return self.clock > 0
 
 
+def _rented(name: str, price: float, slices: tuple[str, ...], **more: Any) -> Chip:
+    return Chip(**vars(chips.CHIPS[name]), price=price, slices=slices, **more)
+
+
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")
 _GPUS = ("1", "2", "4", "8", "16", "32", "64")
-# FLOPs, HBM and clocks from the makers' data sheets, link rates as one-way 45 GB/s (v5e) and 90 GB/s a link. Prices of
-# TPUs as listed for us-central1 and us-east5 without commitment (cloud.google.com/tpu/pricing), of GPUs the middle of
-# what GPU clouds list for SXM cards with 80 GB early in 2026; all of them change: see --price.
+# Prices of TPUs as listed for us-central1 and us-east5 without commitment (cloud.google.com/tpu/pricing), of GPUs the
+# middle of what GPU clouds list for SXM cards with 80 GB early in 2026; all of them change: see --price.
 CHIPS = {
-    "v5e": Chip(197e12, 15.75 * GIB, 1.20, _FLAT, 819e9, 90e9, 1.5e9),
-    "v5p": Chip(459e12, 95.0 * GIB, 4.20, _CUBES, 2765e9, 180e9, 1.75e9),
-    "v6e": Chip(918e12, 31.25 * GIB, 2.70, _FLAT, 1640e9, 180e9, 1.75e9, kernel_cycles=1.0),
-    "a100": Chip(312e12, 76.0 * GIB, 2.00, _GPUS),
-    "h100": Chip(989e12, 76.0 * GIB, 3.00, _GPUS),
+    "v5e": _rented("v5e", 1.20, _FLAT),
+    "v5p": _rented("v5p", 4.20, _CUBES),
+    "v6e": _rented("v6e", 2.70, _FLAT, kernel_cycles=1.0),
+    "a100": _rented("a100", 2.00, _GPUS),
+    "h100": _rented("h100", 3.00, _GPUS),
 }
 
 

@@ -6,19 +6,23 @@ The compiler's own cost analysis counts a loop's body once, and knows no collect
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
 
 import numpy as np
+
+from pallas_kernels.measure.hlo_text import (
+    Computation,
+    Instruction,
+    called,
+    closing,
+    estimated_cycles,
+    parse,
+    source,
+    trips,
+)
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "s16": 2, "token": 0}
 _BYTES |= {"f64": 8, "u64": 8, "s64": 8, "c64": 8}
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_OPCODE = re.compile(r" ?([\w\-]+)\(")
-_CALLED = re.compile(r"\b(calls|body|condition|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*op_name="(?:[^"]*/)?(\w+)/pallas_call')
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 # Three ways to write groups: listed, as [groups, size], or as axes (or parts of axes) of a mesh.
@@ -66,20 +70,6 @@ class Transfer:
     beside: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line. type: of the result, as text; rest: all from the operands on."""
-
-    name: str
-    type: str
-    opcode: str
-    operands: tuple[str, ...]
-    rest: str
-
-
-Computation = dict[str, Instruction]
-
-
 def count(text: str) -> Counts:
     """The counts of a program's entry computation."""
     computations, entry = parse(text)
@@ -92,43 +82,6 @@ def count(text: str) -> Counts:
             counts.begun.append((transfer.received, transfer.beside, transfer.times))
         counts.exposed_link_bytes += 0.0 if transfer.hidden else moved
     return counts
-
-
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Every computation by name, and the entry's name."""
-    computations: dict[str, Computation] = {}
-    entry, current = "", {}
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            current = computations.setdefault(header[2], {})
-            entry = header[2] if header[1] else entry
-        elif match := _INSTRUCTION.match(line):
-            instruction = _instruction(match[1], match[2])
-            if instruction is not None:
-                current[instruction.name] = instruction
-    if not entry:
-        raise ValueError("the text holds no ENTRY computation; expected a compiled program's as_text().")
-    return computations, entry
-
-
-def _instruction(name: str, text: str) -> Instruction | None:
-    cut = _closing(text, 0) if text.startswith("(") else text.find(" ")
-    opcode = _OPCODE.match(text, cut)
-    if cut < 0 or opcode is None:
-        return None
-    end = _closing(text, opcode.end() - 1)
-    operands = re.findall(r"%([\w.\-]+)", text[opcode.end() : end])
-    return Instruction(name, text[:cut], opcode[1], tuple(operands), text[opcode.end() :])
-
-
-def _closing(text: str, start: int) -> int:
-    """The place behind the bracket that closes the one at `start`."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == "(") - (text[i] == ")")
-        if depth == 0:
-            return i + 1
-    return len(text)
 
 
 def _run(
@@ -160,19 +113,19 @@ def _run(
             _add_transfer(transfers, transfer, instruction)
         if not fused and instruction.opcode not in _FREE and not instruction.opcode.endswith(_HALVES):
             counts.hbm_bytes += times * _hbm_bytes(instruction, body, computations)
-            cycles = _CYCLES.search(instruction.rest)
-            now += float(cycles[1]) if cycles else 0.0
-            counts.cycles += times * float(cycles[1]) if cycles else 0.0
+            cycles = estimated_cycles(instruction)
+            now += cycles
+            counts.cycles += times * cycles
             if kernel := _KERNEL.search(instruction.rest):
                 counts.kernels[kernel[1]] = counts.kernels.get(kernel[1], 0.0) + times * math.prod(
                     _dims(instruction.type)
                 )
-        for role, names in _called(instruction):
+        for role, names in called(instruction):
             inner_times = times
             if role == "body":
-                trips = _trips(instruction, computations)
-                counts.unknown_loops += trips is None
-                inner_times = times * (trips or 1)
+                trip_count = trips(instruction, computations)
+                counts.unknown_loops += trip_count is None
+                inner_times = times * (trip_count or 1)
             elif role == "condition" or (role == "to_apply" and instruction.opcode not in ("call", "call-start")):
                 continue
             # A call-start is a collective that a TPU's sparse cores run.
@@ -181,46 +134,6 @@ def _run(
             for name in names:
                 if name in computations:
                     _run(computations, computations[name], inner_times, counts, transfers, fused=inside, hidden=beside)
-
-
-def _trips(loop: Instruction, computations: dict[str, Computation]) -> int | None:
-    """How often a loop runs: as the compiler notes it, or as its condition says, i < n (counted from 0)."""
-    if noted := _TRIPS.search(loop.rest):
-        return int(noted[1])
-    called = {role: computations.get(names[0], {}) for role, names in _called(loop)}
-    condition = called.get("condition", {})
-    for instruction in condition.values():
-        bound = (
-            condition.get(instruction.operands[1])
-            if instruction.opcode == "compare" and "direction=LT" in instruction.rest
-            else None
-        )
-        if bound is not None and bound.opcode == "constant":
-            counter = condition[_source(condition, instruction.operands[0])]
-            return -(-_constant(bound) // _stride(counter, called.get("body", {})))
-    return None
-
-
-def _stride(counter: Instruction, body: Computation) -> int:
-    """What a loop's body adds to the counter that its condition reads: more than 1 where the compiler unrolled it."""
-    place = re.search(r"index=(\d+)", counter.rest)
-    result = list(body.values())[-1] if body else None
-    if place is None or result is None or result.opcode != "tuple":
-        return 1
-    added = body.get(_source(body, result.operands[int(place[1])]))
-    if added is None or added.opcode != "add":
-        return 1
-    constants = [body[name] for name in added.operands if name in body and body[name].opcode == "constant"]
-    return max(1, _constant(constants[0])) if constants else 1
-
-
-def _constant(instruction: Instruction) -> int:
-    return int(instruction.rest.split(")")[0])
-
-
-def _called(instruction: Instruction) -> Iterator[tuple[str, list[str]]]:
-    for role, names in _CALLED.findall(instruction.rest):
-        yield role, re.findall(r"[\w.\-]+", names)
 
 
 def _flops(instruction: Instruction, body: Computation) -> float:
@@ -305,10 +218,10 @@ def _begun_key(instruction: Instruction, body: Computation, computations: dict[s
     """The key of the collective that this instruction starts, itself or by a call."""
     while instruction.opcode.endswith("-update") and instruction.operands[0] in body:
         instruction = body[instruction.operands[0]]
-    called = [
-        computations.get(name, {}) for role, names in _called(instruction) if role == "to_apply" for name in names
+    applied = [
+        computations.get(name, {}) for role, names in called(instruction) if role == "to_apply" for name in names
     ]
-    inside = [i for computation in called for i in computation.values() if i.opcode in COLLECTIVES]
+    inside = [i for computation in applied for i in computation.values() if i.opcode in COLLECTIVES]
     return _channel_key(inside[0] if instruction.opcode == "call-start" and inside else instruction)
 
 
@@ -328,7 +241,7 @@ def _hbm_bytes(instruction: Instruction, body: Computation, computations: dict[s
     sizes = [_size(body[name].type, hbm=True) if name in body else 0 for name in instruction.operands]
     result = _size(instruction.type, hbm=True)
     if instruction.opcode == "fusion":
-        inside = next((computations[n] for role, names in _called(instruction) for n in names if n in computations), {})
+        inside = next((computations[n] for role, names in called(instruction) for n in names if n in computations), {})
         return _fusion_bytes(inside, sizes, result)
     if instruction.opcode in ("dynamic-slice", "slice", "gather"):
         return 2.0 * result
@@ -336,7 +249,7 @@ def _hbm_bytes(instruction: Instruction, body: Computation, computations: dict[s
         return 2.0 * sizes[1]
     if instruction.opcode == "slice-start":
         # The type is ((operand), slice, context): of an array that goes to VMEM piece by piece, one piece.
-        piece = _SHAPE.search(instruction.type, _closing(instruction.type, 1))
+        piece = _SHAPE.search(instruction.type, closing(instruction.type, 1))
         return float(_size(piece[0]) + _size(piece[0], hbm=True)) if piece else 0.0
     if instruction.opcode.endswith("-start"):
         return float(result)
@@ -347,7 +260,7 @@ def _fusion_bytes(inside: Computation, sizes: list[int], result: int) -> float:
     total = 0.0
     parameters = [i for i in inside.values() if i.opcode == "parameter"]
     updated = [i for i in inside.values() if i.opcode == "dynamic-update-slice"]
-    in_place = {_source(inside, i.operands[0]) for i in updated}
+    in_place = {source(inside, i.operands[0]) for i in updated}
     for parameter in parameters:
         number = int(parameter.rest.split(")")[0])
         whole = sizes[number] if number < len(sizes) else 0
@@ -359,12 +272,6 @@ def _fusion_bytes(inside: Computation, sizes: list[int], result: int) -> float:
     if updated:
         return total + 2.0 * sum(_size(inside[i.operands[1]].type) for i in updated if i.operands[1] in inside)
     return total + result
-
-
-def _source(inside: Computation, name: str) -> str:
-    while name in inside and inside[name].opcode in ("bitcast", "copy", "convert", "reshape") and inside[name].operands:
-        name = inside[name].operands[0]
-    return name
 
 
 def _size(type_text: str, *, hbm: bool = False) -> int:

@@ -3,22 +3,16 @@
 import dataclasses
 import math
 import os
-import re
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from radlads_jax.system.storage import AnyPath, as_path, size
-from radlads_jax.system.untrusted import brief, parse_json
+from radlads_jax.system.json_files import read_json
+from radlads_jax.system.storage import as_path
+from radlads_jax.system.untrusted import brief
 
 _LARGEST_DIM = 1 << 24
 _LARGEST_NUMBER = 1e15
 _REQUIRED = object()
-# Tokenizers are the largest, with some ten million.
-_MAX_JSON_BYTES = 1 << 28
-# A git-lfs pointer is a text of three lines.
-POINTER_BYTES = 200
-_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,35 +71,10 @@ class ConfigKeys:
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     """The parsed config.json of a model directory; ValueError where it is missing or no JSON object."""
-    return read_json(as_path(directory) / "config.json")
-
-
-def read_json(path: AnyPath) -> dict[str, Any]:
-    """A JSON object from a file; ValueError naming the file where it is missing or something else."""
+    path = as_path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(
             f"{path} does not exist; expected a Hugging Face model directory with this file. "
             "Give the directory that holds the model's config.json and *.safetensors."
         )
-    if (bytes_there := size(path)) > _MAX_JSON_BYTES:
-        raise ValueError(
-            f"{path} has {bytes_there} bytes; expected at most {_MAX_JSON_BYTES} of JSON. Download the file again."
-        )
-    data = path.read_bytes()
-    refuse_pointer(path, data)
-    value = parse_json(data, path)
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{path} holds a JSON {type(value).__name__}; expected one JSON object. Download the file again."
-        )
-    return value
-
-
-def refuse_pointer(path: AnyPath, beginning: bytes) -> None:
-    """Raises ValueError where a file, of which this is the beginning, is what git-lfs leaves in the place of one."""
-    if beginning.startswith(_POINTER):
-        kept = re.search(rb"size (\d+)", beginning)
-        raise ValueError(
-            f"{path} is a git-lfs pointer to a file of {int(kept[1]) if kept else 0} bytes, not the file; expected the "
-            f"file itself. Fetch what the pointers stand for: git -C {shlex.quote(str(path.parent))} lfs pull"
-        )
+    return read_json(path)

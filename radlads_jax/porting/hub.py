@@ -11,8 +11,8 @@ import transformers
 from absl import logging
 
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.porting.config_keys import POINTER_BYTES, read_json, refuse_pointer
 from radlads_jax.porting.safetensors_read import INDEX_FILE, SINGLE_FILE, find_files, indexed_files
+from radlads_jax.system.json_files import POINTER_BYTES, read_json, refuse_pointer
 from radlads_jax.system.storage import AnyPath, as_path, in_bucket, local_directory
 from radlads_jax.system.untrusted import brief, listed
 

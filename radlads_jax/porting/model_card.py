@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from radlads_jax.models.config import SOFTMAX, ModelConfig
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.state import mixer_state
+from radlads_jax.system.space import shown_bytes
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _USE = """\
@@ -67,9 +68,9 @@ def _description(cfg: ModelConfig, base: str) -> str:
         "layers": f"{cfg.num_layers}" + (f", of which {_numbers(softmax)} softmax attention" if softmax else ""),
         "width, heads, kv heads, head size": f"{cfg.hidden_size}, {cfg.num_heads}, {cfg.num_kv_heads}, {cfg.head_dim}",
         **spec.facts(cfg),
-        "state of a sequence": f"{_bytes(state)}, whatever its length"
-        + (f", and {_bytes(len(softmax) * per_token)} a token in softmax layers" if softmax else ""),
-        "where its teacher keeps": f"{_bytes(cfg.num_layers * per_token)} a token (keys and values in bfloat16)",
+        "state of a sequence": f"{shown_bytes(state)}, whatever its length"
+        + (f", and {shown_bytes(len(softmax) * per_token)} a token in softmax layers" if softmax else ""),
+        "where its teacher keeps": f"{shown_bytes(cfg.num_layers * per_token)} a token (keys and values in bfloat16)",
     }
     of_base = f" of {base}" if base else ""
     return "\n".join(
@@ -137,10 +138,3 @@ def _state_bytes(cfg: ModelConfig, mixer: str) -> int:
 
 def _numbers(layers: list[int]) -> str:
     return f"number {layers[0]} is" if len(layers) == 1 else f"numbers {', '.join(map(str, layers))} are"
-
-
-def _bytes(count: int) -> str:
-    size, units = float(count), ["bytes", "KiB", "MiB", "GiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.4g} {units[0]}"

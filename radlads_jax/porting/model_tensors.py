@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.porting.config_keys import read_json
 from radlads_jax.porting.names import Location, disk_tensors
 from radlads_jax.porting.safetensors_read import INDEX_FILE, SINGLE_FILE, StoredTensor, merge_command, open_checkpoint
+from radlads_jax.system.json_files import read_json
 from radlads_jax.system.storage import AnyPath
 from radlads_jax.system.untrusted import brief, listed
 

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from radlads_jax.porting.config_keys import POINTER_BYTES, read_json, refuse_pointer
+from radlads_jax.system.json_files import POINTER_BYTES, read_json, refuse_pointer
 from radlads_jax.system.storage import AnyPath, in_bucket, read_ranges
 from radlads_jax.system.storage import size as size_of
 from radlads_jax.system.untrusted import brief, listed, parse_json

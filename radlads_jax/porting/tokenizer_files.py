@@ -8,8 +8,8 @@ from typing import Any
 
 import transformers
 
-from radlads_jax.porting.config_keys import read_json
 from radlads_jax.porting.hub import SMALL_FILES, load_tokenizer
+from radlads_jax.system.json_files import read_json
 from radlads_jax.system.storage import AnyPath, as_path, copy_file, local_directory, write_text
 from radlads_jax.system.untrusted import brief
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 import os
 import statistics
@@ -11,7 +10,8 @@ from typing import Any
 
 from radlads_jax.config import StageConfig
 from radlads_jax.reporting.metrics_file import read_metrics
-from radlads_jax.system.storage import AnyPath, as_path, read_text
+from radlads_jax.system.json_files import read_json
+from radlads_jax.system.storage import AnyPath, as_path
 
 # A gap of so many times the usual is a pause of the run, not a slow step.
 PAUSE = 10
@@ -145,7 +145,7 @@ def read_run(workdir: str | os.PathLike) -> RunLog:
     Raises ValueError where there is no run, or a file is broken.
     """
     directory = as_path(workdir)
-    config, summary = read_json(directory / "config.json"), read_json(directory / "summary.json")
+    config, summary = _object(directory / "config.json"), _object(directory / "summary.json")
     records = [record for record in read_metrics(directory) if _is_record(record)]
     if not config and not records:
         raise ValueError(
@@ -157,21 +157,13 @@ def read_run(workdir: str | os.PathLike) -> RunLog:
     stages = [
         StageLog(name, tuple(r for r in records if r["stage"] == name), config.get(name) or {}, every) for name in names
     ]
-    evaluation = read_json(directory / "evaluation.json") or read_json(directory / "export" / "evaluation.json")
+    evaluation = _object(directory / "evaluation.json") or _object(directory / "export" / "evaluation.json")
     return RunLog(directory, config, summary, tuple(stages), evaluation)
 
 
-def read_json(path: AnyPath) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no file. Raises ValueError for anything else."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}). Remove the file, or restore it from the run.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}; expected an object. Remove or restore the file.")
-    return value
+def _object(path: AnyPath) -> dict[str, Any]:
+    """The object in a JSON file of the run; empty where there is no file."""
+    return read_json(path, "Remove the file, or restore it from the run.") if path.exists() else {}
 
 
 def number(value: Any) -> float | None:

@@ -28,6 +28,7 @@ from radlads_jax.reporting.page import (
 from radlads_jax.reporting.quality import evaluation, quality, samples
 from radlads_jax.reporting.run_log import RunLog, StageLog, number, ranges, read_run
 from radlads_jax.system import storage
+from radlads_jax.system.space import shown_bytes
 
 
 def write_report(
@@ -202,7 +203,7 @@ def spikes(stages: Sequence[StageLog]) -> str:
 def memory(run: RunLog) -> str:
     """The most memory that was taken by the end of every stage."""
     found = [(stage.name, number(run.stage_summary(stage.name).get("peak_bytes"))) for stage in run.stages]
-    rows = [[escape(name), f"{size / 1e9:.3g} GB"] for name, size in found if size]
+    rows = [[escape(name), shown_bytes(size)] for name, size in found if size]
     if not rows:
         return none("Measured when the run has finished.")
     said = "Of the first device, on a CPU of the process, from the run's start on."

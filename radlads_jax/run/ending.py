@@ -22,6 +22,7 @@ from radlads_jax.reporting.sections import write_report
 from radlads_jax.run import display, heldout
 from radlads_jax.run.job import Job
 from radlads_jax.system import hosts, storage
+from radlads_jax.system.json_files import read_json
 from radlads_jax.system.untrusted import brief
 
 # In summary.json, what comes after the scores and is not done yet. What an earlier version wrote has all of it.
@@ -94,7 +95,7 @@ def finished(job: Job) -> dict[str, Any] | None:
     path = job.workdir / "summary.json"
     if not path.exists() or not (job.workdir / "export").is_dir():
         return None
-    return json.loads(storage.read_text(path))
+    return read_json(path, "Remove the file: scores are measured again.")
 
 
 def go_on(job: Job, summary: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from pallas_kernels.chips import chip_of_kind
 from radlads_jax.reporting.metrics_file import FILE_NAME, read_metrics
 from radlads_jax.run.curves import Curves
 from radlads_jax.run.display import Bar, Lines
@@ -26,23 +27,6 @@ from radlads_jax.system.storage import Mirror, as_path
 SPIKE_NEEDS = 10
 # Between two sendings of all that was logged, where the work directory is in a bucket.
 SEND_SECONDS = 60.0
-
-# Dense bfloat16 FLOP/s of one jax device, from the makers' data sheets. A TPU7x chip is two devices.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
 
 
 class MetricsLogger:
@@ -199,15 +183,6 @@ def _finite(value: Any) -> Any:
     return value if math.isfinite(value) else None
 
 
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of one jax device of this kind; None where it is not known, as for a CPU."""
-    if device_kind.startswith("TPU"):
-        return PEAK_FLOPS.get(device_kind)
-    # A GPU's kind goes on with form factor and memory: "NVIDIA H100 80GB HBM3".
-    names = [name for name in PEAK_FLOPS if device_kind == name or device_kind.startswith((f"{name} ", f"{name}-"))]
-    return PEAK_FLOPS[max(names, key=len)] if names else None
-
-
 def peak_bytes() -> int:
     """The most memory taken so far: of the first device, or of this process where devices do not tell, as on a CPU."""
     told = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -219,10 +194,10 @@ def peak_bytes() -> int:
 
 def mfu(tokens_per_second: float, flops_per_token: float | None) -> float | None:
     """Model FLOPs utilization over all devices: tokens/s * FLOPs per token / (devices * peak); None where unknown."""
-    peak = peak_flops(jax.devices()[0].device_kind)
-    if peak is None or not flops_per_token:
+    chip = chip_of_kind(jax.devices()[0].device_kind)
+    if chip is None or not flops_per_token:
         return None
-    return tokens_per_second * flops_per_token / (peak * jax.device_count())
+    return tokens_per_second * flops_per_token / (chip.flops * jax.device_count())
 
 
 def _drop_lines_beyond(path: Path, stage: str, start: int) -> int:

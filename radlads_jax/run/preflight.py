@@ -5,10 +5,6 @@ All of it together costs seconds. Over several hosts every process takes part, a
 
 import dataclasses
 import math
-import os
-import re
-import shutil
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +28,7 @@ from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.job import Job
 from radlads_jax.run.tokens import described
 from radlads_jax.system import hosts
+from radlads_jax.system.space import free_bytes, shown_bytes
 from radlads_jax.system.untrusted import brief, listed
 
 # Random weights are at log(vocab) or above it, and so is a teacher that reads another tokenizer's ids; one that can say
@@ -97,15 +94,16 @@ def disk(job: Job) -> Finding:
         left += sum(_bytes(location.disk_shape, run.export.dtype) for location in tensors)
     free = free_bytes(job.workdir)
     if free is None:
-        return Finding("disk", f"at most {_gigabytes(left)} to write; how much a bucket has left is not known")
-    found = f"at most {_gigabytes(left)} of checkpoints and export to write, {_gigabytes(free)} free"
+        return Finding("disk", f"at most {shown_bytes(left)} to write; how much a bucket has left is not known")
+    found = f"at most {shown_bytes(left)} of checkpoints and export to write, {shown_bytes(free)} free"
     if left <= free:
         return Finding("disk", found)
     return Finding(
         "disk",
         found,
-        f"the run will write up to {_gigabytes(left)} below {job.workdir}, where {_gigabytes(free)} are free; expected "
-        "room for all of it. Free some, choose a --workdir on a larger disk, or lower config.train.keep_checkpoints.",
+        f"the run will write up to {shown_bytes(left)} below {job.workdir}, where {shown_bytes(free)} are free; "
+        "expected room for all of it. Free some, choose a --workdir on a larger disk, or lower "
+        "config.train.keep_checkpoints.",
     )
 
 
@@ -255,23 +253,9 @@ def _print(findings: list[Finding]) -> None:
         console.print(line, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-def free_bytes(directory: os.PathLike) -> int | None:
-    """Free space on the disk of a directory, which need not be there yet; None for a bucket."""
-    if re.match(r"\w+://", os.fspath(directory)):
-        return None
-    path = Path(directory).absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
 def _entries(directory: Any) -> list[Any]:
     return list(directory.iterdir()) if directory.exists() else []
 
 
 def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
     return math.prod(shape) * jnp.dtype(dtype).itemsize
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"

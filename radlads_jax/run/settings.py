@@ -1,9 +1,25 @@
 """A run's settings as its work directory keeps them."""
 
 import dataclasses
+import json
+import typing
+from typing import Any
 
-from radlads_jax.config import RunConfig
+from ml_collections import ConfigDict
+
+from radlads_jax import fields
+from radlads_jax.config import Data, RunConfig, Student, Teacher, defaults
 from radlads_jax.system import storage
+from radlads_jax.system.json_files import read_json
+
+# What may differ between a run and its continuation: none of it changes the result, but for the rounding of sums.
+_SAMPLES = ("sample_prompts", "sample_tokens")
+_FREE_OF_TRAIN = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "wandb_project", *_SAMPLES)
+_FREE_FIELDS = (*_FREE_OF_TRAIN, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "accumulate", "remat")
+# Where a run that knows what it depends on by contents may find the same elsewhere.
+_PATH_FIELDS = ("teacher.path", "teacher.revision", "data.path", "data.revision", "data.tokenizer")
+# What switches of the student were before they were true, false or none.
+_FORMER_SWITCHES = {"": None, "on": True, "off": False}
 
 
 def with_whole_paths(run: RunConfig) -> RunConfig:
@@ -14,3 +30,66 @@ def with_whole_paths(run: RunConfig) -> RunConfig:
         run.data, path=name_of_data(run.data.path), tokenizer=storage.whole_name_or_id(run.data.tokenizer)
     )
     return dataclasses.replace(run, teacher=teacher, data=data)
+
+
+def keep_begun_rules(workdir: storage.AnyPath, config: ConfigDict) -> None:
+    """Gives fields that follow others by a rule what DIR's run began with, whose version may have had another rule."""
+    begun = begun_settings(workdir)
+    for name, (group, field) in fields.following(config).items():
+        if name in begun:
+            group[field] = begun[name]
+
+
+def begun_settings(workdir: storage.AnyPath) -> dict[str, Any]:
+    """Every setting of DIR/config.json by its name, as this version writes them; empty where there is none."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return {}
+    settings = flat_settings(_with_whole_paths(read_json(path, "Restore it, or choose another --workdir.")))
+    for name, hint in typing.get_type_hints(Student).items():
+        setting = f"config.student.{name}"
+        if hint == bool | None and settings.get(setting) in ("", "on", "off"):
+            settings[setting] = _FORMER_SWITCHES[settings[setting]]
+    return settings
+
+
+def check_same_config(workdir: storage.AnyPath, config: dict) -> None:
+    """Raises ValueError where DIR belongs to a run with other settings; what it did not know yet had its default."""
+    begun = begun_settings(workdir)
+    if not begun:
+        return
+    known, asked = (flat_settings(json.loads(json.dumps(settings))) for settings in (defaults().to_dict(), config))
+    old, new = known | begun, known | asked
+    free = (*_FREE_FIELDS, *(_PATH_FIELDS if (workdir / "fingerprint.json").exists() else ()))
+    names = [n for n in sorted(old.keys() | new.keys()) if not n.endswith(tuple(f".{f}" for f in free))]
+    changed = [f"{n} was {old.get(n)!r} and is now {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
+    if changed:
+        raise ValueError(
+            f"{workdir} holds a run with other settings: {'; '.join(changed[:10])}. Repeat its settings to continue "
+            "it, or choose another --workdir."
+        )
+
+
+def _with_whole_paths(settings: dict) -> dict:
+    """Stored settings, whose paths an earlier version kept as they were typed."""
+    teacher, data = settings.get("teacher", {}), settings.get("data", {})
+    known = {name: data[name] for name in ("source", "path", "tokenizer") if name in data}
+    run = RunConfig(teacher=Teacher(teacher.get("path", "")), data=Data(**known))
+    whole = dataclasses.asdict(with_whole_paths(run))
+    changed = {"teacher": teacher | {"path": whole["teacher"]["path"]}} if "path" in teacher else {}
+    return settings | changed | ({"data": data | {name: whole["data"][name] for name in known}} if known else {})
+
+
+def remember_config(workdir: storage.AnyPath, config: dict) -> None:
+    """Writes DIR/config.json."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    storage.write_text(workdir / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def flat_settings(settings: dict, where: str = "config") -> dict[str, Any]:
+    """Every setting by its name, "config.stage1.lr"."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{where}.{key}"
+        flat |= flat_settings(value, name) if isinstance(value, dict) else {name: value}
+    return flat

@@ -80,7 +80,7 @@ def test_model_card_of_a_run():
     assert "# RAD-RWKV6 student of Qwen/Qwen2.5-0.5B-Instruct" in card
     assert "3, of which number 2 is softmax attention" in card
     # Two recurrent layers of 4 heads of 8 x 8 float32 and the last inputs in bfloat16; one softmax layer, 2 kv heads.
-    assert "2.125 KiB, whatever its length, and 64 bytes a token in softmax layers" in card
+    assert "2.18 kB, whatever its length, and 64 B a token in softmax layers" in card
     # The tokens that were read, which fill whole batches, not those that were asked for.
     assert "| stage2 | everything, KL to the teacher | 1,001 | 512 | 96 | 1e-05 to 1e-05, 1e-05 to 1e-05 |" in card
     assert "| teacher | 1.0000 | 62.50% | | |" in card and "| student | 1.2500 | 50.00% | 0.1250 | 75.00% |" in card

@@ -242,7 +242,9 @@ PROGRAM = """HloModule jit_f
 }
 
 %condition (p: (s32[], f32[8])) -> pred[] {
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
   %constant.1 = s32[]{:T(128)} constant(7)
+  ROOT %less = pred[]{:T(512)} compare(%i, %constant.1), direction=LT
 }
 
 ENTRY %main (p: f32[8]) -> f32[8] {

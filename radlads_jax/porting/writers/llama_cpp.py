@@ -1,11 +1,11 @@
 """llama.cpp's rwkv6qwen2: Hugging Face's directory of a RAD-RWKV6 student, which its converter reads."""
 
 from radlads_jax.models.config import SOFTMAX, ModelConfig
-from radlads_jax.porting.config_keys import read_json
 from radlads_jax.porting.hf_export import modelling_files
 from radlads_jax.porting.writers.fetching import planned_tensors
 from radlads_jax.porting.writers.huggingface import config_with_code
 from radlads_jax.porting.writers.writer import Writer
+from radlads_jax.system.json_files import read_json
 from radlads_jax.system.storage import AnyPath
 
 

@@ -2,7 +2,8 @@
 
 make demo
 python -m radlads_jax.launch --config configs/demo.py --workdir runs/demo_hybrid --config.student.attention_every=4
-python docs/picture.py "recurrent=runs/demo" "hybrid, one of four layers softmax=runs/demo_hybrid" --output docs/quality.svg
+python docs/picture.py "recurrent=runs/demo" "hybrid, one of four layers softmax=runs/demo_hybrid" \\
+    --output docs/quality.svg
 
 A line is stage 2's own loss: of batches that its steps had not learnt from yet, a mean of --window steps. A dot is the
 finished student on held-out text, after stage 3, whose loss is another. matplotlib comes with the extra `test`.
@@ -14,15 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
-from radlads_jax.reporting.charts import Point, short
+from radlads_jax.reporting.charts import Point, log_ticks, short
 from radlads_jax.reporting.run_log import RunLog, read_run
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402 (after the choice of what draws)
 
 # Each has a contrast of 3 at least with white and with a dark page; the text's is 4.
 COLORS = ("#2f81f7", "#d9730d", "#2da44e")
@@ -71,8 +69,10 @@ def draw(runs: dict[str, RunLog], window: int, path: Path) -> None:
     places = begins(first)
     axes.set_yscale("log")
     axes.set_xlim(0, places[""])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_yticks(log_ticks(*axes.get_ylim()))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     for stage in first.stages:
         axes.axvline(places[stage.name], color=TEXT, linewidth=0.6, alpha=0.6)
         title, place = STAGE_TITLES.get(stage.name, stage.name), (places[stage.name], 1)

@@ -14,11 +14,13 @@ A first try on a CPU, to RAD-RWKV6; few tokens want small batches:
 What one needs, each as --config.<name>=<value> (radlads_jax/config.py has them all):
 
     teacher.path             a Hugging Face directory or hub id: qwen2, qwen3, llama, or mistral without sliding window
-    student.mixer            rad_rwkv7 or rad_rwkv6
+    student.mixer            rad_rwkv7, rad_rwkv6, or gdn (Gated DeltaNet, exported as Qwen3.5)
     student.attention_layers layers that stay softmax attention, e.g. 3,7,11; none by default
+    student.attention_every  or every N-th layer: 4 keeps 3, 7, 11, ...
     data.source, data.path   text (a file or a directory of .txt; documents are parted by data.separator), jsonl or
                              parquet (data.text_field), hf (a dataset's directory or hub id; data.name, data.split,
-                             data.streaming), binidx (the prefix of .bin and .idx), synthetic
+                             data.streaming), binidx (the prefix of .bin and .idx, or what radlads_jax.prepare made
+                             of a text beforehand), synthetic
                              any of these paths, the teacher's and --workdir may be gs:// URLs (the extra gcs)
     stages                   once for each: --config.stages=stage1 --config.stages=stage2 --config.stages=stage3
     <stage>.tokens, .seq_len, .batch_size, .accumulate (parts of a batch, for memory), .lr and .mixer_lr,

@@ -74,6 +74,7 @@ class Student:
 class Data:
     """source: one of SOURCES; path: file, directory or hub id. tokenizer: a directory, "" = the teacher's.
 
+    name, split, revision: of a dataset on the hub; revision is a commit, branch or tag, "" its main branch.
     cross_document: the published behaviour, rows without boundaries. eval_rows: held-out rows at the data's end.
     max_tokens: stop tokenising there (0 = all of it, or what the recipe needs for a streamed source).
     documents, seed: how many the synthetic source makes, and which. separator: "\\n" is read as a new line.
@@ -85,6 +86,7 @@ class Data:
     path: str = ""
     name: str = ""
     split: str = "train"
+    revision: str = ""
     text_field: str = "text"
     streaming: bool = False
     tokenizer: str = ""

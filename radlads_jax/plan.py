@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from absl import app, flags
+from ml_collections import config_flags
 from rich.console import Console
 
 from radlads_jax import config as config_lib
@@ -81,4 +82,6 @@ def _parse_prices(texts: list[str]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    # Defined here: another module of this process may have a flag of that name.
+    config_flags.DEFINE_config_file("config", None, "The run's own, e.g. configs/qwen2_5_7b_rad_rwkv7.py.")
     app.run(lambda argv: sys.exit(main(argv)), flags_parser=parse_flags)

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import types
 
+import datasets
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from untrained import save_teacher
 
 from radlads_jax import config
 from radlads_jax import prepare as prepare_door
-from radlads_jax.data import prepare, synthetic
+from radlads_jax.data import prepare, sources, synthetic
 from radlads_jax.run import fingerprint, preflight, tokens
 from radlads_jax.run.job import Job, make_job
 from radlads_jax.run.settings import check_same_config, remember_config
@@ -160,6 +161,25 @@ def test_a_run_of_an_older_version_goes_on_with_its_tokens(place):
     append_text(place)
     with pytest.raises(ValueError, match=r"files b\.txt was"):
         job_of(place)
+
+
+def test_a_dataset_of_another_commit_on_the_hub_is_refused(place, monkeypatch):
+    shutil.rmtree(place / "run")
+    monkeypatch.setattr(sources, "_load_hf", lambda _: datasets.Dataset.from_dict({"text": TEXTS}))
+    hub = {"data__source": "hf", "data__path": "owner/set"}
+    for commit in (None, "c1", None, "c1"):
+        monkeypatch.setattr(sources, "_hub_commit", lambda source, commit=commit: source.revision or commit)
+        assert begin(place, **hub).token_file.num_documents == 40
+    monkeypatch.setattr(sources, "_hub_commit", lambda source: source.revision or "c2")
+    with pytest.raises(ValueError, match=r"commit was 'c1' and is 'c2'"):
+        job_of(place, **hub)
+    back = hub | {"data__revision": "c1"}
+    check_same_config(place / "run", chosen(place, **back).to_dict())
+    assert job_of(place, **back).token_file.num_documents == 40
+
+
+def test_without_the_hub_no_commit_is_known():
+    assert sources.fingerprint(sources.Source("owner/set", kind="hf"))["commit"] is None
 
 
 def test_a_given_token_file_is_told_by_contents(place):

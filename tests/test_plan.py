@@ -295,8 +295,19 @@ def test_a_plan_for_a_pod_that_is_not_there(tmp_path, topology, price):
 
 def launch_plan(topology: str, *arguments: str) -> dict:
     config = ["--config", "configs/qwen2_5_0_5b_rad_rwkv7.py", "--topology", topology, "--json"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "radlads_jax.plan", *config, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    done = command(*config, *arguments)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", "radlads_jax.plan", *arguments]
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+
+
+def test_the_command_reads_a_config_and_plans_it():
+    done = command("--config", "configs/demo.py", "--config.stages=stage2", "--topology", "h100:2", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert [stage["name"] for stage in plan["stages"]] == ["stage2"] and plan["chips"] == 2

@@ -12,8 +12,10 @@ from io import TextIOBase
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
+from huggingface_hub.errors import HfHubHTTPError
 
 from radlads_jax.data import synthetic
 from radlads_jax.data.files import SUFFIXES, check_kind, data_files, identities, left_out
@@ -26,6 +28,9 @@ READ_CHARACTERS = 1 << 20
 LINE_CHARACTERS = 1 << 26
 # Of a parquet file's, which may be of any length each.
 ROWS_AT_ONCE = 256
+_HUB_SECONDS = 20.0
+# A connection's errors are those of the HTTP client, which is another one from release to release of the hub's library.
+_CLIENT_ERRORS = HfHubHTTPError.__bases__
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0", "\\": "\\"}
 
 
@@ -41,6 +46,7 @@ class Source:
         separator: stands between documents in plain text; a file without it is one document.
         config: the hub dataset's configuration.
         split: the hub dataset's split.
+        revision: the hub dataset's commit, branch or tag; None for its main branch.
         streaming: read a hub dataset while it downloads, instead of downloading it first.
         seed: which synthetic language.
         num_documents: stop after so many; None takes all there are (the synthetic language has no end).
@@ -52,6 +58,7 @@ class Source:
     separator: str = "\n\n\n"
     config: str | None = None
     split: str = "train"
+    revision: str | None = None
     streaming: bool = False
     seed: int = synthetic.TRAIN_SEED
     num_documents: int | None = None
@@ -90,7 +97,8 @@ def documents(source: Source) -> Iterator[str]:
 def fingerprint(source: Source) -> dict[str, Any]:
     """What tells whether a source has changed, wherever it lies: the settings that matter, its files' contents.
 
-    files: every file's bytes and hash by its name in the directory. Of a dataset on the hub only the name is known.
+    files: every file's bytes and hash by its name in the directory. commit: of a dataset on the hub the commit that
+    its revision is now, None where the hub does not say.
     """
     source = resolve(source)
     described: dict[str, Any] = {"kind": source.kind, "num_documents": source.num_documents}
@@ -105,9 +113,17 @@ def fingerprint(source: Source) -> dict[str, Any]:
     if source.kind == "hf":
         described |= {"config": source.config, "split": source.split}
         if not place.is_dir():
-            return described | {"hub": source.path}
+            return described | {"hub": source.path, "commit": _hub_commit(source)}
     files = data_files(place) if source.kind == "hf" else _files(source)
     return described | {"files": identities(files, place if place.is_dir() else None)}
+
+
+def _hub_commit(source: Source) -> str | None:
+    try:
+        return huggingface_hub.HfApi().dataset_info(source.path, revision=source.revision, timeout=_HUB_SECONDS).sha
+    # Offline, gated or unknown: whether it can be read at all is said where it is read.
+    except (OSError, ValueError, *_CLIENT_ERRORS):
+        return None
 
 
 def files_left_out(source: Source) -> list[str]:
@@ -256,7 +272,13 @@ def _load_hf(source: Source) -> datasets.Dataset | datasets.IterableDataset:
         if is_saved(path):
             data = open_saved(path)
         else:
-            data = datasets.load_dataset(source.path, source.config, split=source.split, streaming=source.streaming)
+            data = datasets.load_dataset(
+                source.path,
+                source.config,
+                split=source.split,
+                revision=source.revision,
+                streaming=source.streaming,
+            )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -32,7 +32,8 @@ _TOLERANCE = 1e-2
 _ADVICE = {
     "teacher": "put the teacher's own files back (config.teacher.path)",
     "tokenizer": "put its own tokenizer back (config.data.tokenizer, or the teacher's)",
-    "data": "put the text back as it was (config.data.path), or take it away: the tokens in data/ are all that is read",
+    "data": "put the text back as it was (config.data.path; of a hub dataset set config.data.revision), or take "
+    "it away: the tokens in data/ are all that is read",
     "frozen": "go on with the versions of jax and radlads_jax that began it",
 }
 

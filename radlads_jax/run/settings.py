@@ -17,7 +17,7 @@ _SAMPLES = ("sample_prompts", "sample_tokens")
 _FREE_OF_TRAIN = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "wandb_project", *_SAMPLES)
 _FREE_FIELDS = (*_FREE_OF_TRAIN, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "accumulate", "remat")
 # Where a run that knows what it depends on by contents may find the same elsewhere.
-_PATH_FIELDS = ("teacher.path", "teacher.revision", "data.path", "data.tokenizer")
+_PATH_FIELDS = ("teacher.path", "teacher.revision", "data.path", "data.revision", "data.tokenizer")
 # What switches of the student were before they were true, false or none.
 _FORMER_SWITCHES = {"": None, "on": True, "off": False}
 

@@ -64,7 +64,12 @@ def _same_source(run: RunConfig, workdir: AnyPath, begun: dict[str, Any]) -> dic
         logging.warning("%s is not there; the run goes on with its tokens in %s", run.data.path, workdir / "data")
         return begun
     source = sources.fingerprint(sources.resolve(_source(run)))
-    fingerprint.require_same({k: begun[k] for k in ("source",) if k in begun}, {"source": source}, workdir)
+    if before := begun.get("source"):
+        # Where one of them could not ask the hub, only the name is compared.
+        if "hub" in before and "hub" in source and None in (before.get("commit"), source["commit"]):
+            commit = before.get("commit") or source["commit"]
+            before, source = ({**known, "commit": commit} for known in (before, source))
+        fingerprint.require_same({"source": before}, {"source": source}, workdir)
     return begun | {"source": source}
 
 
@@ -140,6 +145,7 @@ def _source(run: RunConfig) -> sources.Source:
         separator=sources.unescaped(data.separator),
         config=data.name or None,
         split=data.split,
+        revision=data.revision or None,
         streaming=data.streaming,
         seed=data.seed,
         num_documents=data.documents if data.source == "synthetic" else None,

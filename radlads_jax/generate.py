@@ -15,14 +15,14 @@ from radlads_jax.decoding.writer import Writer, console, print_now
 from radlads_jax.system import command, storage
 
 # Of a number of tokens, rows or a seed, for which a device has 32 bits.
-LARGEST = 2**30
+_LARGEST = 2**30
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """The command line."""
     put: Any = {"flag_values": values}
-    positive = put | {"lower_bound": 1, "upper_bound": LARGEST}
-    natural = put | {"lower_bound": 0, "upper_bound": LARGEST}
+    positive = put | {"lower_bound": 1, "upper_bound": _LARGEST}
+    natural = put | {"lower_bound": 0, "upper_bound": _LARGEST}
     flags.DEFINE_string("model", None, "A model's directory, a run's, or a hub id.", **put)
     flags.DEFINE_multi_string("prompt", [], "A text to continue; may be given several times.", **put)
     flags.DEFINE_string("prompts", None, "A file of them: a line each, or .jsonl with prompt or messages.", **put)

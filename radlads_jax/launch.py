@@ -31,7 +31,7 @@ _PREFLIGHT_ONLY = flags.DEFINE_bool("preflight_only", False, "Stop after the che
 flags.DEFINE_alias("preflight-only", "preflight_only")
 _FORCE = flags.DEFINE_bool("force", False, "Begin although one of these checks found a problem.")
 
-EXIT_STOPPED = 128
+_EXIT_STOPPED = 128
 
 
 def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
@@ -91,7 +91,7 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
             convert(job, teacher, begun)
     except Interrupted as stop:
         Console(stderr=True).print(str(stop), style="yellow", markup=False, emoji=False, soft_wrap=True)
-        return EXIT_STOPPED + stop.signum
+        return _EXIT_STOPPED + stop.signum
     except (ValueError, NotImplementedError, TooManyNonFinite, OSError) as error:
         return refuse(error)
     except storage.access_errors() as error:
@@ -99,7 +99,7 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
     return 0
 
 
-def join_hosts() -> None:
+def _join_hosts() -> None:
     """Joins the other hosts' processes, if the flags ask for it."""
     from radlads_jax.system import hosts
 
@@ -118,7 +118,7 @@ def command_line() -> NoReturn:
 
 def _begun(argv: list[str]) -> int:
     outlive_readers()
-    return main(argv, join_hosts)
+    return main(argv, _join_hosts)
 
 
 if __name__ == "__main__":

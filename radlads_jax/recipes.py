@@ -8,7 +8,7 @@ from radlads_jax.fields import follow
 PAPER_RATE = 1e-5
 # Tokens from which stage 2 has the paper's rate, which was chosen for 500M.
 PAPER_RATE_TOKENS = 50_000_000
-LARGEST_RATE = 1e-4
+_LARGEST_RATE = 1e-4
 
 
 def paper(teacher: str, mixer: str, arg: str | None = None, *, tensor: int = 1) -> ConfigDict:
@@ -42,7 +42,7 @@ def rate_for(tokens: int) -> float:
     tokens in HALO's sweep (arXiv 2601.22156, table 9; 3e-4 was worse than 1e-5), and what 135M took here at 0.1M
     tokens. Wider teachers take less: HALO's peaks are 5e-5 for 4B and 3e-5 for 8B.
     """
-    return min(LARGEST_RATE, PAPER_RATE * max(1.0, PAPER_RATE_TOKENS / max(tokens, 1)))
+    return min(_LARGEST_RATE, PAPER_RATE * max(1.0, PAPER_RATE_TOKENS / max(tokens, 1)))
 
 
 def let_rates_follow(stage: ConfigDict) -> None:

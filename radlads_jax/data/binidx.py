@@ -23,11 +23,11 @@ import numpy as np
 
 from radlads_jax.system.storage import AnyPath, as_path, children, local_copy, publish, staged
 
-MAGIC = b"MMIDIDX\x00\x00"
+_MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
-HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-SCAN_BLOCK = 1 << 22
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_SCAN_BLOCK = 1 << 22
 # After so many tokens what was written is made to outlive the machine.
 SAFE_TOKENS = 1 << 22
 
@@ -62,8 +62,8 @@ class TokenFile:
 
     def check_vocab(self, vocab_size: int) -> None:
         """Read every token once; ValueError unless all of them lie in [0, vocab_size)."""
-        for start in range(0, self.num_tokens, SCAN_BLOCK):
-            block = self.tokens[start : start + SCAN_BLOCK]
+        for start in range(0, self.num_tokens, _SCAN_BLOCK):
+            block = self.tokens[start : start + _SCAN_BLOCK]
             low, high = int(block.min()), int(block.max())
             if low < 0 or high >= vocab_size:
                 bad = low if low < 0 else high
@@ -125,37 +125,37 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
     """The arrays of an .idx file: element type of the .bin, sizes, byte offsets, document index."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        header = file.read(HEADER.size)
-    if header[: len(MAGIC)] != MAGIC:
+        header = file.read(_HEADER.size)
+    if header[: len(_MAGIC)] != _MAGIC:
         raise ValueError(
-            f"{path} begins with {header[: len(MAGIC)]!r}; expected {MAGIC!r}, the mark of a Megatron memory-mapped "
+            f"{path} begins with {header[: len(_MAGIC)]!r}; expected {_MAGIC!r}, the mark of a Megatron memory-mapped "
             "index; make the token file with a tool that writes the MMapIndexedDataset format."
         )
-    if len(header) < HEADER.size:
+    if len(header) < _HEADER.size:
         raise ValueError(
-            f"{path} has {size} bytes; expected at least {HEADER.size} for the header; the file is truncated: copy it "
+            f"{path} has {size} bytes; expected at least {_HEADER.size} for the header; the file is truncated: copy it "
             "again."
         )
-    _, version, code, sequences, documents = HEADER.unpack(header)
+    _, version, code, sequences, documents = _HEADER.unpack(header)
     if version != VERSION:
         raise ValueError(f"{path} has version {version}; expected {VERSION}, the only one there is; write it again.")
-    if code not in DTYPES:
+    if code not in _DTYPES:
         raise ValueError(
-            f"{path} has dtype code {code}; expected one of {sorted(DTYPES)} (integers of 1, 2, 4 or 8 bytes); token "
+            f"{path} has dtype code {code}; expected one of {sorted(_DTYPES)} (integers of 1, 2, 4 or 8 bytes); token "
             "ids must be whole numbers: write the file as uint16 or int32."
         )
-    expected = HEADER.size + 12 * sequences + 8 * documents
+    expected = _HEADER.size + 12 * sequences + 8 * documents
     if size != expected:
         raise ValueError(
             f"{path} has {size} bytes; expected {expected} for the {sequences} sequences and {documents} document "
             "boundaries that its header counts; the file is truncated or its counts are wrong: copy or write it again."
         )
     with path.open("rb") as file:
-        file.seek(HEADER.size)
+        file.seek(_HEADER.size)
         sizes = np.fromfile(file, "<i4", sequences)
         pointers = np.fromfile(file, "<i8", sequences)
         doc_idx = np.fromfile(file, "<i8", documents)
-    return np.dtype(DTYPES[code]), sizes, pointers, doc_idx
+    return np.dtype(_DTYPES[code]), sizes, pointers, doc_idx
 
 
 def _check_layout(path: Path, sizes: np.ndarray, pointers: np.ndarray, itemsize: int) -> None:
@@ -197,7 +197,7 @@ class TokenFileWriter:
         self._prefix = _prefix(prefix)
         self._vocab_size = vocab_size
         self._code = 8 if vocab_size < 65536 else 4
-        self._dtype = np.dtype(DTYPES[self._code])
+        self._dtype = np.dtype(_DTYPES[self._code])
         self._sizes = array("i")
         self.num_tokens = 0
 
@@ -278,7 +278,7 @@ class TokenFileWriter:
         documents = np.arange(len(sizes) + 1, dtype="<i8")
         index = staged(_with_suffix(self._prefix, ".idx"))
         with index.open("wb") as file:
-            file.write(HEADER.pack(MAGIC, VERSION, self._code, len(sizes), len(documents)))
+            file.write(_HEADER.pack(_MAGIC, VERSION, self._code, len(sizes), len(documents)))
             file.write(sizes.astype("<i4").tobytes())
             file.write((ends - sizes.astype(np.int64) * self._dtype.itemsize).astype("<i8").tobytes())
             file.write(documents.tobytes())

@@ -11,7 +11,7 @@ from radlads_jax.system.storage import AnyPath, files_below, in_bucket, read_ran
 
 SUFFIXES = {"text": (".txt",), "jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",), "binidx": (".bin", ".idx")}
 # Of files that hold data of some kind, read or not: a directory that has such beside what is read says so.
-KNOWN = re.compile(r"\.(txt|text|md|jsonl?|parquet|arrow|csv|tsv|bin|idx)(\.(gz|zst|bz2|xz|zip))?$", re.IGNORECASE)
+_KNOWN = re.compile(r"\.(txt|text|md|jsonl?|parquet|arrow|csv|tsv|bin|idx)(\.(gz|zst|bz2|xz|zip))?$", re.IGNORECASE)
 
 _HEAD_BYTES = 1 << 16
 _SAMPLE_BYTES = 1 << 16
@@ -57,7 +57,7 @@ def _is_hidden(parts: Sequence[str]) -> bool:
 def left_out(directory: AnyPath, read: Sequence[AnyPath]) -> list[str]:
     """The names of the data files in a directory that are not among those that are read."""
     chosen = set(read)
-    files = [file for file in data_files(directory) if file not in chosen and KNOWN.search(file.name)]
+    files = [file for file in data_files(directory) if file not in chosen and _KNOWN.search(file.name)]
     return [file.relative_to(directory).as_posix() for file in files]
 
 

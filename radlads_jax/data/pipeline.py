@@ -10,8 +10,8 @@ import numpy as np
 from radlads_jax.data.binidx import TokenFile
 from radlads_jax.data.packing import Batch, PackedRows, check_seq_len, eval_rows, train_rows
 
-ENDLESS = 1 << 48
-PREFETCHED_BATCHES = 8
+_ENDLESS = 1 << 48
+_PREFETCHED_BATCHES = 8
 
 
 def rows_available(token_file: TokenFile, seq_len: int, eval_tokens: int = 0) -> int:
@@ -66,13 +66,13 @@ def make_train_iterator(
         )
     if vocab_size is not None:
         token_file.check_vocab(vocab_size)
-    length = ENDLESS if num_epochs is None else len(rows) * num_epochs // batch_size
+    length = _ENDLESS if num_epochs is None else len(rows) * num_epochs // batch_size
     if not 0 <= start_step <= length:
         raise ValueError(
             f"got start_step={start_step}; expected 0 to {length}, the batches in {num_epochs} epochs; check the step."
         )
     batches = grain.MapDataset.source(_ShuffledBatches(rows, batch_size, seed, share, length))
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED_BATCHES)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
     iterator = iter(batches.to_iter_dataset(options))
     if start_step:
         iterator.set_state({"next_index": start_step})

@@ -25,9 +25,9 @@ from radlads_jax.system.untrusted import brief, listed
 
 READ_CHARACTERS = 1 << 20
 # Of a line of jsonl: a compressed file may hold one that has no end.
-LINE_CHARACTERS = 1 << 26
+_LINE_CHARACTERS = 1 << 26
 # Of a parquet file's, which may be of any length each.
-ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE = 256
 _HUB_SECONDS = 20.0
 # A connection's errors are those of the HTTP client, which is another one from release to release of the hub's library.
 _CLIENT_ERRORS = HfHubHTTPError.__bases__
@@ -67,9 +67,9 @@ class Source:
 def resolve(source: Source) -> Source:
     """The same source with its kind known and its path checked."""
     if source.kind != "auto":
-        if source.kind not in READERS and source.kind != "binidx":
+        if source.kind not in _READERS and source.kind != "binidx":
             raise ValueError(
-                f"got source kind {source.kind!r}; expected one of {', '.join(('auto', 'binidx', *READERS))}; change "
+                f"got source kind {source.kind!r}; expected one of {', '.join(('auto', 'binidx', *_READERS))}; change "
                 "kind."
             )
         return dataclasses.replace(source, path=source.path.removeprefix("hf:"))
@@ -90,7 +90,7 @@ def documents(source: Source) -> Iterator[str]:
             f"got the token file {source.path} as text; expected text to tokenise; open it with open_token_file, it "
             "holds tokens already."
         )
-    texts = (text for text in READERS[source.kind](source) if text.strip())
+    texts = (text for text in _READERS[source.kind](source) if text.strip())
     return itertools.islice(texts, source.num_documents)
 
 
@@ -212,7 +212,7 @@ def _read_jsonl(source: Source) -> Iterator[str]:
     for path in _files(source):
         try:
             with open_text(path, unpack=path.name.endswith(".gz")) as file:
-                for number, line in enumerate(iter(lambda: file.readline(LINE_CHARACTERS), ""), 1):
+                for number, line in enumerate(iter(lambda: file.readline(_LINE_CHARACTERS), ""), 1):
                     if line.strip():
                         yield _text_of(_parse(line, f"{path}, line {number}"), source, f"{path}, line {number}")
         except UnicodeDecodeError as error:
@@ -222,9 +222,9 @@ def _read_jsonl(source: Source) -> Iterator[str]:
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
-    if len(line) == LINE_CHARACTERS:
+    if len(line) == _LINE_CHARACTERS:
         raise ValueError(
-            f"{where} has {LINE_CHARACTERS} characters or more; expected a document a line; write it as several."
+            f"{where} has {_LINE_CHARACTERS} characters or more; expected a document a line; write it as several."
         )
     try:
         record = json.loads(line)
@@ -247,7 +247,7 @@ def _read_parquet(source: Source) -> Iterator[str]:
         try:
             with pyarrow.parquet.ParquetFile(path.open("rb") if in_bucket(path) else path) as file:
                 _check_column(file.schema_arrow.names, source, str(path))
-                for batch in file.iter_batches(ROWS_AT_ONCE, columns=[source.text_field]):
+                for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[source.text_field]):
                     for value in batch.column(0).to_pylist():
                         yield _text_of({source.text_field: value}, source, str(path))
         # pyarrow raises OSError for what it cannot decompress, and decodes the text only here.
@@ -326,7 +326,7 @@ def _not_utf8(path: AnyPath, error: UnicodeDecodeError) -> ValueError:
     return ValueError(f"{path} is no UTF-8 text ({error.reason}); expected UTF-8; convert it.")
 
 
-READERS: dict[str, Callable[[Source], Iterator[str]]] = {
+_READERS: dict[str, Callable[[Source], Iterator[str]]] = {
     "text": _read_text,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,

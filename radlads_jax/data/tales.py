@@ -7,19 +7,19 @@ from typing import Literal, NamedTuple
 
 from radlads_jax.data import words
 
-Kind = Literal["plain", "recall", "copy", "count"]
-PERSONAL = ("holding", "food", "home", "number")
+_Kind = Literal["plain", "recall", "copy", "count"]
+_PERSONAL = ("holding", "food", "home", "number")
 
 
 class Span(NamedTuple):
     """A piece of a document; every kind but "plain" follows with certainty from the text before it."""
 
     text: str
-    kind: Kind
+    kind: _Kind
 
 
 @dataclass(frozen=True)
-class Person:
+class _Person:
     """One of the cast, with the pronouns that agree with the name."""
 
     name: str
@@ -28,7 +28,7 @@ class Person:
 
 
 @dataclass(frozen=True)
-class Creature:
+class _Creature:
     """An animal or a group of them, called by the same words throughout a tale: "the small grey dogs"."""
 
     size: str
@@ -47,7 +47,7 @@ class Creature:
 
 
 @dataclass
-class Fact:
+class _Fact:
     """A name bound to a value: `about` is who or what, `value` what will be asked for."""
 
     topic: str
@@ -62,22 +62,22 @@ class Tale:
 
     rng: random.Random
     spans: list[Span] = field(default_factory=list)
-    people: list[Person] = field(default_factory=list)
-    creatures: list[Creature] = field(default_factory=list)
-    facts: list[Fact] = field(default_factory=list)
+    people: list[_Person] = field(default_factory=list)
+    creatures: list[_Creature] = field(default_factory=list)
+    facts: list[_Fact] = field(default_factory=list)
     asked: set[str] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)
-    last_asked: Fact | None = None
+    last_asked: _Fact | None = None
     length: int = 0
 
-    def say(self, text: str, certain: str = "", kind: Kind = "recall", end: str = "") -> None:
+    def say(self, text: str, certain: str = "", kind: _Kind = "recall", end: str = "") -> None:
         """Append text, then what follows from the text so far, then an ending."""
         for span in (Span(text, "plain"), Span(certain, kind), Span(end, "plain")):
             if span.text:
                 self.spans.append(span)
                 self.length += sum(span.text.count(mark) for mark in " .,:?")
 
-    def person(self) -> Person:
+    def person(self) -> _Person:
         """Anyone of the cast."""
         return self.rng.choice(self.people)
 
@@ -89,11 +89,11 @@ class Tale:
 def begin(rng: random.Random) -> Tale:
     """Draw the cast and write the opening line."""
     tale = Tale(rng)
-    pool = [Person(name, "he", "his") for name in words.HE_NAMES]
-    pool += [Person(name, "she", "her") for name in words.SHE_NAMES]
+    pool = [_Person(name, "he", "his") for name in words.HE_NAMES]
+    pool += [_Person(name, "she", "her") for name in words.SHE_NAMES]
     tale.people = rng.sample(pool, rng.choice((2, 3, 3, 4)))
     for size, noun in zip(rng.sample(words.SIZES, 2), rng.sample(list(words.CREATURES), 2), strict=True):
-        tale.creatures.append(Creature(size, rng.choice(words.COLOURS), noun, rng.random() < 0.4))
+        tale.creatures.append(_Creature(size, rng.choice(words.COLOURS), noun, rng.random() < 0.4))
     names = [person.name for person in tale.people]
     tale.say(f"This is a tale of {', '.join(names[:-1])} and {names[-1]}.")
     return tale
@@ -105,33 +105,33 @@ def begin(rng: random.Random) -> Tale:
 def tell(tale: Tale) -> None:
     """Bind a name to a new fact; at most one fact of a topic about the same name."""
     known = {(fact.topic, fact.about) for fact in tale.facts}
-    free = [person for person in tale.people if any((topic, person.name) not in known for topic in PERSONAL)]
+    free = [person for person in tale.people if any((topic, person.name) not in known for topic in _PERSONAL)]
     used = {word for fact in tale.facts for word in (fact.about, fact.value, fact.thing)}
     if not free or tale.rng.random() < 0.25:
         thing = tale.unused(words.OBJECTS, used)
-        fact = Fact("place", thing, _somewhere(tale))
+        fact = _Fact("place", thing, _somewhere(tale))
         tale.say(f" The {thing} is {fact.value}.")
         tale.facts.append(fact)
         return
     name = tale.rng.choice(free).name
-    topic = tale.rng.choice([topic for topic in PERSONAL if (topic, name) not in known])
+    topic = tale.rng.choice([topic for topic in _PERSONAL if (topic, name) not in known])
     if topic == "holding":
         thing = tale.unused(words.OBJECTS, used)
-        fact = Fact("holding", name, f"{tale.rng.choice(words.COLOURS)} {thing}", thing)
+        fact = _Fact("holding", name, f"{tale.rng.choice(words.COLOURS)} {thing}", thing)
         tale.say(f" {name} has a {fact.value}.")
     elif topic == "food":
-        fact = Fact("food", name, tale.unused(words.FOODS, used))
+        fact = _Fact("food", name, tale.unused(words.FOODS, used))
         tale.say(f" {name} likes {fact.value} best.")
     elif topic == "home":
-        fact = Fact("home", name, tale.unused(words.TOWNS, used))
+        fact = _Fact("home", name, tale.unused(words.TOWNS, used))
         tale.say(f" {name} lives in {fact.value}.")
     else:
-        fact = Fact("number", name, "".join(tale.rng.choices("0123456789", k=3)))
+        fact = _Fact("number", name, "".join(tale.rng.choices("0123456789", k=3)))
         tale.say(f" The number of {name} is {fact.value}.")
     tale.facts.append(fact)
 
 
-def ask(tale: Tale, fact: Fact | None = None) -> None:
+def ask(tale: Tale, fact: _Fact | None = None) -> None:
     """Ask for a fact and answer from memory, from either end of the binding."""
     fact = fact or tale.rng.choice([each for each in tale.facts if each is not tale.last_asked])
     tale.last_asked = fact
@@ -214,7 +214,7 @@ def scene(tale: Tale) -> None:
         _person_does(tale, tale.person())
 
 
-def _creature_does(tale: Tale, creature: Creature) -> None:
+def _creature_does(tale: Tale, creature: _Creature) -> None:
     tale.say(f" {creature.size}")
     if creature.noun in tale.seen:
         tale.say("", creature.tail)
@@ -236,7 +236,7 @@ def _creature_does(tale: Tale, creature: Creature) -> None:
         tale.say(f" {'They are' if creature.many else 'It is'} {tale.rng.choice(words.FEELINGS)}.")
 
 
-def _person_does(tale: Tale, person: Person) -> None:
+def _person_does(tale: Tale, person: _Person) -> None:
     where = _somewhere(tale) if tale.rng.random() < 0.5 else f"in the {tale.rng.choice(words.WEATHER)}"
     tale.say(f" {person.name} {words.singular_verb(tale.rng.choice(words.DEEDS))} {where}")
     if tale.rng.random() < 0.5:

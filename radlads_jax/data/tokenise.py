@@ -13,7 +13,7 @@ BATCH_CHARACTERS = 1 << 20
 PIECE_CHARACTERS = 1 << 18
 # What a piece shares with the next one, and how many tokens have to agree there: no token reaches so far.
 OVERLAP_CHARACTERS = 1 << 12
-AGREEING_TOKENS = 32
+_AGREEING_TOKENS = 32
 
 
 @runtime_checkable
@@ -135,7 +135,7 @@ def _join(left: _Piece, right: _Piece, begin: int, end: int) -> tuple[int, int] 
     shared_left, shared_right = (
         np.flatnonzero((piece.spans[:, 0] >= low) & (piece.spans[:, 1] <= high)) for piece in (left, right)
     )
-    if len(shared_left) != len(shared_right) or len(shared_left) < AGREEING_TOKENS:
+    if len(shared_left) != len(shared_right) or len(shared_left) < _AGREEING_TOKENS:
         return None
     same = np.array_equal(left.ids[shared_left], right.ids[shared_right])
     if not same or not np.array_equal(left.spans[shared_left], right.spans[shared_right]):

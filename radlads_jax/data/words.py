@@ -36,7 +36,7 @@ CREATURES = {
     "mouse": ("hide", "eat", "climb"),
     "bee": ("fly", "work", "sing"),
 }
-PLURALS = {"fox": "foxes", "mouse": "mice"}
+_PLURALS = {"fox": "foxes", "mouse": "mice"}
 DEEDS = ("walk", "work", "rest", "wait", "sing", "read")
 SEEING = ("see", "hear", "follow", "like")
 
@@ -51,7 +51,7 @@ LIST_WORDS = (*OBJECTS, *PLACES, *FOODS, *COLOURS)
 
 def plural(noun: str) -> str:
     """The plural of a creature."""
-    return PLURALS.get(noun, noun + "s")
+    return _PLURALS.get(noun, noun + "s")
 
 
 def singular_verb(verb: str) -> str:

@@ -18,10 +18,10 @@ from radlads_jax.models import ModelConfig, bind, init_state
 from radlads_jax.models.decoder import Params
 from radlads_jax.models.state import State, grows
 
-PIECES = (512, 64, 8)
+_PIECES = (512, 64, 8)
 # The most tokens that one call of the loop makes: a caller waits for them, and reads them from the device at once.
 BLOCK = 16
-CAPACITY_STEP = 256
+_CAPACITY_STEP = 256
 
 
 class Sequences(NamedTuple):
@@ -33,12 +33,12 @@ class Sequences(NamedTuple):
 
 def empty_sequences(cfg: ModelConfig, batch: int, capacity: int) -> Sequences:
     """Nothing read yet; softmax layers will hold at most `capacity` tokens, rounded up, and padding is among them."""
-    return Sequences(init_state(cfg, batch, rounded_capacity(cfg, capacity)), jnp.zeros((batch,), jnp.int32))
+    return Sequences(init_state(cfg, batch, _rounded_capacity(cfg, capacity)), jnp.zeros((batch,), jnp.int32))
 
 
-def rounded_capacity(cfg: ModelConfig, tokens: int) -> int:
+def _rounded_capacity(cfg: ModelConfig, tokens: int) -> int:
     """A cache size for that many tokens that lets similar lengths share a program; 1 where there is no cache."""
-    return -(-tokens // CAPACITY_STEP) * CAPACITY_STEP if grows(cfg) else 1
+    return -(-tokens // _CAPACITY_STEP) * _CAPACITY_STEP if grows(cfg) else 1
 
 
 def unrolled(cfg: ModelConfig) -> ModelConfig:
@@ -57,10 +57,10 @@ def left_padded(rows: list[list[int]]) -> Int[np.ndarray, "B T"]:
 
 
 def pieces(length: int) -> list[int]:
-    """The sizes in which all but the last 1 to PIECES[-1] of so many tokens are read."""
+    """The sizes in which all but the last 1 to _PIECES[-1] of so many tokens are read."""
     sizes = []
     left = length - 1
-    for size in PIECES:
+    for size in _PIECES:
         sizes += [size] * (left // size)
         left %= size
     return sizes
@@ -111,15 +111,15 @@ def decode(
     done: Bool[np.ndarray, " B"] | None = None,
     stop_ids: tuple[int, ...] = (),
 ) -> tuple[Int[np.ndarray, "B N"], Sequences]:
-    """Reads `unread`, 1 to PIECES[-1] tokens, and makes `steps` new ones, at most BLOCK, the last of which is unread.
+    """Reads `unread`, 1 to _PIECES[-1] tokens, and makes `steps` new ones, at most BLOCK, the last of which is unread.
 
     done: rows that make no more. A row is also done after one of stop_ids, and has -1 from then on; the loop ends with
     fewer than `steps` tokens when all are. keys: one a row, for sampling; a draw is a function of the row's key and of
     the number of its tokens so far.
     """
     batch, given = unread.shape
-    assert 1 <= given <= PIECES[-1] and 1 <= steps <= BLOCK
-    padded = np.pad(unread, ((0, 0), (0, PIECES[-1] - given)))
+    assert 1 <= given <= _PIECES[-1] and 1 <= steps <= BLOCK
+    padded = np.pad(unread, ((0, 0), (0, _PIECES[-1] - given)))
     keys = jax.random.split(jax.random.key(0), batch) if keys is None else keys
     done = np.zeros(batch, bool) if done is None else done
     out, made, sequences = _loop(
@@ -178,7 +178,7 @@ def compile_for(
 ) -> None:
     """Compiles what prompts of that many tokens need that is not compiled yet."""
     for size in dict.fromkeys(pieces(length)):
-        key = (cfg, batch, size, rounded_capacity(cfg, capacity))
+        key = (cfg, batch, size, _rounded_capacity(cfg, capacity))
         if key not in _compiled:
             _compiled.add(key)
             padding = jnp.full((batch, size), -1, jnp.int32)

@@ -4,25 +4,25 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 # What a decoder puts where bytes are no character, or not yet.
-UNFINISHED = "\ufffd"
+_UNFINISHED = "\ufffd"
 # So many of a prompt's last tokens are decoded before what follows it.
-CONTEXT_TOKENS = 8
+_CONTEXT_TOKENS = 8
 # Special tokens within stop strings are these while text is searched: private characters, which no vocabulary writes.
 _FIRST_MARK = 0x100000
 
 
-def context_of(tokenizer: Any, prompt: Sequence[int]) -> list[int]:
+def _context_of(tokenizer: Any, prompt: Sequence[int]) -> list[int]:
     """The last tokens of a prompt, which decide how the next one is written: with or without a space before it.
 
     Empty where the prompt ends, or all of it begins, within a character: what follows can not be told from that.
     """
-    count = CONTEXT_TOKENS
+    count = _CONTEXT_TOKENS
     while True:
         context = list(prompt[-count:])
         text = _decoded(tokenizer, context)
-        if text.endswith(UNFINISHED):
+        if text.endswith(_UNFINISHED):
             return []
-        if not text.startswith(UNFINISHED):
+        if not text.startswith(_UNFINISHED):
             return context
         if count >= len(prompt):
             return []
@@ -31,7 +31,7 @@ def context_of(tokenizer: Any, prompt: Sequence[int]) -> list[int]:
 
 def text_after(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
     """The text of tokens that follow a prompt, special ones included, as it stands behind the prompt's."""
-    context = context_of(tokenizer, prompt)
+    context = _context_of(tokenizer, prompt)
     known, whole = (tokenizer.decode(some, clean_up_tokenization_spaces=False) for some in (context, [*context, *ids]))
     return whole[len(known) :]
 
@@ -49,7 +49,7 @@ class TextStream:
         self._marks = _marks(tokenizer, stop)
         self._stop = (*stop, *(marked for text in stop if (marked := self._marked(text)) != text))
         self._unmark = str.maketrans(dict.fromkeys((mark for _, mark in self._marks.values()), ""))
-        self._ids = context_of(tokenizer, prompt)
+        self._ids = _context_of(tokenizer, prompt)
         # Tokens from `_start` on are decoded together, since a token's text may depend on the one before it;
         # the text of those before `_read` has been taken already.
         self._start, self._read = 0, len(self._ids)
@@ -75,7 +75,7 @@ class TextStream:
         known, now = (
             _decoded(self._tokenizer, ids) for ids in (self._ids[self._start : self._read], self._ids[self._start :])
         )
-        if len(now) <= len(known) or (now.endswith(UNFINISHED) and not is_last):
+        if len(now) <= len(known) or (now.endswith(_UNFINISHED) and not is_last):
             return ""
         self._start, self._read = self._read, len(self._ids)
         return now[len(known) :]

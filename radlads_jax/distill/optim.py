@@ -25,7 +25,7 @@ def make_optimizer(stage: StageConfig, optim: Optim) -> optax.GradientTransforma
 
 def _adam(optim: Optim) -> optax.GradientTransformation:
     adam = optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps)
-    return adam if optim.moment_dtype == "float32" else kept_in(adam, optim.moment_dtype)
+    return adam if optim.moment_dtype == "float32" else _kept_in(adam, optim.moment_dtype)
 
 
 def _adafactor(optim: Optim) -> list[optax.GradientTransformation]:
@@ -65,7 +65,7 @@ def _own_rank(path: tuple, x: Any) -> int:
     return x.ndim - ("stacks" in jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
 
 
-def kept_in(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+def _kept_in(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
     """`inner` with its state's floats in dtype between steps, float32 within them.
 
     A bfloat16 has steps of 0.4% to 0.8%: a moment is moved by what changes it by more than half of one, which with a
@@ -89,12 +89,12 @@ def kept_in(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTr
 def learning_rates(stage: StageConfig) -> dict[str, optax.Schedule]:
     """The schedule of every parameter group, "mixer" and "rest"."""
     return {
-        "mixer": quarter_cosine(stage, stage.mixer_lr, stage.mixer_lr_final),
-        "rest": quarter_cosine(stage, stage.lr, stage.lr_final),
+        "mixer": _quarter_cosine(stage, stage.mixer_lr, stage.mixer_lr_final),
+        "rest": _quarter_cosine(stage, stage.lr, stage.lr_final),
     }
 
 
-def quarter_cosine(stage: StageConfig, init: float, final: float) -> optax.Schedule:
+def _quarter_cosine(stage: StageConfig, init: float, final: float) -> optax.Schedule:
     """lr = final + (init - final) cos(pi/2 p), p from 0 to 1 between the recipe's fractions of the steps.
 
     Before, a linear warm-up from 1% to 100%; the decay begins no earlier than the warm-up's end. The published "cosine"

@@ -37,8 +37,8 @@ COMPILER_OPTIONS: dict[str, dict[str, str]] = {
     }
 }
 # Of those that a message names.
-NAMED_PATHS = 3
-BATCH_DTYPES = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "loss_mask": jnp.float32}
+_NAMED_PATHS = 3
+_BATCH_DTYPES = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "loss_mask": jnp.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def check_trainable(run: RunConfig, student: ModelConfig) -> None:
         if not any(_trains(run, student, name, path) for path in paths):
             raise ValueError(
                 f"{name} has nothing to train: of its {len(trains)} parameters config.{name}.freeze {frozen} leaves "
-                f"none; expected some. They are {', '.join(trains[:NAMED_PATHS]) or 'none without it either'}: freeze "
+                f"none; expected some. They are {', '.join(trains[:_NAMED_PATHS]) or 'none without it either'}: freeze "
                 "fewer, or leave the stage out of config.stages."
             )
 
@@ -101,7 +101,7 @@ def _nearest(pattern: str, paths: list[str]) -> list[str]:
         parts = ["/".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)]
         return max(difflib.SequenceMatcher(None, pattern, part).ratio() for part in parts)
 
-    return sorted(paths, key=likeness, reverse=True)[:NAMED_PATHS]
+    return sorted(paths, key=likeness, reverse=True)[:_NAMED_PATHS]
 
 
 def abstract_student(plan: StagePlan) -> tuple[Params, Params]:
@@ -184,5 +184,5 @@ def abstract_arguments(plan: StagePlan) -> tuple:
     assert plan.mesh is not None, "shardings are over a mesh"
     placed = sharding.rows_sharding(plan.mesh, plan.recipe.batch_size)
     shape = (plan.recipe.batch_size, plan.recipe.seq_len)
-    batch = {k: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for k, dtype in BATCH_DTYPES.items()}
+    batch = {k: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for k, dtype in _BATCH_DTYPES.items()}
     return state, frozen, weights, batch

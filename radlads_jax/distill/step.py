@@ -13,11 +13,11 @@ from radlads_jax.distill.train_state import TrainState
 from radlads_jax.models.decoder import Params
 from radlads_jax.models.tree import merge_params
 
-LossFn = Callable[[Params, Params | None, Batch], LossSums]
+_LossFn = Callable[[Params, Params | None, Batch], LossSums]
 
 
 def make_train_step(
-    loss_fn: LossFn,
+    loss_fn: _LossFn,
     optimizer: optax.GradientTransformation,
     *,
     accumulate: int = 1,

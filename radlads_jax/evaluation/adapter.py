@@ -14,9 +14,9 @@ from radlads_jax.decoding.sampling import Sampling
 from radlads_jax.evaluation.scoring import score_rows
 from radlads_jax.porting.hub import check_ids
 
-DEFAULT_NEW_TOKENS = 256
+_DEFAULT_NEW_TOKENS = 256
 # What a task may say of its generation, beside where it stops.
-SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p")
+_SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p")
 
 
 class RadladsLM(TemplateLM):
@@ -102,7 +102,7 @@ class RadladsLM(TemplateLM):
     def _generate(self, numbers: list[int], contexts: list[str], options: dict[str, Any]) -> dict[int, str]:
         until = options.get("until") or []
         stop = [s for s in ([until] if isinstance(until, str) else until) if s]
-        max_tokens = options.get("max_gen_toks") or DEFAULT_NEW_TOKENS
+        max_tokens = options.get("max_gen_toks") or _DEFAULT_NEW_TOKENS
         rows = {n: self.tok_encode(text) for n, text in zip(numbers, contexts, strict=True)}
         order = sorted(numbers, key=lambda n: -len(rows[n]))
         texts = dict.fromkeys(numbers, "")
@@ -120,7 +120,7 @@ class RadladsLM(TemplateLM):
 
 def _sampling(options: dict[str, Any]) -> Sampling:
     """What a task's generation_kwargs ask for; without do_sample or with temperature 0, the most likely tokens."""
-    known = {key: options[key] for key in SAMPLING_KEYS if options.get(key) is not None}
+    known = {key: options[key] for key in _SAMPLING_KEYS if options.get(key) is not None}
     temperature = float(known.get("temperature", 1.0 if known.get("do_sample") else 0.0))
     if not known.get("do_sample", temperature > 0) or temperature == 0:
         return Sampling()

@@ -9,7 +9,7 @@ from radlads_jax.models import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class PaperTask:
+class _PaperTask:
     """metric: as lm-eval names it. chance: the score of answers drawn by lot."""
 
     metric: str
@@ -17,13 +17,13 @@ class PaperTask:
 
 
 SUITE = {
-    "lambada_openai": PaperTask("acc", 0.0),
-    "mmlu": PaperTask("acc", 0.25),
-    "arc_challenge": PaperTask("acc_norm", 0.25),
-    "arc_easy": PaperTask("acc", 0.25),
-    "hellaswag": PaperTask("acc_norm", 0.25),
-    "piqa": PaperTask("acc", 0.5),
-    "winogrande": PaperTask("acc", 0.5),
+    "lambada_openai": _PaperTask("acc", 0.0),
+    "mmlu": _PaperTask("acc", 0.25),
+    "arc_challenge": _PaperTask("acc_norm", 0.25),
+    "arc_easy": _PaperTask("acc", 0.25),
+    "hellaswag": _PaperTask("acc_norm", 0.25),
+    "piqa": _PaperTask("acc", 0.5),
+    "winogrande": _PaperTask("acc", 0.5),
 }
 
 # (student's, teacher's) scores in the order of SUITE, by the student's mixer, width and number of layers.

@@ -18,20 +18,20 @@ from radlads_jax.system import storage
 DEFAULT_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 NEEDLES = 8
 # Bins of the loss by position, each twice as wide as the one before it.
-FIRST_BIN = 16
+_FIRST_BIN = 16
 
-FILLER = (
+_FILLER = (
     " The grass is green.",
     " The sky is blue.",
     " The sun is yellow.",
     " Here we go.",
     " There and back again.",
 )
-CITIES = (
+_CITIES = (
     *("London", "Paris", "Berlin", "Madrid", "Rome", "Vienna", "Athens", "Dublin"),
     *("Cairo", "Lagos", "Tokyo", "Delhi", "Lima", "Oslo", "Sydney", "Boston"),
 )
-WORDS = (
+_WORDS = (
     *("apple", "river", "stone", "cloud", "horse", "table", "music", "garden", "winter", "silver"),
     *("window", "forest", "letter", "bridge", "market", "candle", "island", "mirror", "summer", "shadow"),
     *("bottle", "flower", "engine", "planet", "basket", "carpet", "doctor", "finger", "hammer", "jacket"),
@@ -40,7 +40,7 @@ WORDS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
+class _Example:
     """A row of tokens, and where its answer begins."""
 
     ids: list[int]
@@ -63,13 +63,13 @@ class Text:
 
     def filler(self, length: int) -> list[int]:
         """So many tokens of text that says nothing."""
-        ids = self.ids("".join(FILLER))
+        ids = self.ids("".join(_FILLER))
         return (ids * (length // len(ids) + 1))[:length]
 
     def number(self) -> str:
         return str(self.rng.integers(10_000, 99_999))
 
-    def hidden_in(self, length: int, needles: Sequence[str], question: str, answer: str) -> Example:
+    def hidden_in(self, length: int, needles: Sequence[str], question: str, answer: str) -> _Example:
         """The needles at random places of filler, then the question and its answer; `length` tokens in all.
 
         Raises ValueError where they leave no room for any filler.
@@ -89,52 +89,52 @@ class Text:
             ids += filler[last:place] + part
             last = place
         ids += filler[last:] + end
-        return Example(ids + answer_ids, len(ids))
+        return _Example(ids + answer_ids, len(ids))
 
 
-def passkey(text: Text, length: int) -> Example:
+def passkey(text: Text, length: int) -> _Example:
     """One number hidden in `length` tokens."""
     number = text.number()
     needle = f" The pass key is {number}. Remember it. {number} is the pass key."
     return text.hidden_in(length, [needle], " What is the pass key? The pass key is", f" {number}")
 
 
-def multi_key(text: Text, length: int) -> Example:
+def multi_key(text: Text, length: int) -> _Example:
     """The number of one of NEEDLES cities, all hidden in `length` tokens."""
-    cities = text.rng.permutation(CITIES)[:NEEDLES].tolist()
+    cities = text.rng.permutation(_CITIES)[:NEEDLES].tolist()
     numbers = {city: text.number() for city in cities}
     needles = [f" The number of {city} is {number}." for city, number in numbers.items()]
     asked = cities[int(text.rng.integers(NEEDLES))]
     return text.hidden_in(length, needles, f" The number of {asked} is", f" {numbers[asked]}")
 
 
-def recall(text: Text, length: int) -> Example:
+def recall(text: Text, length: int) -> _Example:
     """A list of three words and a digit a line, as long as fits into `length` tokens; one is asked for again."""
     pairs: dict[str, int] = {}
     ids = text.beginning()
-    longest = max(len(text.ids(f" {word} {word} {word}: 0\n")) for word in WORDS)
+    longest = max(len(text.ids(f" {word} {word} {word}: 0\n")) for word in _WORDS)
     while not pairs or len(ids) + 2 * longest <= length:
-        key = " ".join(text.rng.choice(WORDS, 3))
+        key = " ".join(text.rng.choice(_WORDS, 3))
         if key not in pairs:
             pairs[key] = int(text.rng.integers(10))
             ids += text.ids(f" {key}: {pairs[key]}\n")
     asked = list(pairs)[int(text.rng.integers(len(pairs)))]
     ids += text.ids(f" {asked}:")
-    return Example(ids + text.ids(f" {pairs[asked]}"), len(ids))
+    return _Example(ids + text.ids(f" {pairs[asked]}"), len(ids))
 
 
-def copy(text: Text, length: int) -> Example:
+def copy(text: Text, length: int) -> _Example:
     """Random words in half of `length` tokens, then the same again, all of which is the answer."""
     begin = text.beginning()
     half: list[int] = []
     while len(half) < (length - len(begin)) // 2:
-        half += text.ids(f" {text.rng.choice(WORDS)}")
+        half += text.ids(f" {text.rng.choice(_WORDS)}")
     half = half[: (length - len(begin)) // 2]
     # Its first token could be anything.
-    return Example(begin + half + half, len(begin) + len(half) + 1)
+    return _Example(begin + half + half, len(begin) + len(half) + 1)
 
 
-PROBES: dict[str, Callable[[Text, int], Example]] = {
+PROBES: dict[str, Callable[[Text, int], _Example]] = {
     "passkey": passkey,
     "multi_key": multi_key,
     "recall": recall,
@@ -142,7 +142,7 @@ PROBES: dict[str, Callable[[Text, int], Example]] = {
 }
 
 
-def document(text: Text, length: int, file: storage.AnyPath | None) -> Example:
+def document(text: Text, length: int, file: storage.AnyPath | None) -> _Example:
     """`length` tokens of the file's text from a random place, or of made-up tales; scored from the first on.
 
     Raises ValueError for a file with less text than that.
@@ -152,7 +152,7 @@ def document(text: Text, length: int, file: storage.AnyPath | None) -> Example:
         ids: list[int] = []
         while len(ids) < length:
             ids += text.ids(synthetic.document(int(text.rng.integers(1 << 30)), 0) + "\n\n")
-        return Example((begin + ids)[:length], 1)
+        return _Example((begin + ids)[:length], 1)
     ids = text.ids(storage.read_text(file))
     if len(ids) < length:
         raise ValueError(
@@ -160,7 +160,7 @@ def document(text: Text, length: int, file: storage.AnyPath | None) -> Example:
             "--probe_text, or smaller --probe_lengths."
         )
     start = int(text.rng.integers(len(ids) - length + 1))
-    return Example((begin + ids[start : start + length])[:length], 1)
+    return _Example((begin + ids[start : start + length])[:length], 1)
 
 
 def run_probes(
@@ -197,14 +197,14 @@ def run_probes(
     return results
 
 
-def _scores(model: Model, examples: list[Example], batch_size: int):
+def _scores(model: Model, examples: list[_Example], batch_size: int):
     rows, starts = [example.ids for example in examples], [example.start for example in examples]
     return score_rows(model.cfg, model.params, rows, starts, min(batch_size, len(rows)))
 
 
 def _by_position(losses: np.ndarray) -> dict[str, list[float]]:
     """Means over bins that end at 16, 32, 64, ... tokens."""
-    ends = [FIRST_BIN]
+    ends = [_FIRST_BIN]
     while ends[-1] < len(losses):
         ends.append(2 * ends[-1])
     ends[-1] = min(ends[-1], len(losses))

@@ -16,12 +16,12 @@ from radlads_jax.models import ModelConfig, bind
 from radlads_jax.models.decoder import Params
 
 # Rows are read in pieces of this many tokens, shorter ones at one of the widths below it.
-PIECE = 512
-WIDTHS = (32, 64, 128, 256, PIECE)
+_PIECE = 512
+_WIDTHS = (32, 64, 128, 256, _PIECE)
 # Tokens whose logits are in memory at once.
-LOGIT_TOKENS = 256
+_LOGIT_TOKENS = 256
 # A batch of longer rows has fewer of them.
-FULL_BATCH_WIDTH = 1024
+_FULL_BATCH_WIDTH = 1024
 
 
 class Score(NamedTuple):
@@ -58,7 +58,7 @@ def score_rows(
         task = progress.add_task("", total=len(rows))
         while order:
             width = padded_width(len(rows[order[0]]) - 1)
-            size = min(batch_size, max(1, batch_size * FULL_BATCH_WIDTH // width))
+            size = min(batch_size, max(1, batch_size * _FULL_BATCH_WIDTH // width))
             batch, order = order[:size], order[size:]
             # An incomplete batch is filled up, since another number of rows is another program.
             filled = batch + [batch[-1]] * (size - len(batch))
@@ -70,7 +70,7 @@ def score_rows(
 
 def padded_width(length: int) -> int:
     """The width that rows of this many tokens are padded to."""
-    return next((width for width in WIDTHS if length <= width), -(-length // PIECE) * PIECE)
+    return next((width for width in _WIDTHS if length <= width), -(-length // _PIECE) * _PIECE)
 
 
 def _score_batch(
@@ -81,7 +81,7 @@ def _score_batch(
         padded[width + 1 - len(row) :] = row
     # The first column whose next token any row asks for.
     first = min(width + start - len(row) for row, start in zip(rows, starts, strict=True))
-    size = min(width, PIECE)
+    size = min(width, _PIECE)
     sequences = empty_sequences(cfg, len(rows), width)
     scored = []
     for begin in range(0, width, size):
@@ -118,8 +118,8 @@ def _score_piece(
         return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
 
     count = tokens.size
-    slices = -(-count // LOGIT_TOKENS)
-    missing = slices * min(LOGIT_TOKENS, count) - count
+    slices = -(-count // _LOGIT_TOKENS)
+    missing = slices * min(_LOGIT_TOKENS, count) - count
     flat = jnp.pad(hidden.reshape(count, -1), ((0, missing), (0, 0))).reshape(slices, -1, hidden.shape[-1])
     flat_targets = jnp.pad(targets.reshape(count), (0, missing)).reshape(slices, -1)
     found = jax.lax.map(score, (flat, flat_targets))

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from radlads_jax.models.config import ModelConfig, RopeScaling
 
 
-def inverse_frequencies(cfg: ModelConfig) -> Float[Array, " half"]:
+def _inverse_frequencies(cfg: ModelConfig) -> Float[Array, " half"]:
     """theta^(-2i/r) for i in [0, r/2) (r: the channels that are turned), scaled as cfg says; radians per position."""
     turned = cfg.rotary_size or cfg.head_dim
     exponents = jnp.arange(0, turned, 2, dtype=jnp.float32) / turned
@@ -33,7 +33,7 @@ def rope_tables(
     cfg: ModelConfig, positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
     """Cosines and sines of every position's angles, float32, with an axis for the heads."""
-    angles = positions[..., None, None].astype(jnp.float32) * inverse_frequencies(cfg)
+    angles = positions[..., None, None].astype(jnp.float32) * _inverse_frequencies(cfg)
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -9,7 +9,7 @@ from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.spec import Tensor, linear_tensors, low_rank_tensors
 
 _NORM = (("scale", "weight"), ("bias", "bias"))
-GATES = ("none", "full", "low_rank")
+_GATES = ("none", "full", "low_rank")
 # Torch files for transformers' remote code: they are copied into an export, and never imported here.
 _TORCH_FILES = Path(__file__).parent.parent / "hf"
 
@@ -37,8 +37,8 @@ class RwkvOptions:
                 "(how the size of the state is bounded). Turn one of them off: balance_state is the paper's default, "
                 "group_norm the older variant."
             )
-        if self.gate not in GATES:
-            raise ValueError(f"student.gate is {self.gate!r}; expected one of {', '.join(GATES)}.")
+        if self.gate not in _GATES:
+            raise ValueError(f"student.gate is {self.gate!r}; expected one of {', '.join(_GATES)}.")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name.startswith("rank_") and value < 1:

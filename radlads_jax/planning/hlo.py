@@ -28,7 +28,7 @@ _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 # Three ways to write groups: listed, as [groups, size], or as axes (or parts of axes) of a mesh.
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\]|mesh\[([^\]]*)\] ?\{([^}]*)\})")
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 # Instructions that move no bytes of their own: names for others' results, or the second half of a pair.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all")
 _HALVES = ("-done", "-update")
@@ -57,7 +57,7 @@ class Counts:
 
 
 @dataclasses.dataclass
-class Transfer:
+class _Transfer:
     """A collective: what it brings to a device, how often it runs, and whether other operations run beside it.
 
     beside: their cycles, where its start and its end are in the same computation.
@@ -73,7 +73,7 @@ class Transfer:
 def count(text: str) -> Counts:
     """The counts of a program's entry computation."""
     computations, entry = parse(text)
-    counts, transfers = Counts(), dict[str, Transfer]()
+    counts, transfers = Counts(), dict[str, _Transfer]()
     _run(computations, computations[entry], 1.0, counts, transfers, fused=False, hidden=False)
     for transfer in transfers.values():
         moved = transfer.times * transfer.received
@@ -89,7 +89,7 @@ def _run(
     body: Computation,
     times: float,
     counts: Counts,
-    transfers: dict[str, Transfer],
+    transfers: dict[str, _Transfer],
     *,
     fused: bool,
     hidden: bool,
@@ -105,11 +105,11 @@ def _run(
                 transfer.beside = now - begun[instruction.operands[0]]
         counts.flops += times * _flops(instruction, body)
         kind = instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
+        if kind in _COLLECTIVES:
             received = _received(instruction, body, kind)
             if kind == "all-reduce" and _is_scattered(instruction, body):
                 kind, received = "reduce-scatter", received / 2
-            transfer = Transfer(kind, received, times, hidden or instruction.opcode.endswith("-start"))
+            transfer = _Transfer(kind, received, times, hidden or instruction.opcode.endswith("-start"))
             _add_transfer(transfers, transfer, instruction)
         if not fused and instruction.opcode not in _FREE and not instruction.opcode.endswith(_HALVES):
             counts.hbm_bytes += times * _hbm_bytes(instruction, body, computations)
@@ -199,7 +199,7 @@ def _is_scattered(instruction: Instruction, body: Computation) -> bool:
     return bool(users) and all(other.opcode == "dynamic-slice" for other in users)
 
 
-def _add_transfer(transfers: dict[str, Transfer], new: Transfer, instruction: Instruction) -> None:
+def _add_transfer(transfers: dict[str, _Transfer], new: _Transfer, instruction: Instruction) -> None:
     """A TPU's collective beside other work is written in several fusions: its start, steps (in loops too), and end."""
     key = _channel_key(instruction) or f"alone {len(transfers)}"
     if key not in transfers:
@@ -221,7 +221,7 @@ def _begun_key(instruction: Instruction, body: Computation, computations: dict[s
     applied = [
         computations.get(name, {}) for role, names in called(instruction) if role == "to_apply" for name in names
     ]
-    inside = [i for computation in applied for i in computation.values() if i.opcode in COLLECTIVES]
+    inside = [i for computation in applied for i in computation.values() if i.opcode in _COLLECTIVES]
     return _channel_key(inside[0] if instruction.opcode == "call-start" and inside else instruction)
 
 

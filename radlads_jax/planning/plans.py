@@ -33,7 +33,7 @@ class Planner:
         results: Path | None = None,
     ):
         self.run, self.student, self.teacher, self.prices, self.results = run, student, teacher, prices, results
-        self.known = read_results(results)
+        self.known = _read_results(results)
 
     def stage(self, topology: str, name: str) -> dict[str, Any]:
         """One stage on one topology, priced; compiled unless that is known, or by arithmetic it can not fit."""
@@ -117,7 +117,7 @@ class Planner:
             self.known[key] = asked | compiled
             if self.results is not None:
                 # Another run's plan may have written to it since.
-                self.known = read_results(self.results) | self.known
+                self.known = _read_results(self.results) | self.known
                 _write_results(self.results, self.known)
         return {k: v for k, v in self.known[key].items() if k not in asked}
 
@@ -149,7 +149,7 @@ def topology_devices(topology: str) -> Any:
         ) from error
 
 
-def read_results(path: Path | None) -> dict[str, dict[str, Any]]:
+def _read_results(path: Path | None) -> dict[str, dict[str, Any]]:
     """What was compiled, by key; nothing without a file. Raises ValueError for a file that is none of results."""
     if path is None or not path.exists():
         return {}

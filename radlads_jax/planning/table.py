@@ -15,10 +15,10 @@ from radlads_jax import config as config_lib
 from radlads_jax.planning.planner import make_planner, prepare_environment
 from radlads_jax.planning.plans import totals
 
-CHIPS = ("v6e", "v5p", "v5e")
+_CHIPS = ("v6e", "v5p", "v5e")
 STAGES = ("stage1", "stage2", "stage2a", "stage3")
-RECIPES = (("stage1", "stage2", "stage3"), ("stage1", "stage2a"))
-COLUMNS = ("conversion", "chip", *STAGES, *(f"USD {', '.join(s[5:] for s in recipe)}" for recipe in RECIPES))
+_RECIPES = (("stage1", "stage2", "stage3"), ("stage1", "stage2a"))
+_COLUMNS = ("conversion", "chip", *STAGES, *(f"USD {', '.join(s[5:] for s in recipe)}" for recipe in _RECIPES))
 
 
 def read_config(path: Path) -> config_lib.RunConfig:
@@ -35,7 +35,7 @@ def read_config(path: Path) -> config_lib.RunConfig:
 def row(name: str, plan: dict[str, Any]) -> tuple[str, ...]:
     """One run on one chip, from `Planner.smallest`."""
     stages = {stage["name"]: stage for stage in plan["stages"]}
-    bills = [totals([stages[stage] for stage in recipe])["usd"] for recipe in RECIPES]
+    bills = [totals([stages[stage] for stage in recipe])["usd"] for recipe in _RECIPES]
     return (name, plan["chip"], *map(cell, stages.values()), *("" if usd is None else f"{usd:,.0f}" for usd in bills))
 
 
@@ -55,9 +55,9 @@ def main() -> None:
     prepare_environment()
     planners = {path.stem: make_planner(read_config(path), {}, args.results) for path in args.configs}
     # The chips outermost: what is compiled first is the cheapest.
-    rows = [row(name, planner.smallest(chip)) for chip in CHIPS for name, planner in planners.items()]
+    rows = [row(name, planner.smallest(chip)) for chip in _CHIPS for name, planner in planners.items()]
     rows.sort(key=lambda cells: list(planners).index(cells[0]))
-    print("\n".join(f"| {' | '.join(line)} |" for line in (COLUMNS, ("---",) * len(COLUMNS), *rows)))
+    print("\n".join(f"| {' | '.join(line)} |" for line in (_COLUMNS, ("---",) * len(_COLUMNS), *rows)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
     """
     keys = ConfigKeys(text_config(config))
     model_type = keys.text("model_type")
-    students = student_types()
+    students = _student_types()
     mixer = students.get(model_type)
     name = keys.text("teacher_model_type", "qwen2") if mixer else model_type
     if name not in FAMILIES:
@@ -47,7 +47,7 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
     return dataclasses.replace(student, tie_embeddings=model.tie_embeddings)
 
 
-def student_types() -> dict[str, MixerSpec]:
+def _student_types() -> dict[str, MixerSpec]:
     """The mixers whose students have a model_type of their own, by it."""
     return {spec.published.model_type: spec for spec in MIXERS.values() if spec.published is not None}
 

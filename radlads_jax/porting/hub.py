@@ -19,9 +19,9 @@ from radlads_jax.system.untrusted import brief, listed
 # No *.bin, *.pt or *.py: pickles and code are never fetched. All of the top folder alone: those below hold other
 # formats of the same weights (original/, onnx/) and earlier states of them (checkpoint-500/).
 SMALL_FILES = ("*.json", "tokenizer.model", "merges.txt", "vocab.*", "*.jinja")
-BELOW = "*/*"
+_BELOW = "*/*"
 # Mistral's own format, beside the one that is read.
-OTHER_WEIGHTS = "consolidated*.safetensors"
+_OTHER_WEIGHTS = "consolidated*.safetensors"
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
 _SETTINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -177,6 +177,6 @@ def _downloaded(model_id: str, revision: str | None, *, weights: bool = True) ->
 def _fetched(model_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
     return Path(
         huggingface_hub.snapshot_download(
-            model_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=[BELOW, OTHER_WEIGHTS]
+            model_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=[_BELOW, _OTHER_WEIGHTS]
         )
     )

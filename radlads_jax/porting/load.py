@@ -22,12 +22,12 @@ from radlads_jax.system.storage import as_path, in_bucket
 
 Params = dict[str, Any]
 # A parameter tree's shardings, one for all, or None for the default device.
-Shardings = dict[str, Any] | Sharding | None
+_Shardings = dict[str, Any] | Sharding | None
 _Array = TypeVar("_Array", np.ndarray, jax.Array)
 
 
 def load_params(
-    source_dir: str | os.PathLike, cfg: ModelConfig, *, dtype: str | None = None, shardings: Shardings = None
+    source_dir: str | os.PathLike, cfg: ModelConfig, *, dtype: str | None = None, shardings: _Shardings = None
 ) -> Params:
     """The parameters of a model directory, cast to dtype (default: cfg.param_dtype) and placed with their shardings.
 
@@ -50,7 +50,7 @@ def load_params(
     return nest(params)
 
 
-def _by_path(shardings: Shardings, shapes: dict[ParamPath, tuple[int, ...]]) -> dict[ParamPath, Sharding | None]:
+def _by_path(shardings: _Shardings, shapes: dict[ParamPath, tuple[int, ...]]) -> dict[ParamPath, Sharding | None]:
     if shardings is None or isinstance(shardings, Sharding):
         return dict.fromkeys(shapes, shardings)
     flat = flatten(shardings)
@@ -88,7 +88,7 @@ def _place(param: jax.Array, tensor: StoredTensor, location: Location, sharding:
         piece = jax.make_array_from_callback(host.shape, piece_sharding, lambda index: host[index])
     elif sharding is None or isinstance(sharding, SingleDeviceSharding):
         # A view of the file: it changes its layout on its way to the device, in one pass over the memory.
-        piece, layout = jax.device_put(to_ours(tensor.open(), layout), sharding), "same"
+        piece, layout = jax.device_put(_to_ours(tensor.open(), layout), sharding), "same"
     else:
         raise NotImplementedError(f"porting places parameters with NamedSharding, not {type(sharding).__name__}.")
     index = np.array(location.index, np.int32)
@@ -135,7 +135,7 @@ def _writer(sharding: Sharding | None) -> Callable[..., jax.Array]:
 
 
 def _written(param: jax.Array, piece: jax.Array, index: jax.Array, *, layout: Layout) -> jax.Array:
-    piece = to_ours(piece, layout).astype(param.dtype)
+    piece = _to_ours(piece, layout).astype(param.dtype)
     leading = param.ndim - piece.ndim
     starts = [index[axis] if axis < leading else 0 for axis in range(param.ndim)]
     # As integers, because XLA on CPU widens a whole bfloat16 array to update a part of it.
@@ -145,11 +145,11 @@ def _written(param: jax.Array, piece: jax.Array, index: jax.Array, *, layout: La
     return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(whole, part, starts), param.dtype)
 
 
-def to_ours(tensor: _Array, layout: Layout) -> _Array:
+def _to_ours(tensor: _Array, layout: Layout) -> _Array:
     """A tensor as it is on disk, in our layout."""
     return {"same": tensor, "transposed": tensor.T, "vector": tensor.reshape(-1)}[layout]
 
 
 def to_disk(tensor: jax.Array, layout: Layout) -> jax.Array:
-    """The inverse of `to_ours`."""
+    """The inverse of `_to_ours`."""
     return {"same": tensor, "transposed": tensor.T, "vector": tensor.reshape(1, 1, -1)}[layout]

@@ -38,7 +38,7 @@ DTYPES = {
 }
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 _MAX_HEADER_BYTES = 100_000_000  # The format's own limit.
 _MAX_DIMENSIONS = 64  # As in numpy.
@@ -95,7 +95,7 @@ def find_files(directory: AnyPath) -> AnyPath:
     """
     if not directory.is_dir():
         raise ValueError(f"{directory} is no directory; expected a Hugging Face model directory. Check the path.")
-    adapter = [name for name in ADAPTER_FILES if (directory / name).is_file()]
+    adapter = [name for name in _ADAPTER_FILES if (directory / name).is_file()]
     if adapter:
         raise ValueError(
             f"{directory} holds an adapter ({', '.join(adapter)}), which would be left out; expected whole weights. "

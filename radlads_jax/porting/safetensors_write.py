@@ -13,7 +13,7 @@ import numpy as np
 from radlads_jax.porting.safetensors_read import DTYPES, INDEX_FILE, SINGLE_FILE
 from radlads_jax.system.storage import AnyPath, write_text, writing
 
-Fetch = Callable[[], np.ndarray]
+_Fetch = Callable[[], np.ndarray]
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -25,7 +25,7 @@ class PlannedTensor:
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    fetch: Fetch
+    fetch: _Fetch
 
     @property
     def num_bytes(self) -> int:

@@ -14,7 +14,7 @@ from radlads_jax.system.storage import AnyPath, as_path, copy_file, local_direct
 from radlads_jax.system.untrusted import brief
 
 # Copied from the teacher's directory where they are there; nothing else is, in particular no code.
-TOKENIZER_FILES = (
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 # By this name AutoTokenizer takes tokenizer.json as it is; by a family's it puts the family's splitting rules in.
-CLASS_OF_THE_FILE = "PreTrainedTokenizerFast"
+_CLASS_OF_THE_FILE = "PreTrainedTokenizerFast"
 # What splitting rules and normalisers differ on: digits, spaces, marks, letters beyond ASCII, apostrophes, controls.
 SAMPLES = (
     "Hello world, it's 1234567890 o'clock; they'LL pay $3.50 (or 12%)!",
@@ -42,7 +42,7 @@ def write_tokenizer(source: AnyPath, target: AnyPath) -> None:
     Files of which no tokenizer can be read are copied as they are. Raises ValueError where AutoTokenizer, on what was
     written, gives other ids than `load_tokenizer` gives on the source.
     """
-    for name in TOKENIZER_FILES:
+    for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             copy_file(source / name, target / name)
     try:
@@ -60,7 +60,7 @@ def write_tokenizer(source: AnyPath, target: AnyPath) -> None:
         settings = named | {key: value for key, value in settings.items() if value is not None or key not in named}
     # The code that auto_map names is not copied.
     settings = {key: value for key, value in settings.items() if key != "auto_map"}
-    settings["tokenizer_class"] = CLASS_OF_THE_FILE
+    settings["tokenizer_class"] = _CLASS_OF_THE_FILE
     write_text(target / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     _check_ids(tokenizer, source, target)
 

@@ -8,15 +8,15 @@ from html import escape
 COLUMNS = 240
 HEAT_COLUMNS = 72
 HEAT_LEVELS = 20
-PLOT_HEIGHT = 190
+_PLOT_HEIGHT = 190
 # The inner drawing is stretched to the plot's width; its strokes are not.
-WIDTH = 1000
+_WIDTH = 1000
 # A curve that spans more than this factor gets a logarithmic axis.
-LOG_SPAN = 20
+_LOG_SPAN = 20
 
 Real = int | float
 Point = tuple[Real, Real | None]
-Column = tuple[Real, Real, Real, Real]  # x, mean, lowest, highest
+_Column = tuple[Real, Real, Real, Real]  # x, mean, lowest, highest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ def line_chart(
     format_y: Callable[[Real], str] | None = None,
     x_ticks: Sequence[tuple[Real, str]] | None = None,
     from_zero: bool = False,
-    height: int = PLOT_HEIGHT,
+    height: int = _PLOT_HEIGHT,
 ) -> str:
     """A figure of curves over one x axis that ends at x_end at least.
 
@@ -56,7 +56,7 @@ def line_chart(
     span = (last - first) or 1.0
 
     def at(x: Real, y: Real) -> str:
-        return f"{(x - first) / span * WIDTH:.1f} {axis.place(y) * height:.1f}"
+        return f"{(x - first) / span * _WIDTH:.1f} {axis.place(y) * height:.1f}"
 
     drawn = [_mark((x - first) / span, height) for x in marks]
     # The dashed curve comes last: where both are the same it lets the other be seen.
@@ -70,7 +70,7 @@ def line_chart(
     legend = [_key(f"c{curve.color}", curve.name) for curve, runs in columns if runs and len(curves) > 1]
     legend += [_key("mark", "not finite, skipped")] if marks else []
     note = f"{what} by {x_name}{', log scale' if axis.log else ''}"
-    body = _plot(title, height, "".join(grid), f"0 0 {WIDTH} {height}", "".join(drawn))
+    body = _plot(title, height, "".join(grid), f"0 0 {_WIDTH} {height}", "".join(drawn))
     return _figure(title, body, note=note, legend=legend)
 
 
@@ -111,13 +111,13 @@ def heat_map(title: str, rows: Sequence[tuple[str, Sequence[Point]]], *, what: s
 
 def heat_height(rows: int) -> int:
     """Of a heat map's plot, in pixels."""
-    return max(PLOT_HEIGHT, 4 * rows)
+    return max(_PLOT_HEIGHT, 4 * rows)
 
 
-def columns_of(points: Sequence[Point]) -> list[list[Column]]:
+def columns_of(points: Sequence[Point]) -> list[list[_Column]]:
     """The points as runs of at most COLUMNS columns in all; a run ends at a gap."""
     size = -(-len(points) // COLUMNS) or 1
-    runs: list[list[Column]] = [[]]
+    runs: list[list[_Column]] = [[]]
     for start in range(0, len(points), size):
         part = [(x, y) for x, y in points[start : start + size] if y is not None and math.isfinite(y)]
         if not part:
@@ -140,7 +140,7 @@ class _Axis:
     @classmethod
     def of(cls, lows: Sequence[Real], highs: Sequence[Real], from_zero: bool) -> "_Axis":
         low, high = (0.0 if from_zero else min(lows)), max(highs)
-        if low > 0 and high / low > LOG_SPAN:
+        if low > 0 and high / low > _LOG_SPAN:
             low, high = low / 1.15, high * 1.15
             return cls(low, high, True, tuple(log_ticks(low, high)))
         margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
@@ -203,19 +203,19 @@ def _row_title(y: int, label: str, row: dict[int, Real]) -> str:
     return f'<rect class="over" y="{y}" width="{HEAT_COLUMNS}" height="1"><title>{escape(text)}</title></rect>'
 
 
-def _line(run: Iterable[Column], at: Callable[[Real, Real], str], color: int) -> str:
+def _line(run: Iterable[_Column], at: Callable[[Real, Real], str], color: int) -> str:
     places = [at(x, mean) for x, mean, _, _ in run]
     # A lone point has no length; the round cap of a line of none draws it.
     return f'<path class="line c{color}" d="M{"L".join(places)}{"h0" if len(places) == 1 else ""}"/>'
 
 
-def _band(run: Sequence[Column], at: Callable[[Real, Real], str], color: int) -> str:
+def _band(run: Sequence[_Column], at: Callable[[Real, Real], str], color: int) -> str:
     edge = [at(x, high) for x, _, _, high in run] + [at(x, low) for x, _, low, _ in reversed(run)]
     return f'<path class="band c{color}" d="M{"L".join(edge)}z"/>'
 
 
 def _mark(share: Real, height: int) -> str:
-    return f'<path class="line mark" d="M{share * WIDTH:.1f} 0v{height}"/>'
+    return f'<path class="line mark" d="M{share * _WIDTH:.1f} 0v{height}"/>'
 
 
 def _y_tick(share: Real, text: str, height: int, *, line: bool = True) -> str:

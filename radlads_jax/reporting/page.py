@@ -8,13 +8,13 @@ from radlads_jax.reporting.charts import HEAT_LEVELS, Real, short
 from radlads_jax.reporting.run_log import number
 
 # The palest and the strongest colour of the heat map with those between, for a light and for a dark page.
-HEAT_LIGHT = ("#f6efe3", "#f5c27a", "#e5683f", "#a81f4b", "#450a3c")
-HEAT_DARK = ("#262a36", "#5b2a5e", "#b8385b", "#f08a4b", "#ffe9a8")
+_HEAT_LIGHT = ("#f6efe3", "#f5c27a", "#e5683f", "#a81f4b", "#450a3c")
+_HEAT_DARK = ("#262a36", "#5b2a5e", "#b8385b", "#f08a4b", "#ffe9a8")
 
 # Nothing but what is in the file is ever loaded, and no script runs, whatever text a run brings.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
-STYLE = """
+_STYLE = """
 :root{color-scheme:light dark;--page:#f7f7f5;--card:#fff;--text:#1d2127;--soft:#5d6570;--rule:#e2e3e0;--bar:#dfe3ea;
 --good:#16794c;--bad:#c0332b;--c1:#2a62c9;--c2:#c8641b;--c3:#158065;--c4:#8a45b5;%s}
 @media (prefers-color-scheme:dark){:root{--page:#14161b;--card:#1c1f26;--text:#e6e8ec;--soft:#9aa3af;--rule:#30353f;
@@ -98,25 +98,25 @@ def page(title: str, sections: Sequence[tuple[str, str, str]], head: str) -> str
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title>'
-        f"<style>{style_sheet()}</style></head><body><main><h1>{escape(title)}</h1>{head}<nav>{links}</nav>"
+        f"<style>{_style_sheet()}</style></head><body><main><h1>{escape(title)}</h1>{head}<nav>{links}</nav>"
         f"{bodies}</main></body></html>\n"
     )
 
 
-def style_sheet() -> str:
-    """STYLE with the heat map's colours: variables for both kinds of page, and a class for each level."""
+def _style_sheet() -> str:
+    """_STYLE with the heat map's colours: variables for both kinds of page, and a class for each level."""
     light, dark = (
-        "".join(f"--h{i}:{color};" for i, color in enumerate(ramp(anchors, HEAT_LEVELS)))
-        for anchors in (HEAT_LIGHT, HEAT_DARK)
+        "".join(f"--h{i}:{color};" for i, color in enumerate(_ramp(anchors, HEAT_LEVELS)))
+        for anchors in (_HEAT_LIGHT, _HEAT_DARK)
     )
     levels = "".join(f".h{i}{{fill:var(--h{i})}}" for i in range(HEAT_LEVELS))
-    return STYLE % (light, dark) + levels
+    return _STYLE % (light, dark) + levels
 
 
-def ramp(anchors: Sequence[str], count: int) -> list[str]:
+def _ramp(anchors: Sequence[str], count: int) -> list[str]:
     """`count` colours at equal distances along straight lines between the anchors."""
     corners = [[int(anchor[i : i + 2], 16) for i in (1, 3, 5)] for anchor in anchors]
     colors = []

@@ -8,9 +8,9 @@ from radlads_jax.reporting.charts import Curve, line_chart, short
 from radlads_jax.reporting.page import amount, charts, digits, none, percent, table
 from radlads_jax.reporting.run_log import RunLog, number
 
-SCORES = {"loss": "loss", "top1": "top-1", "kl": "KL", "agreement": "agreement"}
-ROLES = ("teacher", "student")
-COLORS = {"teacher": 2, "student": 1}
+_SCORES = {"loss": "loss", "top1": "top-1", "kl": "KL", "agreement": "agreement"}
+_ROLES = ("teacher", "student")
+_COLORS = {"teacher": 2, "student": 1}
 
 
 def quality(run: RunLog) -> str:
@@ -22,10 +22,10 @@ def quality(run: RunLog) -> str:
         values = run.summary.get(name) or {}
         if values:
             loss_like = {"loss", "kl"}
-            rows.append([name, *((digits if key in loss_like else percent)(values.get(key)) or "-" for key in SCORES)])
+            rows.append([name, *((digits if key in loss_like else percent)(values.get(key)) or "-" for key in _SCORES)])
     tokens = amount(number(run.summary.get("tokens"))) or "?"
     said = f"Means over {tokens} held-out tokens; KL and agreement (the same top-1) are with the teacher."
-    return table(["", *SCORES.values()], rows) + f'<p class="soft">{said}</p>'
+    return table(["", *_SCORES.values()], rows) + f'<p class="soft">{said}</p>'
 
 
 def samples(found: Sequence[dict[str, Any]]) -> str:
@@ -71,8 +71,8 @@ def _tasks(found: dict[str, Any], tasks: dict[str, Any]) -> str:
     for task, line in tasks.items():
         line = _dict(line)
         student, paper = _dict(line.get("student")), _dict(line.get("published"))
-        cells = [task, *(_score(line, role) for role in ROLES), percent(line.get("relative"))]
-        cells += [percent(paper.get(key)) for key in (*ROLES, "relative")] if published else []
+        cells = [task, *(_score(line, role) for role in _ROLES), percent(line.get("relative"))]
+        cells += [percent(paper.get(key)) for key in (*_ROLES, "relative")] if published else []
         cells += [percent(line.get("chance")), str(line.get("metric")), amount(number(student.get("documents")))]
         rows.append([escape(cell) or "-" for cell in cells])
     said = "Relative is (student - chance) / (teacher - chance)."
@@ -103,7 +103,7 @@ def _probe(name: str, probes: dict[str, Any]) -> str:
         result = _dict(_dict(results).get(name))
         place, what = ("positions", "loss") if "positions" in result else ("lengths", "accuracy")
         values = [number(value) for value in result.get(what) or ()]
-        curves.append(Curve(role, list(enumerate(values)), COLORS.get(role, 3)))
+        curves.append(Curve(role, list(enumerate(values)), _COLORS.get(role, 3)))
         ticks = [(i, f"{number(x) or 0:,.0f}") for i, x in enumerate(result.get(place) or ())]
     return line_chart(
         name.replace("_", " "),

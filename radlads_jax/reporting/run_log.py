@@ -14,11 +14,11 @@ from radlads_jax.system.json_files import read_json
 from radlads_jax.system.storage import AnyPath, as_path
 
 # A gap of so many times the usual is a pause of the run, not a slow step.
-PAUSE = 10
-PAUSE_SECONDS = 60.0
+_PAUSE = 10
+_PAUSE_SECONDS = 60.0
 # Lines that a run writes together are nearer to each other than this.
-TOGETHER_SECONDS = 0.005
-LOSSES_MEANT = 20
+_TOGETHER_SECONDS = 0.005
+_LOSSES_MEANT = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +83,11 @@ class StageLog:
         return [r["step"] for r in self.records if r.get("spike")]
 
     def loss_at(self, *, last: bool) -> float | None:
-        """The first finite loss, or the mean of the last LOSSES_MEANT."""
+        """The first finite loss, or the mean of the last _LOSSES_MEANT."""
         losses = [loss for r in self.records if (loss := number(r.get("loss"))) is not None]
         if not losses:
             return None
-        return statistics.fmean(losses[-LOSSES_MEANT:]) if last else losses[0]
+        return statistics.fmean(losses[-_LOSSES_MEANT:]) if last else losses[0]
 
     def paces(self) -> list[tuple[float, float, float]]:
         """(x, steps, seconds) between the moments when lines were written; pauses and compilation are left out.
@@ -95,7 +95,7 @@ class StageLog:
         A run writes the lines of some steps together, so only the first line of such a group tells a time.
         """
         marks = [(r["step"], t) for r in self.records if (t := number(r.get("time"))) is not None]
-        apart = max(TOGETHER_SECONDS, _usual_gap([t for _, t in marks], self.log_every) / 2)
+        apart = max(_TOGETHER_SECONDS, _usual_gap([t for _, t in marks], self.log_every) / 2)
         groups = marks[:1]
         for (_, before), (step, now) in itertools.pairwise(marks):
             if now - before >= apart:
@@ -110,7 +110,7 @@ class StageLog:
         return [
             (float(last * self.x_unit), float(steps), seconds)
             for last, steps, seconds in gaps
-            if seconds < PAUSE_SECONDS + PAUSE * usual * steps
+            if seconds < _PAUSE_SECONDS + _PAUSE * usual * steps
         ]
 
 

@@ -39,36 +39,36 @@ def write_report(
     usd_per_hour: price of the whole machine, for the cost. losses: what each stage's loss is, in words. Raises
     ValueError where there is no run.
     """
-    html = report_html(read_run(workdir), usd_per_hour, losses)
+    html = _report_html(read_run(workdir), usd_per_hour, losses)
     path = storage.as_path(workdir) / "report" / "index.html"
     path.parent.mkdir(exist_ok=True)
     storage.write_text(path, html)
     return path
 
 
-def report_html(run: RunLog, usd_per_hour: Real | None = None, losses: Mapping[str, str] | None = None) -> str:
+def _report_html(run: RunLog, usd_per_hour: Real | None = None, losses: Mapping[str, str] | None = None) -> str:
     """The page as text. Whatever comes from the run is escaped."""
-    teacher, student = names_of(run)
+    teacher, student = _names_of(run)
     title = f"{Path(teacher).name or 'A run from scratch'} to {student}" if teacher or student else run.workdir.name
     trained = [stage for stage in run.stages if stage.records]
     sections = [
         ("quality", "Student beside teacher", quality(run)),
         ("evaluation", "Evaluation", evaluation(run.evaluation)),
         ("samples", "Samples", samples(run.summary.get("samples") or [])),
-        ("stages", "Stages", stages_table(run)),
-        ("loss", "Loss", loss_charts(trained, losses or {})),
-        ("rates", "Learning rate", rate_charts(trained)),
+        ("stages", "Stages", _stages_table(run)),
+        ("loss", "Loss", _loss_charts(trained, losses or {})),
+        ("rates", "Learning rate", _rate_charts(trained)),
         ("alignment", "Alignment error by layer", alignment(run)),
-        ("gradient", "Gradient norm", one_chart_each(trained, "grad_norm", "norm before the clip")),
+        ("gradient", "Gradient norm", _one_chart_each(trained, "grad_norm", "norm before the clip")),
         ("throughput", "Throughput", throughput(trained)),
-        ("skipped", "Skipped steps and spikes", skipped(trained) + spikes(trained)),
+        ("skipped", "Skipped steps and spikes", skipped(trained) + _spikes(trained)),
         ("memory", "Memory and cost", memory(run) + cost(run, usd_per_hour)),
         ("recipe", "Recipe and data", recipe(run)),
     ]
     return page(title, sections, head(run))
 
 
-def names_of(run: RunLog) -> tuple[str, str]:
+def _names_of(run: RunLog) -> tuple[str, str]:
     """The teacher's path and the student's mixer as one says them."""
     teacher = str((run.config.get("teacher") or {}).get("path") or "")
     mixer = str((run.config.get("student") or {}).get("mixer") or "")
@@ -102,7 +102,7 @@ def _where(run: RunLog) -> str:
     return f"unfinished, at step {last.steps_done:,}{of} of {last.name}"
 
 
-def stages_table(run: RunLog) -> str:
+def _stages_table(run: RunLog) -> str:
     """How far every stage has come, and how fast."""
     rows = []
     for stage in run.stages:
@@ -118,7 +118,7 @@ def stages_table(run: RunLog) -> str:
     return table(columns, rows) + '<p class="soft">The last loss is the mean of 20 steps.</p>'
 
 
-def loss_charts(stages: Sequence[StageLog], losses: Mapping[str, str]) -> str:
+def _loss_charts(stages: Sequence[StageLog], losses: Mapping[str, str]) -> str:
     if not stages:
         return none("No step logged yet.")
     figures = []
@@ -129,7 +129,7 @@ def loss_charts(stages: Sequence[StageLog], losses: Mapping[str, str]) -> str:
     return charts(figures) + '<p class="soft">Many steps are drawn as their mean with their range as a shade.</p>'
 
 
-def rate_charts(stages: Sequence[StageLog]) -> str:
+def _rate_charts(stages: Sequence[StageLog]) -> str:
     figures = []
     for stage in stages:
         mixers, rest = stage.curve("lr_mixer"), stage.curve("lr_rest")
@@ -138,7 +138,7 @@ def rate_charts(stages: Sequence[StageLog]) -> str:
     return charts(figures) if figures else none("No step logged yet.")
 
 
-def one_chart_each(stages: Sequence[StageLog], key: str, what: str) -> str:
+def _one_chart_each(stages: Sequence[StageLog], key: str, what: str) -> str:
     """A chart of one metric for every stage that has it."""
     figures = [_chart(stage, [Curve(what, points)], what) for stage in stages if (points := stage.curve(key))]
     return charts(figures) if figures else none("Nothing logged.")
@@ -191,13 +191,13 @@ def skipped(stages: Sequence[StageLog]) -> str:
     return table(["stage", "skipped", "which"], rows) + f'<p class="soft">{said}</p>'
 
 
-def spikes(stages: Sequence[StageLog]) -> str:
+def _spikes(stages: Sequence[StageLog]) -> str:
     """The steps whose loss stood out."""
     rows = [[escape(stage.name), f"{len(steps):,}", ranges(steps)] for stage in stages if (steps := stage.spikes())]
     if not rows:
         return ""
     said = "Their loss lay far above those of the 20 steps before: six deviations, and a tenth of it."
-    return table(["stage", "spikes", "which"], rows) + f'<p class="soft">{said}</p>'
+    return table(["stage", "_spikes", "which"], rows) + f'<p class="soft">{said}</p>'
 
 
 def memory(run: RunLog) -> str:
@@ -223,7 +223,7 @@ def recipe(run: RunLog) -> str:
     """The settings one asks for first; all of them below, folded."""
     if not run.config:
         return none("The directory has no config.json.")
-    teacher, student = names_of(run)
+    teacher, student = _names_of(run)
     data, given = run.config.get("data") or {}, run.config.get("student") or {}
     chosen = dataclasses.asdict(Student())
     switches = {k: v for k, v in given.items() if v not in ("", [], None, chosen.get(k)) and k != "mixer"}

@@ -21,10 +21,10 @@ from radlads_jax.run.checkpoint_sums import DamagedCheckpoint, difference, shape
 from radlads_jax.system import hosts, literal_names, process_memory
 from radlads_jax.system.storage import as_path, children
 
-Tree = TypeVar("Tree")
-Result = TypeVar("Result")
+_Tree = TypeVar("_Tree")
+_Result = TypeVar("_Result")
 
-MAX_LISTED = 10
+_MAX_LISTED = 10
 
 
 class Checkpoints:
@@ -111,7 +111,7 @@ class Checkpoints:
             )
         return stored
 
-    def restore(self, step: int, abstract_state: Tree) -> tuple[Tree, dict[str, Any], dict[str, Any]]:
+    def restore(self, step: int, abstract_state: _Tree) -> tuple[_Tree, dict[str, Any], dict[str, Any]]:
         """Reads (state, data_state, meta).
 
         abstract_state: pytree of jax.ShapeDtypeStruct (or arrays), whose structure, dtypes and shardings the result
@@ -122,7 +122,7 @@ class Checkpoints:
         arrays, documents = self._read(step, _flatten(abstract_state), self.shapes(step))
         return _unflatten(abstract_state, arrays), documents["data"], documents["meta"]
 
-    def restore_params(self, step: int, abstract_params: Tree, *, name: str = "params") -> Tree:
+    def restore_params(self, step: int, abstract_params: _Tree, *, name: str = "params") -> _Tree:
         """Reads only the sub-tree `name` of a stored state; the optimizer's arrays are not touched.
 
         name: the path of the sub-tree, "/" between levels.
@@ -139,7 +139,7 @@ class Checkpoints:
         self._check_step(step)
         return self._restored(step, {"meta": ocp.args.JsonRestore()})["meta"]
 
-    def newest(self, read: Callable[[int], Result]) -> tuple[int, Result] | None:
+    def newest(self, read: Callable[[int], _Result]) -> tuple[int, _Result] | None:
         """The newest step whose checkpoint is whole, and what `read` got from it; None where there are none at all.
 
         Damaged ones on the way there are set aside. Raises ValueError where there are none but those.
@@ -227,11 +227,11 @@ class Checkpoints:
     ) -> tuple[dict[str, jax.Array], ocp.args.Composite]:
         differences = _differences(wanted, stored)
         if differences:
-            more = len(differences) - MAX_LISTED
+            more = len(differences) - _MAX_LISTED
             tail = f"; and {more} more" if more > 0 else ""
             raise ValueError(
                 f"the checkpoint of step {step} in {self.directory} does not fit what is to be restored: "
-                f"{'; '.join(differences[:MAX_LISTED])}{tail}. Use the config it was saved with, or a new directory."
+                f"{'; '.join(differences[:_MAX_LISTED])}{tail}. Use the config it was saved with, or a new directory."
             )
         # In the stored dtype, which the checksums are of; cast when they have been compared.
         targets = {path: _target(leaf, stored[path].dtype) for path, leaf in wanted.items()}
@@ -258,9 +258,9 @@ class Checkpoints:
             raise DamagedCheckpoint(step, self.directory, wrong)
         return restored
 
-    def _reading(self, step: int, read: Callable[[], Result]) -> Result:
+    def _reading(self, step: int, read: Callable[[], _Result]) -> _Result:
         """What `read` returns; DamagedCheckpoint in every process where one of them cannot read."""
-        result: Result | None = None
+        result: _Result | None = None
         caught: BaseException | None = None
         wrong: str | None = None
         try:
@@ -274,7 +274,7 @@ class Checkpoints:
             raise DamagedCheckpoint(
                 step, self.directory, wrong or "another process could not read its part"
             ) from caught
-        return cast(Result, result)
+        return cast(_Result, result)
 
     def _set_aside_before(self) -> list[str]:
         pattern = re.compile(re.escape(self.directory.name) + r"-\d+-damaged")
@@ -293,7 +293,7 @@ def _flatten(tree: Any) -> dict[str, Any]:
     return flat
 
 
-def _unflatten(like: Tree, flat: dict[str, jax.Array]) -> Tree:
+def _unflatten(like: _Tree, flat: dict[str, jax.Array]) -> _Tree:
     return jax.tree.unflatten(jax.tree.structure(like), [flat[path] for path in _flatten(like)])
 
 
@@ -302,7 +302,7 @@ def _check_savable(flat: dict[str, Any]) -> None:
     bad += [f"{path} (size 0)" for path, leaf in flat.items() if isinstance(leaf, jax.Array) and leaf.size == 0]
     if bad or not flat:
         raise ValueError(
-            f"a checkpoint holds non-empty jax arrays only; got {', '.join(bad[:MAX_LISTED]) or 'an empty state'}. "
+            f"a checkpoint holds non-empty jax arrays only; got {', '.join(bad[:_MAX_LISTED]) or 'an empty state'}. "
             "Convert scalars with jnp.asarray and leave empty arrays out of the state."
         )
 

@@ -14,10 +14,10 @@ from radlads_jax.system import storage
 from radlads_jax.system.storage import AnyPath
 
 # Beside Orbax's own files in a checkpoint's directory: {name: [bytes, CRC-32 or null]}.
-LIST = "files.json"
+_LIST = "files.json"
 # The storage has checksums of its own in files of arrays, and those may be of any size.
-LARGEST_SUMMED = 1 << 20
-MAX_REASON = 300
+_LARGEST_SUMMED = 1 << 20
+_MAX_REASON = 300
 # How tensorstore says that a file is not what it was: by these codes, or by none where it cannot be decoded.
 _STORAGE_ERROR = re.compile(r"(?:(?P<code>[A-Z]{2}[A-Z_]+): )?(?:Error (?:reading|opening|decoding)|Encountered error)")
 _DAMAGE_CODES = (None, "NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "FAILED_PRECONDITION")
@@ -27,7 +27,7 @@ def list_files(directory: AnyPath) -> None:
     """Writes the list of a whole checkpoint's files. Without one, as on a disk with no room, less damage is known."""
     files = {name: [size, _sum(directory / name, size)] for name, size in storage.sizes_below(directory).items()}
     with contextlib.suppress(*storage.access_errors()):
-        storage.write_text(directory / LIST, json.dumps(files))
+        storage.write_text(directory / _LIST, json.dumps(files))
 
 
 def damage(error: BaseException, directory: AnyPath) -> str | None:
@@ -60,7 +60,7 @@ def reason(error: BaseException) -> str:
         error = error.__cause__
     text = " ".join(f"{type(error).__name__}: {error}".split())
     # The storage's messages begin with what was tried and end with what the system said.
-    return text if len(text) <= MAX_REASON else f"{text[: MAX_REASON // 3]} ... {text[-2 * MAX_REASON // 3 :]}"
+    return text if len(text) <= _MAX_REASON else f"{text[: _MAX_REASON // 3]} ... {text[-2 * _MAX_REASON // 3 :]}"
 
 
 def is_of_the_system(error: BaseException) -> bool:
@@ -88,7 +88,7 @@ def _is_of_the_storage(error: BaseException) -> bool:
 
 def _read_list(directory: AnyPath) -> dict[str, list[int | None]] | None:
     try:
-        return json.loads(storage.read_text(directory / LIST))
+        return json.loads(storage.read_text(directory / _LIST))
     except (FileNotFoundError, ValueError):
         return None
 
@@ -107,6 +107,6 @@ def _changed(directory: AnyPath, listed: dict[str, list[int | None]]) -> str | N
 
 def _sum(path: AnyPath, size: int) -> int | None:
     """CRC-32 of a small file; None for a large one, and in a bucket, which has checksums of its own."""
-    if size > LARGEST_SUMMED or storage.in_bucket(path):
+    if size > _LARGEST_SUMMED or storage.in_bucket(path):
         return None
     return zlib.crc32(path.read_bytes())

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped, UInt32
 
 # Odd, so that a place along an axis is never lost: 2^32 over the golden ratio.
-PLACE = 0x9E3779B1
+_PLACE = 0x9E3779B1
 
 
 class DamagedCheckpoint(ValueError):
@@ -33,7 +33,7 @@ def array_sum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
     """sum_i mix(bits_i + place_i) mod 2^32. mix is a bijection, so that no change of a single element goes unseen."""
     bits = _words(x)
     axes = range(bits.ndim)
-    places = (jax.lax.broadcasted_iota(jnp.uint32, bits.shape, a) * jnp.uint32(PLACE ** (a + 1) % 2**32) for a in axes)
+    places = (jax.lax.broadcasted_iota(jnp.uint32, bits.shape, a) * jnp.uint32(_PLACE ** (a + 1) % 2**32) for a in axes)
     return jnp.sum(_mix(bits + sum(places, jnp.uint32(0))), dtype=jnp.uint32)
 
 

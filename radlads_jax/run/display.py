@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from radlads_jax.system import hosts
 
-PLAIN_LINE_SECONDS = 30.0
+_PLAIN_LINE_SECONDS = 30.0
 
 
 def say(text: str) -> None:
@@ -63,7 +63,7 @@ class Bar:
 
 
 class Lines:
-    """Plain lines for logs: the first report, the last step, and one every PLAIN_LINE_SECONDS between."""
+    """Plain lines for logs: the first report, the last step, and one every _PLAIN_LINE_SECONDS between."""
 
     def __init__(self, console: Console, stage: str, start: int, total: int):
         self.loss: float | None = None
@@ -75,7 +75,7 @@ class Lines:
     def move(self, step: int, tokens_per_second: float | None, utilization: float | None) -> None:
         left = self._timer.left(step)
         now = time.monotonic()
-        if self._printed is not None and step < self._total and now - self._printed < PLAIN_LINE_SECONDS:
+        if self._printed is not None and step < self._total and now - self._printed < _PLAIN_LINE_SECONDS:
             return
         self._printed = now
         self._print(step, _describe(self.loss, tokens_per_second, utilization, left))

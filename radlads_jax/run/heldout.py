@@ -28,7 +28,7 @@ from radlads_jax.system.untrusted import brief
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def batch_sums(
+def _batch_sums(
     student_cfg: ModelConfig, teacher_cfg: ModelConfig | None, student: Params, teacher: Params | None, batch: Batch
 ) -> dict[str, jax.Array]:
     """linear_stats' sums over the batch's tokens that have a next one in their segment, and "tokens", their number."""
@@ -68,7 +68,7 @@ def evaluate(
         placed = sharding.place_rows(mesh, batch, batch_size)
         on_device = {name: jnp.asarray(rows) for name, rows in placed.items()}
         with sharding.traced_over(mesh):
-            sums = jax.device_get(batch_sums(student_cfg, teacher_cfg, student, teacher, on_device))
+            sums = jax.device_get(_batch_sums(student_cfg, teacher_cfg, student, teacher, on_device))
         totals = {k: totals.get(k, 0.0) + float(v) for k, v in sums.items()}
     tokens = totals.pop("tokens")
     if tokens == 0:

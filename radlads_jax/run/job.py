@@ -29,7 +29,7 @@ from radlads_jax.run.tokens import Tokens, find_tokens
 from radlads_jax.system import hosts
 from radlads_jax.system.storage import AnyPath, as_path
 
-EVAL_SEQ_LEN = 512
+_EVAL_SEQ_LEN = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
         check_tokenizer(tokenizer, student)
         check_exportable(tokenizer_dir)
         tokens = find_tokens(run, workdir, tokenizer, student.vocab_size)
-    eval_tokens = run.data.eval_rows * (run.stage(run.stages[0]).seq_len if run.stages else EVAL_SEQ_LEN)
+    eval_tokens = run.data.eval_rows * (run.stage(run.stages[0]).seq_len if run.stages else _EVAL_SEQ_LEN)
     _check_rows(run, tokens.file, eval_tokens)
     depends = _depends(source, base_config, tokenizer, tokens)
     if not fingerprint.is_finished(workdir):

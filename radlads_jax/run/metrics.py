@@ -24,9 +24,9 @@ from radlads_jax.run.display import Bar, Lines
 from radlads_jax.run.wandb_curves import WandbCurves
 from radlads_jax.system.storage import Mirror, as_path
 
-SPIKE_NEEDS = 10
+_SPIKE_NEEDS = 10
 # Between two sendings of all that was logged, where the work directory is in a bucket.
-SEND_SECONDS = 60.0
+_SEND_SECONDS = 60.0
 
 
 class MetricsLogger:
@@ -127,7 +127,7 @@ class MetricsLogger:
         if utilization is not None:
             self._writer.add_scalar("mfu", utilization, step)
         self._writer.flush()
-        self._mirror.send(every=SEND_SECONDS)
+        self._mirror.send(every=_SEND_SECONDS)
         self._display.move(step, tokens_per_second, utilization)
 
     def close(self) -> None:
@@ -167,9 +167,9 @@ def is_spike(loss: float, before: Sequence[float]) -> bool:
 
     By more than six of their deviations (1.4826 times the median distance from the median, a normal distribution's
     deviation, but not moved by the spikes themselves) and by more than a tenth of their median; never with fewer than
-    SPIKE_NEEDS to compare with.
+    _SPIKE_NEEDS to compare with.
     """
-    if len(before) < SPIKE_NEEDS or not math.isfinite(loss):
+    if len(before) < _SPIKE_NEEDS or not math.isfinite(loss):
         return False
     middle = statistics.median(before)
     deviation = 1.4826 * statistics.median(abs(value - middle) for value in before)

@@ -34,13 +34,13 @@ def with_whole_paths(run: RunConfig) -> RunConfig:
 
 def keep_begun_rules(workdir: storage.AnyPath, config: ConfigDict) -> None:
     """Gives fields that follow others by a rule what DIR's run began with, whose version may have had another rule."""
-    begun = begun_settings(workdir)
+    begun = _begun_settings(workdir)
     for name, (group, field) in fields.following(config).items():
         if name in begun:
             group[field] = begun[name]
 
 
-def begun_settings(workdir: storage.AnyPath) -> dict[str, Any]:
+def _begun_settings(workdir: storage.AnyPath) -> dict[str, Any]:
     """Every setting of DIR/config.json by its name, as this version writes them; empty where there is none."""
     path = workdir / "config.json"
     if not path.exists():
@@ -55,7 +55,7 @@ def begun_settings(workdir: storage.AnyPath) -> dict[str, Any]:
 
 def check_same_config(workdir: storage.AnyPath, config: dict) -> None:
     """Raises ValueError where DIR belongs to a run with other settings; what it did not know yet had its default."""
-    begun = begun_settings(workdir)
+    begun = _begun_settings(workdir)
     if not begun:
         return
     known, asked = (flat_settings(json.loads(json.dumps(settings))) for settings in (defaults().to_dict(), config))

@@ -48,7 +48,7 @@ def find_tokens(run: RunConfig, workdir: AnyPath, tokenizer: Any, vocab_size: in
         around = framing(run, tokenizer)
         if begun:
             around = Framing(tuple(begun["beginning"]), around.eos_id, begun["special_tokens"])
-        file = tokenise(run, workdir / "data", tokenizer, vocab_size, around)
+        file = _tokenise(run, workdir / "data", tokenizer, vocab_size, around)
         begun = prepare.made_from(file) | begun
     elif not is_finished:
         file.check_vocab(vocab_size)
@@ -73,7 +73,7 @@ def _same_source(run: RunConfig, workdir: AnyPath, begun: dict[str, Any]) -> dic
     return begun | {"source": source}
 
 
-def tokenise(
+def _tokenise(
     run: RunConfig, directory: AnyPath, tokenizer: Any, vocab_size: int, around: Framing | None = None
 ) -> binidx.TokenFile:
     """Makes a run's token file in a directory, or finds it there. around: by default what the config says."""
@@ -111,7 +111,7 @@ def prepare_tokens(run: RunConfig, output: AnyPath) -> Tokens:
     tokenizer = load_tokenizer(directory)
     vocab_size = 1 + max(tokenizer.get_vocab().values())
     there = [name for name in children(output) if name.endswith(".idx")] if output.is_dir() else []
-    file = tokenise(run, output, tokenizer, vocab_size)
+    file = _tokenise(run, output, tokenizer, vocab_size)
     if there not in ([], [f"{file.prefix.name}.idx"]):
         raise ValueError(
             f"{output} holds {listed(there)} too, made of other text or by other settings; expected a directory of its "
@@ -166,10 +166,10 @@ def _given(run: RunConfig, tokenizer: Any, vocab_size: int) -> Tokens:
             "config.data.tokenizer and config.data.bos as they were then."
         )
     file.check_vocab(vocab_size)
-    return Tokens(file, said, wanted.beginning if said or begins_with(file, wanted.beginning) else ())
+    return Tokens(file, said, wanted.beginning if said or _begins_with(file, wanted.beginning) else ())
 
 
-def begins_with(file: binidx.TokenFile, beginning: tuple[int, ...]) -> bool:
+def _begins_with(file: binidx.TokenFile, beginning: tuple[int, ...]) -> bool:
     """Whether the first documents of a token file, those that are not empty, all begin so."""
     first = (file.document(i)[: len(beginning)] for i in range(min(file.num_documents, _LOOKED_AT)))
     return all(tuple(ids.tolist()) == beginning for ids in first if len(ids))

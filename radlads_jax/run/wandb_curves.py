@@ -13,7 +13,7 @@ from typing import Any
 from radlads_jax.system.storage import AnyPath, as_path, in_bucket, read_text, write_text
 
 # The run's id, and on a line below it what tells the directory from a copy of it, and what the run must have.
-FILE_NAME = "wandb_id"
+_FILE_NAME = "wandb_id"
 
 
 class WandbCurves:
@@ -61,7 +61,7 @@ class WandbCurves:
 
     def _remember(self) -> None:
         known = {"directory": _identity(self._directory), "logged": self._logged}
-        write_text(self._directory / FILE_NAME, f"{self._run.id}\n{json.dumps(known)}\n")
+        write_text(self._directory / _FILE_NAME, f"{self._run.id}\n{json.dumps(known)}\n")
 
     def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """Scalars of one step, unless the run has them; lists and what is not finite are left out."""
@@ -84,7 +84,7 @@ def _known_run(directory: AnyPath) -> tuple[str | None, dict[str, int]]:
     (None, {}) where there is none, or it is that of the directory of which this one is a copy: both would log steps of
     the same numbers to one run.
     """
-    file = directory / FILE_NAME
+    file = directory / _FILE_NAME
     if not file.exists():
         return None, {}
     identity, _, rest = read_text(file).partition("\n")

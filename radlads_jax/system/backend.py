@@ -7,7 +7,7 @@ import jax
 from absl import logging
 
 # Programs here say themselves what is computed in which precision; under other rules than jax's own they do not trace.
-OWN_RULES = {"jax_enable_x64": False, "jax_numpy_dtype_promotion": "standard", "jax_numpy_rank_promotion": "allow"}
+_OWN_RULES = {"jax_enable_x64": False, "jax_numpy_dtype_promotion": "standard", "jax_numpy_rank_promotion": "allow"}
 
 
 @functools.cache
@@ -17,7 +17,7 @@ def require() -> None:
     Raises ValueError where jax has none of the devices that JAX_PLATFORMS asks for. It is the first use of a device:
     where several processes join, they do so before.
     """
-    for option, rule in OWN_RULES.items():
+    for option, rule in _OWN_RULES.items():
         if getattr(jax.config, option) != rule:
             logging.warning("%s is not heeded: this program chooses its dtypes itself", option.upper())
             jax.config.update(option, rule)

@@ -30,11 +30,11 @@ def run(define: Callable[[flags.FlagValues], None], main: Callable[[flags.FlagVa
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     define(flags.FLAGS)
-    app.run(lambda _: sys.exit(guarded(main, flags.FLAGS)), flags_parser=parsed)
+    app.run(lambda _: sys.exit(guarded(main, flags.FLAGS)), flags_parser=_parsed)
     raise AssertionError("app.run does not return")
 
 
-def parsed(argv: list[str]) -> list[str]:
+def _parsed(argv: list[str]) -> list[str]:
     """absl's reading of the command line; arguments that are no flags are refused."""
     try:
         rest = flags.FLAGS(argv)[1:]

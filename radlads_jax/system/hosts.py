@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 # A Slurm job's port: above those that Linux hands out, and another for every job that shares a host.
 FIRST_PORT, PORTS = 61440, 4096
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "radlads-jax")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "radlads-jax")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_NTASKS", "SLURM_PROCID")
 
 
@@ -88,7 +88,7 @@ def require_same(settings: Mapping[str, Any]) -> None:
     """Raises ValueError, in every process, where one was started with other settings or other packages."""
     if jax.process_count() == 1:
         return
-    packages = {f"version of {name}": importlib.metadata.version(name) for name in PACKAGES}
+    packages = {f"version of {name}": importlib.metadata.version(name) for name in _PACKAGES}
     mine = json.dumps({**packages, **settings}, sort_keys=True).encode()
     width = agreed(len(mine))
     padded = np.frombuffer(mine.ljust(width), np.uint8)

@@ -1,6 +1,6 @@
 """Keeps a process from growing with every checkpoint.
 
-What tensorstore makes for Python out of its JSON has one reference too many in VERSIONS, and stays for as long as the
+What tensorstore makes for Python out of its JSON has one reference too many in _VERSIONS, and stays for as long as the
 process lives. Orbax asks for such values in two places.
 
 glibc gives threads heaps of their own, up to eight for a core. What a checkpoint's threads take from one and free is
@@ -19,7 +19,7 @@ import tensorstore
 
 HEAPS = 4
 # The first and the last in which it was measured. tests/test_process_memory.py tells whether a later one needs it.
-VERSIONS = ((0, 1, 76), (0, 1, 86))
+_VERSIONS = ((0, 1, 76), (0, 1, 86))
 _M_ARENA_MAX = -8
 
 
@@ -37,7 +37,7 @@ def install() -> None:
 
 def needed(version: str) -> bool:
     """Whether this tensorstore is one of those that keep too many references."""
-    first, last = VERSIONS
+    first, last = _VERSIONS
     return first <= tuple(int(part) for part in re.findall(r"\d+", version)[:3]) <= last
 
 

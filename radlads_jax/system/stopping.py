@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SHOW_CURSOR = "\x1b[?25h"
+_SHOW_CURSOR = "\x1b[?25h"
 
 
 def leave_on_signals() -> None:
@@ -121,7 +121,7 @@ def _watch(reader: int, leave: tuple[int, ...]) -> None:
 
 
 def _leave(signum: int) -> None:
-    cursor = SHOW_CURSOR if sys.stderr.isatty() else ""
+    cursor = _SHOW_CURSOR if sys.stderr.isatty() else ""
     name = signal.Signals(signum).name
     # Nobody may be left to read it.
     with contextlib.suppress(OSError):

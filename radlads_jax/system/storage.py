@@ -32,8 +32,8 @@ AnyPath: TypeAlias = Path | epath.Path
 
 # A request's overhead is small beside either, and so is what a host has in memory twice.
 DOWNLOAD_BYTES, UPLOAD_BYTES = 1 << 24, 1 << 26
-REQUESTS_AT_ONCE = 32
-ROLES = "roles/storage.objectAdmin and roles/storage.legacyBucketReader"
+_REQUESTS_AT_ONCE = 32
+_ROLES = "roles/storage.objectAdmin and roles/storage.legacyBucketReader"
 
 
 def as_path(where: str | os.PathLike) -> AnyPath:
@@ -105,7 +105,7 @@ def require_writable(directory: AnyPath) -> None:
     except access_errors() as error:
         raise ValueError(
             f"{directory} cannot be written ({_said(error)}); expected a bucket in which this account may make, "
-            f"read, list and remove objects, and which it may look up. Give it {ROLES} on the bucket, or choose "
+            f"read, list and remove objects, and which it may look up. Give it {_ROLES} on the bucket, or choose "
             "another directory."
         ) from error
 
@@ -136,8 +136,8 @@ def _require_bucket(bucket: str) -> None:
     except access_errors() as error:
         raise ValueError(
             f"the bucket gs://{bucket} cannot be read ({_said(error)}); expected this "
-            f"account to have {ROLES} on it (to read alone: roles/storage.objectViewer). Grant them, or log in: gcloud "
-            "auth application-default login."
+            f"account to have {_ROLES} on it (to read alone: roles/storage.objectViewer). Grant them, or log in: "
+            "gcloud auth application-default login."
         ) from error
 
 
@@ -265,7 +265,7 @@ def read_ranges(path: AnyPath, ranges: Sequence[tuple[int, int]]) -> list[bytes 
     ]
     _, begins, ends = zip(*pieces, strict=True) if pieces else ((), (), ())
     fetched = _filesystem().cat_ranges(
-        [str(path)] * len(pieces), list(begins), list(ends), batch_size=REQUESTS_AT_ONCE, on_error="raise"
+        [str(path)] * len(pieces), list(begins), list(ends), batch_size=_REQUESTS_AT_ONCE, on_error="raise"
     )
     parts: list[list[bytes]] = [[] for _ in ranges]
     for (number, begin, end), data in zip(pieces, fetched, strict=True):
@@ -290,7 +290,7 @@ def _read_range(file: IO[bytes], start: int, stop: int) -> memoryview:
     return data.data
 
 
-def cache_directory() -> Path:
+def _cache_directory() -> Path:
     """Where this host keeps its copies of what lies in buckets; it may be removed at any time between runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "radlads_jax"
 
@@ -311,7 +311,7 @@ def local_directory(directory: AnyPath, patterns: Sequence[str]) -> Path:
     there = [name for name, is_file in children(directory).items() if is_file]
     wanted = sorted(name for name in there if any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
     versions = [version(directory / name) for name in wanted]
-    target = cache_directory() / hashlib.sha256(repr((str(directory), versions)).encode()).hexdigest()[:16]
+    target = _cache_directory() / hashlib.sha256(repr((str(directory), versions)).encode()).hexdigest()[:16]
     target.mkdir(parents=True, exist_ok=True)
     for name in wanted:
         _fetch(directory / name, target / name)
@@ -327,7 +327,7 @@ def staged(path: AnyPath, *, kept: bool = False) -> Path:
         place = Path(path).parent
     else:
         # Of runs in different buckets' directories only the one that wrote it is to find it again.
-        place = cache_directory() / hashlib.sha256(str(path.parent).encode()).hexdigest()[:16]
+        place = _cache_directory() / hashlib.sha256(str(path.parent).encode()).hexdigest()[:16]
         place.mkdir(parents=True, exist_ok=True)
     mark = "unfinished" if kept else f"tmp-{os.getpid()}"
     return place / f"{path.stem}.{mark}{path.suffix}"
@@ -358,7 +358,7 @@ def _fetch(path: AnyPath, copy: Path) -> None:
 
 def _place_of_copy(path: AnyPath) -> Path:
     digest = hashlib.sha256(repr(version(path)).encode()).hexdigest()[:16]
-    return cache_directory() / digest / path.name
+    return _cache_directory() / digest / path.name
 
 
 class Mirror:

@@ -4,11 +4,11 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-QUOTED_CHARACTERS = 120
-LISTED_NAMES = 12
+_QUOTED_CHARACTERS = 120
+_LISTED_NAMES = 12
 
 
-def brief(value: Any, limit: int = QUOTED_CHARACTERS) -> str:
+def brief(value: Any, limit: int = _QUOTED_CHARACTERS) -> str:
     """The value's text on one line, cut after `limit` characters, with all that is not printable as an escape."""
     text = str(value)
     kept = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:limit])
@@ -17,8 +17,8 @@ def brief(value: Any, limit: int = QUOTED_CHARACTERS) -> str:
 
 def listed(names: Collection[Any]) -> str:
     """The first of the names, and how many more there are."""
-    more = len(names) - LISTED_NAMES
-    first = [brief(name) for _, name in zip(range(LISTED_NAMES), names, strict=False)]
+    more = len(names) - _LISTED_NAMES
+    first = [brief(name) for _, name in zip(range(_LISTED_NAMES), names, strict=False)]
     return ", ".join(first) + (f" and {more:,} more" if more > 0 else "")
 
 

@@ -16,11 +16,11 @@ from etils import epath
 from radlads_jax.system import hosts
 from radlads_jax.system.storage import AnyPath, as_path, in_bucket
 
-LOCK = ".lock"
+_LOCK = ".lock"
 # Under these names files and directories are written before they get their own.
-UNFINISHED = (".*.partial", "*/.*.partial", "metrics.tmp", "data/*.tmp-*")
+_UNFINISHED = (".*.partial", "*/.*.partial", "metrics.tmp", "data/*.tmp-*")
 # What a file system says that has no locks.
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 @contextlib.contextmanager
@@ -38,13 +38,13 @@ def held(workdir: str | os.PathLike) -> Iterator[None]:
         if hosts.agreed(int(refused is not None)):
             raise ValueError(refused or f"process 0 could not begin in {workdir}, and says why.")
         if hosts.is_first():
-            remove_unfinished(workdir)
+            _remove_unfinished(workdir)
         yield
 
 
-def remove_unfinished(workdir: str | os.PathLike) -> None:
+def _remove_unfinished(workdir: str | os.PathLike) -> None:
     """Removes every file and directory that an interrupted write has left, each named in the log."""
-    for pattern in UNFINISHED:
+    for pattern in _UNFINISHED:
         for path in sorted(as_path(workdir).glob(pattern)):
             logging.warning("removing the unfinished %s: its writing was interrupted", path)
             if path.is_dir():
@@ -61,13 +61,13 @@ def _locked(workdir: AnyPath, stack: contextlib.ExitStack) -> str | None:
     stack.callback(_remove_empty, [path for path in (directory, *directory.parents) if not path.exists()])
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = stack.enter_context((directory / LOCK).open("a+", encoding="utf-8"))
+        file = stack.enter_context((directory / _LOCK).open("a+", encoding="utf-8"))
     except OSError as error:
         return f"--workdir {workdir} cannot be written to: {error}. Choose another, or make room and give permission."
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in _NO_LOCKS:
             file.seek(0)
             owner = file.read().strip() if error.errno in (errno.EACCES, errno.EAGAIN) else error
             return (
@@ -75,7 +75,7 @@ def _locked(workdir: AnyPath, stack: contextlib.ExitStack) -> str | None:
                 "for its end or stop it, or choose another --workdir."
             )
         logging.warning("%s is on a file system without locks: nothing keeps a second run out of it", workdir)
-    if not _still_named(file, directory / LOCK):
+    if not _still_named(file, directory / _LOCK):
         # A run that left nothing has removed it since it was opened: the lock on it would keep nobody out.
         return _locked(workdir, stack)
     stack.callback(_remove_lone_lock, directory)
@@ -97,8 +97,8 @@ def _still_named(file: TextIO, path: pathlib.Path) -> bool:
 def _remove_lone_lock(directory: pathlib.Path) -> None:
     """Comes before the lock is let go of, so that whoever has it by then finds that it is no longer there."""
     with contextlib.suppress(OSError):
-        if os.listdir(directory) == [LOCK]:
-            (directory / LOCK).unlink()
+        if os.listdir(directory) == [_LOCK]:
+            (directory / _LOCK).unlink()
 
 
 def _remove_empty(directories: list[pathlib.Path]) -> None:

@@ -104,20 +104,20 @@ def per_shard(
             "taps": PartitionSpec(None, split),
         }
         of_one = over_pieces(op) if over_pieces and pieces else op
-        given = [i for i, argument in enumerate(arguments) if argument is not None]
+        present = [i for i, argument in enumerate(arguments) if argument is not None]
 
         def local(*parts: Any) -> Any:
-            whole = dict(zip(given, parts, strict=True))
+            whole = dict(zip(present, parts, strict=True))
             return of_one(*(whole.get(i) for i in range(len(arguments))))
 
         mapped = jax.shard_map(
             local,
-            in_specs=tuple(specs[kinds[i]] for i in given),
+            in_specs=tuple(specs[kinds[i]] for i in present),
             out_specs=jax.tree.map(specs.__getitem__, out_kinds),
             # A kernel's results carry no record of the axes over which they differ.
             check_vma=False,
         )
-        return mapped(*(arguments[i] for i in given))
+        return mapped(*(arguments[i] for i in present))
 
     return run
 

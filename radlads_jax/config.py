@@ -329,9 +329,9 @@ def validate(config: ConfigDict) -> RunConfig:
         _check_stage(f"config.{name}", run.stage(name), run.mesh.context)
     _check_teacher(run.teacher)
     _check_student(run.student)
-    given = bool(run.data.path) or run.data.source == "synthetic"
+    has_data = bool(run.data.path) or run.data.source == "synthetic"
     example = f"the path of the {run.data.source} data, e.g. --config.data.path=PATH"
-    require(given, "config.data.path", run.data.path, example)
+    require(has_data, "config.data.path", run.data.path, example)
     fsdp = run.mesh.fsdp
     require(fsdp == -1 or fsdp >= 1, "config.mesh.fsdp", fsdp, "at least 1, or -1 for all devices")
     shard = run.export.max_shard_gb

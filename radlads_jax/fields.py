@@ -51,8 +51,8 @@ def with_placeholders(group: Any) -> dict[str, Any]:
 
 def set_type(hint: Any) -> Any:
     """bool of bool | None; any other type as it is."""
-    given = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
-    return given[0] if isinstance(hint, types.UnionType) else hint
+    kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+    return kinds[0] if isinstance(hint, types.UnionType) else hint
 
 
 class _Computation(NamedTuple):
@@ -85,14 +85,14 @@ def follow(group: ConfigDict, name: str, rule: Callable[..., Any], *others: str)
 
 def following(config: ConfigDict, where: str = "config") -> dict[str, tuple[ConfigDict, str]]:
     """The group and name of every field, by its path, that still follows others."""
-    found: dict[str, tuple[ConfigDict, str]] = {}
+    fields: dict[str, tuple[ConfigDict, str]] = {}
     for name, value in config.items(preserve_field_references=True):
         path = f"{where}.{name}"
         if isinstance(value, ConfigDict):
-            found |= following(value, path)
+            fields |= following(value, path)
         elif isinstance(value, _Following) and not value.is_set:
-            found[path] = (config, name)
-    return found
+            fields[path] = (config, name)
+    return fields
 
 
 def check_bounds(where: str, group: Any) -> None:

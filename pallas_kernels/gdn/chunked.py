@@ -202,7 +202,9 @@ def _recurrence_backward(size: int, kept: Any, cotangents: tuple[jax.Array, jax.
         chunk = _Inputs(*layout.take(inputs, index, size))
         (d_one,) = layout.take((d_out,), index, size)
         d_chunk, d_state = _chunk_backward(chunk, state, d_one, d_state)
-        gradients = _Inputs(*(layout.put(all_of, index, one) for all_of, one in zip(gradients, d_chunk, strict=True)))
+        gradients = _Inputs(
+            *(layout.put(all_of, index, gradient) for all_of, gradient in zip(gradients, d_chunk, strict=True))
+        )
         return (d_state, gradients), None
 
     start = (d_final, jax.tree.map(jnp.zeros_like, inputs))

@@ -40,21 +40,21 @@ def backward_kernel(plan: Plan, *refs: Any) -> None:
     gates = read_gates(plan, gates_ref[0, 0, 0])
     kq = stacked(plan, k[0], q[0])
     mine = [kq[plan.group(head)] for head in heads]
-    one = pairs(plan, kq, gates)
+    chunk = pairs(plan, kq, gates)
     beta_rest = [column_of(gates.beta_rest, head) for head in heads]
     start = [jnp.concatenate([column_of(gates.start, head)] * 2, axis=0) for head in heads]
     state = [states[0, 0, head].astype(plan.dtype) for head in heads]
     seen = [start[head] * dot(mine[head], state[head], NN) for head in heads]
     z = [v[0, :, plan.values(head)].astype(jnp.float32) - seen[head][:size] for head in heads]
-    w = [dot(one[head].inverse, z[head], NN) for head in heads]
+    w = [dot(chunk[head].inverse, z[head], NN) for head in heads]
     d_o = [d_out[0, :, plan.values(head)].astype(plan.dtype) for head in heads]
     into = [dot(mine[head][:size], d_initial[0, head], NN) for head in heads]
-    d_w = [dot(one[head].inner[size:], d_o[head], TN) + beta_rest[head] * into[head] for head in heads]
-    d_z = [dot(one[head].inverse, d_w[head], TN) for head in heads]
+    d_w = [dot(chunk[head].inner[size:], d_o[head], TN) + beta_rest[head] * into[head] for head in heads]
+    d_z = [dot(chunk[head].inverse, d_w[head], TN) for head in heads]
     d_seen = [jnp.concatenate([-d_z[head].astype(plan.dtype), d_o[head]], axis=0) for head in heads]
     for head in heads:
         d_v[0, :, plan.values(head)] = d_z[head].astype(d_v.dtype)
-    grads = [pair_gradients(plan, one[head], row_of(gates.beta, head), d_seen[head], w[head]) for head in heads]
+    grads = [pair_gradients(plan, chunk[head], row_of(gates.beta, head), d_seen[head], w[head]) for head in heads]
     rows = []
     for head in heads:
         through_start = d_o[head].astype(jnp.float32) * seen[head][size:] - d_z[head] * seen[head][:size]
@@ -90,15 +90,15 @@ class _PairGradients(NamedTuple):
     itself: jax.Array
 
 
-def pair_gradients(plan: Plan, one: Pairs, beta: jax.Array, d_seen: jax.Array, w: jax.Array) -> _PairGradients:
+def pair_gradients(plan: Plan, chunk: Pairs, beta: jax.Array, d_seen: jax.Array, w: jax.Array) -> _PairGradients:
     """d_seen = [-dZ; dO] [2C,V]."""
     size = plan.size
     row, column = iota((size, size), 0), iota((size, size), 1)
     d_inner = plan.dot(d_seen, w, NT)
-    weighted = d_inner * one.products
-    of_pairs = jnp.where(row > column, (weighted[:size] + weighted[size:]) * one.decay, 0.0)
+    weighted = d_inner * chunk.products
+    of_pairs = jnp.where(row > column, (weighted[:size] + weighted[size:]) * chunk.decay, 0.0)
     itself = jnp.where(row == column, weighted[size:], 0.0)
-    lower = one.decay * beta
+    lower = chunk.decay * beta
     d_products = [jnp.where(row > column, d_inner[:size] * lower, 0.0), d_inner[size:] * lower]
     return _PairGradients(
         jnp.concatenate(d_products, axis=0),

@@ -140,16 +140,16 @@ def pairs(plan: Plan, kq: list[jax.Array], gates: Gates) -> list[Pairs]:
         inner.append((jnp.where(row > column, mine[:size] * weights, 0.0), mine[size:] * weights))
     width = min(BASE, size)
     stricts = [-n for n, _ in inner]
-    found = base_inverses(plan, stricts, width)
+    inverses = base_inverses(plan, stricts, width)
     while width < size:
-        found = merged(plan, stricts, found, width)
+        inverses = merged(plan, stricts, inverses, width)
         width *= 2
     return [
         Pairs(
             products[plan.group(head)],
             decays[head],
             jnp.concatenate([x.astype(plan.dtype) for x in inner[head]], axis=0),
-            found[head].astype(plan.dtype),
+            inverses[head].astype(plan.dtype),
         )
         for head in heads
     ]

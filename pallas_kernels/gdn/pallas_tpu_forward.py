@@ -23,18 +23,18 @@ def forward_kernel(plan: Plan, *refs: Any) -> None:
     heads, size = range(plan.heads), plan.size
     gates = read_gates(plan, gates_ref[0, 0, 0])
     kq = stacked(plan, k[0], q[0])
-    one = pairs(plan, kq, gates)
+    chunk = pairs(plan, kq, gates)
     if kept:
         kept[0][0, 0] = final[0].astype(plan.dtype)
     seen = [plan.dot(kq[plan.group(head)], final[0, head], NN) for head in heads]
     start = [column_of(gates.start, head) for head in heads]
     z = [v[0, :, plan.values(head)].astype(jnp.float32) - start[head] * seen[head][:size] for head in heads]
-    w = [plan.dot(one[head].inverse, z[head], NN).astype(plan.dtype) for head in heads]
+    w = [plan.dot(chunk[head].inverse, z[head], NN).astype(plan.dtype) for head in heads]
     for head in heads:
         key = kq[plan.group(head)][:size].astype(jnp.float32) * column_of(gates.beta_rest, head)
         state = final[0, head]
         kept_state = column_of(gates.kept, head) * state
         final[0, head] = kept_state + (column_of(gates.end, head) * state + plan.dot(key, w[head], TN))
     for head in heads:
-        o = start[head] * seen[head][size:] + plan.dot(one[head].inner[size:], w[head], NN)
+        o = start[head] * seen[head][size:] + plan.dot(chunk[head].inner[size:], w[head], NN)
         out[0, :, plan.values(head)] = o.astype(out.dtype)

@@ -117,8 +117,8 @@ _SliceLoss = Callable[[jax.Array, _Slice], tuple[jax.Array, Callable[[], jax.Arr
 def _value(options: Options, loss: _SliceLoss, hidden: jax.Array, kernel: jax.Array, weights: jax.Array, rest: _Slice):
     """Weighted sum over all slices, nothing kept."""
 
-    def step(total: jax.Array, one: Any) -> tuple[jax.Array, None]:
-        hidden, weights, rest = one
+    def step(total: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
+        hidden, weights, rest = inputs
         losses, _ = loss(logits_of(hidden, kernel, options.layout), rest)
         return total + jnp.sum(losses * weights), None
 
@@ -135,9 +135,9 @@ def _value_and_gradients(
     vocab_axis = layout.index("v")
     products = _columns_of(kernel.astype(hidden.dtype), layout)
 
-    def step(carry: tuple[jax.Array, jax.Array], one: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    def step(carry: tuple[jax.Array, jax.Array], inputs: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
         total, d_kernel = carry
-        hidden, weights, rest = one
+        hidden, weights, rest = inputs
         losses, d_losses = loss(logits_of(hidden, products, layout), rest)
         d_logits = split_vocab((d_losses() * weights[:, None]).astype(hidden.dtype), 1)
         dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

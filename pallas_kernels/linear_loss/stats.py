@@ -19,8 +19,8 @@ def stats(
 ) -> dict[str, jax.Array]:
     """See `linear_stats`."""
 
-    def step(totals: dict[str, jax.Array], one: tuple[jax.Array, ...]) -> tuple[dict[str, jax.Array], None]:
-        hidden, targets, weights, *teacher = one
+    def step(totals: dict[str, jax.Array], inputs: tuple[jax.Array, ...]) -> tuple[dict[str, jax.Array], None]:
+        hidden, targets, weights, *teacher = inputs
         logits = logits_of(hidden, kernel, options.layout)
         top = jnp.argmax(logits, axis=-1)
         values: dict[str, Any] = {"loss": cross_entropy_slice(logits, targets)[0], "top1": top == targets}

@@ -148,12 +148,12 @@ def compare(operation: str, shape: tuple[int, int, int, int], repeats: int, chun
 def compare_losses(size: loss_forms.Size, repeats: int) -> None:
     """Prints time and the compiler's memory of every loss with its gradients, sliced and plain, in float32."""
     for loss in loss_forms.LOSSES:
-        given = loss_forms.arguments(loss, size, jnp.float32)
+        arrays = loss_forms.arguments(loss, size, jnp.float32)
         programs: dict[str, Any] = {
-            form: jax.jit(loss_forms.value_and_gradients(loss, form)).lower(given).compile()
+            form: jax.jit(loss_forms.value_and_gradients(loss, form)).lower(arrays).compile()
             for form in loss_forms.FORMS
         }
-        seconds = _medians(programs, dict.fromkeys(programs, given), repeats, untimed=False)
+        seconds = _medians(programs, dict.fromkeys(programs, arrays), repeats, untimed=False)
         for form, program in programs.items():
             temporary = program.memory_analysis().temp_size_in_bytes
             print(

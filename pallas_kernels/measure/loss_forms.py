@@ -35,7 +35,7 @@ def shapes(loss: str, size: Size, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]
     }
     made = {"hidden": (hidden, dtype), "kernel": (kernel, jnp.float32), "weights": (hidden[:1], jnp.float32)}
     made |= rest[loss]
-    return {name: jax.ShapeDtypeStruct(*one) for name, one in made.items()}
+    return {name: jax.ShapeDtypeStruct(*shape) for name, shape in made.items()}
 
 
 def arguments(loss: str, size: Size, dtype: Any) -> dict[str, jax.Array]:

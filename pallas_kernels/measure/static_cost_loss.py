@@ -11,8 +11,8 @@ def report(topology: str, tokens: int, vocab: int, width: int) -> None:
     """Compiles every loss in both forms, in a process of its own, and prints the table."""
     chip_of(topology)
     size = Size(tokens, vocab, width)
-    found = compiled_in_child({"operation": "linear_loss", "topology": topology, **vars(size)}, "")
-    if found is None:
+    temporary = compiled_in_child({"operation": "linear_loss", "topology": topology, **vars(size)}, "")
+    if temporary is None:
         raise RuntimeError(f"static_cost: the compiler aborted on linear_loss for {topology}.")
     title = (
         f"linear_loss on {topology}, {tokens} tokens, vocabulary {vocab} over all devices, width {width}, bfloat16: "
@@ -21,6 +21,6 @@ def report(topology: str, tokens: int, vocab: int, width: int) -> None:
     table = Table(title=title, title_justify="left")
     for name in ("", *FORMS, "plain / sliced"):
         table.add_column(name, justify="right" if name else "left")
-    for loss, of in found.items():
+    for loss, of in temporary.items():
         table.add_row(loss, *(f"{of[form] / 2**20:.0f}" for form in FORMS), f"{of['plain'] / of['sliced']:.1f}x")
     Console(width=max(120, Console().width)).print(table)

@@ -117,7 +117,10 @@ def measure(
 
 def extrapolated(short: list[dict[str, Any] | None], shape: Shape) -> float | None:
     """Cycles of all kernels at the shape's length and batch, from those at PROFILED_LENGTHS with a batch of one."""
-    cycles = [None if one is None else sum(kernel["cycles"] for kernel in one["kernels"].values()) for one in short]
+    cycles = [
+        None if profile is None else sum(kernel["cycles"] for kernel in profile["kernels"].values())
+        for profile in short
+    ]
     first, second = cycles
     if not first or not second:
         return None
@@ -159,18 +162,18 @@ def report(
 
 def _cells(row: Row, chip: Chip) -> list[str]:
     """A row as text."""
-    found = [f"{row.implementation} {row.direction}"]
+    row_cells = [f"{row.implementation} {row.direction}"]
     if row.kernel_cycles is None:
-        found += ["n/a", f"{row.xla_cycles / 1e6:.3f}", *("n/a",) * 4]
+        row_cells += ["n/a", f"{row.xla_cycles / 1e6:.3f}", *("n/a",) * 4]
     else:
         total = row.kernel_cycles + row.xla_cycles
         seconds = total / chip.clock
-        found += [f"{cycles / 1e6:.3f}" for cycles in (row.kernel_cycles, row.xla_cycles, total)]
-        found += [f"{seconds * 1e3:.3f}"]
-        found += [
+        row_cells += [f"{cycles / 1e6:.3f}" for cycles in (row.kernel_cycles, row.xla_cycles, total)]
+        row_cells += [f"{seconds * 1e3:.3f}"]
+        row_cells += [
             f"{row.bytes_moved / chip.hbm_rate / seconds:.0%}",
             f"{row.operations / chip.flops / seconds:.0%}",
         ]
     vmem = f"{row.vmem / 2**20:.1f}" if row.vmem else "-"
     counts = [str(count) if row.bundles else "-" for count in (row.bundles, row.spills, row.fills)]
-    return [*found, vmem, f"{row.temporary / 2**20:.0f}", *counts]
+    return [*row_cells, vmem, f"{row.temporary / 2**20:.0f}", *counts]

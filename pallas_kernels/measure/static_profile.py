@@ -74,9 +74,9 @@ def bytes_moved(request: dict[str, Any]) -> int:
         channels = tokens // request["head_size"] if name in ONE_A_HEAD else tokens
         return channels * (4 if name in FLOAT32 else width)
 
-    given = sum(bytes_of(name) for name in _ARRAYS[request["operation"]]) + state
+    read = sum(bytes_of(name) for name in _ARRAYS[request["operation"]]) + state
     made = tokens * width + state
-    return given + made if request["direction"] == FORWARD else 3 * given + 2 * made
+    return read + made if request["direction"] == FORWARD else 3 * read + 2 * made
 
 
 def operations(jaxpr: Any) -> float:
@@ -174,13 +174,13 @@ def losses(request: dict[str, Any]) -> dict[str, dict[str, int]]:
     whole, split = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((), (None, "tensor")))
 
     def temporary(loss: str, form: str) -> int:
-        given = {
+        arrays = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split if "kernel" in name else whole)
             for name, x in loss_forms.shapes(loss, size, "bfloat16").items()
         }
         run = jax.jit(loss_forms.value_and_gradients(loss, form), out_shardings=(whole, (whole, split)))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return run.lower(given).compile().memory_analysis().temp_size_in_bytes
+            return run.lower(arrays).compile().memory_analysis().temp_size_in_bytes
 
     return {loss: {form: temporary(loss, form) for form in loss_forms.FORMS} for loss in loss_forms.LOSSES}
 
@@ -203,7 +203,7 @@ def compiled(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     memory = done.memory_analysis()
     return {
         "xla_cycles": xla_cycles(text),
-        "kernels": {name: found | code_size(folder, name) for name, found in kernels(text).items()},
+        "kernels": {name: costs | code_size(folder, name) for name, costs in kernels(text).items()},
         "bytes_moved": bytes_moved(request),
         "operations": operations(jax.make_jaxpr(function)(*shapes).jaxpr),
         "temporary": memory.temp_size_in_bytes,

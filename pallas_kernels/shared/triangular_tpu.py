@@ -25,7 +25,7 @@ def iota(shape: tuple[int, int], axis: int) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def merged(plan: _Products, stricts: list[jax.Array], found: list[jax.Array], width: int) -> list[jax.Array]:
+def merged(plan: _Products, stricts: list[jax.Array], inverses: list[jax.Array], width: int) -> list[jax.Array]:
     """Inverses of diagonal blocks of 2 * width from those of width."""
     total = stricts[0].shape[0]
 
@@ -40,9 +40,9 @@ def merged(plan: _Products, stricts: list[jax.Array], found: list[jax.Array], wi
     shape = (total // 2, total)
     corner = iota(shape, 1) // width == 2 * (iota(shape, 0) // width)
     corners = [jnp.where(corner, odd(strict), 0.0) for strict in stricts]
-    right = [plan.dot(low, x, NN).astype(plan.dtype) for low, x in zip(corners, found, strict=True)]
-    left = [plan.dot(odd(x), spread(y), NN) for x, y in zip(found, right, strict=True)]
-    return [x + spread(y) for x, y in zip(found, left, strict=True)]
+    right = [plan.dot(low, x, NN).astype(plan.dtype) for low, x in zip(corners, inverses, strict=True)]
+    left = [plan.dot(odd(x), spread(y), NN) for x, y in zip(inverses, right, strict=True)]
+    return [x + spread(y) for x, y in zip(inverses, left, strict=True)]
 
 
 def base_inverses(plan: _Products, stricts: list[jax.Array], width: int) -> list[jax.Array]:
@@ -64,11 +64,11 @@ def base_inverses(plan: _Products, stricts: list[jax.Array], width: int) -> list
     block = (target % size) // width * width
     spreading = jnp.where(source == block + target // size, 1.0, 0.0)
     columns = plan.dot(jnp.concatenate(packed, axis=0), spreading, NN)
-    found = []
+    inverses = []
     diagonal = iota((size, size), 0) // width == iota((size, size), 1) // width
     for index in range(len(stricts)):
         x = jnp.where(iota((width, size), 0) == lane % width, 1.0, 0.0)
         for j in range(steps):
             x = x + columns[index * width : (index + 1) * width, j * size : (j + 1) * size] * x[j : j + 1]
-        found.append(jnp.where(diagonal, jnp.concatenate([x] * (size // width), axis=0), 0.0))
-    return found
+        inverses.append(jnp.where(diagonal, jnp.concatenate([x] * (size // width), axis=0), 0.0))
+    return inverses

@@ -179,7 +179,9 @@ def _recurrence_backward(size: int, kept: Any, cotangents: tuple[jax.Array, jax.
         d = decays(chunk.log_w)
         d_end = _decayed(following, d.after)
         d_chunk, following = _chunk_backward(chunk, d, x, d_one, d_end, layout.resets(starts, index, size))
-        gradients = Inputs(*(layout.put(all_of, index, one) for all_of, one in zip(gradients, d_chunk, strict=True)))
+        gradients = Inputs(
+            *(layout.put(all_of, index, gradient) for all_of, gradient in zip(gradients, d_chunk, strict=True))
+        )
         return (following, gradients), None
 
     start = (_carried(d_final), jax.tree.map(jnp.zeros_like, inputs))

@@ -106,9 +106,9 @@ def _recurrence_backward(plan: Plan, interpret: Any, kept: Any, cotangents: tupl
     d_out, d_final = cotangents
     specs = _block_specs(plan, inputs, reverse=True)
     fixed = [*_forward_constants(plan), *_backward_constants(plan)]
-    given = [*inputs, *([] if counts is None else [counts]), states, d_out, d_final]
+    operands = [*inputs, *([] if counts is None else [counts]), states, d_out, d_final]
     names = ["key", "key", "key", "value", *([] if counts is None else ["counts"]), "states", "value", "state"]
-    found = pl.pallas_call(
+    gradients = pl.pallas_call(
         functools.partial(backward_kernel, plan, counts is not None),
         grid=_grid(plan, inputs),
         in_specs=[*map(whole, fixed), *(specs[name] for name in names)],
@@ -117,8 +117,8 @@ def _recurrence_backward(plan: Plan, interpret: Any, kept: Any, cotangents: tupl
         compiler_params=_compiler_params(),
         interpret=interpret,
         name="wkv6_backward",
-    )(*fixed, *given)
-    return Inputs(*found[:4]), found[4], None
+    )(*fixed, *operands)
+    return Inputs(*gradients[:4]), gradients[4], None
 
 
 recurrence.defvjp(_recurrence_forward, _recurrence_backward)
@@ -135,7 +135,7 @@ def _run_forward(
     """Outputs, final state and, where asked for, the state before each chunk [B,N,H,V,K]."""
     specs = _block_specs(plan, inputs, reverse=False)
     fixed = _forward_constants(plan)
-    given = [*inputs, *([] if counts is None else [counts]), initial_state]
+    operands = [*inputs, *([] if counts is None else [counts]), initial_state]
     names = ["key", "key", "key", "value", *([] if counts is None else ["counts"]), "state"]
     batch, length = inputs.r.shape[:2]
     shapes = [
@@ -153,7 +153,7 @@ def _run_forward(
         compiler_params=_compiler_params(),
         interpret=interpret,
         name="wkv6_forward",
-    )(*fixed, *given)
+    )(*fixed, *operands)
     return out, final_state, states[0] if states else None
 
 

@@ -182,7 +182,9 @@ def _recurrence_backward(size: int, kept: Any, cotangents: tuple[jax.Array, jax.
         (d_one,) = layout.take((d_out,), index, size)
         resets = layout.resets(starts, index, size)
         d_chunk, d_state = _chunk_backward(chunk, state, next_state, d_one, d_state, resets)
-        gradients = Inputs(*(layout.put(all_of, index, one) for all_of, one in zip(gradients, d_chunk, strict=True)))
+        gradients = Inputs(
+            *(layout.put(all_of, index, gradient) for all_of, gradient in zip(gradients, d_chunk, strict=True))
+        )
         return (state, d_state, gradients), None
 
     start = (final_state, d_final, jax.tree.map(jnp.zeros_like, inputs))

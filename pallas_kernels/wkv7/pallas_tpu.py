@@ -118,10 +118,10 @@ def _recurrence_backward(plan: Plan, interpret: Any, kept: Any, cotangents: tupl
     inputs, counts, states = kept
     d_out, d_final = cotangents
     specs = _block_specs(plan, inputs, reverse=True)
-    given = [*inputs, *([] if counts is None else [counts]), states, d_out, d_final]
+    operands = [*inputs, *([] if counts is None else [counts]), states, d_out, d_final]
     names = ["key", "key", "key", "value", "key", "key", *([] if counts is None else ["counts"])]
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*inputs, d_final)]
-    found = pl.pallas_call(
+    gradients = pl.pallas_call(
         functools.partial(backward_kernel, plan, counts is not None),
         grid=_grid(plan, inputs),
         in_specs=[specs[name] for name in (*names, "states", "value", "state")],
@@ -130,8 +130,8 @@ def _recurrence_backward(plan: Plan, interpret: Any, kept: Any, cotangents: tupl
         compiler_params=_compiler_params(),
         interpret=interpret,
         name="wkv7_backward",
-    )(*given)
-    return Inputs(*found[:6]), found[6], None
+    )(*operands)
+    return Inputs(*gradients[:6]), gradients[6], None
 
 
 recurrence.defvjp(_recurrence_forward, _recurrence_backward)
@@ -147,7 +147,7 @@ def _run_forward(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Outputs, final state and, where asked for, the state before each chunk [B,N,H,V,K]."""
     specs = _block_specs(plan, inputs, reverse=False)
-    given = [*inputs, *([] if counts is None else [counts]), initial_state]
+    operands = [*inputs, *([] if counts is None else [counts]), initial_state]
     names = ["key", "key", "key", "value", "key", "key", *([] if counts is None else ["counts"]), "state"]
     batch, length = inputs.r.shape[:2]
     shapes = [
@@ -166,7 +166,7 @@ def _run_forward(
         compiler_params=_compiler_params(),
         interpret=interpret,
         name="wkv7_forward",
-    )(*given)
+    )(*operands)
     return out, final_state, states[0] if states else None
 
 

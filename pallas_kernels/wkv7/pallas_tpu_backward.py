@@ -48,37 +48,37 @@ def backward_kernel(plan: Plan, has_counts: bool, *refs: Any) -> None:
     d_o = [[d_out[0, row, plan.values(head)].astype(plan.dtype) for head in heads] for row in rows]
     centred, uv = [], []
     for c in chunks:
-        one = prepared[c]
+        chunk_pairs = prepared[c]
         centred.append([states[0, c, head] * decay[c].start[:, plan.keys(head)] for head in heads])
-        seen = [dot(one[head].ra_head[size:], centred[c][head], NT) for head in heads]
-        y = [seen[head] + from_values(plan, c, one[head], values[c][head]) for head in heads]
-        u = [solve(plan, c, one[head], y[head]).astype(plan.dtype) for head in heads]
+        seen = [dot(chunk_pairs[head].ra_head[size:], centred[c][head], NT) for head in heads]
+        y = [seen[head] + from_values(plan, c, chunk_pairs[head], values[c][head]) for head in heads]
+        u = [solve(plan, c, chunk_pairs[head], y[head]).astype(plan.dtype) for head in heads]
         uv.append([stack(plan, c, u[head], values[c][head]) for head in heads])
     for c in reversed(chunks):
-        one = prepared[c]
+        chunk_pairs = prepared[c]
         d_end = [d_initial[0, head] * decay[c].end[:, plan.keys(head)] for head in heads]
         # Transposed as a whole, then cut by rows: the product takes no rows that nobody needs.
-        inner_b, inner_k = zip(*(unstack(plan, c, jnp.transpose(x.inner)) for x in one), strict=True)
-        b_end, k_end = zip(*(unstack(plan, c, dot(one[h].bk_tail, d_end[h], NT)) for h in heads), strict=True)
+        inner_b, inner_k = zip(*(unstack(plan, c, jnp.transpose(x.inner)) for x in chunk_pairs), strict=True)
+        b_end, k_end = zip(*(unstack(plan, c, dot(chunk_pairs[h].bk_tail, d_end[h], NT)) for h in heads), strict=True)
         d_u = [b_end[head] + dot(inner_b[head][:, :size], d_o[c][head], NN) for head in heads]
-        d_y = [solve_transposed(plan, c, one[head], d_u[head]).astype(plan.dtype) for head in heads]
+        d_y = [solve_transposed(plan, c, chunk_pairs[head], d_u[head]).astype(plan.dtype) for head in heads]
         d_oy = [jnp.concatenate([d_o[c][head], d_y[head]], axis=0) for head in heads]
         for head in heads:
             kept = d_end[head] if mask[c].keep is None else d_end[head] * mask[c].keep
-            d_centred = kept + dot(d_oy[head], one[head].ra_head, TN)
+            d_centred = kept + dot(d_oy[head], chunk_pairs[head].ra_head, TN)
             d_initial[0, head] = d_centred * decay[c].start[:, plan.keys(head)]
         for head in heads:
             d_value = k_end[head] + dot(inner_k[head], d_oy[head], NN)
             d_v[0, rows[c], plan.values(head)] = d_value.astype(d_v.dtype)
-        found = gradients(plan, c, one, mask[c], decay[c], centred[c], uv[c], d_oy, d_end)
-        for ref, gradient in zip((d_r, d_log_w, d_k, d_a, d_b), found, strict=True):
+        chunk_gradients = gradients(plan, c, chunk_pairs, mask[c], decay[c], centred[c], uv[c], d_oy, d_end)
+        for ref, gradient in zip((d_r, d_log_w, d_k, d_a, d_b), chunk_gradients, strict=True):
             ref[0, rows[c]] = gradient.astype(ref.dtype)
 
 
 def gradients(
     plan: Plan,
     chunk: int,
-    one: list[Pairs],
+    pairs: list[Pairs],
     mask: Masks,
     decay: Decays,
     centred: list[jax.Array],
@@ -95,11 +95,11 @@ def gradients(
     d_inner = [jnp.where(mask.pairs, dot(d_oy[h], uv[h], NT), 0.0).astype(plan.dtype) for h in heads]
     d_tail = cut([dot(uv[head], d_end[head], NN) for head in heads], mask.tail)
     d_seen = cut(d_oy, mask.head)
-    d_ra = [_two_products(plan, d_seen[h], centred[h].astype(plan.dtype), d_inner[h], one[h].bk) for h in heads]
-    d_bk = [d_tail[head] + dot(d_inner[head], one[head].ra, TN) for head in heads]
+    d_ra = [_two_products(plan, d_seen[h], centred[h].astype(plan.dtype), d_inner[h], pairs[h].bk) for h in heads]
+    d_bk = [d_tail[head] + dot(d_inner[head], pairs[head].ra, TN) for head in heads]
     last, total, own = [], [], []
     for head in heads:
-        ra, bk = one[head].ra.astype(jnp.float32), one[head].bk.astype(jnp.float32)
+        ra, bk = pairs[head].ra.astype(jnp.float32), pairs[head].bk.astype(jnp.float32)
         ra_part, bk_part = ra * d_ra[head], bk * d_bk[head]
         kept = d_end[head] * centred[head] if mask.keep is None else d_end[head] * centred[head] * mask.keep
         last.append(jnp.sum(kept, axis=0, keepdims=True) + jnp.sum(bk * d_tail[head], axis=0, keepdims=True))

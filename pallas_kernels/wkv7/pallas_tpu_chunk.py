@@ -192,12 +192,12 @@ def pairs(
         bk.append([stack(plan, c, b[:, key], k[:, key]) for key in keys])
     inner = [[jnp.where(mask[c].pairs, plan.dot(ra[c][h], bk[c][h], NT), 0.0) for h in heads] for c in chunks]
     inverse = _inverses(plan, inner)
-    found = []
+    by_chunk = []
     for c in chunks:
         ra_head, bk_tail = cut(ra[c], mask[c].head), cut(bk[c], mask[c].tail)
         low = [x.astype(plan.dtype) for x in inner[c]]
-        found.append([Pairs(*one) for one in zip(ra[c], bk[c], ra_head, bk_tail, low, inverse[c], strict=True)])
-    return found
+        by_chunk.append([Pairs(*parts) for parts in zip(ra[c], bk[c], ra_head, bk_tail, low, inverse[c], strict=True)])
+    return by_chunk
 
 
 def cut(arrays: list[jax.Array], visible: jax.Array | None) -> list[jax.Array]:
@@ -220,11 +220,11 @@ def _inverses(plan: Plan, inner: list[list[jax.Array]]) -> list[list[jax.Array]]
     else:
         stricts = [x[size:, :size] for heads_of_chunk in inner for x in heads_of_chunk]
     width = min(BASE, size)
-    found = base_inverses(plan, stricts, width)
+    inverses = base_inverses(plan, stricts, width)
     while width < size:
-        found = merged(plan, stricts, found, width)
+        inverses = merged(plan, stricts, inverses, width)
         width *= 2
-    low = [x.astype(plan.dtype) for x in found]
+    low = [x.astype(plan.dtype) for x in inverses]
     if plan.paired:
         return [[x[plan.tokens(chunk)] for x in low] for chunk in range(2)]
     return [low[chunk * plan.heads : (chunk + 1) * plan.heads] for chunk in range(plan.chunks)]

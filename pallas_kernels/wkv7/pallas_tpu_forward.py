@@ -31,20 +31,20 @@ def forward_kernel(plan: Plan, has_counts: bool, *refs: Any) -> None:
     size = plan.size
     for chunk in chunks:
         values = [v[0, rows[chunk], plan.values(head)].astype(plan.dtype) for head in heads]
-        one, start, end = prepared[chunk], decay[chunk].start, decay[chunk].end
+        chunk_pairs, start, end = prepared[chunk], decay[chunk].start, decay[chunk].end
         state = [final[0, head] for head in heads]
         if kept:
             kept[0][0, chunk] = final[0]
         centred = [state[head] * start[:, plan.keys(head)] for head in heads]
-        seen = [plan.dot(one[head].ra_head, centred[head], NT) for head in heads]
-        y = [seen[head][size:] + from_values(plan, chunk, one[head], values[head]) for head in heads]
-        u = [solve(plan, chunk, one[head], y[head]).astype(plan.dtype) for head in heads]
+        seen = [plan.dot(chunk_pairs[head].ra_head, centred[head], NT) for head in heads]
+        y = [seen[head][size:] + from_values(plan, chunk, chunk_pairs[head], values[head]) for head in heads]
+        u = [solve(plan, chunk, chunk_pairs[head], y[head]).astype(plan.dtype) for head in heads]
         uv = [stack(plan, chunk, u[head], values[head]) for head in heads]
-        added = [plan.dot(uv[head], one[head].bk_tail, TN) for head in heads]
+        added = [plan.dot(uv[head], chunk_pairs[head].bk_tail, TN) for head in heads]
         keep = mask[chunk].keep
         for head in heads:
             old = centred[head] if keep is None else centred[head] * keep
             final[0, head] = (old + added[head]) * end[:, plan.keys(head)]
         for head in heads:
-            o = seen[head][:size] + plan.dot(one[head].inner[:size], uv[head], NN)
+            o = seen[head][:size] + plan.dot(chunk_pairs[head].inner[:size], uv[head], NN)
             out[0, rows[chunk], plan.values(head)] = o.astype(out.dtype)

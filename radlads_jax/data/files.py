@@ -37,7 +37,7 @@ def data_files(directory: AnyPath) -> list[AnyPath]:
     if in_bucket(directory):
         skip = len(directory.parts)
         return [file for file in files_below(directory) if not _is_hidden(file.parts[skip:])]
-    found: list[Path] = []
+    kept: list[Path] = []
     seen: set[str] = set()
     for place, folders, names in os.walk(Path(directory), followlinks=True):
         real = os.path.realpath(place)
@@ -46,8 +46,8 @@ def data_files(directory: AnyPath) -> list[AnyPath]:
             continue
         seen.add(real)
         folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
-        found += [Path(place) / name for name in names if not name.startswith(".")]
-    return sorted(file for file in found if file.is_file())
+        kept += [Path(place) / name for name in names if not name.startswith(".")]
+    return sorted(file for file in kept if file.is_file())
 
 
 def _is_hidden(parts: Sequence[str]) -> bool:

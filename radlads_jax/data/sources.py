@@ -136,7 +136,7 @@ def files_left_out(source: Source) -> list[str]:
 
 def unescaped(separator: str) -> str:
     """A separator as it is meant: "\\n", as a shell passes it on, is a new line, and a double backslash is one."""
-    return re.sub(r"\\([ntrfv0\\])", lambda found: _ESCAPES[found[1]], separator)
+    return re.sub(r"\\([ntrfv0\\])", lambda escape: _ESCAPES[escape[1]], separator)
 
 
 def _kind_of_path(path: str) -> str:

@@ -97,11 +97,11 @@ def model_directory(path: str | os.PathLike) -> AnyPath:
 
 def stop_ids(directory: AnyPath, tokenizer: Any) -> tuple[int, ...]:
     """The end tokens of generation_config.json, of config.json and of the tokenizer."""
-    found = {tokenizer.eos_token_id}
+    ends = {tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):
-        given = read_json(directory / name).get("eos_token_id") if (directory / name).is_file() else None
-        found |= set(given) if isinstance(given, list) else {given}
-    return tuple(sorted(i for i in found if type(i) is int))
+        named = read_json(directory / name).get("eos_token_id") if (directory / name).is_file() else None
+        ends |= set(named) if isinstance(named, list) else {named}
+    return tuple(sorted(i for i in ends if type(i) is int))
 
 
 def state_bytes(cfg: ModelConfig, context: int) -> int:

@@ -117,13 +117,13 @@ def decode(
     fewer than `steps` tokens when all are. keys: one a row, for sampling; a draw is a function of the row's key and of
     the number of its tokens so far.
     """
-    batch, given = unread.shape
-    assert 1 <= given <= _PIECES[-1] and 1 <= steps <= BLOCK
-    padded = np.pad(unread, ((0, 0), (0, _PIECES[-1] - given)))
+    batch, known = unread.shape
+    assert 1 <= known <= _PIECES[-1] and 1 <= steps <= BLOCK
+    padded = np.pad(unread, ((0, 0), (0, _PIECES[-1] - known)))
     keys = jax.random.split(jax.random.key(0), batch) if keys is None else keys
     done = np.zeros(batch, bool) if done is None else done
     out, made, sequences = _loop(
-        cfg, sampling, stop_ids, params, sequences, jnp.asarray(padded), given, keys, jnp.asarray(done), steps
+        cfg, sampling, stop_ids, params, sequences, jnp.asarray(padded), known, keys, jnp.asarray(done), steps
     )
     return np.asarray(out)[:, : int(made)], sequences
 
@@ -136,7 +136,7 @@ def _loop(
     params: Params,
     sequences: Sequences,
     unread: Int[Array, "B R"],
-    given: Int[Array, ""] | int,
+    known: Int[Array, ""] | int,
     keys: Key[Array, " B"],
     done: Bool[Array, " B"],
     steps: Int[Array, ""] | int,
@@ -150,19 +150,19 @@ def _loop(
 
     def step(carry):
         made, token, sequences, done, out = carry
-        following = jnp.clip(made + given, 0, unread.shape[1] - 1)
+        following = jnp.clip(made + known, 0, unread.shape[1] - 1)
         hidden, sequences = read_tokens(cfg, params, sequences, token[:, None])
         row_keys = jax.vmap(jax.random.fold_in)(keys, sequences.read)
         chosen = choose(decoder.logits(hidden)[:, 0], row_keys, sampling)
         chosen = jnp.where(done, -1, chosen)
-        # Column `made` counts from 1 - given: before 0 the prompt's tokens are read and nothing is made.
+        # Column `made` counts from 1 - known: before 0 the prompt's tokens are read and nothing is made.
         out = out.at[:, jnp.maximum(made, 0)].set(chosen)
         token = jnp.where(made < 0, jnp.take(unread, following, axis=1), chosen)
         done = done | ((made >= 0) & jnp.isin(chosen, jnp.asarray(stop_ids, jnp.int32)))
         return made + 1, token, sequences, done, out
 
     out = jnp.full((batch, BLOCK), -1, jnp.int32)
-    start = (1 - jnp.asarray(given, jnp.int32), unread[:, 0], sequences, done, out)
+    start = (1 - jnp.asarray(known, jnp.int32), unread[:, 0], sequences, done, out)
     made, _, sequences, _, out = jax.lax.while_loop(going_on, step, start)
     return out, made, sequences
 

@@ -11,11 +11,11 @@ from radlads_jax.models import ModelConfig
 from radlads_jax.system import storage
 
 
-def output_directory(model: str, given: str | None) -> storage.AnyPath:
+def output_directory(model: str, output: str | None) -> storage.AnyPath:
     """--output, else the run's or the model's own directory. Raises ValueError for a model of the hub."""
-    if given is None and not storage.as_path(model).is_dir():
+    if output is None and not storage.as_path(model).is_dir():
         raise ValueError(f"{model} is a model of the hub, beside which nothing can be written; expected --output DIR.")
-    directory = storage.as_path(given or model)
+    directory = storage.as_path(output or model)
     directory.mkdir(parents=True, exist_ok=True)
     return directory
 

@@ -58,9 +58,9 @@ def relative_score(student: float, teacher: float, chance: float) -> float | Non
 
 def published_scores(cfg: ModelConfig) -> tuple[str, dict[str, dict[str, float]]] | None:
     """The name of the paper's student of this shape, and {task: {"student", "teacher"}}; None where it has none."""
-    found = _PUBLISHED.get((cfg.recurrent_mixer or "", cfg.hidden_size, cfg.num_layers))
-    if found is None:
+    published = _PUBLISHED.get((cfg.recurrent_mixer or "", cfg.hidden_size, cfg.num_layers))
+    if published is None:
         return None
-    name, student, teacher = found
+    name, student, teacher = published
     pairs = zip(SUITE, student, teacher, strict=True)
     return name, {task: {"student": round(s / 100, 4), "teacher": round(t / 100, 4)} for task, s, t in pairs}

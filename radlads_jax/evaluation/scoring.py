@@ -62,8 +62,8 @@ def score_rows(
             batch, order = order[:size], order[size:]
             # An incomplete batch is filled up, since another number of rows is another program.
             filled = batch + [batch[-1]] * (size - len(batch))
-            found = _score_batch(cfg, params, [rows[i] for i in filled], [starts[i] for i in filled], width)
-            scores |= dict(zip(batch, found, strict=False))
+            scored = _score_batch(cfg, params, [rows[i] for i in filled], [starts[i] for i in filled], width)
+            scores |= dict(zip(batch, scored, strict=False))
             progress.update(task, completed=len(scores))
     return [scores[i] for i in range(len(rows))]
 
@@ -90,8 +90,8 @@ def _score_batch(
             sequences = read_piece(cfg, params, sequences, piece)
             continue
         targets = jnp.asarray(tokens[:, begin + 1 : begin + size + 1])
-        found, sequences = _score_piece(cfg, params, sequences, piece, targets)
-        scored.append(jax.device_get(found))
+        piece_scores, sequences = _score_piece(cfg, params, sequences, piece, targets)
+        scored.append(jax.device_get(piece_scores))
     log_probabilities, is_best = (np.concatenate(parts, axis=1) for parts in zip(*scored, strict=True))
     counts = [len(row) - start for row, start in zip(rows, starts, strict=True)]
     return [
@@ -122,6 +122,6 @@ def _score_piece(
     missing = slices * min(_LOGIT_TOKENS, count) - count
     flat = jnp.pad(hidden.reshape(count, -1), ((0, missing), (0, 0))).reshape(slices, -1, hidden.shape[-1])
     flat_targets = jnp.pad(targets.reshape(count), (0, missing)).reshape(slices, -1)
-    found = jax.lax.map(score, (flat, flat_targets))
-    log_probabilities, is_best = (x.reshape(-1)[:count].reshape(tokens.shape) for x in found)
+    by_slice = jax.lax.map(score, (flat, flat_targets))
+    log_probabilities, is_best = (x.reshape(-1)[:count].reshape(tokens.shape) for x in by_slice)
     return (log_probabilities, is_best), sequences

@@ -22,9 +22,9 @@ def check_task_code(names: Sequence[str]) -> None:
             continue
         seen.add(path)
         text = path.read_text(encoding="utf-8", errors="replace")
-        if found := _CODE.search(text):
+        if code := _CODE.search(text):
             raise ValueError(
-                f"{path} runs Python code beside it ({found[0]}); expected a task of text templates alone. Read that "
+                f"{path} runs Python code beside it ({code[0]}); expected a task of text templates alone. Read that "
                 "code, and give --trust_task_code if it may run here."
             )
         waiting += [path.parent / included for included in _INCLUDE.findall(text)]

@@ -68,8 +68,8 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
 def _group_of(name: str) -> str | None:
     """The group that a yaml file describes, whose tasks are files beside it; None for a task."""
     text = Path(name).read_text(encoding="utf-8") if Path(name).is_file() else ""
-    found = re.search(r"^group:\s*(\S+)", text, re.MULTILINE)
-    return found[1] if found else None
+    header = re.search(r"^group:\s*(\S+)", text, re.MULTILINE)
+    return header[1] if header else None
 
 
 def _first_line(error: BaseException) -> str:
@@ -102,39 +102,39 @@ def run_tasks(
     for loaded in tasks.values():
         wanted = list(loaded.get("groups", {}).values()) or list(loaded["tasks"].values())
         # Without bootstraps, which start processes: the errors of means are computed here.
-        found = lm_eval.simple_evaluate(
+        evaluated = lm_eval.simple_evaluate(
             adapter, tasks=wanted, limit=limit, num_fewshot=num_fewshot, bootstrap_iters=0, task_manager=manager
         )
-        for task, scores in _topmost(found).items():
-            results[task] = _summary(task, scores, found)
+        for task, scores in _topmost(evaluated).items():
+            results[task] = _summary(task, scores, evaluated)
             line = f"{model.directory.name}: {task} {results[task]['metric']} {shown(results[task]['score'])}"
             console.print(line, markup=False)
     return results
 
 
-def _topmost(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _topmost(evaluated: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The scores of the groups that are part of no other group; of the tasks, where no group has scores."""
-    if not found.get("groups"):
-        return {task: scores for task, scores in found["results"].items() if task in found["samples"]}
-    parts = {part for parts in found["group_subtasks"].values() for part in parts}
-    return {group: scores for group, scores in found["groups"].items() if group not in parts}
+    if not evaluated.get("groups"):
+        return {task: scores for task, scores in evaluated["results"].items() if task in evaluated["samples"]}
+    parts = {part for parts in evaluated["group_subtasks"].values() for part in parts}
+    return {group: scores for group, scores in evaluated["groups"].items() if group not in parts}
 
 
-def _leaves(found: dict[str, Any], task: str) -> list[str]:
+def _leaves(evaluated: dict[str, Any], task: str) -> list[str]:
     """The tasks that a group is made of, through groups of groups; the task itself where it is none."""
-    parts = found.get("group_subtasks", {}).get(task)
-    return [leaf for part in parts for leaf in _leaves(found, part)] if parts else [task]
+    parts = evaluated.get("group_subtasks", {}).get(task)
+    return [leaf for part in parts for leaf in _leaves(evaluated, part)] if parts else [task]
 
 
-def _summary(task: str, scores: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+def _summary(task: str, scores: dict[str, Any], evaluated: dict[str, Any]) -> dict[str, Any]:
     # Keys are "metric,filter".
     metrics = {key.split(",")[0]: value for key, value in scores.items() if isinstance(value, int | float)}
     metrics = {key: value for key, value in metrics.items() if key != "sample_len" and not key.endswith("_stderr")}
     metric = SUITE[task].metric if task in SUITE else next((m for m in METRICS if m in metrics), None)
     metric = metric if metric in metrics else next(iter(metrics), "")
-    samples = {leaf: found["samples"][leaf] for leaf in _leaves(found, task)}
+    samples = {leaf: evaluated["samples"][leaf] for leaf in _leaves(evaluated, task)}
     single = [sample.get(metric) for leaf in samples.values() for sample in leaf]
-    chance = SUITE[task].chance if task in SUITE else _chance(found, samples) if metric in METRICS else None
+    chance = SUITE[task].chance if task in SUITE else _chance(evaluated, samples) if metric in METRICS else None
     return {
         "metric": metric,
         "score": metrics.get(metric),
@@ -152,11 +152,11 @@ def _standard_error(scores: list[Any]) -> float | None:
     return statistics.stdev(map(float, scores)) / len(scores) ** 0.5
 
 
-def _chance(found: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) -> float | None:
+def _chance(evaluated: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) -> float | None:
     """The mean over documents of one in the number of their choices; 0 for tasks without choices."""
     shares: list[float] = []
     for task, documents in samples.items():
-        is_choice = found["configs"][task].get("output_type") == "multiple_choice"
+        is_choice = evaluated["configs"][task].get("output_type") == "multiple_choice"
         shares += [1 / len(document["filtered_resps"]) if is_choice else 0.0 for document in documents]
     return sum(shares) / len(shares) if shares else None
 

@@ -87,8 +87,8 @@ def load_tokenizer(directory: str | os.PathLike) -> transformers.PreTrainedToken
 def _check_added_tokens(directory: Path, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
     """Raises ValueError where the library numbered a token of tokenizer.json anew, because its id left a gap."""
     file, vocab = directory / "tokenizer.json", tokenizer.get_vocab()
-    given = read_json(file).get("added_tokens") or [] if file.is_file() else []
-    moved = [token for token in given if vocab.get(token["content"]) != token["id"]]
+    added = read_json(file).get("added_tokens") or [] if file.is_file() else []
+    moved = [token for token in added if vocab.get(token["content"]) != token["id"]]
     if moved:
         raise ValueError(
             f"{file} gives {brief(moved[0]['content'])} the id {moved[0]['id']}; expected the id "

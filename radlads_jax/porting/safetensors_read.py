@@ -114,11 +114,11 @@ def find_files(directory: AnyPath) -> AnyPath:
             "which tensor is in which file. Download the index too."
         )
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
-    found = (
+    held = (
         f"only {', '.join(pickles[:3])}, and pickles are never loaded: they can run code" if pickles else "no weights"
     )
     raise ValueError(
-        f"{directory} holds {found}; expected {SINGLE_FILE} or {INDEX_FILE} with its files. Convert the model where "
+        f"{directory} holds {held}; expected {SINGLE_FILE} or {INDEX_FILE} with its files. Convert the model where "
         "you trust it: transformers' from_pretrained(old) and then save_pretrained(new) write safetensors."
     )
 

@@ -28,11 +28,11 @@ def quality(run: RunLog) -> str:
     return table(["", *_SCORES.values()], rows) + f'<p class="soft">{said}</p>'
 
 
-def samples(found: Sequence[dict[str, Any]]) -> str:
+def samples(texts: Sequence[dict[str, Any]]) -> str:
     """Every prompt with what both models make of it; marked from where the student differs."""
-    if not found:
+    if not texts:
         return none("Given by train.sample_prompts, and written when the run has finished.")
-    return "".join(_sample(sample) for sample in found)
+    return "".join(_sample(sample) for sample in texts)
 
 
 def _sample(sample: dict[str, Any]) -> str:
@@ -53,18 +53,18 @@ def _same_words(text: str, other: str) -> int:
     return same if same == len(text) else text.rfind(" ", 0, same) + 1
 
 
-def evaluation(found: dict[str, Any]) -> str:
+def evaluation(scores: dict[str, Any]) -> str:
     """What radlads_jax.evaluate has measured: tasks, and probes over long contexts."""
     parts = []
-    if tasks := _dict(found.get("tasks")):
-        parts.append(_tasks(found, tasks))
-    if probes := _dict(found.get("probes")):
+    if tasks := _dict(scores.get("tasks")):
+        parts.append(_tasks(scores, tasks))
+    if probes := _dict(scores.get("probes")):
         parts.append(charts([_probe(name, probes) for name in _dict(next(iter(probes.values())))]))
     return "".join(parts) or none("None yet: python -m radlads_jax.evaluate writes it into the run's directory.")
 
 
-def _tasks(found: dict[str, Any], tasks: dict[str, Any]) -> str:
-    published = found.get("published_model")
+def _tasks(scores: dict[str, Any], tasks: dict[str, Any]) -> str:
+    published = scores.get("published_model")
     columns = ["task", "teacher", "student", "relative"]
     columns += ["paper's teacher", "paper's student", "paper's relative"] if published else []
     rows = []
@@ -76,9 +76,9 @@ def _tasks(found: dict[str, Any], tasks: dict[str, Any]) -> str:
         cells += [percent(line.get("chance")), str(line.get("metric")), amount(number(student.get("documents")))]
         rows.append([escape(cell) or "-" for cell in cells])
     said = "Relative is (student - chance) / (teacher - chance)."
-    if mean := percent(found.get("mean_relative")):
+    if mean := percent(scores.get("mean_relative")):
         said += f" Its mean is {mean}."
-    if limit := amount(number(found.get("limit"))):
+    if limit := amount(number(scores.get("limit"))):
         said += f" The first {limit} documents of every task."
     if published:
         said += f" The paper's are those of {published}."

@@ -202,8 +202,8 @@ def _spikes(stages: Sequence[StageLog]) -> str:
 
 def memory(run: RunLog) -> str:
     """The most memory that was taken by the end of every stage."""
-    found = [(stage.name, number(run.stage_summary(stage.name).get("peak_bytes"))) for stage in run.stages]
-    rows = [[escape(name), shown_bytes(size)] for name, size in found if size]
+    peaks = [(stage.name, number(run.stage_summary(stage.name).get("peak_bytes"))) for stage in run.stages]
+    rows = [[escape(name), shown_bytes(size)] for name, size in peaks if size]
     if not rows:
         return none("Measured when the run has finished.")
     said = "Of the first device, on a CPU of the process, from the run's start on."

@@ -79,8 +79,8 @@ def sums_document(arrays: Mapping[str, jax.Array], documents: Mapping[str, Any])
 
 def difference(sums: Mapping[str, Any], arrays: Mapping[str, jax.Array], documents: Mapping[str, Any]) -> str | None:
     """What of these arrays and documents is not as it was when `sums` were taken, in words; None where all is."""
-    found = {"arrays": array_sums(arrays), "documents": {name: document_sum(d) for name, d in documents.items()}}
-    for kind, values in found.items():
+    now = {"arrays": array_sums(arrays), "documents": {name: document_sum(d) for name, d in documents.items()}}
+    for kind, values in now.items():
         wrong = [name for name, value in values.items() if sums.get(kind, {}).get(name) != value]
         if wrong:
             return f"the checksum of {wrong[0]} is not that of what was saved ({len(wrong)} of {len(values)} {kind})"

@@ -46,10 +46,10 @@ def read(workdir: AnyPath) -> dict[str, Any]:
     return parse_json(storage.read_text(path), path, "Choose another --workdir.")
 
 
-def remember(workdir: AnyPath, found: Mapping[str, Any]) -> None:
+def remember(workdir: AnyPath, parts: Mapping[str, Any]) -> None:
     """Writes what is not known yet of what the run depends on; the first host does."""
     known = read(workdir)
-    merged = {**found, **known}
+    merged = {**parts, **known}
     if merged != known and hosts.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
         storage.write_text(workdir / FILE, json.dumps(merged, indent=1) + "\n")
@@ -82,16 +82,16 @@ def require_same(before: Mapping[str, Any], now: Mapping[str, Any], workdir: Any
 def _differences(before: Any, now: Any, where: str) -> list[str]:
     """Each place at which two JSON values differ, as words."""
     if isinstance(before, dict) and isinstance(now, dict):
-        found: list[str] = []
+        different: list[str] = []
         for name in sorted(before.keys() | now.keys()):
             inner = f"{where} {name}".strip()
             if name not in now:
-                found.append(f"{inner} is gone")
+                different.append(f"{inner} is gone")
             elif name not in before:
-                found.append(f"{inner} is new")
+                different.append(f"{inner} is new")
             else:
-                found += _differences(before[name], now[name], inner)
-        return found
+                different += _differences(before[name], now[name], inner)
+        return different
     # As JSON has them: a tuple is a list there.
     if json.loads(json.dumps(before)) == json.loads(json.dumps(now)):
         return []

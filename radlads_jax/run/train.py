@@ -159,8 +159,8 @@ def run_stage(run: _Run, name: str) -> dict[str, Any]:
     with Checkpoints(
         stage_directory(job, name), keep=train.keep_checkpoints, every=train.checkpoint_every
     ) as checkpoints:
-        found = checkpoints.newest(lambda step: _resume(job, name, checkpoints, step))
-        start, saved = found or (0, None)
+        newest = checkpoints.newest(lambda step: _resume(job, name, checkpoints, step))
+        start, saved = newest or (0, None)
         if saved is not None and saved.state is None:
             say(f"{name}: all {last} steps are done already")
             return _summary_line(job, name, saved.meta)

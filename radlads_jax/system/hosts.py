@@ -31,8 +31,8 @@ def start(
     finds no cluster; ConnectionError where joining fails. If the others don't come in five minutes, jax aborts the
     process (exit code 134).
     """
-    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    explicit = {name: value for name, value in given.items() if value is not None}
+    asked = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    explicit = {name: value for name, value in asked.items() if value is not None}
     if distributed == "off" and not explicit:
         return
     options = _checked(distributed, explicit) if explicit else slurm_processes(os.environ) or {}
@@ -141,10 +141,10 @@ def slurm_processes(environ: Mapping[str, str]) -> dict | None:
 
 def first_host(nodes: str) -> str:
     """The first host of a Slurm list of nodes: "gpu[03-07,9],login" -> "gpu03"."""
-    found = re.match(r"([^,\[]+)(?:\[([^],-]+))?", nodes)
-    if found is None:
+    first = re.match(r"([^,\[]+)(?:\[([^],-]+))?", nodes)
+    if first is None:
         raise ValueError(f"SLURM_STEP_NODELIST is {nodes!r}; expected a list of hosts. Give --coordinator instead.")
-    return found[1] + (found[2] or "")
+    return first[1] + (first[2] or "")
 
 
 def _arguments(coordinator: str, num_processes: int, process_id: int) -> dict:

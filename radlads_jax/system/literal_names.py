@@ -23,6 +23,6 @@ def install() -> None:
 
 def _glob(self: Any, pattern: str) -> Iterator[Any]:
     if in_bucket(self):
-        found = self._backend.glob(f"{glob.escape(os.fspath(self))}/{pattern}")
-        return (self._new(each) for each in found)
+        paths = self._backend.glob(f"{glob.escape(os.fspath(self))}/{pattern}")
+        return (self._new(each) for each in paths)
     return (self / name for name in glob.iglob(pattern, root_dir=os.fspath(self)))

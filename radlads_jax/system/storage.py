@@ -179,8 +179,8 @@ def sizes_below(directory: AnyPath) -> dict[str, int]:
     """The bytes of every file in a directory and in those below it, by the file's name from there."""
     if in_bucket(directory):
         place = str(directory).removeprefix("gs://").rstrip("/")
-        found = _filesystem().find(str(directory), detail=True)
-        return {n.removeprefix(f"{place}/"): info["size"] for n, info in found.items() if not n.endswith("/")}
+        entries = _filesystem().find(str(directory), detail=True)
+        return {n.removeprefix(f"{place}/"): info["size"] for n, info in entries.items() if not n.endswith("/")}
     return {file.relative_to(directory).as_posix(): size(file) for file in files_below(directory)}
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-GIB = 2**30
+_GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Chip:
 # GPUs: NVIDIA's data sheets, SXM cards without sparsity.
 CHIPS = {
     "v4": Chip(275e12, kinds=("TPU v4",)),
-    "v5e": Chip(197e12, 15.75 * GIB, 819e9, 90e9, 1.5e9, ("TPU v5 lite", "TPU v5e")),
-    "v5p": Chip(459e12, 95.0 * GIB, 2765e9, 180e9, 1.75e9, ("TPU v5", "TPU v5p")),
-    "v6e": Chip(918e12, 31.25 * GIB, 1638e9, 180e9, 1.75e9, ("TPU v6 lite", "TPU v6e")),
+    "v5e": Chip(197e12, 15.75 * _GIB, 819e9, 90e9, 1.5e9, ("TPU v5 lite", "TPU v5e")),
+    "v5p": Chip(459e12, 95.0 * _GIB, 2765e9, 180e9, 1.75e9, ("TPU v5", "TPU v5p")),
+    "v6e": Chip(918e12, 31.25 * _GIB, 1638e9, 180e9, 1.75e9, ("TPU v6 lite", "TPU v6e")),
     "tpu7x": Chip(1153.5e12, hbm_rate=3690e9, clock=2.2e9, kinds=("TPU7x",)),
-    "a100": Chip(312e12, 76.0 * GIB, kinds=("NVIDIA A100",)),
+    "a100": Chip(312e12, 76.0 * _GIB, kinds=("NVIDIA A100",)),
     "h100-pcie": Chip(756e12, kinds=("NVIDIA H100 PCIe",)),
-    "h100": Chip(989e12, 76.0 * GIB, kinds=("NVIDIA H100",)),
+    "h100": Chip(989e12, 76.0 * _GIB, kinds=("NVIDIA H100",)),
     "h200": Chip(989e12, kinds=("NVIDIA H200",)),
     "b200": Chip(2250e12, kinds=("NVIDIA B200",)),
 }

@@ -14,13 +14,13 @@ import jax
 logger = logging.getLogger(__name__)
 
 # Tried in order on each backend; the first that the operation has is taken.
-PREFERENCE: dict[str, tuple[str, ...]] = {
+_PREFERENCE: dict[str, tuple[str, ...]] = {
     "tpu": ("pallas_tpu", "chunked"),
     "gpu": ("triton_gpu", "chunked"),
     "cpu": ("chunked",),
 }
 # The accelerators' kernels are made for these; a fit implementation for any other is `chunked`.
-KERNEL_HEAD_SIZES = (64, 128)
+_KERNEL_HEAD_SIZES = (64, 128)
 _TRACED_FOR: contextvars.ContextVar[str | None] = contextvars.ContextVar("traced_for", default=None)
 
 
@@ -50,7 +50,7 @@ def choose(
     A named implementation is never replaced by another: ValueError if the operation has none of that name.
     """
     if implementation is None:
-        preferred = PREFERENCE.get(backend(), ("chunked",))
+        preferred = _PREFERENCE.get(backend(), ("chunked",))
         implementation = next(name for name in preferred if name in implementations and fits(name, head_sizes))
         _log_choice(operation, implementation, backend())
     if implementation not in implementations:
@@ -65,10 +65,10 @@ def fits(name: str, head_sizes: Sequence[int]) -> bool:
     """Whether an implementation that its backend prefers can take these sizes there."""
     if name == "chunked":
         return True
-    return set(head_sizes) <= set(KERNEL_HEAD_SIZES) and (name != "triton_gpu" or triton_fits())
+    return set(head_sizes) <= set(_KERNEL_HEAD_SIZES) and (name != "triton_gpu" or _triton_fits())
 
 
-def triton_fits() -> bool:
+def _triton_fits() -> bool:
     """Triton is installed, and the GPU is NVIDIA's and of compute capability 8.0 or more."""
     installed = all(importlib.util.find_spec(name) is not None for name in ("triton", "jax_triton"))
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))

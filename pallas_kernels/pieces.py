@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from pallas_kernels.sharded import PIECES
 
 _exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-VALUES = 3  # where v stands among a recurrence's sequences: r, log_w, k, v, ...
+_VALUES = 3  # where v stands among a recurrence's sequences: r, log_w, k, v, ...
 
 
-def over_pieces(op: Callable[..., Any] | None = None, *, values: int = VALUES) -> Callable[..., Any]:
+def over_pieces(op: Callable[..., Any] | None = None, *, values: int = _VALUES) -> Callable[..., Any]:
     """op as it runs on one device's piece of every sequence, inside a shard_map over the axis `context`.
 
     op: (r, log_w, k, v, ..., initial_state, segment_ids) -> (o, final_state), linear in (v, initial_state), resetting

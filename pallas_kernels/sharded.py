@@ -12,10 +12,10 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 ROWS = ("data", "fsdp")
-HEADS = ("tensor",)
+_HEADS = ("tensor",)
 PIECES = ("context",)
 TOKENS = (*ROWS, *PIECES)
-WHOLE_HEADS = (*HEADS, *PIECES)  # of heads that need their whole sequences
+WHOLE_HEADS = (*_HEADS, *PIECES)  # of heads that need their whole sequences
 # A head's vocabulary, and a slice of its logits, over every device. A kernel that lies as [D/fsdp, vocab/tensor] comes
 # there by an exchange within fsdp, then by a cut over the rest; its gradient goes back the same way.
 VOCAB = ("tensor", "fsdp", "data", "context")
@@ -95,7 +95,7 @@ def per_shard(
             return op(*arguments)
         batch, tokens, heads = arguments[0].shape[:3]
         pieces = fitting(PIECES, tokens, mesh) if over_pieces else ()
-        rows, split = fitting(ROWS, batch, mesh), fitting(HEADS if over_pieces else WHOLE_HEADS, heads, mesh)
+        rows, split = fitting(ROWS, batch, mesh), fitting(_HEADS if over_pieces else WHOLE_HEADS, heads, mesh)
         specs = {
             "sequence": PartitionSpec(rows, pieces, split),
             "state": PartitionSpec(rows, split),

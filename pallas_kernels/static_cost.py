@@ -9,12 +9,12 @@ A topology needs the `tpu` extra (libtpu has the compiler), a target the `cuda` 
 
 import argparse
 
-OPERATIONS = ("wkv7", "wkv6", "gdn", "linear_loss")
+_OPERATIONS = ("wkv7", "wkv6", "gdn", "linear_loss")
 
 
-def parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("operation", choices=OPERATIONS)
+    made.add_argument("operation", choices=_OPERATIONS)
     where = made.add_mutually_exclusive_group(required=True)
     where.add_argument("--topology", help="a TPU slice: v5e:2x2, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1")
     where.add_argument("--target", help="a GPU's compute capability: sm_80, sm_90, sm_100")
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    arguments = parser().parse_args()
+    arguments = _parser().parse_args()
     if arguments.operation == "linear_loss":
         if arguments.topology is None:
             raise ValueError("static_cost got linear_loss with --target, expected --topology: it has no GPU kernel.")

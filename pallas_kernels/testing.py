@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Arrays = dict[str, np.ndarray]
+_Arrays = dict[str, np.ndarray]
 
 # RMS ratios to the float64 loop; never loosened.
 TOLERANCE = {"float32": 1e-6, "float32_stress": 1e-5, "bfloat16": 8e-3}
@@ -33,7 +33,7 @@ def recurrence_inputs(
     log_w_range: tuple[float, float] | None = None,
     key_scale: float = 1.0,
     iclr: float | None = None,
-) -> Arrays:
+) -> _Arrays:
     """Random float32 arguments as a mixer would make them: unit removal keys, decays over the student's whole range."""
     rng = np.random.default_rng(seed)
     shape = (batch, length, heads, key_size)
@@ -58,7 +58,7 @@ def token_loop(
     segment_ids: np.ndarray | None = None,
     d_out: np.ndarray | None = None,
     d_final: np.ndarray | None = None,
-) -> Arrays:
+) -> _Arrays:
     """The recurrence and its adjoint in float64, one token after the other.
 
     Takes r, log_w, k, v and, for wkv7, a and b; returns o, final_state and, where d_out is given, the gradients of
@@ -136,7 +136,7 @@ def gated_delta_inputs(
     log_g_range: tuple[float, float] = (-100.0, -1e-7),
     key_scale: float = 1.0,
     beta: float | None = None,
-) -> Arrays:
+) -> _Arrays:
     """Random float32 arguments of `gdn`: unit keys times key_scale, queries times K^-0.5, decays even in their log."""
     rng = np.random.default_rng(seed)
 
@@ -162,7 +162,7 @@ def gated_delta_loop(
     segment_ids: np.ndarray | None = None,
     d_out: np.ndarray | None = None,
     d_final: np.ndarray | None = None,
-) -> Arrays:
+) -> _Arrays:
     """`gdn` and its adjoint in float64, one token after the other; takes and returns what `token_loop` does."""
     x = {name: np.moveaxis(np.asarray(value, np.float64), 1, 0) for name, value in inputs.items()}
     length, batch, heads, value_size = x["v"].shape

@@ -13,7 +13,7 @@ from untrained import random_params, student_of
 from radlads_jax.config import Mesh, Optim, RunConfig
 from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill.optim import make_optimizer
-from radlads_jax.distill.program import abstract_state, create_state, make_step
+from radlads_jax.distill.program import StagePlan, abstract_state, create_state, make_step
 from radlads_jax.models import ModelConfig, abstract_params, sharding
 from radlads_jax.models.placement import shardings
 from radlads_jax.models.tree import path_leaves, split_params
@@ -32,7 +32,7 @@ def adafactor(run: RunConfig, **fields) -> RunConfig:
 def test_a_factored_state_lies_whole_and_the_rest_as_its_parameters(mixer, shape):
     mesh = abstract_mesh(**shape)
     run = adafactor(dataclasses.replace(RunConfig(), stages=("stage2",)))
-    state = path_leaves(abstract_state(run, student_of(WIDE, mixer), "stage2", mesh))
+    state = path_leaves(abstract_state(StagePlan(run, "stage2", student_of(WIDE, mixer), WIDE, mesh)))
     params = {path.removeprefix("params/"): leaf for path, leaf in state.items() if path.startswith("params/")}
     factored = 0
     for path, leaf in state.items():
@@ -72,7 +72,8 @@ def test_adafactor_trains_on_eight_devices():
     run = adafactor(run_of("pretrain", Mesh(fsdp=4, tensor=2)), moment_dtype="bfloat16")
     mesh = mesh_lib.make_mesh(run)
     params = jax.device_put(random_params(WIDE, 0.1), shardings(mesh, abstract_params(WIDE), WIDE))
-    state, step = create_state(run, WIDE, "pretrain", params, mesh), make_step(run, WIDE, WIDE, "pretrain", mesh)
+    plan = StagePlan(run, "pretrain", WIDE, WIDE, mesh)
+    state, step = create_state(plan, params), make_step(plan)
     losses = []
     for _ in range(4):
         state, metrics = step(state, {}, None, sharding.place_rows(mesh, make_batch(8), 8))

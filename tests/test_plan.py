@@ -158,9 +158,9 @@ def compilations(monkeypatch) -> list[tuple[str, int]]:
     """Which stages were "compiled" on how many chips: a compiler that says by rule what a step takes."""
     made: list[tuple[str, int]] = []
 
-    def compiled(run, student, teacher, name, mesh):
-        made.append((name, mesh.size))
-        record = stage_lib.by_arithmetic(run, student, teacher, name, mesh)
+    def compiled(plan):
+        made.append((plan.name, plan.mesh.size))
+        record = stage_lib.by_arithmetic(plan)
         counts = dataclasses.asdict(Counts(flops=record["ideal_flops"]))
         return {
             "peak_bytes": 1.5 * record["peak_bytes_by_hand"],
@@ -261,7 +261,7 @@ def test_a_step_is_compiled_with_the_options_of_its_chips(monkeypatch):
     student = TEACHER.as_student("rad_rwkv7", MIXERS["rad_rwkv7"].choose(32))
     mesh = sharding.one_device_mesh(jax.devices()[0])
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_made_up"):
-        stage_lib.compiled(run, student, TEACHER.as_teacher_of(student), "stage3", mesh)
+        stage_lib.compiled(program.StagePlan(run, "stage3", student, TEACHER.as_teacher_of(student), mesh))
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def test_the_disk_that_is_asked_for_is_what_a_run_fills(tmp_path, capsys):
     job = make(settings(), tmp_path / "run")
     planned = planned_bytes(job)
     for name in job.run.stages:
-        state = jax.tree.map(filled, abstract_state(job.run, job.student, name, None))
+        state = jax.tree.map(filled, abstract_state(job.stage_plan(name).on_one_device()))
         with Checkpoints(train.stage_directory(job, name), keep=2) as written:
             for step in (2, 3):
                 written.save(step, state, data_state={}, meta={})

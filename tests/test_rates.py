@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from radlads_jax.config import RunConfig, StageConfig, validate
+from radlads_jax.distill.program import StagePlan
 from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.recipes import paper, rate_for
@@ -22,7 +23,7 @@ ROW = {"seq_len": 16, "batch_size": 2}
 def described(name: str, steps: int, **fields) -> str:
     recipe = StageConfig(**{**ROW, "tokens": steps * 32, **fields})
     run = dataclasses.replace(RunConfig(), stages=(name,), **{name: recipe})
-    return rates.described(run, make_student_config(TEACHER, run))
+    return rates.described([StagePlan(run, name, make_student_config(TEACHER, run), TEACHER)])
 
 
 def convert(arg: str = "", **fields) -> ConfigDict:

@@ -17,7 +17,7 @@ from pallas_kernels.linear_loss import linear_kl
 from pallas_kernels.sharded import fitting_spec, per_shard
 from radlads_jax.config import Mesh, RunConfig, StageConfig, Teacher, defaults, validate
 from radlads_jax.distill import mesh as mesh_lib
-from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
+from radlads_jax.distill.program import StagePlan, abstract_state, create_state, make_step
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.models import ModelConfig, abstract_params, bind, sharding
 from radlads_jax.models.attention import Context, softmax_attention
@@ -100,7 +100,7 @@ def test_what_is_large_is_split_over_every_device(mixer):
 def test_the_optimizer_lies_as_its_parameters_do():
     run = dataclasses.replace(RunConfig(), stages=("stage2",))
     mesh = abstract_mesh(data=2, fsdp=2, tensor=2)
-    state = path_leaves(abstract_state(run, student_of(TEACHER, "rad_rwkv7"), "stage2", mesh))
+    state = path_leaves(abstract_state(StagePlan(run, "stage2", student_of(TEACHER, "rad_rwkv7"), TEACHER, mesh)))
     specs = {path.removeprefix("params/"): leaf.sharding.spec for path, leaf in state.items() if path[:6] == "params"}
     for moment in ("mu", "nu"):
         found = {path.split(f"/{moment}/")[1]: x.sharding.spec for path, x in state.items() if f"/{moment}/" in path}
@@ -146,14 +146,15 @@ def trained(mixer: str, name: str, shape: Mesh, accumulate: int = 1, steps: int 
     teacher = TEACHER.as_teacher_of(student)
     start, mixers = random_params(teacher, 0.1), random_mixers(student, 0.1, seed=1)
     params = whole_student(student, start, mixers) if STAGES[name].whole_student else mixers
-    params, frozen = split_params(params, is_trainable(run, student, name))
+    plan = StagePlan(run, name, student, teacher, mesh)
+    params, frozen = split_params(params, plan.trains)
     # Copies: the state is donated, and shares arrays with the teacher.
     params, start = jax.tree.map(jnp.array, (params, start))
     if mesh is not None:
         params = jax.device_put(params, shardings(mesh, params, student))
         start = jax.device_put(start, shardings(mesh, start, teacher))
-    state = create_state(run, student, name, params, mesh)
-    step = make_step(run, student, teacher, name, mesh)
+    state = create_state(plan, params)
+    step = make_step(plan)
     teacher_params = start if STAGES[name].needs_teacher else None
     losses = []
     for _ in range(steps):
@@ -318,12 +319,12 @@ def test_a_state_goes_from_eight_devices_to_one_and_back(tmp_path):
     many, one = run_of("stage2", Mesh(fsdp=8)), run_of("stage2", Mesh(fsdp=1))
     mesh = mesh_lib.make_mesh(many)
     params = jax.device_put(random_params(student), shardings(mesh, abstract_params(student), student))
-    state = create_state(many, student, "stage2", params, mesh)
+    state = create_state(StagePlan(many, "stage2", student, TEACHER, mesh), params)
     state = state._replace(step=state.step + 3, opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
     for i, (run, target) in enumerate(((one, None), (many, mesh))):
         with Checkpoints(tmp_path / str(i)) as checkpoints:
             checkpoints.save(3, state, data_state={}, meta={}, wait=True)
-            restored, _, _ = checkpoints.restore(3, abstract_state(run, student, "stage2", target))
+            restored, _, _ = checkpoints.restore(3, abstract_state(StagePlan(run, "stage2", student, TEACHER, target)))
         devices = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(restored)}
         assert devices == ({1} if target is None else {8})
         jax.tree.map(np.testing.assert_array_equal, restored, state)

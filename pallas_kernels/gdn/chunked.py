@@ -3,7 +3,7 @@
 Notation, per chunk of C tokens and with G the cumulative log decay from the chunk's start:
     D = e^(G_i - G_j) for i >= j, else 0,   A = tril(diag(beta) (K K^T * D), -1),   P = Q K^T * D
     Z = V - e^G K S,   U = (I + A)^-1 diag(beta) Z,   O = e^G Q S + P U,   S' = e^G_C S + (e^(G_C - G) K)^T U
-No exponent is positive, so that any decay is safe, and a reset is one of e^RESET, which is zero. A scan goes from
+No exponent is positive, so that any decay is safe, and a reset is one of e^_RESET, which is zero. A scan goes from
 chunk to chunk and does all of a chunk's work: its arrays are small enough to stay in cache, those of key heads that
 serve several heads included.
 """
@@ -19,14 +19,14 @@ from pallas_kernels.layout import row_sums, transpose, transposed
 from pallas_kernels.shared.triangular import invert_unit_lower
 
 # A chunk by default: a quarter of the head size, within these, as for wkv7.
-CHUNK_SIZES = (16, 32)
-# Decays are summed in two parts, multiples of 1/STEPS and the rest. Sums of the first are exact and the others' small:
+_CHUNK_SIZES = (16, 32)
+# Decays are summed in two parts, multiples of 1/_STEPS and the rest. Sums of the first are exact and the others' small:
 # a weak decay between two tokens is right to its last digits after any strong one before them.
-STEPS = 16.0
-RESET = -128.0
+_STEPS = 16.0
+_RESET = -128.0
 
 
-class Inputs(NamedTuple):
+class _Inputs(NamedTuple):
     """The sequences as `gdn` takes them, or one chunk of them: [B,G,C,K], v [B,H,C,V], log_g and beta [B,H,C]."""
 
     q: jax.Array
@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
     beta: jax.Array
 
 
-class Decays(NamedTuple):
+class _Decays(NamedTuple):
     """What a chunk makes of log_g, [B,H,...] float32.
 
     `pairs` [C,C] is D, `start` [C,1] e^G, `rest` [C,1] e^(G_C - G). The state's own decay is kept + end, [1,1]: of a
@@ -51,7 +51,7 @@ class Decays(NamedTuple):
     end: jax.Array
 
 
-class Pairs(NamedTuple):
+class _Pairs(NamedTuple):
     """A chunk but for its state, [B,...] float32: kq = [K; Q] [G,2C,K], `products` = [K; Q] K^T [H,2C,C].
 
     `between` [H,2C,C] are the products' decays, those with K for j < i alone; `inner` is P, `inverse` (I + A)^-1.
@@ -64,7 +64,7 @@ class Pairs(NamedTuple):
     inverse: jax.Array
 
 
-def of_heads(x: jax.Array, heads: int) -> jax.Array:
+def _of_heads(x: jax.Array, heads: int) -> jax.Array:
     """x [B,G,...] for each of the heads that share it, [B,H,...]."""
     return x if x.shape[1] == heads else jnp.repeat(x, heads // x.shape[1], axis=1)
 
@@ -75,19 +75,19 @@ def of_groups(x: jax.Array, groups: int) -> jax.Array:
 
 
 def two_parts(log_g: jax.Array) -> jax.Array:
-    """[2,...]: multiples of 1/STEPS, and what is left."""
-    coarse = jnp.round(log_g * STEPS) / STEPS
+    """[2,...]: multiples of 1/_STEPS, and what is left."""
+    coarse = jnp.round(log_g * _STEPS) / _STEPS
     return jnp.stack([coarse, log_g - coarse])
 
 
 def with_resets(log_g: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """log_g [B,T,H] with RESET in the place of the decays that a new segment makes nothing of."""
+    """log_g [B,T,H] with _RESET in the place of the decays that a new segment makes nothing of."""
     if segment_ids is None:
         return log_g
-    return jnp.where(layout.boundaries(segment_ids)[..., None], RESET, log_g)
+    return jnp.where(layout.boundaries(segment_ids)[..., None], _RESET, log_g)
 
 
-def decays(log_g: jax.Array) -> Decays:
+def decays(log_g: jax.Array) -> _Decays:
     """log_g [B,H,C]."""
     size = log_g.shape[-1]
     coarse, fine = layout.prefix_sums(two_parts(log_g)[..., None])
@@ -96,44 +96,44 @@ def decays(log_g: jax.Array) -> Decays:
     start, total = jnp.exp(coarse + fine), coarse[..., -1:, :] + fine[..., -1:, :]
     weak = total > -0.5
     kept, end = weak.astype(jnp.float32), jnp.where(weak, jnp.expm1(total), jnp.exp(total))
-    return Decays(pairs, start, transpose(pairs[..., -1:, :]), kept, end)
+    return _Decays(pairs, start, transpose(pairs[..., -1:, :]), kept, end)
 
 
-def chunk_pairs(chunk: Inputs, d: Decays) -> Pairs:
+def _chunk_pairs(chunk: _Inputs, d: _Decays) -> _Pairs:
     """Everything of one chunk that does not depend on its state."""
     size, heads = chunk.q.shape[-2], chunk.v.shape[1]
     kq = jnp.concatenate([chunk.k, chunk.q], axis=-2)
-    products = of_heads(kq @ transpose(chunk.k), heads)
+    products = _of_heads(kq @ transpose(chunk.k), heads)
     strict = d.pairs * (1 - jnp.eye(size, dtype=jnp.float32))
     between = jnp.concatenate([strict, d.pairs], axis=-2)
     inner = products * between
     inverse = invert_unit_lower(-chunk.beta[..., None] * inner[..., :size, :])
-    return Pairs(kq, products, between, inner[..., size:, :], inverse)
+    return _Pairs(kq, products, between, inner[..., size:, :], inverse)
 
 
-def chunk_forward(chunk: Inputs, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _chunk_forward(chunk: _Inputs, state: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Outputs [B,H,C,V] of one chunk and the state after it."""
     size, heads = chunk.q.shape[-2], chunk.v.shape[1]
     d = decays(chunk.log_g)
-    p = chunk_pairs(chunk, d)
-    seen = of_heads(p.kq, heads) @ state
+    p = _chunk_pairs(chunk, d)
+    seen = _of_heads(p.kq, heads) @ state
     z = chunk.v - d.start * seen[..., :size, :]
     u = p.inverse @ (chunk.beta[..., None] * z)
     out = d.start * seen[..., size:, :] + p.inner @ u
-    written = transposed(d.rest * of_heads(chunk.k, heads)) @ u
+    written = transposed(d.rest * _of_heads(chunk.k, heads)) @ u
     return out, d.kept * state + (d.end * state + written)
 
 
-def chunk_backward(chunk: Inputs, state: jax.Array, d_out: jax.Array, d_next: jax.Array) -> tuple[Inputs, jax.Array]:
+def _chunk_backward(chunk: _Inputs, state: jax.Array, d_out: jax.Array, d_next: jax.Array) -> tuple[_Inputs, jax.Array]:
     """Gradients of one chunk's inputs and of the state before it.
 
     d_out is the gradient of the chunk's outputs, d_next that of the state after it.
     """
     size, groups, heads = chunk.q.shape[-2], chunk.q.shape[1], chunk.v.shape[1]
     d, beta = decays(chunk.log_g), chunk.beta[..., None]
-    p = chunk_pairs(chunk, d)
+    p = _chunk_pairs(chunk, d)
     start = jnp.concatenate([d.start, d.start], axis=-2)
-    kq_start, k_rest = start * of_heads(p.kq, heads), d.rest * of_heads(chunk.k, heads)
+    kq_start, k_rest = start * _of_heads(p.kq, heads), d.rest * _of_heads(chunk.k, heads)
     seen = kq_start @ state
     z = chunk.v - seen[..., :size, :]
     u = p.inverse @ (beta * z)
@@ -151,14 +151,14 @@ def chunk_backward(chunk: Inputs, state: jax.Array, d_out: jax.Array, d_next: ja
     from_start = row_sums(d_seen * seen)
     d_start = from_start[..., :size, :] + from_start[..., size:, :]
     exponents = beta * exponents[..., :size, :] + exponents[..., size:, :] * (1 - jnp.eye(size))
-    d_log_g = decay_gradient(exponents, d_start, row_sums(u * into_state), d, jnp.sum(d_next * state, (-2, -1)))
+    d_log_g = _decay_gradient(exponents, d_start, row_sums(u * into_state), d, jnp.sum(d_next * state, (-2, -1)))
     d_state = d.kept * d_next + (d.end * d_next + transposed(kq_start) @ d_seen)
-    d_chunk = Inputs(d_kq[..., size:, :], d_kq[..., :size, :] + d_k, d_v, d_log_g, d_beta[..., 0])
+    d_chunk = _Inputs(d_kq[..., size:, :], d_kq[..., :size, :] + d_k, d_v, d_log_g, d_beta[..., 0])
     return d_chunk, d_state
 
 
-def decay_gradient(
-    exponents: jax.Array, d_start: jax.Array, d_rest: jax.Array, d: Decays, d_end: jax.Array
+def _decay_gradient(
+    exponents: jax.Array, d_start: jax.Array, d_rest: jax.Array, d: _Decays, d_end: jax.Array
 ) -> jax.Array:
     """d log_g [B,H,C] from the gradients of G_i - G_j [C,C], of G [C,1], of G_C - G [C,1], and of the state's decay.
 
@@ -172,18 +172,18 @@ def decay_gradient(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def recurrence(size: int, inputs: Inputs, initial_state: jax.Array) -> tuple[jax.Array, jax.Array]:
+def recurrence(size: int, inputs: _Inputs, initial_state: jax.Array) -> tuple[jax.Array, jax.Array]:
     """All chunks one after the other; the inputs' length is a whole number of chunks."""
-    return recurrence_forward(size, inputs, initial_state)[0]
+    return _recurrence_forward(size, inputs, initial_state)[0]
 
 
-def recurrence_forward(size: int, inputs: Inputs, initial_state: jax.Array) -> Any:
+def _recurrence_forward(size: int, inputs: _Inputs, initial_state: jax.Array) -> Any:
     """Keeps the inputs and the state each chunk begins with."""
 
     def step(carry: Any, index: jax.Array) -> Any:
         state, out = carry
-        chunk = Inputs(*layout.take(inputs, index, size))
-        chunk_out, next_state = chunk_forward(chunk, state)
+        chunk = _Inputs(*layout.take(inputs, index, size))
+        chunk_out, next_state = _chunk_forward(chunk, state)
         return (next_state, layout.put(out, index, chunk_out)), state
 
     chunks = jnp.arange(inputs.q.shape[1] // size)
@@ -191,7 +191,7 @@ def recurrence_forward(size: int, inputs: Inputs, initial_state: jax.Array) -> A
     return (out, final_state), (inputs, states)
 
 
-def recurrence_backward(size: int, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
+def _recurrence_backward(size: int, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
     """The chunks in reverse."""
     inputs, states = kept
     d_out, d_final = cotangents
@@ -199,10 +199,10 @@ def recurrence_backward(size: int, kept: Any, cotangents: tuple[jax.Array, jax.A
     def step(carry: Any, xs: tuple[jax.Array, jax.Array]) -> Any:
         d_state, gradients = carry
         index, state = xs
-        chunk = Inputs(*layout.take(inputs, index, size))
+        chunk = _Inputs(*layout.take(inputs, index, size))
         (d_one,) = layout.take((d_out,), index, size)
-        d_chunk, d_state = chunk_backward(chunk, state, d_one, d_state)
-        gradients = Inputs(*(layout.put(all_of, index, one) for all_of, one in zip(gradients, d_chunk, strict=True)))
+        d_chunk, d_state = _chunk_backward(chunk, state, d_one, d_state)
+        gradients = _Inputs(*(layout.put(all_of, index, one) for all_of, one in zip(gradients, d_chunk, strict=True)))
         return (d_state, gradients), None
 
     start = (d_final, jax.tree.map(jnp.zeros_like, inputs))
@@ -210,7 +210,7 @@ def recurrence_backward(size: int, kept: Any, cotangents: tuple[jax.Array, jax.A
     return gradients, d_initial
 
 
-recurrence.defvjp(recurrence_forward, recurrence_backward)
+recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
 def gdn_chunked(
@@ -225,8 +225,8 @@ def gdn_chunked(
 ) -> tuple[jax.Array, jax.Array]:
     """See `gdn`: fills the last chunk with tokens that leave the state alone."""
     length = q.shape[1]
-    default = min(max(q.shape[-1] // 4, CHUNK_SIZES[0]), CHUNK_SIZES[1])
+    default = min(max(q.shape[-1] // 4, _CHUNK_SIZES[0]), _CHUNK_SIZES[1])
     size = layout.fitting_chunk(length, chunk_size or default)
-    inputs = Inputs(*(layout.pad(x, size) for x in (q, k, v, with_resets(log_g, segment_ids), beta)))
+    inputs = _Inputs(*(layout.pad(x, size) for x in (q, k, v, with_resets(log_g, segment_ids), beta)))
     out, final_state = recurrence(size, inputs, initial_state)
     return out[:, :length], final_state

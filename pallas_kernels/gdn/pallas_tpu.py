@@ -15,15 +15,15 @@ from pallas_kernels.gdn.pallas_tpu_chunk import Plan
 from pallas_kernels.gdn.pallas_tpu_forward import forward_kernel
 
 DEFAULT_CHUNK_SIZE = 128
-CHUNK_SIZES = (16, 32, 64, 128)
-HEAD_SIZES = (64, 128)
+_CHUNK_SIZES = (16, 32, 64, 128)
+_HEAD_SIZES = (64, 128)
 MAX_HEADS = 16
 MAX_CHANNELS = 1024
-LANES = 128
-VMEM_LIMIT = 56 * 2**20
+_LANES = 128
+_VMEM_LIMIT = 56 * 2**20
 
 
-class Inputs(NamedTuple):
+class _Inputs(NamedTuple):
     """Sequences [B,T,G*K], v [B,T,H*V]; log_g and beta [B,S,N,heads,C] float32, S groups of heads, N chunks."""
 
     q: jax.Array
@@ -51,19 +51,19 @@ def gdn_pallas_tpu(
     default, as many bytes again as v has. `interpret` is pallas_call's; None interprets wherever there is no TPU.
     """
     (batch, length, heads, value_size), (groups, key_size) = v.shape, q.shape[2:]
-    if key_size not in HEAD_SIZES or value_size not in HEAD_SIZES:
+    if key_size not in _HEAD_SIZES or value_size not in _HEAD_SIZES:
         raise NotImplementedError(
             f"gdn on TPU got heads of {key_size} key and {value_size} value channels, expected 64 or 128 each; take "
             "implementation='chunked'."
         )
-    if chunk_size not in (None, *CHUNK_SIZES):
-        raise NotImplementedError(f"gdn on TPU got chunk_size={chunk_size}, expected one of {CHUNK_SIZES} or None.")
+    if chunk_size not in (None, *_CHUNK_SIZES):
+        raise NotImplementedError(f"gdn on TPU got chunk_size={chunk_size}, expected one of {_CHUNK_SIZES} or None.")
     if heads // groups > MAX_HEADS:
         raise NotImplementedError(
             f"gdn on TPU got {heads // groups} heads for each key head, expected at most {MAX_HEADS}; take "
             "implementation='chunked'."
         )
-    default = max(CHUNK_SIZES[0], layout.fitting_chunk(length, DEFAULT_CHUNK_SIZE))
+    default = max(_CHUNK_SIZES[0], layout.fitting_chunk(length, DEFAULT_CHUNK_SIZE))
     size = min(chunk_size or DEFAULT_CHUNK_SIZE, default)
     dtype = jnp.bfloat16 if jnp.result_type(q, k, v) == jnp.bfloat16 else jnp.float32
     # float32 products are six passes each: fewer heads hide as much and compile in a fraction of the time.
@@ -87,7 +87,7 @@ def gdn_pallas_tpu(
 
     more_heads = more * (heads // groups)
     log_g = with_resets(log_g, segment_ids)
-    inputs = Inputs(wide(q, more), wide(k, more), wide(v, more_heads), rows(log_g), rows(beta))
+    inputs = _Inputs(wide(q, more), wide(k, more), wide(v, more_heads), rows(log_g), rows(beta))
     state = jnp.pad(initial_state, ((0, 0), (0, more_heads), (0, 0), (0, 0)))
     if interpret is None:
         interpret = dispatch.backend() != "tpu"
@@ -107,7 +107,7 @@ def head_groups(
         return groups, groups
     smallest = max(most // heads_of_one // 2, 1)
     narrow = min(key_size, heads_of_one * value_size)
-    whole = [n for n in range(most // heads_of_one, smallest - 1, -1) if not n * narrow % LANES]
+    whole = [n for n in range(most // heads_of_one, smallest - 1, -1) if not n * narrow % _LANES]
     for count in whole:
         if groups % count == 0:
             return count, groups
@@ -117,7 +117,7 @@ def head_groups(
     return min(((n, -(-groups // n) * n) for n in whole), key=lambda pair: pair[1] * (1 + 8 / (pair[0] * heads_of_one)))
 
 
-def gate_rows(plan: Plan, inputs: Inputs) -> jax.Array:
+def _gate_rows(plan: Plan, inputs: _Inputs) -> jax.Array:
     """[B,S,N,(parts+1)*heads,C]: G from each chunk's start, in parts, then beta."""
     parts = two_parts(inputs.log_g) if plan.parts == 2 else inputs.log_g[None]
     lower = jnp.triu(jnp.ones((plan.size, plan.size), jnp.float32))
@@ -126,53 +126,53 @@ def gate_rows(plan: Plan, inputs: Inputs) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def recurrence(plan: Plan, interpret: Any, inputs: Inputs, initial_state: jax.Array) -> tuple[jax.Array, jax.Array]:
+def recurrence(plan: Plan, interpret: Any, inputs: _Inputs, initial_state: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Inputs of whole chunks; states [B,H,K,V]."""
-    out, final_state, _ = run_forward(plan, interpret, False, inputs, initial_state)
+    out, final_state, _ = _run_forward(plan, interpret, False, inputs, initial_state)
     return out, final_state
 
 
-def recurrence_forward(plan: Plan, interpret: Any, inputs: Inputs, initial_state: jax.Array) -> Any:
+def _recurrence_forward(plan: Plan, interpret: Any, inputs: _Inputs, initial_state: jax.Array) -> Any:
     """Keeps the inputs and the state each chunk begins with."""
-    out, final_state, states = run_forward(plan, interpret, True, inputs, initial_state)
+    out, final_state, states = _run_forward(plan, interpret, True, inputs, initial_state)
     return (out, final_state), (inputs, states)
 
 
-def recurrence_backward(plan: Plan, interpret: Any, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
+def _recurrence_backward(plan: Plan, interpret: Any, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
     """The chunks in reverse."""
     inputs, states = kept
     d_out, d_final = cotangents
-    specs = block_specs(plan, inputs, reverse=True)
+    specs = _block_specs(plan, inputs, reverse=True)
     names = ("key", "key", "value", "gates", "states", "value", "state")
     d_gates = (*inputs.beta.shape[:3], 3 * plan.heads, plan.size)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs[:3]]
     shapes += [jax.ShapeDtypeStruct(d_gates, jnp.float32), jax.ShapeDtypeStruct(d_final.shape, d_final.dtype)]
     d_q, d_k, d_v, d_gates, d_initial = pl.pallas_call(
         functools.partial(backward_kernel, plan),
-        grid=grid(plan, inputs),
+        grid=_grid(plan, inputs),
         in_specs=[specs[name] for name in names],
         out_specs=[specs[name] for name in ("key", "key", "value", "d_gates", "state")],
         out_shape=shapes,
-        compiler_params=compiler_params(),
+        compiler_params=_compiler_params(),
         interpret=interpret,
         name="gdn_backward",
-    )(*inputs[:3], gate_rows(plan, inputs), states, d_out, d_final)
+    )(*inputs[:3], _gate_rows(plan, inputs), states, d_out, d_final)
     d_total, d_rest, d_beta = jnp.split(d_gates, 3, axis=-2)
     later = jnp.tril(jnp.ones((plan.size, plan.size), jnp.float32))
     # A token's decay is in each G from it on and in each G_C - G before it.
     both, sums = jnp.concatenate([d_total, d_rest], axis=-1), jnp.concatenate([later, 1 - later])
     d_log_g = jnp.matmul(both, sums, precision=jax.lax.Precision.HIGHEST)
-    return Inputs(d_q, d_k, d_v, d_log_g, d_beta), d_initial
+    return _Inputs(d_q, d_k, d_v, d_log_g, d_beta), d_initial
 
 
-recurrence.defvjp(recurrence_forward, recurrence_backward)
+recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
-def run_forward(
-    plan: Plan, interpret: Any, keep_states: bool, inputs: Inputs, initial_state: jax.Array
+def _run_forward(
+    plan: Plan, interpret: Any, keep_states: bool, inputs: _Inputs, initial_state: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Outputs, final state and, where asked for, the state before each chunk [B,N,H,K,V]."""
-    specs = block_specs(plan, inputs, reverse=False)
+    specs = _block_specs(plan, inputs, reverse=False)
     shapes = [
         jax.ShapeDtypeStruct(inputs.v.shape, inputs.v.dtype),
         jax.ShapeDtypeStruct(initial_state.shape, jnp.float32),
@@ -182,23 +182,23 @@ def run_forward(
         shapes.append(jax.ShapeDtypeStruct(states, plan.dtype))
     out, final_state, *states = pl.pallas_call(
         functools.partial(forward_kernel, plan),
-        grid=grid(plan, inputs),
+        grid=_grid(plan, inputs),
         in_specs=[specs[name] for name in ("key", "key", "value", "gates", "state")],
         out_specs=[specs[name] for name in ("value", "state", "states")[: len(shapes)]],
         out_shape=shapes,
-        compiler_params=compiler_params(),
+        compiler_params=_compiler_params(),
         interpret=interpret,
         name="gdn_forward",
-    )(*inputs[:3], gate_rows(plan, inputs), initial_state)
+    )(*inputs[:3], _gate_rows(plan, inputs), initial_state)
     return out, final_state, states[0] if states else None
 
 
-def grid(plan: Plan, inputs: Inputs) -> tuple[int, int, int]:
+def _grid(plan: Plan, inputs: _Inputs) -> tuple[int, int, int]:
     batch, length, width = inputs.v.shape
     return batch, width // (plan.heads * plan.value_size), length // plan.size
 
 
-def block_specs(plan: Plan, inputs: Inputs, reverse: bool) -> dict[str, pl.BlockSpec]:
+def _block_specs(plan: Plan, inputs: _Inputs, reverse: bool) -> dict[str, pl.BlockSpec]:
     """What of each kind of array a grid step (batch, head group, chunk) sees."""
     chunks = inputs.v.shape[1] // plan.size
     state = (plan.heads, plan.key_size, plan.value_size)
@@ -219,5 +219,5 @@ def block_specs(plan: Plan, inputs: Inputs, reverse: bool) -> dict[str, pl.Block
     }
 
 
-def compiler_params() -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT)
+def _compiler_params() -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT)

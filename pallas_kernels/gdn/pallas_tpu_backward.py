@@ -21,7 +21,7 @@ from pallas_kernels.gdn.pallas_tpu_chunk import (
 )
 from pallas_kernels.shared.triangular_tpu import NN, NT, TN, iota
 
-LANES = 128
+_LANES = 128
 
 
 def backward_kernel(plan: Plan, *refs: Any) -> None:
@@ -58,17 +58,17 @@ def backward_kernel(plan: Plan, *refs: Any) -> None:
     rows = []
     for head in heads:
         through_start = d_o[head].astype(jnp.float32) * seen[head][size:] - d_z[head] * seen[head][:size]
-        rows += [row_sums(grads[head].exponents, through_start), row_sums(w[head] * into[head])]
+        rows += [_row_sums(grads[head].exponents, through_start), _row_sums(w[head] * into[head])]
     ends = [jnp.sum(d_initial[0, head] * states[0, 0, head].astype(jnp.float32), keepdims=True) for head in heads]
-    d_gates[0, 0, 0] = gate_gradients(plan, gates, rows, grads, ends)
+    d_gates[0, 0, 0] = _gate_gradients(plan, gates, rows, grads, ends)
     scaled = [start[head] * d_seen[head].astype(jnp.float32) for head in heads]
     scaled = [x.astype(plan.dtype) for x in scaled]
     for group in range(plan.groups):
         of_group = [head for head in heads if plan.group(head) == group]
-        d_pairs = total([grads[head].products for head in of_group]).astype(plan.dtype)
-        d_kq = total([dot(scaled[head], state[head], NT) for head in of_group])
+        d_pairs = _total([grads[head].products for head in of_group]).astype(plan.dtype)
+        d_kq = _total([dot(scaled[head], state[head], NT) for head in of_group])
         d_kq = d_kq + dot(d_pairs, kq[group][:size], NN)
-        d_key = total([beta_rest[head] * dot(w[head], d_initial[0, head], NT) for head in of_group])
+        d_key = _total([beta_rest[head] * dot(w[head], d_initial[0, head], NT) for head in of_group])
         d_key = d_key + dot(d_pairs, kq[group], TN) + d_kq[:size]
         d_q[0, :, plan.keys(group)] = d_kq[size:].astype(d_q.dtype)
         d_k[0, :, plan.keys(group)] = d_key.astype(d_k.dtype)
@@ -78,7 +78,7 @@ def backward_kernel(plan: Plan, *refs: Any) -> None:
         d_initial[0, head] = column_of(gates.kept, head) * d_state + through
 
 
-class PairGradients(NamedTuple):
+class _PairGradients(NamedTuple):
     """Of one head's pairs: `products` [2C,C] and `exponents` [C,C], G_i - G_j, without what pairs with itself.
 
     `beta` and `itself` [1,C] are what beta's gradient takes from tokens after its own, and from its own.
@@ -90,7 +90,7 @@ class PairGradients(NamedTuple):
     itself: jax.Array
 
 
-def pair_gradients(plan: Plan, one: Pairs, beta: jax.Array, d_seen: jax.Array, w: jax.Array) -> PairGradients:
+def pair_gradients(plan: Plan, one: Pairs, beta: jax.Array, d_seen: jax.Array, w: jax.Array) -> _PairGradients:
     """d_seen = [-dZ; dO] [2C,V]."""
     size = plan.size
     row, column = iota((size, size), 0), iota((size, size), 1)
@@ -100,7 +100,7 @@ def pair_gradients(plan: Plan, one: Pairs, beta: jax.Array, d_seen: jax.Array, w
     itself = jnp.where(row == column, weighted[size:], 0.0)
     lower = one.decay * beta
     d_products = [jnp.where(row > column, d_inner[:size] * lower, 0.0), d_inner[size:] * lower]
-    return PairGradients(
+    return _PairGradients(
         jnp.concatenate(d_products, axis=0),
         of_pairs * beta,
         jnp.sum(of_pairs, axis=0, keepdims=True),
@@ -108,16 +108,16 @@ def pair_gradients(plan: Plan, one: Pairs, beta: jax.Array, d_seen: jax.Array, w
     )
 
 
-def gate_gradients(
-    plan: Plan, gates: Gates, columns: list[jax.Array], grads: list[PairGradients], ends: list[jax.Array]
+def _gate_gradients(
+    plan: Plan, gates: Gates, columns: list[jax.Array], grads: list[_PairGradients], ends: list[jax.Array]
 ) -> jax.Array:
     """[3*heads,C]: d G, d (G_C - G), d beta.
 
     columns are two of each head [C,1]: d G but for what a token's pairs with later ones take off, and d (beta rest).
     """
     heads, size = plan.heads, plan.size
-    lane = iota((size, LANES), 1)
-    packed = jnp.zeros((size, LANES), jnp.float32)
+    lane = iota((size, _LANES), 1)
+    packed = jnp.zeros((size, _LANES), jnp.float32)
     for index, x in enumerate(columns):
         packed = jnp.where(lane == index % 2 * heads + index // 2, x, packed)
     packed = jnp.transpose(packed)
@@ -131,12 +131,12 @@ def gate_gradients(
     return jnp.concatenate([d_total, gates.beta * d_rest, later + itself + d_rest], axis=0)
 
 
-def row_sums(*arrays: jax.Array) -> jax.Array:
+def _row_sums(*arrays: jax.Array) -> jax.Array:
     """[C,1]: sums over all columns, those of arrays of one width at once."""
     if len({x.shape for x in arrays}) == 1:
-        arrays = (total(list(arrays)),)
-    return total([jnp.sum(x, axis=1, keepdims=True) for x in arrays])
+        arrays = (_total(list(arrays)),)
+    return _total([jnp.sum(x, axis=1, keepdims=True) for x in arrays])
 
 
-def total(arrays: list[jax.Array]) -> jax.Array:
+def _total(arrays: list[jax.Array]) -> jax.Array:
     return functools.reduce(operator.add, arrays)

@@ -22,26 +22,26 @@ D_KK, D_QK = (tl.constexpr(index) for index in range(2))
 
 
 @jit
-def scalars(pointer, batch, head, token, T: tl.constexpr, H: tl.constexpr):
+def _scalars(pointer, batch, head, token, T: tl.constexpr, H: tl.constexpr):
     """[C] of [B,T,H], zeros beyond the last token."""
     return tl.load(pointer + (batch * T + token) * H + head, mask=token < T, other=0.0)
 
 
 @jit
-def put_scalars(pointer, value, batch, head, token, T: tl.constexpr, H: tl.constexpr):
+def _put_scalars(pointer, value, batch, head, token, T: tl.constexpr, H: tl.constexpr):
     """Stores a [C] of [B,T,H]."""
     tl.store(pointer + (batch * T + token) * H + head, value, mask=token < T)
 
 
 @jit
-def two_sums(log_g):
+def _two_sums(log_g):
     """G [C] in two parts."""
     coarse = tl.floor(log_g * 16.0 + 0.5) * (1.0 / 16.0)
     return tl.cumsum(coarse, axis=0), tl.cumsum(log_g - coarse, axis=0)
 
 
 @jit
-def pair_decays(coarse, fine, C: tl.constexpr):
+def _pair_decays(coarse, fine, C: tl.constexpr):
     """D [C,C]."""
     row = tl.arange(0, C)
     gap = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
@@ -49,7 +49,7 @@ def pair_decays(coarse, fine, C: tl.constexpr):
 
 
 @jit
-def from_last(coarse, fine, C: tl.constexpr):
+def _from_last(coarse, fine, C: tl.constexpr):
     """G_C - G [C], and G_C."""
     last = tl.arange(0, C) == C - 1
     coarse_end = tl.sum(tl.where(last, coarse, 0.0), axis=0)
@@ -58,7 +58,7 @@ def from_last(coarse, fine, C: tl.constexpr):
 
 
 @jit
-def key_products(
+def _key_products(
     q, k, batch, group, token,
     T: tl.constexpr, G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -89,9 +89,9 @@ def prepare(
     row, column = tl.arange(0, C), tl.arange(0, BLOCK)
     token = n * C + row
     chunk = (batch * H + head) * tl.cdiv(T, C) + n
-    coarse, fine = two_sums(scalars(log_g, batch, head, token, T, H))
-    kk, qk = key_products(q, k, batch, group, token, T, G, K, C, BLOCK, PRECISION)
-    weights = pair_decays(coarse, fine, C) * scalars(beta, batch, head, token, T, H)[None, :]
+    coarse, fine = _two_sums(_scalars(log_g, batch, head, token, T, H))
+    kk, qk = _key_products(q, k, batch, group, token, T, G, K, C, BLOCK, PRECISION)
+    weights = _pair_decays(coarse, fine, C) * _scalars(beta, batch, head, token, T, H)[None, :]
     strict = tl.where(row[:, None] > row[None, :], kk * weights, 0.0)
     inverse = invert_unit_lower(-strict, C, PRECISION).to(dtype)
     base = inner + chunk * 2 * C * C + row[:, None] * C + row[None, :]
@@ -133,10 +133,10 @@ def pass_states(
         token = n * C + row
         chunk = (batch * H + head) * chunks + n
         tl.store(states + chunk * V * K + column[:, None] * K + key[None, :], state.to(dtype))
-        coarse, fine = two_sums(scalars(log_g, batch, head, token, T, H))
-        to_end, total = from_last(coarse, fine, C)
+        coarse, fine = _two_sums(_scalars(log_g, batch, head, token, T, H))
+        to_end, total = _from_last(coarse, fine, C)
         end, lost = chunk_decay(total)
-        rest = scalars(beta, batch, head, token, T, H) * tl.exp(to_end)
+        rest = _scalars(beta, batch, head, token, T, H) * tl.exp(to_end)
         new = state * end + state * lost
         removed = tile(x0, batch, head, token[None, :], column[:, None], T, H, V).to(tl.float32)
         if REVERSE:
@@ -168,7 +168,7 @@ def outputs(
     row, column = tl.arange(0, C), start + tl.arange(0, BLOCK)
     token = n * C + row
     chunk = (batch * H + head) * tl.cdiv(T, C) + n
-    coarse, fine = two_sums(scalars(log_g, batch, head, token, T, H))
+    coarse, fine = _two_sums(_scalars(log_g, batch, head, token, T, H))
     total = tl.zeros((C, BLOCK), tl.float32)
     total = through_state(q, states, total, batch, group, chunk, token, column, T, G, K, V, BLOCK_K, PRECISION)
     total = total * tl.exp(coarse + fine)[:, None]
@@ -227,22 +227,22 @@ def pair_gradients(
         d_kk = tl.dot((-known).to(dtype), turned, acc=d_kk, input_precision=PRECISION)
         out = tile(d_out, batch, head, token[:, None], at, T, H, V)
         d_qk = tl.dot(out, turned, acc=d_qk, input_precision=PRECISION)
-    coarse, fine = two_sums(scalars(log_g, batch, head, token, T, H))
-    weight = scalars(beta, batch, head, token, T, H)
-    decay = pair_decays(coarse, fine, C)
+    coarse, fine = _two_sums(_scalars(log_g, batch, head, token, T, H))
+    weight = _scalars(beta, batch, head, token, T, H)
+    decay = _pair_decays(coarse, fine, C)
     strict = row[:, None] > row[None, :]
     d_kk = tl.where(strict, d_kk * decay, 0.0)
     d_qk = d_qk * decay
     base = d_inner + chunk * 2 * C * C + row[:, None] * C + row[None, :]
     tl.store(base + D_KK * C * C, (d_kk * weight[None, :]).to(dtype))
     tl.store(base + D_QK * C * C, (d_qk * weight[None, :]).to(dtype))
-    kk, qk = key_products(q, k, batch, group, token, T, G, K, C, BLOCK, PRECISION)
+    kk, qk = _key_products(q, k, batch, group, token, T, G, K, C, BLOCK, PRECISION)
     of_pairs = tl.where(strict, d_kk * kk + d_qk * qk, 0.0)
     itself = tl.sum(tl.where(row[:, None] == row[None, :], d_qk * qk, 0.0), axis=0)
     later = tl.sum(of_pairs, axis=0)
     earlier = tl.sum(of_pairs * weight[None, :], axis=1)
-    put_scalars(d_total, earlier - weight * later, batch, head, token, T, H)
-    put_scalars(d_beta, later + itself, batch, head, token, T, H)
+    _put_scalars(d_total, earlier - weight * later, batch, head, token, T, H)
+    _put_scalars(d_beta, later + itself, batch, head, token, T, H)
 
 
 @jit
@@ -258,9 +258,9 @@ def key_gradients(
     row, column = tl.arange(0, C), tl.arange(0, BLOCK)
     token = n * C + row
     chunk = (batch * H + head) * tl.cdiv(T, C) + n
-    coarse, fine = two_sums(scalars(log_g, batch, head, token, T, H))
-    to_end, total = from_last(coarse, fine, C)
-    weight = scalars(beta, batch, head, token, T, H)
+    coarse, fine = _two_sums(_scalars(log_g, batch, head, token, T, H))
+    to_end, total = _from_last(coarse, fine, C)
+    weight = _scalars(beta, batch, head, token, T, H)
     decay, rest = tl.exp(coarse + fine), tl.exp(to_end)
     base = d_inner + chunk * 2 * C * C + row[:, None] * C + row[None, :]
     from_start = tl.zeros((C,), tl.float32)
@@ -298,10 +298,10 @@ def key_gradients(
         grad_k = tl.dot(tl.trans(pairs), key, acc=grad_k, input_precision=PRECISION)
         put(d_k, grad_k, batch, head, token[:, None], at, T, H, K)
     from_end = from_end * rest
-    put_scalars(d_beta, scalars(d_pairs_beta, batch, head, token, T, H) + from_end, batch, head, token, T, H)
+    _put_scalars(d_beta, _scalars(d_pairs_beta, batch, head, token, T, H) + from_end, batch, head, token, T, H)
     # A token's decay is in each G from it on, in each G_C - G before it, and in the state's.
-    d_start = scalars(d_total, batch, head, token, T, H) + from_start
+    d_start = _scalars(d_total, batch, head, token, T, H) + from_start
     from_later = tl.sum(tl.where(row[:, None] >= row[None, :], d_start[:, None], 0.0), axis=0)
     before = tl.sum(tl.where(row[:, None] < row[None, :], (weight * from_end)[:, None], 0.0), axis=0)
     d_decay = from_later + before + tl.exp(total) * tl.sum(from_state, axis=0)
-    put_scalars(d_log_g, d_decay, batch, head, token, T, H)
+    _put_scalars(d_log_g, d_decay, batch, head, token, T, H)

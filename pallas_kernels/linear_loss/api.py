@@ -10,12 +10,12 @@ from pallas_kernels.linear_loss import sliced
 from pallas_kernels.linear_loss.stats import stats
 from pallas_kernels.sharded import TOKENS, VOCAB, shards
 
-Layout = Literal["dv", "vd"]
+_Layout = Literal["dv", "vd"]
 
 # The elements of one slice's float32 logits, and the tokens it has at least: enough to repay reading and adding up the
 # kernel's gradient. On a CPU a pass over large logits waits for the memory.
-SLICE = (2**26, 128)
-CPU_SLICE = (2**24, 256)
+_SLICE = (2**26, 128)
+_CPU_SLICE = (2**24, 256)
 
 
 def linear_cross_entropy(
@@ -25,7 +25,7 @@ def linear_cross_entropy(
     weights: Float[Array, " N"],
     *,
     slice_tokens: int | None = None,
-    kernel_layout: Layout = "dv",
+    kernel_layout: _Layout = "dv",
 ) -> Float[Array, ""]:
     """Weighted sum over tokens of the cross-entropy of softmax(hidden @ kernel) against targets.
 
@@ -48,8 +48,8 @@ def linear_kl(
     weights: Float[Array, " N"],
     *,
     slice_tokens: int | None = None,
-    kernel_layout: Layout = "dv",
-    teacher_kernel_layout: Layout = "dv",
+    kernel_layout: _Layout = "dv",
+    teacher_kernel_layout: _Layout = "dv",
 ) -> Float[Array, ""]:
     """Weighted sum over tokens of KL(teacher || student) at temperature 1.
 
@@ -75,7 +75,7 @@ def linear_topk_kl(
     weights: Float[Array, " N"],
     *,
     slice_tokens: int | None = None,
-    kernel_layout: Layout = "dv",
+    kernel_layout: _Layout = "dv",
 ) -> Float[Array, ""]:
     """`linear_kl` with a teacher of whom only the k likeliest tokens at each position were stored.
 
@@ -109,8 +109,8 @@ def linear_stats(
     teacher_kernel: Float[Array, "_ _"] | None = None,
     *,
     slice_tokens: int | None = None,
-    kernel_layout: Layout = "dv",
-    teacher_kernel_layout: Layout = "dv",
+    kernel_layout: _Layout = "dv",
+    teacher_kernel_layout: _Layout = "dv",
 ) -> dict[str, Float[Array, ""]]:
     """Weighted sums over tokens for evaluation, forward only, slice by slice.
 
@@ -138,7 +138,7 @@ def _slice_tokens(hidden: jax.Array, kernel: jax.Array, layout: str, slice_token
     if slice_tokens is None:
         vocab, devices = kernel.shape[1 if layout == "dv" else 0], shards(VOCAB)
         width = vocab if devices == 1 else max(-(-vocab // devices), hidden.shape[1])
-        elements, least = CPU_SLICE if backend() == "cpu" else SLICE
+        elements, least = _CPU_SLICE if backend() == "cpu" else _SLICE
         slices = -(-hidden.shape[0] // max(least, elements // width))
         multiple = 8 * shards(TOKENS)
         slice_tokens = -(-hidden.shape[0] // slices // multiple) * multiple

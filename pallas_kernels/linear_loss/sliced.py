@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.sharded import TOKENS, VOCAB_OF_ONE, constrain, current_mesh, split_vocab
 
-Slice = tuple[jax.Array, ...]
+_Slice = tuple[jax.Array, ...]
 
 
 class Options(NamedTuple):
@@ -41,7 +41,7 @@ def join(x: jax.Array, tokens: int) -> jax.Array:
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[:tokens]
 
 
-def columns_of(kernel: jax.Array, layout: str) -> jax.Array:
+def _columns_of(kernel: jax.Array, layout: str) -> jax.Array:
     """The kernel with its vocabulary over every device."""
     axis = layout.index("v")
     return split_vocab(split_vocab(kernel, axis, VOCAB_OF_ONE), axis)
@@ -49,54 +49,54 @@ def columns_of(kernel: jax.Array, layout: str) -> jax.Array:
 
 def logits_of(hidden: jax.Array, kernel: jax.Array, layout: str) -> jax.Array:
     """hidden @ kernel, float32, products in hidden's dtype; of many devices each has all tokens and its own columns."""
-    kernel = columns_of(kernel.astype(hidden.dtype), layout)
+    kernel = _columns_of(kernel.astype(hidden.dtype), layout)
     logits = jnp.einsum(f"nd,{layout}->nv", constrain(hidden), kernel, preferred_element_type=jnp.float32)
     return split_vocab(logits, 1)
 
 
-def log_partition(logits: jax.Array) -> jax.Array:
+def _log_partition(logits: jax.Array) -> jax.Array:
     """logsumexp over the vocabulary, [S,1]."""
     top = jnp.max(logits, axis=-1, keepdims=True)
     return top + jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True))
 
 
-def is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """[S,vocab] bool: one column per row; a comparison, since it fuses and splits over a vocabulary on many devices."""
     return jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[:, None]
 
 
-def of_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def _of_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """The targets' logits [S]: read where one device has the whole vocabulary, else summed out of all columns."""
     if current_mesh() is None:
         return jnp.take_along_axis(logits, targets[:, None], axis=-1, mode="clip")[:, 0]
-    return jnp.sum(jnp.where(is_target(logits, targets), logits, 0.0), axis=-1)
+    return jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
 
 
 def cross_entropy_slice(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, Callable[[], jax.Array]]:
     """Losses [S] of one slice, and their gradient in the logits (called only where it is wanted)."""
-    partition = log_partition(logits)
-    losses = partition[:, 0] - of_targets(logits, targets)
-    return losses, lambda: jnp.exp(logits - partition) - is_target(logits, targets)
+    partition = _log_partition(logits)
+    losses = partition[:, 0] - _of_targets(logits, targets)
+    return losses, lambda: jnp.exp(logits - partition) - _is_target(logits, targets)
 
 
 def kl_slice(logits: jax.Array, teacher_logits: jax.Array) -> tuple[jax.Array, Callable[[], jax.Array]]:
     """Losses [S] of one slice, and their gradient in the student's logits (called only where it is wanted)."""
-    log_q = logits - log_partition(logits)
-    log_p = teacher_logits - log_partition(teacher_logits)
+    log_q = logits - _log_partition(logits)
+    log_p = teacher_logits - _log_partition(teacher_logits)
     losses = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
     return losses, lambda: jnp.exp(log_q) - jnp.exp(log_p)
 
 
-def topk_kl_slice(
+def _topk_kl_slice(
     logits: jax.Array, log_probs: jax.Array, indices: jax.Array
 ) -> tuple[jax.Array, Callable[[], jax.Array]]:
     """`kl_slice` of a teacher that is known at k tokens of the vocabulary, and as one probability at all others."""
-    log_p = scattered(log_probs, indices, logits.shape)
+    log_p = _scattered(log_probs, indices, logits.shape)
     known = log_p > -jnp.inf
-    partition = log_partition(logits)
+    partition = _log_partition(logits)
     log_q = logits - partition
     # Of the student, the logarithm of what all unknown tokens have together; -inf where there are none.
-    log_rest = log_partition(jnp.where(known, -jnp.inf, logits)) - partition
+    log_rest = _log_partition(jnp.where(known, -jnp.inf, logits)) - partition
     rest = jnp.where(log_rest > -jnp.inf, jnp.maximum(1 - jnp.sum(jnp.exp(log_p), axis=-1, keepdims=True), 0), 0)
     of_known = jnp.sum(jnp.where(known, jnp.exp(log_p) * (log_p - log_q), 0.0), axis=-1)
     of_rest = jnp.where(rest > 0, rest * (jnp.log(jnp.where(rest > 0, rest, 1.0)) - log_rest), 0.0)[:, 0]
@@ -104,17 +104,17 @@ def topk_kl_slice(
     return losses, lambda: jnp.exp(log_q) - jnp.where(known, jnp.exp(log_p), rest * jnp.exp(log_q - log_rest))
 
 
-def scattered(values: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _scattered(values: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Float32 [S,vocab], split as logits are: values [S,k] in the columns of indices [S,k], -inf in all others."""
     rows = jnp.arange(shape[0])[:, None]
     nowhere = split_vocab(jnp.full(shape, -jnp.inf, jnp.float32), 1)
     return split_vocab(nowhere.at[rows, constrain(indices)].max(constrain(values.astype(jnp.float32))), 1)
 
 
-SliceLoss = Callable[[jax.Array, Slice], tuple[jax.Array, Callable[[], jax.Array]]]
+_SliceLoss = Callable[[jax.Array, _Slice], tuple[jax.Array, Callable[[], jax.Array]]]
 
 
-def _value(options: Options, loss: SliceLoss, hidden: jax.Array, kernel: jax.Array, weights: jax.Array, rest: Slice):
+def _value(options: Options, loss: _SliceLoss, hidden: jax.Array, kernel: jax.Array, weights: jax.Array, rest: _Slice):
     """Weighted sum over all slices, nothing kept."""
 
     def step(total: jax.Array, one: Any) -> tuple[jax.Array, None]:
@@ -127,13 +127,13 @@ def _value(options: Options, loss: SliceLoss, hidden: jax.Array, kernel: jax.Arr
 
 
 def _value_and_gradients(
-    options: Options, loss: SliceLoss, hidden: jax.Array, kernel: jax.Array, weights: jax.Array, rest: Slice
+    options: Options, loss: _SliceLoss, hidden: jax.Array, kernel: jax.Array, weights: jax.Array, rest: _Slice
 ):
     """Weighted sum over all slices and its gradients in hidden, kernel (both as if d loss = 1) and weights."""
     tokens = hidden.shape[0]
     layout = options.layout
     vocab_axis = layout.index("v")
-    products = columns_of(kernel.astype(hidden.dtype), layout)
+    products = _columns_of(kernel.astype(hidden.dtype), layout)
 
     def step(carry: tuple[jax.Array, jax.Array], one: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
         total, d_kernel = carry
@@ -156,7 +156,7 @@ def _scale(gradient: jax.Array, factor: jax.Array) -> jax.Array:
     return (gradient * factor).astype(gradient.dtype)
 
 
-def _cross_entropy_loss(logits: jax.Array, rest: Slice) -> tuple[jax.Array, Callable[[], jax.Array]]:
+def _cross_entropy_loss(logits: jax.Array, rest: _Slice) -> tuple[jax.Array, Callable[[], jax.Array]]:
     return cross_entropy_slice(logits, rest[0])
 
 
@@ -180,8 +180,8 @@ def _cross_entropy_backward(options, gradients, d_total):
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def _kl_loss(options: Options, teacher_kernel: jax.Array) -> SliceLoss:
-    def loss(logits: jax.Array, rest: Slice) -> tuple[jax.Array, Callable[[], jax.Array]]:
+def _kl_loss(options: Options, teacher_kernel: jax.Array) -> _SliceLoss:
+    def loss(logits: jax.Array, rest: _Slice) -> tuple[jax.Array, Callable[[], jax.Array]]:
         return kl_slice(logits, logits_of(rest[0], teacher_kernel, options.teacher_layout))
 
     return loss
@@ -213,8 +213,8 @@ def _kl_backward(options, gradients, d_total):
 kl.defvjp(_kl_forward, _kl_backward)
 
 
-def _topk_kl_loss(logits: jax.Array, rest: Slice) -> tuple[jax.Array, Callable[[], jax.Array]]:
-    return topk_kl_slice(logits, *rest)
+def _topk_kl_loss(logits: jax.Array, rest: _Slice) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    return _topk_kl_slice(logits, *rest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

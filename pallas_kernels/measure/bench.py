@@ -21,12 +21,12 @@ OPERATIONS: dict[str, Callable[..., Any]] = {"wkv7": wkv7, "wkv6": wkv6, "gdn": 
 SHAPES = ["2,512,9,64", "1,8192,28,128"]
 # The forms that autodiff makes keep far more than the inputs: they run on a shorter sequence, and their time is
 # scaled up to the full one (they are linear in T).
-COMPARISON_ELEMENTS = 2**21
+_COMPARISON_ELEMENTS = 2**21
 # 32 is what published pairwise code takes unless told otherwise; the smaller ones are the fastest on a CPU.
-PAIRWISE_CHUNKS = (8, 16, 32)
-PLAIN_CHUNKS = (16, 32, 64)  # the last is transformers' own
+_PAIRWISE_CHUNKS = (8, 16, 32)
+_PLAIN_CHUNKS = (16, 32, 64)  # the last is transformers' own
 
-Gradient = Callable[..., Any]
+_Gradient = Callable[..., Any]
 
 
 def pairwise(size, *, r, log_w, k, v, a=None, b=None):
@@ -74,11 +74,11 @@ def pairwise(size, *, r, log_w, k, v, a=None, b=None):
 def others(operation: str) -> dict[str, Callable[..., Any]]:
     """The usual chunked forms of an operation, for which JAX finds the gradient."""
     if operation == "gdn":
-        return {f"plain {size}": functools.partial(gdn_forms.plain_chunked, chunk_size=size) for size in PLAIN_CHUNKS}
-    return {f"pairwise {size}": functools.partial(pairwise, size) for size in PAIRWISE_CHUNKS}
+        return {f"plain {size}": functools.partial(gdn_forms.plain_chunked, chunk_size=size) for size in _PLAIN_CHUNKS}
+    return {f"pairwise {size}": functools.partial(pairwise, size) for size in _PAIRWISE_CHUNKS}
 
 
-def runs(operation: str, backward: bool, chunk_size: int | None) -> dict[str, Gradient]:
+def runs(operation: str, backward: bool, chunk_size: int | None) -> dict[str, _Gradient]:
     """name -> jitted function of the inputs' dict, for every form compared."""
     public = OPERATIONS[operation]
     forms: dict[str, Callable[..., Any]] = {
@@ -97,8 +97,8 @@ def runs(operation: str, backward: bool, chunk_size: int | None) -> dict[str, Gr
     return {name: loss(form) for name, form in forms.items()}
 
 
-def medians(
-    functions: dict[str, Gradient], arguments: dict[str, Any], repeats: int, untimed: bool = True
+def _medians(
+    functions: dict[str, _Gradient], arguments: dict[str, Any], repeats: int, untimed: bool = True
 ) -> dict[str, float]:
     """Seconds per call, the functions taking turns so that a busy moment meets all of them.
 
@@ -116,7 +116,7 @@ def medians(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def inputs_of(operation: str, batch: int, length: int, heads: int, size: int) -> dict[str, jax.Array]:
+def _inputs_of(operation: str, batch: int, length: int, heads: int, size: int) -> dict[str, jax.Array]:
     """Random arguments, for gdn as many key heads as heads."""
     if operation == "gdn":
         made = gated_delta_inputs(batch, length, heads, heads, size, size, log_g_range=(-3.0, -1e-3))
@@ -128,12 +128,12 @@ def inputs_of(operation: str, batch: int, length: int, heads: int, size: int) ->
 def compare(operation: str, shape: tuple[int, int, int, int], repeats: int, chunk_size: int | None) -> None:
     """Prints forward and forward+backward of one operation at one shape."""
     batch, length, heads, size = shape
-    short = max(64, COMPARISON_ELEMENTS // (batch * heads * size) // 64 * 64)
+    short = max(64, _COMPARISON_ELEMENTS // (batch * heads * size) // 64 * 64)
     forms = runs(operation, False, chunk_size)
     lengths = {name: length if name == "chunked" else min(length, short) for name in forms}
-    arguments = {name: inputs_of(operation, batch, t, heads, size) for name, t in lengths.items()}
+    arguments = {name: _inputs_of(operation, batch, t, heads, size) for name, t in lengths.items()}
     for backward in (False, True):
-        seconds = medians(runs(operation, backward, chunk_size), arguments, repeats)
+        seconds = _medians(runs(operation, backward, chunk_size), arguments, repeats)
         seconds = {name: value * length / lengths[name] for name, value in seconds.items()}
         label = f"{operation} B={batch} T={length} H={heads} K=V={size}"
         for name, value in seconds.items():
@@ -153,7 +153,7 @@ def compare_losses(size: loss_forms.Size, repeats: int) -> None:
             form: jax.jit(loss_forms.value_and_gradients(loss, form)).lower(given).compile()
             for form in loss_forms.FORMS
         }
-        seconds = medians(programs, dict.fromkeys(programs, given), repeats, untimed=False)
+        seconds = _medians(programs, dict.fromkeys(programs, given), repeats, untimed=False)
         for form, program in programs.items():
             temporary = program.memory_analysis().temp_size_in_bytes
             print(

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-CHUNK_SIZE = 64  # what transformers takes
+_CHUNK_SIZE = 64  # what transformers takes
 
 
 def plain_chunked(
@@ -12,7 +12,7 @@ def plain_chunked(
     v: jax.Array,
     log_g: jax.Array,
     beta: jax.Array,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int = _CHUNK_SIZE,
     solve: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Line for line as in transformers 5 (qwen3_5): float32, all chunks' systems at once, then a loop over chunks.
@@ -41,7 +41,7 @@ def plain_chunked(
             for x in (v_beta, decayed_k_beta)
         )
     else:
-        inverse = substituted(-jnp.tril(ut_system, -1))
+        inverse = _substituted(-jnp.tril(ut_system, -1))
         new_values, k_cumdecay = inverse @ v_beta, inverse @ decayed_k_beta
     query = query * jnp.exp(cum_decay)[..., None]
     key = key * jnp.exp(cum_decay[..., -1:] - cum_decay)[..., None]
@@ -60,7 +60,7 @@ def plain_chunked(
     return jnp.moveaxis(out, 1, 2), state
 
 
-def substituted(strict: jax.Array) -> jax.Array:
+def _substituted(strict: jax.Array) -> jax.Array:
     """(I - strict)^-1 of strictly lower triangular [...,C,C], each row from those above it."""
 
     def row(known: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:

@@ -25,17 +25,17 @@ from pallas_kernels.shared.triton_call import Launch, running
 from pallas_kernels.wkv6 import wkv6
 from pallas_kernels.wkv7 import wkv7
 
-OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+_OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "wkv7": (wkv7, ("r", "log_w", "k", "v", "a", "b")),
     "wkv6": (wkv6, ("r", "log_w", "k", "v")),
     "gdn": (gdn, ("q", "k", "v", "log_g", "beta")),
 }
-POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32"}
+_POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32"}
 # Instructions on tensor cores: of one warp, of four (Hopper), of the tensor memory's own unit (Blackwell).
-MATRIX_INSTRUCTIONS = {"mma": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
+_MATRIX_INSTRUCTIONS = {"mma": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 
 
-class Cost(NamedTuple):
+class _Cost(NamedTuple):
     """Of one kernel: registers per thread, bytes of shared memory per program, bytes of code that spills registers
     or fills them again, and how often each matrix instruction stands in the code."""
 
@@ -49,7 +49,7 @@ def launches(
     operation: str, B: int, T: int, H: int, K: int, dtype: str = "bfloat16", segments: bool = True
 ) -> tuple[list[Launch], list[Launch]]:
     """The kernels that forward and backward call, in order, for [B,T,H,K] of `dtype` with decays in float32."""
-    function, names = OPERATIONS[operation]
+    function, names = _OPERATIONS[operation]
     shapes: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(
             (B, T, H) if name in ONE_A_HEAD else (B, T, H, K), jnp.float32 if name in FLOAT32 else dtype
@@ -78,10 +78,10 @@ def launches(
     return forward, seen[len(forward) :]
 
 
-def cost(launch: Launch, capability: int) -> Cost:
+def cost(launch: Launch, capability: int) -> _Cost:
     """Compiles a kernel for a compute capability such as 90, with no device."""
     pointers = [name for name in launch.kernel.arg_names if name not in launch.settings]
-    types = [POINTERS[str(array.dtype)] for array in (*launch.inputs, *launch.outputs)]
+    types = [_POINTERS[str(array.dtype)] for array in (*launch.inputs, *launch.outputs)]
     return _cost(
         launch.kernel,
         tuple(zip(pointers, types, strict=True)),
@@ -98,7 +98,7 @@ def _cost(
     settings: tuple[tuple[str, Any], ...],
     warps: int,
     capability: int,
-) -> Cost:
+) -> _Cost:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -114,18 +114,18 @@ def _cost(
         options={"num_warps": warps, "num_stages": 2},
     )
     ptx = compiled.asm["ptx"]
-    report = assemble(ptx, capability)
+    report = _assemble(ptx, capability)
     registers = re.search(r"Used (\d+) registers", report)
     assert registers is not None, report
-    return Cost(
+    return _Cost(
         int(registers[1]),
         compiled.metadata.shared,
         sum(int(count) for count in re.findall(r"(\d+) bytes spill", report)),
-        {name: ptx.count(text) for name, text in MATRIX_INSTRUCTIONS.items()},
+        {name: ptx.count(text) for name, text in _MATRIX_INSTRUCTIONS.items()},
     )
 
 
-def assemble(ptx: str, capability: int) -> str:
+def _assemble(ptx: str, capability: int) -> str:
     """What the assembler in Triton's wheel says of a program."""
     from triton import knobs
 
@@ -147,7 +147,7 @@ def main(operation: str, target: str, B: int, T: int, H: int, K: int, dtype: str
     table = Table(title=f"{operation} on {target}, B={B} T={T} H={H} K=V={K} {dtype}")
     table.add_column("pass")
     table.add_column("kernel")
-    numbers = ("programs", "warps", "registers", "shared KiB", "spilled bytes", *MATRIX_INSTRUCTIONS)
+    numbers = ("programs", "warps", "registers", "shared KiB", "spilled bytes", *_MATRIX_INSTRUCTIONS)
     for name in numbers:
         table.add_column(name, justify="right")
     forward, backward = launches(operation, B, T, H, K, dtype)
@@ -163,7 +163,7 @@ def main(operation: str, target: str, B: int, T: int, H: int, K: int, dtype: str
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("operation", choices=OPERATIONS)
+    parser.add_argument("operation", choices=_OPERATIONS)
     parser.add_argument("--target", default="sm_90")
     parser.add_argument("--B", type=int, default=1)
     parser.add_argument("--T", type=int, default=8192)

@@ -19,8 +19,8 @@ from pallas_kernels.measure.static_profile import BACKWARD, FORWARD
 # and the cost per token is the slope between them.
 PROFILED_LENGTHS = (256, 512)
 # A long sequence lies in HBM: a short one must not be moved into VMEM before, for which a profile may have no room.
-PROFILE_FLAGS = "--xla_jf_dump_static_llo_profile_to={folder} --xla_gf_vmem_memory_space_assignment=false"
-DUMP_FLAGS = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+_PROFILE_FLAGS = "--xla_jf_dump_static_llo_profile_to={folder} --xla_gf_vmem_memory_space_assignment=false"
+_DUMP_FLAGS = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,13 @@ def measure(
         **vars(shape),
     }
     has_kernel = implementation == "pallas_tpu"
-    whole = compiled_in_child(request, DUMP_FLAGS if has_kernel else "")
+    whole = compiled_in_child(request, _DUMP_FLAGS if has_kernel else "")
     if whole is None:
         raise RuntimeError(f"static_cost: the compiler aborted on {request}.")
     kernel_cycles: float | None = 0.0
     if has_kernel:
         short = [
-            compiled_in_child(request | {"batch": 1, "length": length}, PROFILE_FLAGS) for length in PROFILED_LENGTHS
+            compiled_in_child(request | {"batch": 1, "length": length}, _PROFILE_FLAGS) for length in PROFILED_LENGTHS
         ]
         kernel_cycles = extrapolated(short, shape)
     kernels = whole["kernels"].values()
@@ -144,7 +144,7 @@ def report(
     for name in ("", *names, "bundles", "spills", "fills"):
         table.add_column(name, justify="right" if name else "left", no_wrap=not name)
     for row in rows:
-        table.add_row(*cells(row, chip))
+        table.add_row(*_cells(row, chip))
     console = Console(width=max(150, Console().width))
     console.print(table)
     console.print(
@@ -157,7 +157,7 @@ def report(
     return rows
 
 
-def cells(row: Row, chip: Chip) -> list[str]:
+def _cells(row: Row, chip: Chip) -> list[str]:
     """A row as text."""
     found = [f"{row.implementation} {row.direction}"]
     if row.kernel_cycles is None:

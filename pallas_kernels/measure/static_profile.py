@@ -17,7 +17,7 @@ from typing import Any
 from pallas_kernels.measure.hlo_text import Instruction, called, estimated_cycles, parse, trips
 
 FORWARD, BACKWARD = "forward", "forward+backward"
-ARRAYS = {
+_ARRAYS = {
     "wkv7": ("r", "log_w", "k", "v", "a", "b"),
     "wkv6": ("r", "log_w", "k", "v"),
     "gdn": ("q", "k", "v", "log_g", "beta"),
@@ -26,7 +26,7 @@ ARRAYS = {
 FLOAT32 = ("log_w", "log_g", "beta")
 ONE_A_HEAD = ("log_g", "beta")
 # bfloat16 passes of a float32 product on the MXU.
-PASSES = {"HIGHEST": 6, "HIGH": 3}
+_PASSES = {"HIGHEST": 6, "HIGH": 3}
 
 
 def program(request: dict[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
@@ -58,7 +58,7 @@ def program(request: dict[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
         width = heads if name in ONE_A_HEAD else heads * size
         return jax.ShapeDtypeStruct((batch, length, width), jnp.float32 if name in FLOAT32 else dtype)
 
-    arrays = [array(name) for name in ARRAYS[request["operation"]]]
+    arrays = [array(name) for name in _ARRAYS[request["operation"]]]
     if request["direction"] == FORWARD:
         return forward, [*arrays, state]
     return backward, [(*arrays, state), (like, state)]
@@ -74,7 +74,7 @@ def bytes_moved(request: dict[str, Any]) -> int:
         channels = tokens // request["head_size"] if name in ONE_A_HEAD else tokens
         return channels * (4 if name in FLOAT32 else width)
 
-    given = sum(bytes_of(name) for name in ARRAYS[request["operation"]]) + state
+    given = sum(bytes_of(name) for name in _ARRAYS[request["operation"]]) + state
     made = tokens * width + state
     return given + made if request["direction"] == FORWARD else 3 * given + 2 * made
 
@@ -87,7 +87,7 @@ def operations(jaxpr: Any) -> float:
             (left, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             inner = math.prod(shape[axis] for axis in left)
-            passes = PASSES.get(getattr(first(equation.params["precision"]), "name", ""), 1)
+            passes = _PASSES.get(getattr(first(equation.params["precision"]), "name", ""), 1)
             total += 2.0 * passes * inner * math.prod(equation.outvars[0].aval.shape)
         repeats = 1
         if equation.primitive.name == "pallas_call":

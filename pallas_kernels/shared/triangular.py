@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 # Up to this size a triangular inverse is made from whole products under masks, beyond from its quarters.
-SMALL_INVERSE = 16
+_SMALL_INVERSE = 16
 
 
 def invert_unit_lower(strict: jax.Array) -> jax.Array:
@@ -14,7 +14,7 @@ def invert_unit_lower(strict: jax.Array) -> jax.Array:
     stable as substitution; the product (I + L)(I + L^2)(I + L^4)... is not, when keys repeat.
     """
     size = strict.shape[-1]
-    if size <= SMALL_INVERSE:
+    if size <= _SMALL_INVERSE:
         return _invert_small(strict)
     half = size // 2
     upper, lower = strict[..., :half, :half], strict[..., half:, half:]

@@ -12,7 +12,7 @@ BASE = 16
 
 
 @runtime_checkable
-class Products(Protocol):
+class _Products(Protocol):
     """How a kernel's plan multiplies matrices: operands of `dtype`, sums in float32."""
 
     @property
@@ -25,7 +25,7 @@ def iota(shape: tuple[int, int], axis: int) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def merged(plan: Products, stricts: list[jax.Array], found: list[jax.Array], width: int) -> list[jax.Array]:
+def merged(plan: _Products, stricts: list[jax.Array], found: list[jax.Array], width: int) -> list[jax.Array]:
     """Inverses of diagonal blocks of 2 * width from those of width."""
     total = stricts[0].shape[0]
 
@@ -45,7 +45,7 @@ def merged(plan: Products, stricts: list[jax.Array], found: list[jax.Array], wid
     return [x + spread(y) for x, y in zip(found, left, strict=True)]
 
 
-def base_inverses(plan: Products, stricts: list[jax.Array], width: int) -> list[jax.Array]:
+def base_inverses(plan: _Products, stricts: list[jax.Array], width: int) -> list[jax.Array]:
     """The inverses of the diagonal blocks, with zeros elsewhere.
 
     Forward substitution, X <- X + N_j (row j of X) for j = 0, 1, ..., on all blocks at once: they lie side by side in

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-HEAD_SIZES = (64, 128)
+_HEAD_SIZES = (64, 128)
 # The first is the default. For float32 a chunk of 32 does not fit the registers.
-CHUNK_SIZES = {"bfloat16": (32, 16), "float32": (16,)}
+_CHUNK_SIZES = {"bfloat16": (32, 16), "float32": (16,)}
 
 Tuning = Mapping[str, Mapping[str, Mapping[str, int]]]
 
@@ -63,7 +63,7 @@ class Plan(NamedTuple):
         return jax.ShapeDtypeStruct((self.B, self.H, self.chunks, *shape), dtype or self.dtype)
 
 
-def run_jax_triton(launch: Launch) -> Sequence[jax.Array]:
+def _run_jax_triton(launch: Launch) -> Sequence[jax.Array]:
     """Runs a kernel on the GPU."""
     triton_call = importlib.import_module("jax_triton").triton_call
     # The argument's name differs between the jax-triton releases of the two jax pairs.
@@ -80,12 +80,12 @@ def run_jax_triton(launch: Launch) -> Sequence[jax.Array]:
     )
 
 
-Runner = Callable[[Launch], Sequence[Any]]
-_runner: contextvars.ContextVar[Runner | None] = contextvars.ContextVar("runner", default=None)
+_Runner = Callable[[Launch], Sequence[Any]]
+_runner: contextvars.ContextVar[_Runner | None] = contextvars.ContextVar("runner", default=None)
 
 
 @contextlib.contextmanager
-def running(runner: Runner) -> Iterator[None]:
+def running(runner: _Runner) -> Iterator[None]:
     """Lets `runner` stand in for the GPU: an interpreter, or what only looks at the kernels."""
     token = _runner.set(runner)
     try:
@@ -113,7 +113,7 @@ def run(
     launch = Launch(
         kernel, (*grid, plan.B * plan.H), inputs, outputs, {**plan.settings, **chosen, **settings}, num_warps
     )
-    return (_runner.get() or run_jax_triton)(launch)
+    return (_runner.get() or _run_jax_triton)(launch)
 
 
 def import_kernels(operation: str, module: str = "triton_kernels") -> ModuleType:
@@ -138,19 +138,19 @@ def make_plan(operation: str, r: jax.Array, v: jax.Array, others: Sequence[jax.A
     are, else float32.
     """
     batch, length, heads, key_size = r.shape
-    if max(key_size, v.shape[-1]) > HEAD_SIZES[-1]:
+    if max(key_size, v.shape[-1]) > _HEAD_SIZES[-1]:
         raise NotImplementedError(
             f"{operation} got heads of size K={key_size}, V={v.shape[-1]}, and its Triton kernels take at most "
-            f"{HEAD_SIZES[-1]}; pass implementation='chunked'."
+            f"{_HEAD_SIZES[-1]}; pass implementation='chunked'."
         )
     dtype = "bfloat16" if all(x.dtype == jnp.bfloat16 for x in (r, v, *others)) else "float32"
-    allowed = CHUNK_SIZES[dtype]
+    allowed = _CHUNK_SIZES[dtype]
     if chunk_size not in (None, *allowed):
         raise NotImplementedError(
             f"{operation} got chunk_size={chunk_size}, and for {dtype} its Triton kernels take {allowed}; pass one of "
             "these, or None."
         )
-    key_whole, value_whole = (next(n for n in HEAD_SIZES if size <= n) for size in (key_size, v.shape[-1]))
+    key_whole, value_whole = (next(n for n in _HEAD_SIZES if size <= n) for size in (key_size, v.shape[-1]))
     return Plan(batch, length, heads, key_whole, value_whole, chunk_size or allowed[0], dtype)
 
 

@@ -23,7 +23,7 @@ def place(pair, H: tl.constexpr):
 
 
 @jit
-def sequence(batch, head, token, column, T: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
+def _sequence(batch, head, token, column, T: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
     """Offsets in [B,T,H,D]; token and column are expanded against each other by the caller."""
     return ((batch * T + token) * H + head) * D + column
 
@@ -31,13 +31,13 @@ def sequence(batch, head, token, column, T: tl.constexpr, H: tl.constexpr, D: tl
 @jit
 def tile(pointer, batch, head, token, column, T: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
     """A tile of [B,T,H,D], zeros beyond the last token."""
-    return tl.load(pointer + sequence(batch, head, token, column, T, H, D), mask=token < T, other=0.0)
+    return tl.load(pointer + _sequence(batch, head, token, column, T, H, D), mask=token < T, other=0.0)
 
 
 @jit
 def put(pointer, value, batch, head, token, column, T: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
     """Stores a tile of [B,T,H,D]."""
-    offsets = sequence(batch, head, token, column, T, H, D)
+    offsets = _sequence(batch, head, token, column, T, H, D)
     tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=token < T)
 
 

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from pallas_kernels import layout
 from pallas_kernels.layout import Resets, transpose, transposed
 
-DEFAULT_CHUNK_SIZE = 16
+_DEFAULT_CHUNK_SIZE = 16
 # The lowest sum of log_w over half a chunk: its exponential scales a state, which float32 must hold with what is read
 # from it, and its inverse a chunk's keys.
-LOWEST_SUM = -60.0
+_LOWEST_SUM = -60.0
 
 
 class Inputs(NamedTuple):
@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
     v: jax.Array
 
 
-class Decays(NamedTuple):
+class _Decays(NamedTuple):
     """What a chunk makes of log_w, [B,H,...] float32.
 
     `since` and `until` [C,K] are e^(G - M) and e^(M - G); `before` and `after` [1,K] are M and G_C - M.
@@ -43,7 +43,7 @@ class Decays(NamedTuple):
     after: jax.Array
 
 
-class Carried(NamedTuple):
+class _Carried(NamedTuple):
     """What goes from chunk to chunk, in either direction: the state is e^log_decay (state + update).
 
     `state` and `update` [B,H,K,V] as of the middle of the chunk they come from, `log_decay` [B,H,1,K] from there to its
@@ -55,23 +55,23 @@ class Carried(NamedTuple):
     log_decay: jax.Array
 
 
-def carried(state: jax.Array) -> Carried:
+def _carried(state: jax.Array) -> _Carried:
     """A state outside of all chunks."""
-    return Carried(state, jnp.zeros_like(state), jnp.zeros_like(transpose(state[..., :1])))
+    return _Carried(state, jnp.zeros_like(state), jnp.zeros_like(transpose(state[..., :1])))
 
 
-def decays(log_w: jax.Array) -> Decays:
+def decays(log_w: jax.Array) -> _Decays:
     """Sums from the middle of a chunk [B,H,C,K] to each of its tokens, and their exponentials."""
     size = log_w.shape[2]
     index, middle = jnp.arange(size), max(size // 2, 1) - 1
     row, column = index[:, None], index[None, :]
     after, before = (column > middle) & (column <= row), (column > row) & (column <= middle)
     sums = layout.summed(after.astype(jnp.float32) - before.astype(jnp.float32), log_w)
-    since = jnp.exp(jnp.where(jnp.abs(sums) > -LOWEST_SUM, jnp.nan, sums))
-    return Decays(since, 1 / since, log_w[:, :, :1] - sums[:, :, :1], sums[:, :, -1:])
+    since = jnp.exp(jnp.where(jnp.abs(sums) > -_LOWEST_SUM, jnp.nan, sums))
+    return _Decays(since, 1 / since, log_w[:, :, :1] - sums[:, :, :1], sums[:, :, -1:])
 
 
-def decayed(last: Carried, log_decay: jax.Array | None = None) -> jax.Array:
+def _decayed(last: _Carried, log_decay: jax.Array | None = None) -> jax.Array:
     """The state handed over, at its chunk's end, or decayed by a further log_decay [B,H,1,K].
 
     Strong decays are taken one after the other, since a state's update is as large as their product may be small. Of a
@@ -88,35 +88,35 @@ def decayed(last: Carried, log_decay: jax.Array | None = None) -> jax.Array:
     return transpose(kept) * state + transpose(second) * (transpose(first) * state)
 
 
-def visible(size: int, resets: Resets | None, itself: bool) -> jax.Array:
+def _visible(size: int, resets: Resets | None, itself: bool) -> jax.Array:
     """[C,C] bool, with resets [B,1,C,C]: the tokens of its segment before each one, and `itself`."""
     mask = jnp.tril(jnp.ones((size, size), bool), 0 if itself else -1)
     return mask if resets is None else mask & (resets.pairs > 0)
 
 
-def chunk_forward(chunk: Inputs, d: Decays, x: jax.Array, resets: Resets | None) -> tuple[jax.Array, Carried]:
+def _chunk_forward(chunk: Inputs, d: _Decays, x: jax.Array, resets: Resets | None) -> tuple[jax.Array, _Carried]:
     """Outputs [B,H,C,V] of one chunk, and what it hands to the next."""
     rs, ks = chunk.r * d.since, chunk.k * d.until
     # Pairs that are not visible may overflow: they are left out, not multiplied by zero.
-    inner = jnp.where(visible(chunk.r.shape[2], resets, True), rs @ transpose(ks), 0.0)
+    inner = jnp.where(_visible(chunk.r.shape[2], resets, True), rs @ transpose(ks), 0.0)
     kept = x
     if resets is not None:
         rs, ks, kept = rs * resets.head, ks * resets.tail, x * resets.keep
-    return rs @ x + inner @ chunk.v, Carried(kept, transposed(ks) @ chunk.v, d.after)
+    return rs @ x + inner @ chunk.v, _Carried(kept, transposed(ks) @ chunk.v, d.after)
 
 
-def chunk_backward(
-    chunk: Inputs, d: Decays, x: jax.Array, d_out: jax.Array, d_end: jax.Array, resets: Resets | None
-) -> tuple[Inputs, Carried]:
+def _chunk_backward(
+    chunk: Inputs, d: _Decays, x: jax.Array, d_out: jax.Array, d_end: jax.Array, resets: Resets | None
+) -> tuple[Inputs, _Carried]:
     """Gradients of one chunk's inputs, and what it hands to the chunk before it.
 
     x is the chunk's X, d_out the gradient of its outputs, d_end that of X + K^T V.
     """
     size = chunk.r.shape[2]
     rs, ks = chunk.r * d.since, chunk.k * d.until
-    inner = jnp.where(visible(size, resets, True), rs @ transpose(ks), 0.0)
+    inner = jnp.where(_visible(size, resets, True), rs @ transpose(ks), 0.0)
     products = d_out @ transpose(chunk.v)
-    d_inner = jnp.where(visible(size, resets, False), products, 0.0)
+    d_inner = jnp.where(_visible(size, resets, False), products, 0.0)
     d_itself = layout.row_sums(products * jnp.eye(size))
     d_rs, d_ks = d_inner @ ks, transposed(d_inner) @ rs
     d_head, d_tail = d_out @ transpose(x), chunk.v @ transpose(d_end)
@@ -127,14 +127,14 @@ def chunk_backward(
     d_rs = d_rs + d_head
     d_chunk = Inputs(
         r=d_rs * d.since + d_itself * chunk.k,
-        log_w=decay_gradient(rs * d_rs - ks * d_ks, ks * d_tail, transpose(layout.row_sums(kept * x)), resets),
+        log_w=_decay_gradient(rs * d_rs - ks * d_ks, ks * d_tail, transpose(layout.row_sums(kept * x)), resets),
         k=(d_ks + d_tail) * d.until + d_itself * chunk.r,
         v=transposed(inner) @ d_out + ks_tail @ d_end,
     )
-    return d_chunk, Carried(kept, transposed(rs_head) @ d_out, d.before)
+    return d_chunk, _Carried(kept, transposed(rs_head) @ d_out, d.before)
 
 
-def decay_gradient(d_total: jax.Array, d_rest: jax.Array, d_end: jax.Array, resets: Resets | None) -> jax.Array:
+def _decay_gradient(d_total: jax.Array, d_rest: jax.Array, d_end: jax.Array, resets: Resets | None) -> jax.Array:
     """d log_w [B,H,C,K]: the gradients of G from each token on, of G_C - G of the tokens before, and of G_C [1,K]."""
     size = d_total.shape[2]
     later = jnp.triu(jnp.ones((size, size), jnp.float32))
@@ -147,26 +147,26 @@ def recurrence(
     size: int, inputs: Inputs, initial_state: jax.Array, starts: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """All chunks one after the other; the inputs' length is a whole number of chunks."""
-    return recurrence_forward(size, inputs, initial_state, starts)[0]
+    return _recurrence_forward(size, inputs, initial_state, starts)[0]
 
 
-def recurrence_forward(size: int, inputs: Inputs, initial_state: jax.Array, starts: jax.Array | None) -> Any:
+def _recurrence_forward(size: int, inputs: Inputs, initial_state: jax.Array, starts: jax.Array | None) -> Any:
     """Keeps the inputs and each chunk's X."""
 
     def step(carry: Any, index: jax.Array) -> Any:
         last, out = carry
         chunk = Inputs(*layout.take(inputs, index, size))
         d = decays(chunk.log_w)
-        x = decayed(last, d.before)
-        chunk_out, last = chunk_forward(chunk, d, x, layout.resets(starts, index, size))
+        x = _decayed(last, d.before)
+        chunk_out, last = _chunk_forward(chunk, d, x, layout.resets(starts, index, size))
         return (last, layout.put(out, index, chunk_out)), x
 
     chunks = jnp.arange(inputs.r.shape[1] // size)
-    (last, out), xs = jax.lax.scan(step, (carried(initial_state), jnp.zeros_like(inputs.v)), chunks)
-    return (out, decayed(last)), (inputs, starts, xs)
+    (last, out), xs = jax.lax.scan(step, (_carried(initial_state), jnp.zeros_like(inputs.v)), chunks)
+    return (out, _decayed(last)), (inputs, starts, xs)
 
 
-def recurrence_backward(size: int, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
+def _recurrence_backward(size: int, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
     """The chunks in reverse."""
     inputs, starts, all_x = kept
     d_out, d_final = cotangents
@@ -177,17 +177,17 @@ def recurrence_backward(size: int, kept: Any, cotangents: tuple[jax.Array, jax.A
         chunk = Inputs(*layout.take(inputs, index, size))
         (d_one,) = layout.take((d_out,), index, size)
         d = decays(chunk.log_w)
-        d_end = decayed(following, d.after)
-        d_chunk, following = chunk_backward(chunk, d, x, d_one, d_end, layout.resets(starts, index, size))
+        d_end = _decayed(following, d.after)
+        d_chunk, following = _chunk_backward(chunk, d, x, d_one, d_end, layout.resets(starts, index, size))
         gradients = Inputs(*(layout.put(all_of, index, one) for all_of, one in zip(gradients, d_chunk, strict=True)))
         return (following, gradients), None
 
-    start = (carried(d_final), jax.tree.map(jnp.zeros_like, inputs))
+    start = (_carried(d_final), jax.tree.map(jnp.zeros_like, inputs))
     (first, gradients), _ = jax.lax.scan(step, start, (jnp.arange(all_x.shape[0]), all_x), reverse=True)
-    return gradients, decayed(first), None
+    return gradients, _decayed(first), None
 
 
-recurrence.defvjp(recurrence_forward, recurrence_backward)
+recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
 def wkv6_chunked(
@@ -201,7 +201,7 @@ def wkv6_chunked(
 ) -> tuple[jax.Array, jax.Array]:
     """See `wkv6`: fills the last chunk with tokens that leave the state alone."""
     length = r.shape[1]
-    size = layout.fitting_chunk(length, chunk_size or DEFAULT_CHUNK_SIZE)
+    size = layout.fitting_chunk(length, chunk_size or _DEFAULT_CHUNK_SIZE)
     inputs = Inputs(*(layout.pad(x, size) for x in (r, log_w, k, v)))
     starts = None if segment_ids is None else layout.pad(layout.boundaries(segment_ids), size)
     out, final_state = recurrence(size, inputs, initial_state, starts)

@@ -13,7 +13,7 @@ import numpy as np
 GROUP = 8
 
 
-class Levels(NamedTuple):
+class _Levels(NamedTuple):
     """Constants of a chunk size, for L levels.
 
     `sums` [L+2,C,C]: times log_w they give each level's exponents, the sums from the chunk's start to each token
@@ -27,7 +27,7 @@ class Levels(NamedTuple):
 
 
 @functools.cache
-def levels(size: int) -> Levels:
+def levels(size: int) -> _Levels:
     """The levels of a chunk of `size` tokens, a power of two."""
     i, j = np.indices((size, size))
     start, end = j <= i, j > i
@@ -44,4 +44,4 @@ def levels(size: int) -> Levels:
         span *= 2
     sums += [start, end]
     signs = np.asarray(sign, np.float32)[:, None, None]
-    return Levels(np.asarray(sums, np.float32), signs, np.asarray(masks, np.float32))
+    return _Levels(np.asarray(sums, np.float32), signs, np.asarray(masks, np.float32))

@@ -15,11 +15,11 @@ from pallas_kernels.wkv6.levels import levels
 from pallas_kernels.wkv6.pallas_tpu_kernels import Plan, backward_kernel, forward_kernel
 
 DEFAULT_CHUNK_SIZE = 128
-CHUNK_SIZES = (16, 32, 64, 128)
-HEAD_SIZES = (64, 128)
+_CHUNK_SIZES = (16, 32, 64, 128)
+_HEAD_SIZES = (64, 128)
 MAX_HEADS = 8
-LANES = 128
-VMEM_LIMIT = 48 * 2**20
+_LANES = 128
+_VMEM_LIMIT = 48 * 2**20
 
 
 def wkv6_pallas_tpu(
@@ -39,15 +39,15 @@ def wkv6_pallas_tpu(
     one input at 128 tokens and 128 channels. `interpret` is pallas_call's; None interprets wherever there is no TPU.
     """
     key_size, value_size = r.shape[-1], v.shape[-1]
-    if key_size not in HEAD_SIZES or value_size not in HEAD_SIZES:
+    if key_size not in _HEAD_SIZES or value_size not in _HEAD_SIZES:
         raise NotImplementedError(
             f"wkv6 on TPU got heads of {key_size} key and {value_size} value channels, expected 64 or 128 each; take "
             "implementation='chunked'."
         )
-    if chunk_size not in (None, *CHUNK_SIZES):
-        raise NotImplementedError(f"wkv6 on TPU got chunk_size={chunk_size}, expected one of {CHUNK_SIZES} or None.")
+    if chunk_size not in (None, *_CHUNK_SIZES):
+        raise NotImplementedError(f"wkv6 on TPU got chunk_size={chunk_size}, expected one of {_CHUNK_SIZES} or None.")
     length, heads = r.shape[1:3]
-    size = max(CHUNK_SIZES[0], layout.fitting_chunk(length, chunk_size or DEFAULT_CHUNK_SIZE))
+    size = max(_CHUNK_SIZES[0], layout.fitting_chunk(length, chunk_size or DEFAULT_CHUNK_SIZE))
     group, padded_heads = head_groups(heads, key_size, value_size)
     dtype = jnp.bfloat16 if jnp.result_type(r, k, v) == jnp.bfloat16 else jnp.float32
     plan = Plan(size, group, key_size, value_size, dtype)
@@ -79,7 +79,7 @@ def head_groups(heads: int, key_size: int, value_size: int) -> tuple[int, int]:
     """
     if heads <= MAX_HEADS:
         return heads, heads
-    whole = [group for group in range(MAX_HEADS // 2, MAX_HEADS + 1) if not group * min(key_size, value_size) % LANES]
+    whole = [group for group in range(MAX_HEADS // 2, MAX_HEADS + 1) if not group * min(key_size, value_size) % _LANES]
     return min(((group, -(-heads // group) * group) for group in whole), key=lambda pair: (pair[1], -pair[0]))
 
 
@@ -88,43 +88,43 @@ def recurrence(
     plan: Plan, interpret: Any, inputs: Inputs, initial_state: jax.Array, counts: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Inputs [B,T,H*K] of whole chunks; states [B,H,V,K]."""
-    out, final_state, _ = run_forward(plan, interpret, False, inputs, initial_state, counts)
+    out, final_state, _ = _run_forward(plan, interpret, False, inputs, initial_state, counts)
     return out, final_state
 
 
-def recurrence_forward(
+def _recurrence_forward(
     plan: Plan, interpret: Any, inputs: Inputs, initial_state: jax.Array, counts: jax.Array | None
 ) -> Any:
     """Keeps the inputs and the state each chunk begins with."""
-    out, final_state, states = run_forward(plan, interpret, True, inputs, initial_state, counts)
+    out, final_state, states = _run_forward(plan, interpret, True, inputs, initial_state, counts)
     return (out, final_state), (inputs, counts, states)
 
 
-def recurrence_backward(plan: Plan, interpret: Any, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
+def _recurrence_backward(plan: Plan, interpret: Any, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
     """The chunks in reverse."""
     inputs, counts, states = kept
     d_out, d_final = cotangents
-    specs = block_specs(plan, inputs, reverse=True)
-    fixed = [*forward_constants(plan), *backward_constants(plan)]
+    specs = _block_specs(plan, inputs, reverse=True)
+    fixed = [*_forward_constants(plan), *_backward_constants(plan)]
     given = [*inputs, *([] if counts is None else [counts]), states, d_out, d_final]
     names = ["key", "key", "key", "value", *([] if counts is None else ["counts"]), "states", "value", "state"]
     found = pl.pallas_call(
         functools.partial(backward_kernel, plan, counts is not None),
-        grid=grid(plan, inputs),
+        grid=_grid(plan, inputs),
         in_specs=[*map(whole, fixed), *(specs[name] for name in names)],
         out_specs=[specs[name] for name in ("key", "key", "key", "value", "state")],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*inputs, d_final)],
-        compiler_params=compiler_params(),
+        compiler_params=_compiler_params(),
         interpret=interpret,
         name="wkv6_backward",
     )(*fixed, *given)
     return Inputs(*found[:4]), found[4], None
 
 
-recurrence.defvjp(recurrence_forward, recurrence_backward)
+recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
-def run_forward(
+def _run_forward(
     plan: Plan,
     interpret: Any,
     keep_states: bool,
@@ -133,8 +133,8 @@ def run_forward(
     counts: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Outputs, final state and, where asked for, the state before each chunk [B,N,H,V,K]."""
-    specs = block_specs(plan, inputs, reverse=False)
-    fixed = forward_constants(plan)
+    specs = _block_specs(plan, inputs, reverse=False)
+    fixed = _forward_constants(plan)
     given = [*inputs, *([] if counts is None else [counts]), initial_state]
     names = ["key", "key", "key", "value", *([] if counts is None else ["counts"]), "state"]
     batch, length = inputs.r.shape[:2]
@@ -146,18 +146,18 @@ def run_forward(
         shapes.append(jax.ShapeDtypeStruct((batch, length // plan.size, *initial_state.shape[1:]), plan.dtype))
     out, final_state, *states = pl.pallas_call(
         functools.partial(forward_kernel, plan, counts is not None),
-        grid=grid(plan, inputs),
+        grid=_grid(plan, inputs),
         in_specs=[*map(whole, fixed), *(specs[name] for name in names)],
         out_specs=[specs[name] for name in ("value", "state", "states")[: len(shapes)]],
         out_shape=shapes,
-        compiler_params=compiler_params(),
+        compiler_params=_compiler_params(),
         interpret=interpret,
         name="wkv6_forward",
     )(*fixed, *given)
     return out, final_state, states[0] if states else None
 
 
-def forward_constants(plan: Plan) -> list[jax.Array]:
+def _forward_constants(plan: Plan) -> list[jax.Array]:
     """What sums log_w within groups: from the middle, from the start, to the end; and the pairs i >= j in one group."""
     constants = levels(plan.size)
     group = constants.masks[0] + np.eye(plan.size, dtype=np.float32)
@@ -167,7 +167,7 @@ def forward_constants(plan: Plan) -> list[jax.Array]:
     return [jnp.asarray(sums, plan.dtype), jnp.asarray(group)]
 
 
-def backward_constants(plan: Plan) -> list[jax.Array]:
+def _backward_constants(plan: Plan) -> list[jax.Array]:
     """The sums transposed, and masks of pairs: i > j in a group, i < j in a group, both ways those of each level."""
     constants = levels(plan.size)
     flipped = constants.masks.swapaxes(1, 2)
@@ -175,12 +175,12 @@ def backward_constants(plan: Plan) -> list[jax.Array]:
     return [jnp.asarray(constants.sums.reshape(-1, plan.size).T, plan.dtype), jnp.asarray(masks, plan.dtype)]
 
 
-def grid(plan: Plan, inputs: Inputs) -> tuple[int, int, int]:
+def _grid(plan: Plan, inputs: Inputs) -> tuple[int, int, int]:
     batch, length, width = inputs.r.shape
     return batch, width // (plan.heads * plan.key_size), length // plan.size
 
 
-def block_specs(plan: Plan, inputs: Inputs, reverse: bool) -> dict[str, pl.BlockSpec]:
+def _block_specs(plan: Plan, inputs: Inputs, reverse: bool) -> dict[str, pl.BlockSpec]:
     """What of each kind of array a grid step (batch, head group, chunk) sees."""
     chunks = inputs.r.shape[1] // plan.size
     state = (plan.heads, plan.value_size, plan.key_size)
@@ -201,5 +201,5 @@ def whole(x: jax.Array) -> pl.BlockSpec:
     return pl.BlockSpec(x.shape, lambda b, h, n: (0,) * x.ndim)
 
 
-def compiler_params() -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT)
+def _compiler_params() -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT)

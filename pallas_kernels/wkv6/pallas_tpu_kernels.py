@@ -18,7 +18,7 @@ from pallas_kernels.wkv6.levels import GROUP
 # Which axes of two matrices a product sums over.
 NN, NT, TN = (1, 0), (1, 1), (0, 0)
 # The hardware has 2^x.
-LOG2_E = 1.4426950408889634
+_LOG2_E = 1.4426950408889634
 
 
 class Plan(NamedTuple):
@@ -51,7 +51,7 @@ class Plan(NamedTuple):
         )
 
 
-class Resets(NamedTuple):
+class _Resets(NamedTuple):
     """As in `layout.Resets`, float32: `pairs` [C,C], `head`, `tail` and `inside` [C,1]."""
 
     pairs: jax.Array
@@ -60,7 +60,7 @@ class Resets(NamedTuple):
     inside: jax.Array
 
 
-class Chunk(NamedTuple):
+class _Chunk(NamedTuple):
     """One head's chunk: r, k [C,K] float32, v [C,V] in plan.dtype, L+2 exponents in log2 [C,K] float32."""
 
     r: jax.Array
@@ -69,7 +69,7 @@ class Chunk(NamedTuple):
     exponents: list[jax.Array]
 
 
-def find_resets(plan: Plan, counts: jax.Array | None) -> Resets | None:
+def _find_resets(plan: Plan, counts: jax.Array | None) -> _Resets | None:
     """counts [1,C] float32: resets from the chunk's start to each token, itself included."""
     if counts is None:
         return None
@@ -78,35 +78,35 @@ def find_resets(plan: Plan, counts: jax.Array | None) -> Resets | None:
     mine = jnp.sum(jnp.where(row == column, counts, 0.0), axis=1, keepdims=True)
     before = jnp.sum(jnp.where(row == column + 1, counts, 0.0), axis=1, keepdims=True)
     masks = (mine == counts, mine == 0.0, mine == counts[:, size - 1 :], mine == before)
-    return Resets(*(jnp.where(mask, 1.0, 0.0) for mask in masks))
+    return _Resets(*(jnp.where(mask, 1.0, 0.0) for mask in masks))
 
 
-def read_chunks(plan: Plan, sums: Any, r: Any, log_w: Any, k: Any, v: Any) -> list[Chunk]:
+def _read_chunks(plan: Plan, sums: Any, r: Any, log_w: Any, k: Any, v: Any) -> list[_Chunk]:
     """Every head of a block; `sums` [3C,C], and [3C,2C] where products are bfloat16.
 
     log_w is then the sum of two bfloat16 numbers, so that 16 of its bits count.
     """
-    scaled = log_w[0].astype(jnp.float32) * LOG2_E
+    scaled = log_w[0].astype(jnp.float32) * _LOG2_E
     if plan.dtype == jnp.bfloat16:
         high = scaled.astype(jnp.bfloat16)
         low = (scaled - high.astype(jnp.float32)).astype(jnp.bfloat16)
         scaled = jnp.concatenate([high, low], axis=0)
     in_groups = plan.dot(sums[...], scaled, NN)
 
-    def one(head: int) -> Chunk:
+    def one(head: int) -> _Chunk:
         keys = plan.keys(head)
-        exponents = all_exponents(plan, *jnp.split(in_groups[:, keys], 3))
+        exponents = _all_exponents(plan, *jnp.split(in_groups[:, keys], 3))
         r_one, k_one = (x[0, :, keys].astype(jnp.float32) for x in (r, k))
-        return Chunk(r_one, k_one, v[0, :, plan.values(head)].astype(plan.dtype), exponents)
+        return _Chunk(r_one, k_one, v[0, :, plan.values(head)].astype(plan.dtype), exponents)
 
     return [one(head) for head in range(plan.heads)]
 
 
-def all_exponents(plan: Plan, centred: jax.Array, prefix: jax.Array, suffix: jax.Array) -> list[jax.Array]:
+def _all_exponents(plan: Plan, centred: jax.Array, prefix: jax.Array, suffix: jax.Array) -> list[jax.Array]:
     """Every exponent [C,K] from those within groups: two neighbouring spans' sums make those of the span of both."""
     exponents = [centred]
     for span in plan.spans:
-        exponents.append(alternate(prefix, suffix, span))
+        exponents.append(_alternate(prefix, suffix, span))
         prefixes, suffixes = [], []
         for start in range(0, plan.size, 2 * span):
             middle, end = start + span, start + 2 * span
@@ -116,7 +116,7 @@ def all_exponents(plan: Plan, centred: jax.Array, prefix: jax.Array, suffix: jax
     return [*exponents, prefix, suffix]
 
 
-def alternate(later: jax.Array, earlier: jax.Array, span: int) -> jax.Array:
+def _alternate(later: jax.Array, earlier: jax.Array, span: int) -> jax.Array:
     """The rows of `earlier` in the first, third, ... span of rows, those of `later` in the others."""
     parts = range(later.shape[0] // span)
     return jnp.concatenate([(later if n % 2 else earlier)[n * span : (n + 1) * span] for n in parts], axis=0)
@@ -136,7 +136,7 @@ def place(inner: jax.Array, pairs: jax.Array, span: int) -> jax.Array:
     return jnp.concatenate(rows, axis=0)
 
 
-def place_transposed(inner: jax.Array, pairs: jax.Array, span: int) -> jax.Array:
+def _place_transposed(inner: jax.Array, pairs: jax.Array, span: int) -> jax.Array:
     """The same with rows and columns exchanged: rows of an earlier span, columns of the span after."""
     size = inner.shape[0]
     column = jax.lax.broadcasted_iota(jnp.int32, (span, size), 1)
@@ -147,7 +147,7 @@ def place_transposed(inner: jax.Array, pairs: jax.Array, span: int) -> jax.Array
     return jnp.concatenate(rows, axis=0)
 
 
-def ends(chunk: Chunk, resets: Resets | None) -> tuple[jax.Array, jax.Array]:
+def ends(chunk: _Chunk, resets: _Resets | None) -> tuple[jax.Array, jax.Array]:
     """The decay from the chunk's start to each token and from each token to its end, zero across a reset."""
     start, tail = (jnp.exp2(exponent) for exponent in chunk.exponents[-2:])
     return (start, tail) if resets is None else (start * resets.head, tail * resets.tail)
@@ -167,8 +167,8 @@ def forward_kernel(plan: Plan, has_counts: bool, *refs: Any) -> None:
         final[...] = initial[...]
 
     heads = range(plan.heads)
-    resets = find_resets(plan, counts)
-    chunks = read_chunks(plan, sums, *sequences)
+    resets = _find_resets(plan, counts)
+    chunks = _read_chunks(plan, sums, *sequences)
     group = group_ref[...] != 0.0
     inner = []
     for c in chunks:
@@ -177,7 +177,7 @@ def forward_kernel(plan: Plan, has_counts: bool, *refs: Any) -> None:
         inner.append(jnp.where(group, pairs, 0.0))
     for level, span in enumerate(plan.spans, start=1):
         for head, c in enumerate(chunks):
-            x = jnp.exp2(c.exponents[level]) * alternate(c.r, c.k, span)
+            x = jnp.exp2(c.exponents[level]) * _alternate(c.r, c.k, span)
             inner[head] = place(inner[head], plan.dot(x, x, NT), span)
     if kept:
         kept[0][0, 0] = final[0].astype(plan.dtype)
@@ -206,8 +206,8 @@ def backward_kernel(plan: Plan, has_counts: bool, *refs: Any) -> None:
         d_state_ref[...] = d_final[...]
 
     heads = range(plan.heads)
-    resets = find_resets(plan, counts)
-    chunks = read_chunks(plan, sums, *sequences)
+    resets = _find_resets(plan, counts)
+    chunks = _read_chunks(plan, sums, *sequences)
     d_out = [d_out_ref[0, :, plan.values(head)].astype(plan.dtype) for head in heads]
     group = group_ref[...].T != 0.0
     row, column = (jax.lax.broadcasted_iota(jnp.int32, (plan.size, plan.size), axis) for axis in (0, 1))
@@ -230,13 +230,13 @@ def backward_kernel(plan: Plan, has_counts: bool, *refs: Any) -> None:
         d_k.append(d_ks + itself * c.r)
     for level, span in enumerate(plan.spans, start=1):
         for head, c in enumerate(chunks):
-            decay, rk = jnp.exp2(c.exponents[level]), alternate(c.r, c.k, span)
+            decay, rk = jnp.exp2(c.exponents[level]), _alternate(c.r, c.k, span)
             x = (decay * rk).astype(plan.dtype)
-            inner[head] = place_transposed(inner[head], plan.dot(x, x, NT), span)
+            inner[head] = _place_transposed(inner[head], plan.dot(x, x, NT), span)
             d_rk = plan.dot(d_pairs[head] * masks[level + 1], x, NN) * decay
             d_exponents[head].append((d_rk * rk).astype(plan.dtype))
-            d_r[head] = alternate(d_r[head] + d_rk, d_r[head], span)
-            d_k[head] = alternate(d_k[head], d_k[head] + d_rk, span)
+            d_r[head] = _alternate(d_r[head] + d_rk, d_r[head], span)
+            d_k[head] = _alternate(d_k[head], d_k[head] + d_rk, span)
     last = jax.lax.broadcasted_iota(jnp.int32, (plan.size, 1), 0) == plan.size - 1
     for head, c in enumerate(chunks):
         start, tail = ends(c, resets)

@@ -21,35 +21,35 @@ from pallas_kernels.shared.triton_chunk import (
 from pallas_kernels.shared.triton_states import through_state
 
 # 2 to the level's number tokens are a span; the first level makes the groups of eight.
-GROUPS = tl.constexpr(2)
+_GROUPS = tl.constexpr(2)
 
 
 @jit
-def masked_sums(mask, x, PRECISION: tl.constexpr):
+def _masked_sums(mask, x, PRECISION: tl.constexpr):
     """Sums of x [C,BK] over the tokens that mask [C,C] says: a sum less its largest term would lose the others."""
     return tl.dot(mask.to(tl.float32), x, input_precision=PRECISION)
 
 
 @jit
-def to_boundary(row, column, level):
+def _to_boundary(row, column, level):
     """[C,C] bool: the columns whose decays lie between a row's token and the boundary in its pair of spans."""
     second = (row >> level) % 2 == 1
     return ((row >> level) == (column >> level)) & ((second & (column <= row)) | (~second & (column > row)))
 
 
 @jit
-def level_decays(log_w, row, column, level):
+def _level_decays(log_w, row, column, level):
     """The exponentials [C,BK] of a level that receptances and keys are multiplied with."""
-    gap = masked_sums(to_boundary(row, column, level), log_w, "tf32x3")
-    r_gap = tl.where(((row >> level) % 2 == 0) & (level == GROUPS), -gap, gap)
-    return tl.exp(r_gap), tl.exp(tl.where(level == GROUPS, -r_gap, gap))
+    gap = _masked_sums(_to_boundary(row, column, level), log_w, "tf32x3")
+    r_gap = tl.where(((row >> level) % 2 == 0) & (level == _GROUPS), -gap, gap)
+    return tl.exp(r_gap), tl.exp(tl.where(level == _GROUPS, -r_gap, gap))
 
 
 @jit
-def level_mask(row, column, level):
+def _level_mask(row, column, level):
     """[C,C] bool: the pairs of a level."""
     apart = (row >> level) != (column >> level)
-    return (row > column) & ((row >> level + 1) == (column >> level + 1)) & (apart | (level == GROUPS))
+    return (row > column) & ((row >> level + 1) == (column >> level + 1)) & (apart | (level == _GROUPS))
 
 
 @jit
@@ -89,11 +89,11 @@ def prepare(
         end, lost = chunk_decay(tl.sum(decays, axis=0))
         tl.store(decay + chunk * 2 * K + start + column, end * keep)
         tl.store(decay + (chunk * 2 + 1) * K + start + column, lost * keep)
-        for level in range(GROUPS, LEVELS):
-            r_decay, k_decay = level_decays(decays, row[:, None], row[None, :], level)
+        for level in range(_GROUPS, LEVELS):
+            r_decay, k_decay = _level_decays(decays, row[:, None], row[None, :], level)
             rs, ks = (r_in * r_decay).to(dtype), tl.trans((k_in * k_decay).to(dtype))
             products = tl.dot(rs, ks, input_precision=PRECISION)
-            pairs += tl.where(level_mask(row[:, None], row[None, :], level), products, 0.0)
+            pairs += tl.where(_level_mask(row[:, None], row[None, :], level), products, 0.0)
     pairs = tl.where(passed[:, None] == passed[None, :], pairs, 0.0)
     pairs = tl.where(row[:, None] == row[None, :], itself[:, None], pairs)
     tl.store(inner + chunk * C * C + row[:, None] * C + row[None, :], pairs.to(dtype))
@@ -163,22 +163,22 @@ def key_gradients(
     to_end = tl.exp(tl.cumsum(decays, axis=0, reverse=True) - decays)
     grad_k = tl.where((passed == tl.max(passed, axis=0))[:, None], grad_k * to_end, 0.0)
     d_decay = tl.cumsum(r_in * grad_r, axis=0, reverse=True)
-    d_decay += masked_sums(row[:, None] > row[None, :], k_in * grad_k, PRECISION)
+    d_decay += _masked_sums(row[:, None] > row[None, :], k_in * grad_k, PRECISION)
     d_decay += (from_state * tl.load(decay + chunk * 2 * K + key))[None, :]
     grad_r += itself * k_in
     grad_k += itself * r_in
-    for level in range(GROUPS, LEVELS):
-        r_decay, k_decay = level_decays(decays, row[:, None], row[None, :], level)
+    for level in range(_GROUPS, LEVELS):
+        r_decay, k_decay = _level_decays(decays, row[:, None], row[None, :], level)
         rs, ks = (r_in * r_decay).to(dtype), (k_in * k_decay).to(dtype)
-        of_level = tl.where(level_mask(row[:, None], row[None, :], level), pairs, 0.0)
+        of_level = tl.where(_level_mask(row[:, None], row[None, :], level), pairs, 0.0)
         d_rs = tl.dot(of_level, ks, input_precision=PRECISION)
         d_ks = tl.dot(tl.trans(of_level), rs, input_precision=PRECISION)
         grad_r += d_rs * r_decay
         grad_k += d_ks * k_decay
         from_r, from_k, second = rs * d_rs, ks * d_ks, ((row >> level) % 2 == 1)[:, None]
         d_gap = tl.where(second, from_r, from_k)
-        d_gap -= tl.where(level == GROUPS, tl.where(second, from_k, from_r), 0.0)
-        d_decay += masked_sums(to_boundary(row[None, :], row[:, None], level), d_gap, PRECISION)
+        d_gap -= tl.where(level == _GROUPS, tl.where(second, from_k, from_r), 0.0)
+        d_decay += _masked_sums(_to_boundary(row[None, :], row[:, None], level), d_gap, PRECISION)
     put(d_r, grad_r, batch, head, token, at, T, H, K)
     put(d_k, grad_k, batch, head, token, at, T, H, K)
     put(d_log_w, tl.where(first[:, None], 0.0, d_decay), batch, head, token, at, T, H, K)

@@ -19,9 +19,9 @@ from pallas_kernels.shared.triangular import invert_unit_lower
 # A chunk by default: a quarter of the head size, within these. Pairs of tokens cost in proportion to a chunk's length,
 # states to its inverse; measured on a CPU, forward and backward, 16 against 32 takes 0.9 of the time at K=64, and as
 # long at K=128, where 32 keeps half as many states.
-CHUNK_SIZES = (16, 32)
+_CHUNK_SIZES = (16, 32)
 # Below this sum of log_w over a chunk, quotients of float32 exponentials lose digits, then all of them.
-LOWEST_SUM = -81.0
+_LOWEST_SUM = -81.0
 
 
 class Inputs(NamedTuple):
@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
     b: jax.Array
 
 
-class Pairs(NamedTuple):
+class _Pairs(NamedTuple):
     """What a chunk holds beside its state, [B,H,...] float32.
 
     `ar` [2C,K] is [A; R], `bk` [2C,K] is [B; K], `inner` [2C,2C] is [[AB, AK], [RB, RK]], `inverse` [C,C] is
@@ -55,7 +55,7 @@ class Pairs(NamedTuple):
     grow: jax.Array
 
 
-def visible(size: int, resets: Resets | None) -> jax.Array:
+def _visible(size: int, resets: Resets | None) -> jax.Array:
     """[2C,2C]: which tokens of [B; K] those of [A; R] see; A only earlier ones."""
     lower = jnp.tril(jnp.ones((size, size), jnp.float32))
     strict = lower - jnp.eye(size, dtype=jnp.float32)
@@ -68,27 +68,27 @@ def twice(mask: jax.Array) -> jax.Array:
     return jnp.concatenate([mask, mask], axis=-2)
 
 
-def chunk_pairs(chunk: Inputs, resets: Resets | None) -> Pairs:
+def _chunk_pairs(chunk: Inputs, resets: Resets | None) -> _Pairs:
     """Everything of one chunk that does not depend on its state."""
     size = chunk.r.shape[-2]
     total = layout.prefix_sums(chunk.log_w)
-    total = jnp.where(total < LOWEST_SUM, jnp.nan, total)
+    total = jnp.where(total < _LOWEST_SUM, jnp.nan, total)
     a_decay, r_decay, grow = jnp.exp(total - chunk.log_w), jnp.exp(total), jnp.exp(-total)
     ar = jnp.concatenate([chunk.a * a_decay, chunk.r * r_decay], axis=-2)
     bk = jnp.concatenate([chunk.b * grow, chunk.k * grow], axis=-2)
-    inner = (ar @ transpose(bk)) * visible(size, resets)
+    inner = (ar @ transpose(bk)) * _visible(size, resets)
     inverse = invert_unit_lower(inner[..., :size, :size])
     end = transpose(r_decay[..., -1:, :])
     if resets is None:
-        return Pairs(ar, bk, ar, bk, inner, inverse, end, a_decay, r_decay, grow)
+        return _Pairs(ar, bk, ar, bk, inner, inverse, end, a_decay, r_decay, grow)
     ar_head, bk_tail = ar * twice(resets.head), bk * twice(resets.tail)
-    return Pairs(ar, bk, ar_head, bk_tail, inner, inverse, end, a_decay, r_decay, grow)
+    return _Pairs(ar, bk, ar_head, bk_tail, inner, inverse, end, a_decay, r_decay, grow)
 
 
-def chunk_forward(chunk: Inputs, state: jax.Array, resets: Resets | None) -> tuple[jax.Array, jax.Array]:
+def _chunk_forward(chunk: Inputs, state: jax.Array, resets: Resets | None) -> tuple[jax.Array, jax.Array]:
     """Outputs [B,H,C,V] of one chunk and the state after it."""
     size = chunk.r.shape[-2]
-    p = chunk_pairs(chunk, resets)
+    p = _chunk_pairs(chunk, resets)
     from_state = p.ar_head @ state
     u = p.inverse @ (from_state[..., :size, :] + p.inner[..., :size, size:] @ chunk.v)
     uv = jnp.concatenate([u, chunk.v], axis=-2)
@@ -97,7 +97,7 @@ def chunk_forward(chunk: Inputs, state: jax.Array, resets: Resets | None) -> tup
     return out, p.end * (kept + transposed(p.bk_tail) @ uv)
 
 
-def chunk_backward(
+def _chunk_backward(
     chunk: Inputs,
     state: jax.Array,
     next_state: jax.Array,
@@ -110,7 +110,7 @@ def chunk_backward(
     d_out is the gradient of the chunk's outputs, d_next that of the state after it.
     """
     size = chunk.r.shape[-2]
-    p = chunk_pairs(chunk, resets)
+    p = _chunk_pairs(chunk, resets)
     u = p.inverse @ (p.ar_head[..., :size, :] @ state + p.inner[..., :size, size:] @ chunk.v)
     uv = jnp.concatenate([u, chunk.v], axis=-2)
     d_end = p.end * d_next
@@ -118,7 +118,7 @@ def chunk_backward(
     d_y = transposed(p.inverse) @ d_uv[..., :size, :]
     d_v = d_uv[..., size:, :] + transposed(p.inner[..., :size, size:]) @ d_y
     d_yo = jnp.concatenate([d_y, d_out], axis=-2)
-    d_inner = (d_yo @ transpose(uv)) * visible(size, resets)
+    d_inner = (d_yo @ transpose(uv)) * _visible(size, resets)
     d_ar = d_yo @ transpose(state)
     d_bk = uv @ transpose(d_end)
     d_state = d_end
@@ -129,13 +129,13 @@ def chunk_backward(
     d_bk = d_bk + transposed(d_inner) @ p.ar
     d_state = d_state + transposed(p.ar_head) @ d_yo
     d_last = transpose(layout.row_sums(d_next * next_state))
-    d_log_w = decay_gradient(p, d_ar, d_bk, d_last, resets)
+    d_log_w = _decay_gradient(p, d_ar, d_bk, d_last, resets)
     d_a, d_r = d_ar[..., :size, :] * p.a_decay, d_ar[..., size:, :] * p.r_decay
     d_b, d_k = d_bk[..., :size, :] * p.grow, d_bk[..., size:, :] * p.grow
     return Inputs(d_r, d_log_w, d_k, d_v, d_a, d_b), d_state
 
 
-def decay_gradient(p: Pairs, d_ar: jax.Array, d_bk: jax.Array, d_last: jax.Array, resets: Resets | None) -> jax.Array:
+def _decay_gradient(p: _Pairs, d_ar: jax.Array, d_bk: jax.Array, d_last: jax.Array, resets: Resets | None) -> jax.Array:
     """d log_w [B,H,C,K] from the gradients of [A; R], [B; K] and G_C [1,K].
 
     d G_t = R_t dR_t + A_{t+1} dA_{t+1} - B_t dB_t - K_t dK_t; d log_w_t is their sum from t to the chunk's end.
@@ -153,16 +153,16 @@ def recurrence(
     size: int, inputs: Inputs, initial_state: jax.Array, starts: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """All chunks one after the other; the inputs' length is a whole number of chunks."""
-    return recurrence_forward(size, inputs, initial_state, starts)[0]
+    return _recurrence_forward(size, inputs, initial_state, starts)[0]
 
 
-def recurrence_forward(size: int, inputs: Inputs, initial_state: jax.Array, starts: jax.Array | None) -> Any:
+def _recurrence_forward(size: int, inputs: Inputs, initial_state: jax.Array, starts: jax.Array | None) -> Any:
     """Keeps the inputs and the state each chunk begins with."""
 
     def step(carry: Any, index: jax.Array) -> Any:
         state, out = carry
         chunk = Inputs(*layout.take(inputs, index, size))
-        chunk_out, next_state = chunk_forward(chunk, state, layout.resets(starts, index, size))
+        chunk_out, next_state = _chunk_forward(chunk, state, layout.resets(starts, index, size))
         return (next_state, layout.put(out, index, chunk_out)), state
 
     chunks = jnp.arange(inputs.r.shape[1] // size)
@@ -170,7 +170,7 @@ def recurrence_forward(size: int, inputs: Inputs, initial_state: jax.Array, star
     return (out, final_state), (inputs, starts, states, final_state)
 
 
-def recurrence_backward(size: int, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
+def _recurrence_backward(size: int, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
     """The chunks in reverse."""
     inputs, starts, states, final_state = kept
     d_out, d_final = cotangents
@@ -181,7 +181,7 @@ def recurrence_backward(size: int, kept: Any, cotangents: tuple[jax.Array, jax.A
         chunk = Inputs(*layout.take(inputs, index, size))
         (d_one,) = layout.take((d_out,), index, size)
         resets = layout.resets(starts, index, size)
-        d_chunk, d_state = chunk_backward(chunk, state, next_state, d_one, d_state, resets)
+        d_chunk, d_state = _chunk_backward(chunk, state, next_state, d_one, d_state, resets)
         gradients = Inputs(*(layout.put(all_of, index, one) for all_of, one in zip(gradients, d_chunk, strict=True)))
         return (state, d_state, gradients), None
 
@@ -190,7 +190,7 @@ def recurrence_backward(size: int, kept: Any, cotangents: tuple[jax.Array, jax.A
     return gradients, d_initial, None
 
 
-recurrence.defvjp(recurrence_forward, recurrence_backward)
+recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
 def wkv7_chunked(
@@ -206,7 +206,7 @@ def wkv7_chunked(
 ) -> tuple[jax.Array, jax.Array]:
     """See `wkv7`: fills the last chunk with tokens that leave the state alone."""
     length = r.shape[1]
-    default = min(max(r.shape[-1] // 4, CHUNK_SIZES[0]), CHUNK_SIZES[1])
+    default = min(max(r.shape[-1] // 4, _CHUNK_SIZES[0]), _CHUNK_SIZES[1])
     size = layout.fitting_chunk(length, chunk_size or default)
     inputs = Inputs(*(layout.pad(x, size) for x in (r, log_w, k, v, a, b)))
     starts = None if segment_ids is None else layout.pad(layout.boundaries(segment_ids), size)

@@ -15,12 +15,12 @@ from pallas_kernels.wkv7.pallas_tpu_chunk import Plan
 from pallas_kernels.wkv7.pallas_tpu_forward import forward_kernel
 
 DEFAULT_CHUNK_SIZE = 64
-CHUNK_SIZES = (16, 32, 64, 128)
-HEAD_SIZES = (64, 128)
+_CHUNK_SIZES = (16, 32, 64, 128)
+_HEAD_SIZES = (64, 128)
 MAX_HEADS = 16
 MAX_CHANNELS = 1024
-LANES = 128
-VMEM_LIMIT = 48 * 2**20
+_LANES = 128
+_VMEM_LIMIT = 48 * 2**20
 
 
 def wkv7_pallas_tpu(
@@ -43,16 +43,16 @@ def wkv7_pallas_tpu(
     pallas_call's; None interprets wherever there is no TPU.
     """
     key_size, value_size = r.shape[-1], v.shape[-1]
-    if key_size not in HEAD_SIZES or value_size not in HEAD_SIZES:
+    if key_size not in _HEAD_SIZES or value_size not in _HEAD_SIZES:
         raise NotImplementedError(
             f"wkv7 on TPU got heads of {key_size} key and {value_size} value channels, expected 64 or 128 each; take "
             "implementation='chunked'."
         )
-    if chunk_size not in (None, *CHUNK_SIZES):
-        raise NotImplementedError(f"wkv7 on TPU got chunk_size={chunk_size}, expected one of {CHUNK_SIZES} or None.")
+    if chunk_size not in (None, *_CHUNK_SIZES):
+        raise NotImplementedError(f"wkv7 on TPU got chunk_size={chunk_size}, expected one of {_CHUNK_SIZES} or None.")
     length, heads = r.shape[1:3]
-    size = min(chunk_size or DEFAULT_CHUNK_SIZE, max(CHUNK_SIZES[0], layout.fitting_chunk(length, 128)))
-    chunks = 2 if size <= LANES // 2 and length > size else 1
+    size = min(chunk_size or DEFAULT_CHUNK_SIZE, max(_CHUNK_SIZES[0], layout.fitting_chunk(length, 128)))
+    chunks = 2 if size <= _LANES // 2 and length > size else 1
     dtype = jnp.bfloat16 if jnp.result_type(r, k, v, a, b) == jnp.bfloat16 else jnp.float32
     # float32 products are six passes each: fewer heads hide as much and compile in a fraction of the time.
     most = MAX_HEADS if dtype == jnp.bfloat16 else MAX_HEADS // 4
@@ -86,7 +86,7 @@ def head_groups(heads: int, key_size: int, value_size: int, most: int = MAX_HEAD
     """
     if heads <= most:
         return heads, heads
-    whole = [group for group in range(most, most // 2 - 1, -1) if not group * min(key_size, value_size) % LANES]
+    whole = [group for group in range(most, most // 2 - 1, -1) if not group * min(key_size, value_size) % _LANES]
     for group in whole:
         if heads % group == 0:
             return group, heads
@@ -101,43 +101,43 @@ def recurrence(
     plan: Plan, interpret: Any, inputs: Inputs, initial_state: jax.Array, counts: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Inputs [B,T,H*K] of whole blocks; states [B,H,V,K]."""
-    out, final_state, _ = run_forward(plan, interpret, False, inputs, initial_state, counts)
+    out, final_state, _ = _run_forward(plan, interpret, False, inputs, initial_state, counts)
     return out, final_state
 
 
-def recurrence_forward(
+def _recurrence_forward(
     plan: Plan, interpret: Any, inputs: Inputs, initial_state: jax.Array, counts: jax.Array | None
 ) -> Any:
     """Keeps the inputs and the state each chunk begins with."""
-    out, final_state, states = run_forward(plan, interpret, True, inputs, initial_state, counts)
+    out, final_state, states = _run_forward(plan, interpret, True, inputs, initial_state, counts)
     return (out, final_state), (inputs, counts, states)
 
 
-def recurrence_backward(plan: Plan, interpret: Any, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
+def _recurrence_backward(plan: Plan, interpret: Any, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
     """The blocks in reverse."""
     inputs, counts, states = kept
     d_out, d_final = cotangents
-    specs = block_specs(plan, inputs, reverse=True)
+    specs = _block_specs(plan, inputs, reverse=True)
     given = [*inputs, *([] if counts is None else [counts]), states, d_out, d_final]
     names = ["key", "key", "key", "value", "key", "key", *([] if counts is None else ["counts"])]
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*inputs, d_final)]
     found = pl.pallas_call(
         functools.partial(backward_kernel, plan, counts is not None),
-        grid=grid(plan, inputs),
+        grid=_grid(plan, inputs),
         in_specs=[specs[name] for name in (*names, "states", "value", "state")],
         out_specs=[specs[name] for name in ("key", "key", "key", "value", "key", "key", "state")],
         out_shape=shapes,
-        compiler_params=compiler_params(),
+        compiler_params=_compiler_params(),
         interpret=interpret,
         name="wkv7_backward",
     )(*given)
     return Inputs(*found[:6]), found[6], None
 
 
-recurrence.defvjp(recurrence_forward, recurrence_backward)
+recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
-def run_forward(
+def _run_forward(
     plan: Plan,
     interpret: Any,
     keep_states: bool,
@@ -146,7 +146,7 @@ def run_forward(
     counts: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Outputs, final state and, where asked for, the state before each chunk [B,N,H,V,K]."""
-    specs = block_specs(plan, inputs, reverse=False)
+    specs = _block_specs(plan, inputs, reverse=False)
     given = [*inputs, *([] if counts is None else [counts]), initial_state]
     names = ["key", "key", "key", "value", "key", "key", *([] if counts is None else ["counts"]), "state"]
     batch, length = inputs.r.shape[:2]
@@ -159,23 +159,23 @@ def run_forward(
         shapes.append(jax.ShapeDtypeStruct(states, jnp.float32))
     out, final_state, *states = pl.pallas_call(
         functools.partial(forward_kernel, plan, counts is not None),
-        grid=grid(plan, inputs),
+        grid=_grid(plan, inputs),
         in_specs=[specs[name] for name in names],
         out_specs=[specs[name] for name in ("value", "state", "states")[: len(shapes)]],
         out_shape=shapes,
-        compiler_params=compiler_params(),
+        compiler_params=_compiler_params(),
         interpret=interpret,
         name="wkv7_forward",
     )(*given)
     return out, final_state, states[0] if states else None
 
 
-def grid(plan: Plan, inputs: Inputs) -> tuple[int, int, int]:
+def _grid(plan: Plan, inputs: Inputs) -> tuple[int, int, int]:
     batch, length, width = inputs.r.shape
     return batch, width // (plan.heads * plan.key_size), length // plan.rows
 
 
-def block_specs(plan: Plan, inputs: Inputs, reverse: bool) -> dict[str, pl.BlockSpec]:
+def _block_specs(plan: Plan, inputs: Inputs, reverse: bool) -> dict[str, pl.BlockSpec]:
     """What of each kind of array a grid step (batch, head group, block of chunks) sees."""
     blocks = inputs.r.shape[1] // plan.rows
     state = (plan.heads, plan.value_size, plan.key_size)
@@ -192,5 +192,5 @@ def block_specs(plan: Plan, inputs: Inputs, reverse: bool) -> dict[str, pl.Block
     }
 
 
-def compiler_params() -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT)
+def _compiler_params() -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT)

@@ -95,7 +95,7 @@ def gradients(
     d_inner = [jnp.where(mask.pairs, dot(d_oy[h], uv[h], NT), 0.0).astype(plan.dtype) for h in heads]
     d_tail = cut([dot(uv[head], d_end[head], NN) for head in heads], mask.tail)
     d_seen = cut(d_oy, mask.head)
-    d_ra = [two_products(plan, d_seen[h], centred[h].astype(plan.dtype), d_inner[h], one[h].bk) for h in heads]
+    d_ra = [_two_products(plan, d_seen[h], centred[h].astype(plan.dtype), d_inner[h], one[h].bk) for h in heads]
     d_bk = [d_tail[head] + dot(d_inner[head], one[head].ra, TN) for head in heads]
     last, total, own = [], [], []
     for head in heads:
@@ -114,7 +114,7 @@ def gradients(
     return d_r * decay.r, d_log_w, d_k * decay.grow, d_a * decay.a, d_b * decay.grow
 
 
-def two_products(plan: Plan, x: jax.Array, y: jax.Array, z: jax.Array, w: jax.Array) -> jax.Array:
+def _two_products(plan: Plan, x: jax.Array, y: jax.Array, z: jax.Array, w: jax.Array) -> jax.Array:
     """x y + z w, as one product where that moves nothing across lanes: a matrix unit 256 deep does both at once."""
     if x.shape[1] % LANES:
         return plan.dot(x, y, NN) + plan.dot(z, w, NN)

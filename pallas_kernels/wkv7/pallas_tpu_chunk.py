@@ -191,7 +191,7 @@ def pairs(
         ra.append([jnp.concatenate([r[:, key], a[:, key]], axis=0) for key in keys])
         bk.append([stack(plan, c, b[:, key], k[:, key]) for key in keys])
     inner = [[jnp.where(mask[c].pairs, plan.dot(ra[c][h], bk[c][h], NT), 0.0) for h in heads] for c in chunks]
-    inverse = inverses(plan, inner)
+    inverse = _inverses(plan, inner)
     found = []
     for c in chunks:
         ra_head, bk_tail = cut(ra[c], mask[c].head), cut(bk[c], mask[c].tail)
@@ -207,7 +207,7 @@ def cut(arrays: list[jax.Array], visible: jax.Array | None) -> list[jax.Array]:
     return [x * jnp.where(visible, 1.0, 0.0).astype(x.dtype) for x in arrays]
 
 
-def inverses(plan: Plan, inner: list[list[jax.Array]]) -> list[list[jax.Array]]:
+def _inverses(plan: Plan, inner: list[list[jax.Array]]) -> list[list[jax.Array]]:
     """(I - AB)^-1 of every chunk and head, as in `Pairs`.
 
     Blocks X on the diagonal are merged to twice their width, X + X (corners of AB) X: only the odd blocks' rows change.

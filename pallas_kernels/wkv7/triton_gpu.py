@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.shared.triton_call import Plan, Tuning, fill, given, import_kernels, make_plan, pass_states, run
 
 # Warps and blocks with which no kernel spills a register on sm_80, sm_90 or sm_100.
-TUNED: Tuning = {
+_TUNED: Tuning = {
     "bfloat16": {
         "prepare": {"num_warps": 4, "BLOCK": 32},
         "pass_states": {"num_warps": 4, "BLOCK": 32},
@@ -32,7 +32,7 @@ TUNED: Tuning = {
 }
 
 
-class Inputs(NamedTuple):
+class _Inputs(NamedTuple):
     """[B,T,H,K], v [B,T,H,V]; log_w float32, the others of the plan's dtype."""
 
     r: jax.Array
@@ -43,7 +43,7 @@ class Inputs(NamedTuple):
     b: jax.Array
 
 
-class Prepared(NamedTuple):
+class _Prepared(NamedTuple):
     """What `triton_kernels.prepare` makes of the inputs."""
 
     w: jax.Array
@@ -55,31 +55,33 @@ class Prepared(NamedTuple):
     decay: jax.Array
 
 
-def prepare(plan: Plan, inputs: Inputs, segment_ids: jax.Array | None) -> Prepared:
+def prepare(plan: Plan, inputs: _Inputs, segment_ids: jax.Array | None) -> _Prepared:
     keys, values = plan.keys(), plan.values()
     inner, decay = plan.per_chunk(4, plan.C, plan.C), plan.per_chunk(2, plan.K, dtype=jnp.float32)
     outputs = [keys, values, keys, keys, keys, inner, decay]
     kernel, resets = import_kernels("wkv7").prepare, segment_ids is not None
-    return Prepared(*run(plan, TUNED, kernel, (*inputs, given(segment_ids)), outputs, RESETS=resets))
+    return _Prepared(*run(plan, _TUNED, kernel, (*inputs, given(segment_ids)), outputs, RESETS=resets))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def recurrence(plan: Plan, inputs: Inputs, state: jax.Array, segment_ids: jax.Array | None) -> Any:
+def recurrence(plan: Plan, inputs: _Inputs, state: jax.Array, segment_ids: jax.Array | None) -> Any:
     """(o, final_state)."""
-    return recurrence_forward(plan, inputs, state, segment_ids)[0]
+    return _recurrence_forward(plan, inputs, state, segment_ids)[0]
 
 
-def recurrence_forward(plan: Plan, inputs: Inputs, state: jax.Array, segment_ids: jax.Array | None) -> Any:
+def _recurrence_forward(plan: Plan, inputs: _Inputs, state: jax.Array, segment_ids: jax.Array | None) -> Any:
     """Keeps the inputs and the state each chunk begins with, in the inputs' dtype."""
     ready = prepare(plan, inputs, segment_ids)
     removal = (ready.w, ready.u0, ready.b_end)
-    u, states, final_state = pass_states(plan, TUNED, removal, ready.k_end, inputs.v, ready.decay, state, reverse=False)
+    u, states, final_state = pass_states(
+        plan, _TUNED, removal, ready.k_end, inputs.v, ready.decay, state, reverse=False
+    )
     arguments = (ready.r_head, ready.inner, u, inputs.v, states)
-    (out,) = run(plan, TUNED, import_kernels("wkv7").outputs, arguments, [plan.values()], blocks_of=plan.V)
+    (out,) = run(plan, _TUNED, import_kernels("wkv7").outputs, arguments, [plan.values()], blocks_of=plan.V)
     return (out, final_state), (inputs, segment_ids, states)
 
 
-def recurrence_backward(plan: Plan, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
+def _recurrence_backward(plan: Plan, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
     """Prepares the chunks again, passes the state's gradient back through them, then takes all at once."""
     inputs, segment_ids, states = kept
     d_out, d_final = cotangents
@@ -87,20 +89,20 @@ def recurrence_backward(plan: Plan, kept: Any, cotangents: tuple[jax.Array, jax.
     keys, values, pairs = plan.keys(), plan.values(), plan.per_chunk(4, plan.C, plan.C)
     ready = prepare(plan, inputs, segment_ids)
     arguments: tuple[jax.Array, ...] = (ready.w, ready.inner, ready.u0, states, d_out)
-    u, z = run(plan, TUNED, kernels.adjoint_values, arguments, [values, values], blocks_of=plan.V)
+    u, z = run(plan, _TUNED, kernels.adjoint_values, arguments, [values, values], blocks_of=plan.V)
     removal = (ready.b_end, z, ready.w)
-    d_u, d_states, d_state = pass_states(plan, TUNED, removal, ready.r_head, d_out, ready.decay, d_final, reverse=True)
+    d_u, d_states, d_state = pass_states(plan, _TUNED, removal, ready.r_head, d_out, ready.decay, d_final, reverse=True)
     arguments = (ready.k_end, ready.inner, u, inputs.v, d_u, d_out, d_states, ids)
-    d_v, d_y, d_inner = run(plan, TUNED, kernels.pair_gradients, arguments, [values, values, pairs], RESETS=resets)
+    d_v, d_y, d_inner = run(plan, _TUNED, kernels.pair_gradients, arguments, [values, values, pairs], RESETS=resets)
     arguments = (*inputs, ids, ready.decay, u, d_y, d_out, states, d_states, d_inner)
     outputs = [keys, plan.keys(jnp.float32), keys, keys, keys]
     d_r, d_log_w, d_k, d_a, d_b = run(
-        plan, TUNED, kernels.key_gradients, arguments, outputs, blocks_of=plan.K, RESETS=resets
+        plan, _TUNED, kernels.key_gradients, arguments, outputs, blocks_of=plan.K, RESETS=resets
     )
-    return Inputs(d_r, d_log_w, d_k, d_v, d_a, d_b), d_state, None
+    return _Inputs(d_r, d_log_w, d_k, d_v, d_a, d_b), d_state, None
 
 
-recurrence.defvjp(recurrence_forward, recurrence_backward)
+recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
 def wkv7_triton(
@@ -121,7 +123,7 @@ def wkv7_triton(
     import_kernels("wkv7")
     plan = make_plan("wkv7", r, v, (k, a, b), chunk_size)
     r, k, a, b = (fill(x, plan.K, dtype=plan.dtype) for x in (r, k, a, b))
-    inputs = Inputs(r, fill(log_w, plan.K, dtype=jnp.float32), k, fill(v, plan.V, dtype=plan.dtype), a, b)
+    inputs = _Inputs(r, fill(log_w, plan.K, dtype=jnp.float32), k, fill(v, plan.V, dtype=plan.dtype), a, b)
     ids = None if segment_ids is None else segment_ids.astype(jnp.int32)
     out, final_state = recurrence(plan, inputs, fill(initial_state, plan.K, plan.V, dtype=jnp.float32), ids)
     key_size, value_size = initial_state.shape[-2:]

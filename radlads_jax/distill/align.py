@@ -1,7 +1,8 @@
 """Stage 1: every recurrent mixer learns its attention layer's output, all layers in one pass (RADLADS section 2)."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from radlads_jax.distill.losses import Batch, LossSums
 from radlads_jax.models import sharding
 from radlads_jax.models.attention import Context
 from radlads_jax.models.config import SOFTMAX, ModelConfig
-from radlads_jax.models.decoder import Params, bind, make_context, rematted
+from radlads_jax.models.decoder import Layer, Params, bind, make_context, rematted
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.placement import gathered
 
@@ -38,48 +39,56 @@ def align_loss(
     counted = (segment_ids > 0).astype(jnp.float32)
     decoder = bind(teacher_cfg, teacher)
     context, _ = make_context(teacher_cfg, tokens, segment_ids, batch["positions"], None)
-    student_dtype = jnp.dtype(student_cfg.dtype)
     x = decoder.embed(tokens)
     layer_sums = []
-    stacks = zip(student_cfg.stack_starts, student_cfg.stacks, decoder.stacks, strict=True)
-    for i, (start, (mixer_name, n), stack) in enumerate(stacks):
-        if mixer_name == SOFTMAX:
-            x, _ = jax.lax.scan(functools.partial(_teacher_layer, teacher_cfg, context), x, stack)
+    for i, (stack, (mixer, _)) in enumerate(zip(decoder.walk(), student_cfg.stacks, strict=True)):
+        if mixer == SOFTMAX:
+            x, _ = stack.scan(functools.partial(_teacher_layer, context), x)
             continue
-        structure = _mixer_structure(student_cfg, mixer_name)
-
-        def mixer_of(params, structure=structure, mixer_name=mixer_name):
-            return nnx.merge(structure, gathered(params, student_cfg, mixer_name, "mixer/"))
-
-        def first_values(params, h, mixer_of=mixer_of):
-            first = jax.tree.map(lambda param: param[0], params)
-            return mixer_of(first).first_values(h.astype(student_dtype))
-
-        mixers = student["stacks"][i]["mixer"]
-        if start == student_cfg.first_recurrent_layer:
-            first = gathered(jax.tree.map(lambda param: param[0], stack), teacher_cfg, SOFTMAX)
-            v_first = rematted(first_values, remat)(mixers, first.mixer_input(x))
+        mixers = _Mixers(student_cfg, mixer, mixer_structure(student_cfg, mixer))
+        params = student["stacks"][i]["mixer"]
+        if stack.start == student_cfg.first_recurrent_layer:
+            v_first = rematted(mixers.first_values, remat)(params, stack.first().mixer_input(x))
             context = context._replace(v_first=v_first)
-
-        def error(params, layer_id, h, target, mixer_of=mixer_of, context=context):
-            out, _ = mixer_of(params)(h.astype(student_dtype), context, layer_id, None)
-            return jnp.sum(_distance(target, sharding.to_residual(out)) * counted)
-
-        def body(x, inputs, error=error, context=context):
-            layer, params, layer_id = inputs
-            layer = gathered(layer, teacher_cfg, SOFTMAX)
-            h = layer.mixer_input(x)
-            target = sharding.residual(layer.mixer(h, context, None, None)[0])
-            return layer.after_mixer(x, target), rematted(error, remat)(params, layer_id, h, target)
-
-        x, sums = jax.lax.scan(body, x, (stack, mixers, start + jnp.arange(n)))
+        error = rematted(functools.partial(_error, mixers, context, counted), remat)
+        x, sums = stack.scan(functools.partial(_beside, context, error), x, params)
         layer_sums.append(sums)
     layer_loss = jnp.concatenate(layer_sums)
     return LossSums(layer_loss.mean(), counted.sum(), {"layer_loss": layer_loss})
 
 
-def _teacher_layer(cfg: ModelConfig, context: Context, x: Array, layer: Any) -> tuple[Array, None]:
-    return gathered(layer, cfg, SOFTMAX)(x, context, None, None)[0], None
+class _Mixers(NamedTuple):
+    """The student's mixers of one stack; parameters are given as they are stored."""
+
+    cfg: ModelConfig
+    name: str
+    structure: nnx.GraphDef
+
+    def of(self, params: Params) -> Any:
+        """One layer's mixer, whole on every device."""
+        return nnx.merge(self.structure, gathered(params, self.cfg, self.name, "mixer/"))
+
+    def input(self, h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return h.astype(jnp.dtype(self.cfg.dtype))
+
+    def first_values(self, stacked: Params, h: Float[Array, "B T D"]) -> Array | None:
+        return self.of(jax.tree.map(lambda param: param[0], stacked)).first_values(self.input(h))
+
+
+def _teacher_layer(context: Context, x, layer: Layer, layer_id, _):
+    return layer(x, context, layer_id, None)[0], None
+
+
+def _beside(context: Context, error: Callable[..., Array], x, layer: Layer, layer_id, params: Params):
+    """The teacher's layer, and how far the student's mixer is from its attention on the same input."""
+    h = layer.mixer_input(x)
+    target = sharding.residual(layer.mixer(h, context, None, None)[0])
+    return layer.after_mixer(x, target), error(params, layer_id, h, target)
+
+
+def _error(mixers: _Mixers, context: Context, counted, params: Params, layer_id, h, target) -> Float[Array, ""]:
+    out, _ = mixers.of(params)(mixers.input(h), context, layer_id, None)
+    return jnp.sum(_distance(target, sharding.to_residual(out)) * counted)
 
 
 def _distance(target: Float[Array, "B T D"], out: Float[Array, "B T D"]) -> Float[Array, "B T"]:
@@ -88,5 +97,6 @@ def _distance(target: Float[Array, "B T D"], out: Float[Array, "B T D"]) -> Floa
     return jnp.sqrt(squares + 1e-30) * target.shape[-1] ** -0.5
 
 
-def _mixer_structure(cfg: ModelConfig, mixer: str) -> nnx.GraphDef:
+def mixer_structure(cfg: ModelConfig, mixer: str) -> nnx.GraphDef:
+    """What turns the parameters of one of the mixers into the module."""
     return nnx.split(nnx.eval_shape(lambda: MIXERS[mixer].module(cfg, jnp.zeros((), jnp.int32), rngs=nnx.Rngs(0))))[0]

@@ -1,20 +1,21 @@
 """A stage's training step as one compiled program: what it trains, what it reads, and where all of it lies."""
 
+import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import optax
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from radlads_jax.config import RunConfig
+from radlads_jax.config import RunConfig, StageConfig
 from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill.losses import LossSums
 from radlads_jax.distill.optim import make_optimizer
-from radlads_jax.distill.stages import STAGES
+from radlads_jax.distill.stages import STAGES, Stage
 from radlads_jax.distill.step import make_train_step
 from radlads_jax.distill.train_state import TrainState
 from radlads_jax.models import placement, sharding
@@ -40,10 +41,35 @@ NAMED_PATHS = 3
 BATCH_DTYPES = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "loss_mask": jnp.float32}
 
 
-def is_trainable(run: RunConfig, student: ModelConfig, name: str) -> Callable[[str], bool]:
-    """Whether the stage trains the parameter of a path."""
-    stage, frozen = STAGES[name], run.stage(name).freeze
-    return lambda path: stage.trainable(path, student) and not any(re.search(f, path) for f in frozen)
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """One stage of a run: its name, the models it is about, and what it is spread over (None: one device)."""
+
+    run: RunConfig
+    name: str
+    student: ModelConfig
+    teacher: ModelConfig
+    mesh: sharding.AnyMesh | None = None
+
+    @property
+    def stage(self) -> Stage:
+        return STAGES[self.name]
+
+    @property
+    def recipe(self) -> StageConfig:
+        return self.run.stage(self.name)
+
+    def on_one_device(self) -> "StagePlan":
+        return dataclasses.replace(self, mesh=None)
+
+    def trains(self, path: str) -> bool:
+        """Whether the stage trains the parameter of a path."""
+        return _trains(self.run, self.student, self.name, path)
+
+
+def _trains(run: RunConfig, student: ModelConfig, name: str, path: str) -> bool:
+    frozen = run.stage(name).freeze
+    return STAGES[name].trainable(path, student) and not any(re.search(pattern, path) for pattern in frozen)
 
 
 def check_trainable(run: RunConfig, student: ModelConfig) -> None:
@@ -59,7 +85,7 @@ def check_trainable(run: RunConfig, student: ModelConfig) -> None:
                     f"{', '.join(_nearest(pattern, paths))}."
                 )
         trains = [path for path in paths if STAGES[name].trainable(path, student)]
-        if not any(is_trainable(run, student, name)(path) for path in paths):
+        if not any(_trains(run, student, name, path) for path in paths):
             raise ValueError(
                 f"{name} has nothing to train: of its {len(trains)} parameters config.{name}.freeze {frozen} leaves "
                 f"none; expected some. They are {', '.join(trains[:NAMED_PATHS]) or 'none without it either'}: freeze "
@@ -78,59 +104,60 @@ def _nearest(pattern: str, paths: list[str]) -> list[str]:
     return sorted(paths, key=likeness, reverse=True)[:NAMED_PATHS]
 
 
-def abstract_student(
-    run: RunConfig, student: ModelConfig, name: str, mesh: sharding.AnyMesh | None
-) -> tuple[Params, Params]:
+def abstract_student(plan: StagePlan) -> tuple[Params, Params]:
     """(trained, frozen) parameters of a stage, as shapes with their shardings; what it does not read is left out."""
-    trained, frozen = split_params(abstract_params(student), is_trainable(run, student, name))
-    if not STAGES[name].whole_student:
-        frozen = split_params(frozen, lambda path: STAGES[name].trainable(path, student))[0]
-    return placement.abstract(mesh, trained, student), placement.abstract(mesh, frozen, student)
+    trained, frozen = split_params(abstract_params(plan.student), plan.trains)
+    if not plan.stage.whole_student:
+        frozen = split_params(frozen, lambda path: plan.stage.trainable(path, plan.student))[0]
+    return placement.abstract(plan.mesh, trained, plan.student), placement.abstract(plan.mesh, frozen, plan.student)
 
 
-def abstract_state(run: RunConfig, student: ModelConfig, name: str, mesh: sharding.AnyMesh | None) -> TrainState:
+def abstract_state(plan: StagePlan) -> TrainState:
     """The stage's TrainState as shapes with their shardings."""
-    trained, _ = abstract_student(run, student, name, mesh)
-    optimizer = make_optimizer(run.stage(name), run.optim)
-    return placement.abstract(
-        mesh, jax.eval_shape(lambda params: TrainState.create(params, optimizer), trained), student
-    )
+    trained, _ = abstract_student(plan)
+    shapes = jax.eval_shape(lambda params: TrainState.create(params, _optimizer(plan)), trained)
+    return placement.abstract(plan.mesh, shapes, plan.student)
 
 
-def create_state(run: RunConfig, student: ModelConfig, name: str, params: Params, mesh: Mesh | None) -> TrainState:
+def create_state(plan: StagePlan, params: Params) -> TrainState:
     """The stage's TrainState at its start; `params` is given up, so that the parameters are held once."""
-    optimizer = make_optimizer(run.stage(name), run.optim)
+    optimizer = _optimizer(plan)
 
     def create(params: Params) -> TrainState:
         return TrainState.create(params, optimizer)
 
-    placed = placement.shardings(mesh, jax.eval_shape(create, params), student)
+    placed = placement.shardings(plan.mesh, jax.eval_shape(create, params), plan.student)
     return jax.jit(create, donate_argnums=0, out_shardings=placed)(params)
 
 
-def make_step(run: RunConfig, student: ModelConfig, teacher: ModelConfig, name: str, mesh: Mesh | None) -> Any:
+def _optimizer(plan: StagePlan) -> optax.GradientTransformation:
+    return make_optimizer(plan.recipe, plan.run.optim)
+
+
+def make_step(plan: StagePlan) -> Any:
     """The stage's step(state, frozen, teacher, batch) -> (state, metrics), jitted, state donated.
 
     Over a mesh everything comes and stays as `sharding` places it; metrics are on every device. It is compiled with the
     COMPILER_OPTIONS of the mesh's devices, or of this process's first.
     """
-    recipe = run.stage(name)
+    student, mesh = plan.student, plan.mesh
+    assert not isinstance(mesh, AbstractMesh), "a step is compiled for devices"
 
     def loss_fn(params: Params, teacher_params: Params | None, batch: dict[str, jax.Array]) -> LossSums:
-        return STAGES[name].loss_fn(
+        return plan.stage.loss_fn(
             student,
-            teacher,
+            plan.teacher,
             params,
             teacher_params,
             batch,
-            remat=recipe.remat,
-            slice_tokens=run.train.slice_tokens or None,
+            remat=plan.recipe.remat,
+            slice_tokens=plan.run.train.slice_tokens or None,
         )
 
     step = make_train_step(
         loss_fn,
-        make_optimizer(recipe, run.optim),
-        accumulate=mesh_lib.batch_parts(recipe, mesh),
+        _optimizer(plan),
+        accumulate=mesh_lib.batch_parts(plan.recipe, mesh),
         place=functools.partial(placement.constrain_params, cfg=student),
     )
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
@@ -142,22 +169,20 @@ def make_step(run: RunConfig, student: ModelConfig, teacher: ModelConfig, name: 
         with sharding.traced_over(mesh):
             return step(*arguments)
 
-    state = placement.shardings(mesh, abstract_state(run, student, name, mesh), student)
-    placed = (state, NamedSharding(mesh, PartitionSpec()))
+    placed = (placement.shardings(mesh, abstract_state(plan), student), NamedSharding(mesh, PartitionSpec()))
     return jax.jit(step_over_mesh, donate_argnums=0, out_shardings=placed, compiler_options=options)
 
 
-def abstract_arguments(
-    run: RunConfig, student: ModelConfig, teacher: ModelConfig, name: str, mesh: sharding.AnyMesh
-) -> tuple:
+def abstract_arguments(plan: StagePlan) -> tuple:
     """What `make_step`'s step takes, as shapes with their shardings; the teacher in the dtype it is run in."""
-    state, (_, frozen) = abstract_state(run, student, name, mesh), abstract_student(run, student, name, mesh)
+    state, (_, frozen) = abstract_state(plan), abstract_student(plan)
     weights = None
-    if STAGES[name].needs_teacher:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, run.teacher.dtype), abstract_params(teacher))
-        weights = placement.abstract(mesh, shapes, teacher)
-    recipe = run.stage(name)
-    placed = sharding.rows_sharding(mesh, recipe.batch_size)
-    shape = (recipe.batch_size, recipe.seq_len)
+    if plan.stage.needs_teacher:
+        dtype = plan.run.teacher.dtype
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract_params(plan.teacher))
+        weights = placement.abstract(plan.mesh, shapes, plan.teacher)
+    assert plan.mesh is not None, "shardings are over a mesh"
+    placed = sharding.rows_sharding(plan.mesh, plan.recipe.batch_size)
+    shape = (plan.recipe.batch_size, plan.recipe.seq_len)
     batch = {k: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for k, dtype in BATCH_DTYPES.items()}
     return state, frozen, weights, batch

@@ -1,7 +1,8 @@
 """The decoder: embedding, stacks of layers (each one scanned), final norm, head. Teachers and students alike."""
 
 import functools
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,25 +96,18 @@ class Decoder(nnx.Module):
         """
         context, state = make_context(self.cfg, tokens, segment_ids, positions, state)
         x, stack_states = self.embed(tokens), []
-        for start, stack, (mixer, n), stack_state in zip(
-            self.cfg.stack_starts, self.stacks, self.cfg.stacks, _stack_states(state, self.cfg), strict=True
-        ):
-            if start == self.cfg.first_recurrent_layer:
-                first_values = functools.partial(self._first_values, mixer)
-                context = context._replace(v_first=rematted(first_values, remat)(stack, x))
-
-            def body(x, inputs, context=context, mixer=mixer):
-                layer, layer_id, layer_state = inputs
-                return gathered(layer, self.cfg, mixer)(x, context, layer_id, layer_state)
-
-            x, stack_state = jax.lax.scan(rematted(body, remat), x, (stack, start + jnp.arange(n), stack_state))
+        for stack, stack_state in zip(self.walk(), _stack_states(state, self.cfg), strict=True):
+            if stack.start == self.cfg.first_recurrent_layer:
+                first_values = rematted(lambda layers, x, stack=stack: _first_values(stack.first(layers), x), remat)
+                context = context._replace(v_first=first_values(stack.layers, x))
+            x, stack_state = stack.scan(functools.partial(_layer, context), x, stack_state, remat=remat)
             stack_states.append(stack_state)
         return sharding.whole_rows(self.norm(x)), None if state is None else state | {"stacks": stack_states}
 
-    def _first_values(self, mixer: str, stack: Layer, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"] | None:
-        """Of the stack's first layer: computed before the scan, that not every layer's carry holds them."""
-        layer = gathered(jax.tree.map(lambda param: param[0], stack), self.cfg, mixer)
-        return layer.mixer.first_values(layer.mixer_input(x))
+    def walk(self) -> Iterator["Stack"]:
+        """The layers, stack after stack, from the first on."""
+        for start, (mixer, n), layers in zip(self.cfg.stack_starts, self.cfg.stacks, self.stacks, strict=True):
+            yield Stack(self.cfg, mixer, start, n, layers)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """hidden times the head (the embedding where they are tied), accumulated and returned in float32."""
@@ -124,6 +118,46 @@ class Decoder(nnx.Module):
     def head_kernel(self) -> tuple[Array, Literal["dv", "vd"]]:
         """The head's matrix and its layout, "dv" for [D, vocab] or "vd" for the tied embedding [vocab, D]."""
         return (self.embed.embedding[...], "vd") if self.cfg.tie_embeddings else (self.head.kernel[...], "dv")
+
+
+class Stack(NamedTuple):
+    """`count` layers in a row that have one mixer, from layer `start` on; each leaf of layers has them along axis 0."""
+
+    cfg: ModelConfig
+    mixer: str
+    start: int
+    count: int
+    layers: Layer
+
+    def first(self, layers: Layer | None = None) -> Layer:
+        """The first layer, whole on every device. layers: instead of the stack's own."""
+        return self._whole(jax.tree.map(lambda param: param[0], self.layers if layers is None else layers))
+
+    def scan(
+        self, visit: Callable[..., tuple[Array, Any]], x: Array, inputs: Any = None, *, remat: str = "none"
+    ) -> tuple[Array, Any]:
+        """visit(x, layer, layer_id, its part of inputs) -> (x, output) from layer to layer; the last x, all outputs.
+
+        inputs: a tree whose leaves have the stack's layers along axis 0. remat: what is kept of a visit.
+        """
+
+        def body(x, scanned):
+            layer, layer_id, own = scanned
+            return visit(x, self._whole(layer), layer_id, own)
+
+        return jax.lax.scan(rematted(body, remat), x, (self.layers, self.start + jnp.arange(self.count), inputs))
+
+    def _whole(self, layer: Layer) -> Layer:
+        return gathered(layer, self.cfg, self.mixer)
+
+
+def _layer(context: Context, x, layer: Layer, layer_id, state):
+    return layer(x, context, layer_id, state)
+
+
+def _first_values(layer: Layer, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"] | None:
+    """Computed before the scan, that not every layer's carry holds them."""
+    return layer.mixer.first_values(layer.mixer_input(x))
 
 
 def rematted(body, remat: str):

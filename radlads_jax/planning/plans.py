@@ -13,6 +13,7 @@ from jax.experimental import topologies
 
 from radlads_jax.config import RunConfig
 from radlads_jax.distill import mesh as mesh_lib
+from radlads_jax.distill.program import StagePlan
 from radlads_jax.models import sharding
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.planning import stage as stage_lib
@@ -38,7 +39,7 @@ class Planner:
         """One stage on one topology, priced; compiled unless that is known, or by arithmetic it can not fit."""
         chip = CHIPS[known_chip(topology)]
         mesh = mesh_lib.make_abstract_mesh(self.run, chip_count(topology))
-        record = stage_lib.by_arithmetic(self.run, self.student, self.teacher, name, mesh)
+        record = stage_lib.by_arithmetic(self._plan(name, mesh))
         if chip.is_compiled_for and record["peak_bytes_by_hand"] <= chip.usable:
             record |= self._compiled(topology, name, dict(mesh.shape))
         else:
@@ -100,6 +101,9 @@ class Planner:
                 f"expected a number that divides one of {every}. Change config.mesh."
             )
 
+    def _plan(self, name: str, mesh: sharding.AnyMesh) -> StagePlan:
+        return StagePlan(self.run, name, self.student, self.teacher, mesh)
+
     def _compiled(self, topology: str, name: str, mesh_sizes: dict[str, int]) -> dict[str, Any]:
         asked: dict[str, Any] = {"teacher": self.run.teacher.path, "student": self.run.student.mixer, "stage": name}
         asked |= {"topology": topology, "mesh": mesh_sizes, "libtpu": os.environ.get("LIBTPU_INIT_ARGS", "")}
@@ -109,7 +113,7 @@ class Planner:
             print(f"compiling {name} for {topology}", file=sys.stderr, flush=True)
             devices = topology_devices(topology)
             mesh = mesh_lib.make_mesh(self.run, devices) or sharding.one_device_mesh(devices[0])
-            compiled = stage_lib.compiled(self.run, self.student, self.teacher, name, mesh)
+            compiled = stage_lib.compiled(self._plan(name, mesh))
             self.known[key] = asked | compiled
             if self.results is not None:
                 # Another run's plan may have written to it since.

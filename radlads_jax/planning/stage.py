@@ -11,12 +11,8 @@ from typing import Any
 import jax
 
 from pallas_kernels import dispatch
-from radlads_jax.config import RunConfig
 from radlads_jax.distill import mesh as mesh_lib
-from radlads_jax.distill.program import abstract_arguments, make_step
-from radlads_jax.distill.stages import STAGES
-from radlads_jax.models import sharding
-from radlads_jax.models.config import ModelConfig
+from radlads_jax.distill.program import StagePlan, abstract_arguments, make_step
 from radlads_jax.planning import cost, hlo, memory
 from radlads_jax.planning.chips import Chip
 
@@ -25,18 +21,17 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _TIMES = ("step_seconds", "tokens_per_second", "mfu", "bound", "hours", "chip_hours", "usd")
 
 
-def by_arithmetic(
-    run: RunConfig, student: ModelConfig, teacher: ModelConfig, name: str, mesh: sharding.AnyMesh
-) -> dict[str, Any]:
+def by_arithmetic(plan: StagePlan) -> dict[str, Any]:
     """What is known of a stage on one device before anything is compiled: the model's FLOPs, and bytes by hand.
 
     The compiler has so far needed more bytes than this count each time.
     """
-    recipe = run.stage(name)
-    state, frozen, weights, _ = abstract_arguments(run, student, teacher, name, mesh)
+    recipe, mesh = plan.recipe, plan.mesh
+    assert mesh is not None
+    state, frozen, weights, _ = abstract_arguments(plan)
     tokens = recipe.batch_size * recipe.seq_len
     flops = {
-        key: tokens * cost.model_flops(student, teacher, name, recipe.seq_len, remat=remat) / mesh.size
+        key: tokens * cost.model_flops(plan.student, plan.teacher, plan.name, recipe.seq_len, remat=remat) / mesh.size
         for key, remat in (("model_flops", False), ("ideal_flops", True))
     }
     held = {
@@ -45,23 +40,21 @@ def by_arithmetic(
         "teacher_bytes": memory.shard_bytes(weights),
     }
     gradients = memory.shard_bytes(state.params)
-    needed = memory.temporary_bytes(recipe, student, gradients, mesh, whole_student=STAGES[name].whole_student)
+    needed = memory.temporary_bytes(recipe, plan.student, gradients, mesh, whole_student=plan.stage.whole_student)
     parts = mesh_lib.batch_parts(recipe, mesh)
-    sizes = {"name": name, "steps": recipe.steps, "tokens_per_step": tokens, "accumulate": parts}
+    sizes = {"name": plan.name, "steps": recipe.steps, "tokens_per_step": tokens, "accumulate": parts}
     temporary = sum(needed.values())
     by_hand = {"temp_bytes_by_hand": temporary, "peak_bytes_by_hand": sum(held.values()) + temporary}
     return sizes | held | flops | by_hand
 
 
-def compiled(
-    run: RunConfig, student: ModelConfig, teacher: ModelConfig, name: str, mesh: sharding.DeviceMesh
-) -> dict[str, Any]:
+def compiled(plan: StagePlan) -> dict[str, Any]:
     """What the TPU compiler says of a stage's step: peak and temporary bytes, counts; of what does not fit the peak."""
-    arguments = abstract_arguments(run, student, teacher, name, mesh)
+    arguments = abstract_arguments(plan)
     started = time.monotonic()
     try:
         with dispatch.traced_for("tpu"):
-            lowered = make_step(run, student, teacher, name, mesh).lower(*arguments)
+            lowered = make_step(plan).lower(*arguments)
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         peak = oom_bytes(str(error))

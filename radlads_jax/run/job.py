@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from radlads_jax.config import RunConfig
 from radlads_jax.data import binidx, pipeline, prepare, synthetic
 from radlads_jax.distill import mesh as mesh_lib
-from radlads_jax.distill.program import check_trainable
+from radlads_jax.distill.program import StagePlan, check_trainable
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models import sharding
@@ -55,6 +55,9 @@ class Job:
     mesh: Mesh | None = None
     beginning: tuple[int, ...] = ()
     depends: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def stage_plan(self, name: str) -> StagePlan:
+        return StagePlan(self.run, name, self.student, self.teacher, self.mesh)
 
     def load_teacher(self, dtype: str) -> Params:
         """The teacher's parameters, from its files or, for a run from scratch, fresh ones; born where they lie."""

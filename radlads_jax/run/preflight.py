@@ -57,7 +57,7 @@ def check(job: Job, *, force: bool = False, whole: bool = False) -> Params | Non
     if begun and not whole:
         findings = [disk(job)]
     else:
-        findings = [disk(job), data(job), Finding("rates", rates.described(job.run, job.student))]
+        findings = [disk(job), data(job), Finding("rates", rates.described(map(job.stage_plan, job.run.stages)))]
         findings += [tokenizer(job), checkpoints(job), export_format(job)]
         if job.source is not None and job.student.recurrent_mixer:
             teacher = job.load_teacher(job.run.teacher.dtype)
@@ -81,7 +81,8 @@ def disk(job: Job) -> Finding:
         if str(run.stage(name).steps) in written:
             continue
         size = sum(
-            _bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(abstract_state(run, job.student, name, None))
+            _bytes(leaf.shape, leaf.dtype)
+            for leaf in jax.tree.leaves(abstract_state(job.stage_plan(name).on_one_device()))
         )
         saves = -(-run.stage(name).steps // run.train.checkpoint_every)
         left += max(min(run.train.keep_checkpoints, saves) - len(written), 0) * size

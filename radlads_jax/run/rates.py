@@ -1,26 +1,27 @@
 """The learning rates that a run's stages reach, as preflight says them, and which settings of them do nothing."""
 
+from collections.abc import Iterable
+
 import jax
 import numpy as np
 
-from radlads_jax.config import RunConfig, StageConfig, fitting_warmup
+from radlads_jax.config import StageConfig, fitting_warmup
 from radlads_jax.distill.optim import learning_rates, param_groups
-from radlads_jax.distill.program import abstract_student
-from radlads_jax.models.config import ModelConfig
+from radlads_jax.distill.program import StagePlan, abstract_student
 from radlads_jax.recipes import PAPER_RATE, PAPER_RATE_TOKENS, rate_for
 
 _GROUPS = {"mixer": ("mixer_lr", "mixers"), "rest": ("lr", "the rest")}
 _FOLLOWING_TOKENS = ("stage2", "stage2a")
 
 
-def described(run: RunConfig, student: ModelConfig) -> str:
+def described(plans: Iterable[StagePlan]) -> str:
     """Every stage's rates, why they are what they are, and what is amiss with them."""
-    return "; ".join(_stage(run, student, name) for name in run.stages)
+    return "; ".join(map(_stage, plans))
 
 
-def _stage(run: RunConfig, student: ModelConfig, name: str) -> str:
-    recipe = run.stage(name)
-    trained, _ = abstract_student(run, student, name, None)
+def _stage(plan: StagePlan) -> str:
+    name, recipe = plan.name, plan.recipe
+    trained, _ = abstract_student(plan.on_one_device())
     groups = set(jax.tree.leaves(param_groups(trained)))
     rates = {what: _span(recipe, field) for group, (field, what) in _GROUPS.items() if group in groups}
     same = len(set(rates.values())) == 1

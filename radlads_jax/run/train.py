@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from radlads_jax.distill.optim import learning_rates
-from radlads_jax.distill.program import abstract_state, create_state, is_trainable, make_step
+from radlads_jax.distill.program import abstract_state, create_state, make_step
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.train_state import TrainState
 from radlads_jax.models import placement, sharding
@@ -174,7 +174,7 @@ def run_stage(run: _Run, name: str) -> dict[str, Any]:
 def _resume(job: Job, name: str, checkpoints: Checkpoints, step: int) -> _Resume:
     if step >= job.run.stage(name).steps:
         return _Resume(checkpoints.restore_meta(step), {})
-    state, data_state, meta = checkpoints.restore(step, abstract_state(job.run, job.student, name, job.mesh))
+    state, data_state, meta = checkpoints.restore(step, abstract_state(job.stage_plan(name)))
     return _Resume(meta, data_state, state)
 
 
@@ -184,9 +184,10 @@ class _StageRun:
     def __init__(self, run: _Run, name: str, checkpoints: Checkpoints, clock: Clock):
         job = run.job
         self.run, self.job, self.name, self.checkpoints, self.clock = run, job, name, checkpoints, clock
-        self.recipe, self.options = job.run.stage(name), job.run.train
+        self.plan, self.options = job.stage_plan(name), job.run.train
+        self.recipe = self.plan.recipe
         self.batches = job.batches(name)
-        self.step = make_step(job.run, job.student, job.teacher, name, job.mesh)
+        self.step = make_step(self.plan)
         self.rates = learning_rates(self.recipe)
         self.tokens_per_step = self.recipe.batch_size * self.recipe.seq_len
         self.pending: dict[int, dict[str, jax.Array]] = {}
@@ -195,7 +196,7 @@ class _StageRun:
     def train(self, start: int, saved: _Resume | None) -> None:
         """Steps start + 1 to the recipe's last."""
         state, frozen = self._begin(saved)
-        teacher = self.run.teacher if STAGES[self.name].needs_teacher else None
+        teacher = self.run.teacher if self.plan.stage.needs_teacher else None
         flops = model_flops(self.job.student, self.job.teacher, self.name, self.recipe.seq_len)
         self.run.logger.begin(
             self.name, start, self.recipe.steps, tokens_per_step=self.tokens_per_step, flops_per_token=flops
@@ -236,9 +237,9 @@ class _StageRun:
         student = _student_before(job, name, teacher)
         if name == job.run.stages[0] and teacher is not None:
             show(transfer_table(job.student, student, teacher, fresh_qkvo=job.run.student.fresh_qkvo))
-        params, frozen = split_params(student, is_trainable(job.run, job.student, name))
+        params, frozen = split_params(student, self.plan.trains)
         del student
-        return create_state(job.run, job.student, name, params, job.mesh), frozen
+        return create_state(self.plan, params), frozen
 
     def _flush(self) -> None:
         """Logs the steps that have been computed since the last time; TooManyNonFinite where they are to end it."""
@@ -315,7 +316,7 @@ def _frozen_params(job: Job, name: str, teacher: Params | None) -> Params:
     """The student's parameters that the stage reads and does not train; nothing is built where there are none."""
     if not job.run.stage(name).freeze:
         return {}
-    return split_params(_student_before(job, name, teacher), is_trainable(job.run, job.student, name))[1]
+    return split_params(_student_before(job, name, teacher), job.stage_plan(name).trains)[1]
 
 
 def _student_before(job: Job, name: str, teacher: Params | None) -> Params:
@@ -351,7 +352,7 @@ def _check_frozen(job: Job, mixers: Params) -> None:
     values: dict[str, list[float]] = {}
     for name in job.run.stages:
         if job.run.stage(name).freeze:
-            _, frozen = split_params(mixers, is_trainable(job.run, job.student, name))
+            _, frozen = split_params(mixers, job.stage_plan(name).trains)
             values |= fingerprint.of_values(path_leaves(frozen))
     if values:
         fingerprint.require_same_values(fingerprint.read(job.workdir).get("frozen", {}), values, job.workdir)

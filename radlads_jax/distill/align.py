@@ -46,7 +46,7 @@ def align_loss(
         if mixer_name == SOFTMAX:
             x, _ = jax.lax.scan(functools.partial(_teacher_layer, teacher_cfg, context), x, stack)
             continue
-        structure = _mixer_structure(student_cfg, mixer_name)
+        structure = mixer_structure(student_cfg, mixer_name)
 
         def mixer_of(params, structure=structure, mixer_name=mixer_name):
             return nnx.merge(structure, gathered(params, student_cfg, mixer_name, "mixer/"))
@@ -88,5 +88,6 @@ def _distance(target: Float[Array, "B T D"], out: Float[Array, "B T D"]) -> Floa
     return jnp.sqrt(squares + 1e-30) * target.shape[-1] ** -0.5
 
 
-def _mixer_structure(cfg: ModelConfig, mixer: str) -> nnx.GraphDef:
+def mixer_structure(cfg: ModelConfig, mixer: str) -> nnx.GraphDef:
+    """What turns the parameters of one of the mixers into the module."""
     return nnx.split(nnx.eval_shape(lambda: MIXERS[mixer].module(cfg, jnp.zeros((), jnp.int32), rngs=nnx.Rngs(0))))[0]

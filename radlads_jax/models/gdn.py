@@ -5,8 +5,9 @@
     S <- e^log_g S;   S <- S + k^ (beta (v - S^T k^))^T;   o = S^T q^
     out = (w RMS(o) SiLU(x W_z)) W_o
 
-A student's k and v have its teacher's kv heads, and every one serves its query heads: a Qwen3.5 checkpoint holds them
-cloned. The format has neither biases nor norms of q and k, nor RoPE: a teacher's are left out.
+A student's k and v have its teacher's kv heads, and every one serves its query heads (a Qwen3.5 checkpoint holds them
+cloned); with kv_heads "cloned" every query head begins with a copy and trains its own. The format has neither biases
+nor norms of q and k, nor RoPE: a teacher's are left out.
 Source: Gated Delta Networks (arXiv 2412.06464); transformers' qwen3_5.
 """
 
@@ -26,30 +27,33 @@ from pallas_kernels.sharded import ROWS, constrain, per_shard
 from radlads_jax.models.attention import Context
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import RMSNorm, linear, repeat_kv, split_heads
-from radlads_jax.models.spec import MixerSpec, Operator, StateArray, Tensor, linear_tensors
+from radlads_jax.models.spec import MixerSpec, Operator, StateArray, Tensor, linear_tensors, of_checkpoint
 
 CONV_WIDTH = 4
 # Of |q|^2 and |k|^2, as transformers has it.
 _UNIT_EPS = 1e-6
+KV_HEADS = ("teacher", "cloned")
 
 
 @dataclasses.dataclass(frozen=True)
 class GdnOptions:
     """key_heads, value_heads, key_size, value_size: 0 = the softmax layers' (a student); all given: of a checkpoint,
-    whose q, k and v are one matrix on disk and here.
+    whose q, k and v are one matrix on disk and here. kv_heads: a student's k and v are trained at the "teacher"'s kv
+    heads, or "cloned" for every query head.
 
-    The start of what is new: shortest, longest: half-lives of the first and the last head, in tokens, the others spread
-    evenly in log between them, for what looks back how far is not known without data. conv_qk, conv_v: the last tap of
-    the convolution, the others 0: SiLU is nearly linear where its argument is small, and what is smaller meets the eps
-    of the norms behind it. gate_std: of W_z; 0 would stop every gradient but its own.
+    The start of what is new: shortest_half_life, longest_half_life: of the first and the last head, in tokens, the
+    others spread evenly in log between them, for what looks back how far is not known without data. conv_qk, conv_v:
+    the last tap of the convolution, the others 0: SiLU is nearly linear where its argument is small, and what is
+    smaller meets the eps of the norms behind it. gate_std: of W_z; 0 would stop every gradient but its own.
     """
 
-    key_heads: int = 0
-    value_heads: int = 0
-    key_size: int = 0
-    value_size: int = 0
-    shortest: int = 4
-    longest: int = 4096
+    key_heads: int = of_checkpoint(0)
+    value_heads: int = of_checkpoint(0)
+    key_size: int = of_checkpoint(0)
+    value_size: int = of_checkpoint(0)
+    kv_heads: str = "teacher"
+    shortest_half_life: float = 4.0
+    longest_half_life: float = 4096.0
     conv_qk: float = 0.03
     conv_v: float = 0.2
     gate_std: float = 0.02
@@ -61,11 +65,16 @@ class GdnOptions:
                 f"gdn's key_heads, value_heads, key_size, value_size are {given}; expected all 0 (the teacher's), or "
                 "all given with value_heads a multiple of key_heads. Correct the one that is wrong."
             )
-        if not 0 < self.shortest <= self.longest:
+        if self.kv_heads not in KV_HEADS:
+            raise ValueError(f"student.kv_heads is {self.kv_heads!r}; expected one of {', '.join(KV_HEADS)}.")
+        if not 0 < self.shortest_half_life <= self.longest_half_life < math.inf:
             raise ValueError(
-                f"gdn's shortest and longest half-lives are {self.shortest} and {self.longest} tokens; expected "
-                "0 < shortest <= longest. Exchange or raise them."
+                f"student.shortest_half_life and student.longest_half_life are {self.shortest_half_life:g} and "
+                f"{self.longest_half_life:g} tokens; expected 0 < shortest <= longest. Exchange or raise them."
             )
+        for name in ("conv_qk", "conv_v", "gate_std"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"student.{name} is {getattr(self, name)}; expected a number above 0.")
 
     @property
     def fused(self) -> bool:
@@ -97,7 +106,7 @@ def parts_of(cfg: ModelConfig) -> tuple[_Part, _Part, _Part]:
     if options.fused:
         keys = (options.key_heads, options.key_size)
         return _Part("q", *keys), _Part("k", *keys), _Part("v", options.value_heads, options.value_size)
-    narrow = (cfg.num_kv_heads, cfg.head_dim)
+    narrow = (cfg.num_heads if options.kv_heads == "cloned" else cfg.num_kv_heads, cfg.head_dim)
     return _Part("q", cfg.num_heads, cfg.head_dim), _Part("k", *narrow), _Part("v", *narrow)
 
 
@@ -197,7 +206,7 @@ def _first_taps(channels: int, last: float, cfg: ModelConfig) -> Float[Array, "C
 
 def _first_dt_bias(options: GdnOptions, heads: int) -> Float[Array, " H"]:
     """softplus^-1(log 2 / half-life), half-lives from the shortest to the longest."""
-    half_lives = jnp.geomspace(options.shortest, options.longest, heads)
+    half_lives = jnp.geomspace(options.shortest_half_life, options.longest_half_life, heads)
     return jnp.log(jnp.expm1(math.log(2) / half_lives))
 
 
@@ -219,7 +228,7 @@ def _tensors(cfg: ModelConfig) -> list[Tensor]:
     else:
         before = []
         for part in parts:
-            by: Literal["heads", "kv_heads"] = "heads" if part.name == "q" else "kv_heads"
+            by: Literal["heads", "kv_heads"] = "heads" if part.heads == cfg.num_heads else "kv_heads"
             before += linear_tensors(part.name, f"{part.name}_proj", width, part.channels, split_by=by)
             before.append(taps(f"conv_{part.name}", f"conv_{part.name}", part.channels, split_by=by))
     return [
@@ -287,7 +296,5 @@ SPEC = MixerSpec(
     bytes_per_column=56,
     disk_prefix="linear_attn",
     export_format="qwen3_5",
-    # Of a step over context=4 the worst gradient was 6e-5 from one device's, where 1e-5 is asked.
-    over_context=False,
     facts=_facts,
 )

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from pallas_kernels.sharded import Axes
+from radlads_jax.fields import typed
 from radlads_jax.models.config import ModelConfig
 
 Layout = Literal["same", "transposed", "vector"]
@@ -94,7 +95,6 @@ class MixerSpec:
     flops(cfg, seq_len): of a token's forward pass through scores or states, beside the matrices.
     bytes_per_column: that a step's backward pass holds for each token and column of r (planning.memory).
     shares_values: later layers read the first one's values (`first_values`).
-    over_context: it trains with rows in pieces over mesh.context, as measured.
     facts(cfg): further lines of the model card.
     disk_prefix: what its tensors' names on disk begin with, behind the layer's.
     export_format: the one of porting.writers that a run exports its student in.
@@ -111,7 +111,6 @@ class MixerSpec:
     operator: Operator | None = None
     published: PublishedFormat | None = None
     shares_values: bool = False
-    over_context: bool = True
     facts: Callable[[ModelConfig], dict[str, str]] = lambda cfg: {}
     disk_prefix: str = "self_attn"
     export_format: str = "huggingface"
@@ -119,19 +118,29 @@ class MixerSpec:
     def choose(self, hidden_size: int, **chosen: Any) -> Any:
         """The mixer's options: the published ones for this width, but for what is chosen (and not None).
 
-        Raises ValueError for what is none of its options.
+        Raises ValueError for what is none of its options, is none of a user's, or has another type.
         """
         chosen = {name: value for name, value in chosen.items() if value is not None}
         if self.options is None and not chosen:
             return None
-        fields = [field.name for field in dataclasses.fields(self.options)] if self.options is not None else []
+        fields = self.choices()
         if unknown := sorted(chosen.keys() - set(fields)):
             shown = ", ".join(f"config.student.{name}" for name in unknown)
             raise ValueError(
                 f"{shown} can not be chosen for the mixer {self.name}; expected options out of "
                 f"{', '.join(fields) or 'none'}. Leave it out, or choose another config.student.mixer."
             )
-        return dataclasses.replace(self.options.for_width(hidden_size), **chosen)
+        return dataclasses.replace(self.options.for_width(hidden_size), **typed(self.options, chosen, "config.student"))
+
+    def choices(self) -> list[str]:
+        """The options that a user may choose."""
+        fields = dataclasses.fields(self.options) if self.options is not None else ()
+        return [field.name for field in fields if "checkpoint" not in field.metadata]
+
+
+def of_checkpoint(default: Any) -> Any:
+    """An option's field that a checkpoint's config.json says, and no user."""
+    return dataclasses.field(default=default, metadata={"checkpoint": True})
 
 
 def linear_tensors(

@@ -27,6 +27,7 @@ def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
             )
         return dataclasses.replace(teacher, dtype=run.dtype, param_dtype="float32")
     options = _options(spec, chosen, teacher.hidden_size)
+    _check_calibration(spec, chosen)
     student = teacher.as_student(chosen.mixer, options, _kept(chosen, teacher))
     if student.recurrent_mixer is None:
         raise ValueError(
@@ -34,6 +35,22 @@ def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
             "nothing to convert; expected at least one layer left out. Name fewer, or set attention_every to 2 or more."
         )
     return dataclasses.replace(student, dtype=run.dtype, param_dtype="float32")
+
+
+def _check_calibration(spec: MixerSpec, student: Student) -> None:
+    """Raises ValueError where the mixer has nothing to calibrate, or not what is asked for."""
+    known = ", ".join(spec.calibrations) or "none"
+    if student.init == "calibrated" and not spec.calibrations:
+        raise ValueError(
+            f"config.student.init is 'calibrated', but nothing of the mixer {spec.name} can be; expected 'published'. "
+            "Leave it out, or choose another config.student.mixer."
+        )
+    unknown = [name for name in student.calibrate if name not in spec.calibrations]
+    if unknown or (student.calibrate and student.init != "calibrated"):
+        raise ValueError(
+            f"config.student.calibrate is {student.calibrate} with config.student.init {student.init!r} and the mixer "
+            f"{spec.name}; expected parts out of {known}, and init 'calibrated'. Correct the one that is wrong."
+        )
 
 
 def _kept(student: Student, teacher: ModelConfig) -> tuple[int, ...]:

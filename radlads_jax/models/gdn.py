@@ -27,7 +27,15 @@ from pallas_kernels.sharded import ROWS, constrain, per_shard
 from radlads_jax.models.attention import Context
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import RMSNorm, linear, repeat_kv, split_heads
-from radlads_jax.models.spec import MixerSpec, Operator, StateArray, Tensor, linear_tensors, of_checkpoint
+from radlads_jax.models.spec import (
+    MixerSpec,
+    Operator,
+    StateArray,
+    TeacherStatistics,
+    Tensor,
+    linear_tensors,
+    of_checkpoint,
+)
 
 CONV_WIDTH = 4
 # Of |q|^2 and |k|^2, as transformers has it.
@@ -262,6 +270,42 @@ def _flops(cfg: ModelConfig, seq_len: int) -> float:
     return 7.0 * heads * parts[0].size * value_size + 2.0 * CONV_WIDTH * sum(part.channels for part in parts)
 
 
+# SiLU of it is 1.
+_SILU_OF_ONE = 1.278465
+# exp(log_g) halves in no less than a seventh of a token and in no more than 693.
+_RATES = (1e-3, 5.0)
+_BETAS = (0.3, 0.4)
+
+
+def _decay_of_look_back(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
+    """Each head's half-life is its query head's mean look-back, whatever the token: W_a stays 0."""
+    rate = jnp.clip(math.log(2) / seen.look_back, *_RATES)
+    dtype = mixer["dt_bias"].dtype
+    return {"dt_bias": jnp.log(jnp.expm1(rate)).astype(dtype), "a_log": jnp.zeros_like(mixer["a_log"])}
+
+
+def _open_gate(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
+    """SiLU(x W_z) about 1, as nearly as a map without bias has it."""
+    kernel = mixer["z"]["kernel"]
+    constant = jnp.broadcast_to(_SILU_OF_ONE * seen.constant[..., None], kernel.shape)
+    return {"z": {"kernel": constant.astype(kernel.dtype)}}
+
+
+def _beta_of_entropy(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
+    """beta from 0.3 for the layer's head of the most entropy to 0.7 for that of the least."""
+    low, high = (end(seen.entropy, axis=-1, keepdims=True) for end in (jnp.min, jnp.max))
+    beta = _BETAS[0] + _BETAS[1] * (high - seen.entropy) / jnp.maximum(high - low, 1e-6)
+    kernel = mixer["b"]["kernel"]
+    return {"b": {"kernel": (seen.constant[..., None] * jnp.log(beta / (1 - beta))[:, None]).astype(kernel.dtype)}}
+
+
+def _output_of_rms(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
+    """o reads every head's output, of RMS 1 behind the norm and an open gate, as large as attention's was."""
+    kernel = mixer["o"]["kernel"]
+    scale = jnp.repeat(seen.output_rms, kernel.shape[1] // cfg.num_heads, axis=-1)
+    return {"o": {"kernel": (kernel * scale[..., None]).astype(kernel.dtype)}}
+
+
 def left_out(cfg: ModelConfig) -> list[str]:
     """What a teacher of these dimensions has and the mixer has no place for."""
     present = {
@@ -289,12 +333,19 @@ SPEC = MixerSpec(
     options=GdnOptions,
     tensors=_tensors,
     state=_state,
-    operator=Operator("gdn", IMPLEMENTATIONS),
+    operator=Operator("gdn", IMPLEMENTATIONS, {"gdn_forward": 2.5, "gdn_backward": 5.0}),
     flops=_flops,
     # bfloat16: q, k, v before and after the convolution, their unit vectors, the output, its norm and the gate; the
     # gradients of most of them; the kernel's state every 64 tokens.
     bytes_per_column=56,
     disk_prefix="linear_attn",
     export_format="qwen3_5",
+    calibrations={
+        "decay": _decay_of_look_back,
+        "beta": _beta_of_entropy,
+        "gate": _open_gate,
+        "output": _output_of_rms,
+    },
+    calibrated=("decay", "beta", "gate", "output"),
     facts=_facts,
 )

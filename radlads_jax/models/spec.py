@@ -7,9 +7,10 @@ read it; none of them names a mixer.
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from pallas_kernels.sharded import Axes
 from radlads_jax.fields import typed
@@ -60,8 +61,8 @@ class StateArray:
 class Operator:
     """The recurrence that a mixer runs: its implementations by name, as pallas_kernels.dispatch takes them.
 
-    cycles: of a v6e, for a token and 128 columns of the first argument, by the name of a kernel in the compiled
-    program (`python -m pallas_kernels.static_cost` at B=1 T=8192 H=16 K=128, bfloat16).
+    cycles: of a v6e, for a token and 128 columns of the first result, by the name of a kernel in the compiled program
+    (`python -m pallas_kernels.static_cost` at B=1 T=8192 H=16 K=128, bfloat16).
     """
 
     name: str
@@ -84,6 +85,22 @@ class PublishedFormat:
     files: tuple[Path, ...] = ()
 
 
+class TeacherStatistics(NamedTuple):
+    """What a stack's attention layers do on a few thousand tokens, layers leading; float32.
+
+    look_back: tokens between a query and its keys, on average; entropy: of its keys, nats; both without the segment's
+    first keys. output_rms: of what o reads, by head. constant: x @ constant is nearest to 1 for what the mixer reads.
+    """
+
+    look_back: Float[Array, "L H"]
+    entropy: Float[Array, "L H"]
+    output_rms: Float[Array, "L H"]
+    constant: Float[Array, "L D"]
+
+
+Calibration = Callable[[ModelConfig, dict[str, Any], TeacherStatistics], dict[str, Any]]
+
+
 @dataclasses.dataclass(frozen=True)
 class MixerSpec:
     """A mixer.
@@ -95,6 +112,9 @@ class MixerSpec:
     flops(cfg, seq_len): of a token's forward pass through scores or states, beside the matrices.
     bytes_per_column: that a step's backward pass holds for each token and column of r (planning.memory).
     shares_values: later layers read the first one's values (`first_values`).
+    calibrations: by name, what of a stack's fresh parameters may begin as its teacher's statistics say: (cfg,
+    parameters with the stack's axis, statistics) -> those that change. calibrated: those that
+    config.student.init=calibrated takes unless told which.
     facts(cfg): further lines of the model card.
     disk_prefix: what its tensors' names on disk begin with, behind the layer's.
     export_format: the one of porting.writers that a run exports its student in.
@@ -111,6 +131,8 @@ class MixerSpec:
     operator: Operator | None = None
     published: PublishedFormat | None = None
     shares_values: bool = False
+    calibrations: Mapping[str, Calibration] = dataclasses.field(default_factory=dict)
+    calibrated: tuple[str, ...] = ()
     facts: Callable[[ModelConfig], dict[str, str]] = lambda cfg: {}
     disk_prefix: str = "self_attn"
     export_format: str = "huggingface"

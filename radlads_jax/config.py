@@ -28,6 +28,7 @@ from radlads_jax.fields import (
 STAGE_NAMES = ("pretrain", "stage1", "stage2", "stage2a", "stage3")
 SOURCES = ("synthetic", "text", "jsonl", "parquet", "hf", "binidx")
 GATES = ("none", "full", "low_rank")
+INITS = ("published", "calibrated")
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adam", "adafactor")
 WARMUP = 50
@@ -49,8 +50,11 @@ class Student:
     attention_every: N keeps every N-th layer, those with (i + 1) % N == 0, in place of attention_layers; 0 = off.
 
     use_rope, token_shift, group_norm, balance_state: None = the mixer's published choice; gate: "" = the same, else
-    one of GATES. rank_*: 0 = from the width. fresh_qkvo: q, k, v, o start fresh in place of the teacher's.
-    options: what a mixer may be told beside these, by the name of its option.
+    one of GATES. rank_*: 0 = from the width. kv_heads: of gdn's k and v, "teacher" (as many as the teacher's) or
+    "cloned" (as many as of q). shortest_half_life, longest_half_life, conv_qk, conv_v, gate_std: of gdn's start
+    (models.gdn.GdnOptions); 0 and "" = the mixer's choice. fresh_qkvo: q, k, v, o start fresh in place of the
+    teacher's. init: "published", or "calibrated" by a batch of the teacher's attention; calibrate: which parts, by the
+    mixer's names (none = its choice). options: what a mixer that has no field here may be told, by its option's name.
     """
 
     mixer: str = "rad_rwkv7"
@@ -67,6 +71,14 @@ class Student:
     rank_value: int = bounded(0, least=0)
     rank_shift: int = bounded(0, least=0)
     rank_gate: int = bounded(0, least=0)
+    kv_heads: str = bounded("", one_of=("", "teacher", "cloned"))
+    shortest_half_life: float = bounded(0.0, least=0)
+    longest_half_life: float = bounded(0.0, least=0)
+    conv_qk: float = bounded(0.0, least=0)
+    conv_v: float = bounded(0.0, least=0)
+    gate_std: float = bounded(0.0, least=0)
+    init: str = bounded("published", one_of=INITS)
+    calibrate: tuple[str, ...] = ()
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

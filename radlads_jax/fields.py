@@ -118,8 +118,13 @@ def type_of(cls: type, name: str, where: str) -> Any:
 
 def build(cls: type, values: dict[str, Any], where: str) -> Any:
     """A group of values, each of its field's type. Raises ValueError naming the field that is not."""
+    return cls(**typed(cls, values, where))
+
+
+def typed(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values as their fields' types have them. Raises ValueError naming the field that is not."""
     hints = {name: type_of(cls, name, where) for name in values}
-    return cls(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()})
+    return {k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()}
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

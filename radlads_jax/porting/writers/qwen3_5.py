@@ -100,7 +100,7 @@ def _recurrent(prefix: str, part: str, cfg: ModelConfig, fetch: Fetch) -> np.nda
     if part not in sources:
         return fetch(prefix + part)
     q, k, v = (fetch(prefix + sources[part].format(letter)) for letter in "qkv")
-    return np.concatenate([q, _cloned(k, cfg), _cloned(v, cfg)])
+    return np.concatenate([q, *(x if len(x) == len(q) else _cloned(x, cfg) for x in (k, v))])
 
 
 def _cloned(rows: np.ndarray, cfg: ModelConfig) -> np.ndarray:

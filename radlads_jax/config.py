@@ -193,9 +193,12 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
+    """engine: the one that the directory is written for, e.g. "mlx"; "" = what most of those load that read it."""
+
     dtype: str = bounded("bfloat16", one_of=DTYPES)
     retie: bool = False
     max_shard_gb: float = bounded(5.0, above=0)
+    engine: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A calibrated start: the statistics are those of the attention that one sees, and each part makes of them what it says."""
+"""A calibrated start: statistics are of the attention that one sees, and each part makes of them what it says."""
 
 import dataclasses
 

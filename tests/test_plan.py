@@ -128,7 +128,7 @@ def test_known_models_have_their_published_sizes():
 
 def test_the_papers_configs_name_known_models():
     files = [f for f in (ROOT / "configs").glob("*.py") if "paper(" in f.read_text() and "ablation" not in f.name]
-    assert len(files) == 18
+    assert len(files) == 20
     assert all(any(f'"{name}"' in file.read_text() for name in KNOWN_CONFIGS) for file in files)
 
 

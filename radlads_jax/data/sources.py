@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from io import TextIOBase
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import huggingface_hub
@@ -30,7 +30,7 @@ LINE_CHARACTERS = 1 << 26
 ROWS_AT_ONCE = 256
 _HUB_SECONDS = 20.0
 # A connection's errors are those of the HTTP client, which is another one from release to release of the hub's library.
-_CLIENT_ERRORS = HfHubHTTPError.__bases__
+_CLIENT_ERRORS = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0", "\\": "\\"}
 
 

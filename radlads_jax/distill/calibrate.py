@@ -4,7 +4,7 @@ Every layer is read once, as stage 1 reads it; what becomes of its statistics is
 (MixerSpec.calibrations). Source of the ideas: Taylor-Calibrate (arXiv 2606.16429).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ def calibrated(
     teacher: ModelConfig,
     mixers: Params,
     weights: Params,
-    batch: dict[str, Array],
+    batch: Mapping[str, Array],
     parts: Sequence[str] = (),
     mesh: Mesh | None = None,
 ) -> Params:

@@ -121,12 +121,12 @@ class Decoder(nnx.Module):
 
 
 class Stack(NamedTuple):
-    """`count` layers in a row that have one mixer, from layer `start` on; each leaf of layers has them along axis 0."""
+    """`num_layers` layers in a row that have one mixer, from layer `start` on; each leaf of layers has them along axis 0."""
 
     cfg: ModelConfig
     mixer: str
     start: int
-    count: int
+    num_layers: int
     layers: Layer
 
     def first(self, layers: Layer | None = None) -> Layer:
@@ -145,7 +145,7 @@ class Stack(NamedTuple):
             layer, layer_id, own = scanned
             return visit(x, self._whole(layer), layer_id, own)
 
-        return jax.lax.scan(rematted(body, remat), x, (self.layers, self.start + jnp.arange(self.count), inputs))
+        return jax.lax.scan(rematted(body, remat), x, (self.layers, self.start + jnp.arange(self.num_layers), inputs))
 
     def _whole(self, layer: Layer) -> Layer:
         return gathered(layer, self.cfg, self.mixer)

@@ -33,10 +33,10 @@ def convert(directory: Path, file: Path, dtype: str) -> None:
     else.
     """
     partial = file.with_name(f".{file.name}.partial")
-    options = ["--outtype", _TYPES[dtype], "--outfile", partial, "--no-mtp"]
+    options = ["--outtype", _TYPES[dtype], "--outfile", str(partial), "--no-mtp"]
     try:
         found = subprocess.run(
-            [sys.executable, "-m", _MODULE, directory, *options], capture_output=True, text=True, errors="replace"
+            [sys.executable, "-m", _MODULE, str(directory), *options], capture_output=True, text=True, errors="replace"
         )
         if found.returncode == 0:
             partial.replace(file)

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from untrained import random_mixers, random_params, student_of
 
-from radlads_jax.config import RunConfig, Student
+from radlads_jax.config import Mesh, RunConfig, Student
 from radlads_jax.distill.calibrate import calibrated, statistics
+from radlads_jax.distill.mesh import make_mesh
 from radlads_jax.distill.student_config import make_student_config
-from radlads_jax.models import ModelConfig, bind
+from radlads_jax.models import ModelConfig, bind, sharding
 from radlads_jax.models.decoder import make_context
+from radlads_jax.models.placement import shardings
 
 TEACHER = ModelConfig("qwen2", 61, 32, 64, 4, 2, 8, (("attention", 2),), qkv_bias=True, tie_embeddings=True)
 GDN = student_of(TEACHER, "gdn", (1,))
@@ -90,6 +92,17 @@ def test_parts_make_of_statistics_what_they_say(seen, weights, batch):
     np.testing.assert_allclose(ratio, np.broadcast_to(seen[0].output_rms[..., None, None], ratio.shape), rtol=1e-4)
     alone = calibrated(GDN, TEACHER.as_teacher_of(GDN), before, weights, batch, ("decay",))["stacks"][0]["mixer"]
     np.testing.assert_array_equal(alone["o"]["kernel"], old["o"]["kernel"])
+
+
+@pytest.mark.slow
+def test_eight_devices_calibrate_as_one_does(weights, batch):
+    run = dataclasses.replace(RunConfig(), mesh=Mesh(fsdp=2, tensor=2, context=2), stages=())
+    mesh, teacher, mixers = make_mesh(run), TEACHER.as_teacher_of(GDN), random_mixers(GDN)
+    expected = calibrated(GDN, teacher, jax.tree.map(jnp.copy, mixers), weights, batch)
+    placed = jax.device_put(mixers, shardings(mesh, mixers, GDN))
+    rows = sharding.place_rows(mesh, jax.tree.map(np.asarray, batch), 2)
+    found = calibrated(GDN, teacher, placed, jax.device_put(weights, shardings(mesh, weights, teacher)), rows, (), mesh)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-5), found, expected)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,8 @@ def test_softmax_layers_alone_are_the_teacher(family, tied, tmp_path):
 
 @pytest.mark.parametrize("family", TEACHERS)
 def test_a_hybrid_is_what_transformers_reads_and_what_comes_back(family, tmp_path):
-    cfg = student_of(TEACHERS[family], "gdn", (1, 3))
+    kv_heads = "cloned" if family == "llama" else "teacher"
+    cfg = student_of(TEACHERS[family], "gdn", (1, 3), kv_heads=kv_heads)
     params = random_params(cfg)
     assert default_format(cfg) == "qwen3_5"
     served = written(tmp_path / "served", cfg, params)

@@ -19,6 +19,7 @@ from radlads_jax.fields import (
     check_bounds,
     follow,
     nearest,
+    parse,
     require,
     set_type,
     type_of,
@@ -292,7 +293,7 @@ def parse_arg(arg: str | None, **known: Any) -> ConfigDict:
         key, _, text = part.partition("=")
         if key not in known:
             raise ValueError(f"the config's argument {key!r} is not known{nearest(key, known)}")
-        values[key] = _parse(text, type(known[key]), f"the config's argument {key}")
+        values[key] = parse(text, type(known[key]), f"the config's argument {key}")
     return ConfigDict(values)
 
 
@@ -308,18 +309,7 @@ def check_override(path: str, text: str | None) -> None:
         if not dataclasses.is_dataclass(kind):
             break
     if text is not None and kind in (int, float, bool):
-        _parse(text, kind, where)
-
-
-def _parse(text: str, kind: type, where: str) -> Any:
-    if kind is bool:
-        require(text.lower() in ("", "1", "0", "true", "false"), where, text, "true or false")
-        return text.lower() in ("", "1", "true")
-    try:
-        return kind(text)
-    except ValueError as error:
-        expected = "a whole number such as 200000" if kind is int else "a number such as 1e-5"
-        raise ValueError(f"{where} is {text!r}; expected {expected}.") from error
+        parse(text, kind, where)
 
 
 def validate(config: ConfigDict) -> RunConfig:

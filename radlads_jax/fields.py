@@ -127,6 +127,18 @@ def typed(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
     return {k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()}
 
 
+def parse(text: str, kind: type, where: str) -> Any:
+    """A bool or a number as a command line has it. Raises ValueError naming the field for what is none."""
+    if kind is bool:
+        require(text.lower() in ("", "1", "0", "true", "false"), where, text, "true or false")
+        return text.lower() in ("", "1", "true")
+    try:
+        return kind(text)
+    except ValueError as error:
+        expected = "a whole number such as 200000" if kind is int else "a number such as 1e-5"
+        raise ValueError(f"{where} is {text!r}; expected {expected}.") from error
+
+
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):

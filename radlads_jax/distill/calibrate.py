@@ -47,7 +47,7 @@ def calibrated(
     spec = MIXERS[student.recurrent_mixer or SOFTMAX]
     chosen = [spec.calibrations[name] for name in parts or spec.calibrated]
 
-    def calibrate(mixers: Params, weights: Params, batch: dict[str, Array]) -> Params:
+    def calibrate(mixers: Params, weights: Params, batch: Mapping[str, Array]) -> Params:
         found = statistics(student, teacher, weights, batch)
         for i, stack in mixers["stacks"].items():
             for part in chosen:
@@ -61,7 +61,7 @@ def calibrated(
 
 
 def statistics(
-    student: ModelConfig, teacher: ModelConfig, weights: Params, batch: dict[str, Array]
+    student: ModelConfig, teacher: ModelConfig, weights: Params, batch: Mapping[str, Array]
 ) -> dict[int, TeacherStatistics]:
     """Of the layers of every recurrent stack, by the stack's number."""
     tokens, segment_ids, positions = (batch[name][:, :MOST_TOKENS] for name in ("tokens", "segment_ids", "positions"))

@@ -121,7 +121,7 @@ class Decoder(nnx.Module):
 
 
 class Stack(NamedTuple):
-    """`num_layers` layers in a row that have one mixer, from layer `start` on; each leaf of layers has them along axis 0."""
+    """`num_layers` layers in a row that have one mixer, from layer `start` on; `layers` has them along axis 0."""
 
     cfg: ModelConfig
     mixer: str

@@ -215,19 +215,15 @@ def relative_error(got, expected) -> float:
     return float(np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-30))
 
 
-def eight(data: int = 1, fsdp: int = 1, tensor: int = 1):
-    mesh = mesh_lib.make_mesh(
-        dataclasses.replace(RunConfig(), mesh=Mesh(data=data, fsdp=fsdp, tensor=tensor), stages=())
-    )
+def eight(**axes: int):
+    mesh = mesh_lib.make_mesh(dataclasses.replace(RunConfig(), mesh=Mesh(**{"fsdp": 1} | axes), stages=()))
     assert mesh is not None
     return mesh
 
 
 def test_gdns_gradients_over_a_mesh_are_those_of_one_device():
     """Pieces of 8 tokens: a segment begins inside of one and at the seam of two."""
-    shape = Mesh(fsdp=2, tensor=2, context=2)
-    mesh = mesh_lib.make_mesh(dataclasses.replace(RunConfig(), mesh=shape, stages=()))
-    found = over(mesh, gdns_gradients, *gdns_inputs())
+    found = over(eight(fsdp=2, tensor=2, context=2), gdns_gradients, *gdns_inputs())
     errors = jax.tree.map(relative_error, found, jax.jit(gdns_gradients)(*gdns_inputs()))
     assert max(jax.tree.leaves(errors)) < 3e-6, errors
 
@@ -254,7 +250,7 @@ def gdns_gradients(layer, x, weights):
 
 
 def test_gdn_with_fewer_kv_heads_than_tensor():
-    mesh = mesh_lib.make_mesh(dataclasses.replace(RunConfig(), mesh=Mesh(fsdp=2, tensor=4), stages=()))
+    mesh = eight(fsdp=2, tensor=4)
     cfg = student_of(TEACHER, "gdn", (1,))
     params, tokens = random_params(cfg), jnp.asarray(np.random.default_rng(0).integers(1, 64, (2, 16)), jnp.int32)
     segments = jnp.asarray([[1] * 5 + [2] * 11, [1] * 16], jnp.int32)

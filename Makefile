@@ -1,6 +1,7 @@
 # Everything a new machine needs is python3 (3.11 or newer, with venv) and make.
 #   make demo    convert the small teacher in the repository, from start to end
 #   make test    the default test suite
+#   make smoke   a few of its tests, in an environment of their own: for another Python (make smoke PYTHON=python3.13)
 #   make lint    ruff and mypy
 #   make hashes  the hashes of the pinned versions' files, after a pin has moved
 #   make audit   the pinned packages' licences, and known advisories where an index tells them
@@ -14,15 +15,18 @@ DEMO_WORKDIR ?= runs/demo
 # Huge pages for the tests; a run asks for them by itself (radlads_jax/system/huge_pages.py).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
+# Where the environment is made.
+VENV ?= .venv
+
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 PINS := constraints/$(if $(filter 3.11,$(VERSION)),py311,py312).txt
-BIN := .venv/bin
+BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 REQUIRE_HASHES ?= yes
-STAMP := .venv/.made-for-python-$(VERSION)
+STAMP := $(VENV)/.made-for-python-$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint venv hashes audit clean
+.PHONY: help demo test smoke lint venv hashes audit clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -32,6 +36,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Imports, a kernel against its definition, a conversion from an earlier version's checkpoint to its export.
+smoke:
+	$(MAKE) venv VENV=.venv-smoke-$(VERSION)
+	.venv-smoke-$(VERSION)/bin/python -m pytest -q -p no:cacheprovider tests/test_imports.py tests/kernels/test_linear_loss.py tests/test_earlier_version.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -58,13 +67,13 @@ audit: $(STAMP) $(if $(ADVISORIES),,.cache/pip-audit)
 	    --requirement $(PINS) || { echo "That is an advisory, or an index that serves none: then give a clone, ADVISORIES=DIR."; exit 1; })
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-smoke-*
 
 # The stamp goes first: an installation that was interrupted leaves none, and the next run starts over.
 $(STAMP): pyproject.toml $(PINS)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("radlads_jax needs Python 3.11 or newer, but $(PYTHON) is %d.%d. Say which to use: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" % sys.version_info[:2])'
-	rm -f .venv/.made-for-python-*
-	$(PYTHON) -m venv --clear .venv
+	rm -f $(VENV)/.made-for-python-*
+	$(PYTHON) -m venv --clear $(VENV)
 	$(if $(filter yes,$(REQUIRE_HASHES)),$(PIP) --no-deps --require-hashes --requirement $(PINS:.txt=.hashed.txt))
 	$(PIP) --constraint $(PINS) setuptools
 	$(PIP) --constraint $(PINS) --no-build-isolation --editable '.[test]'

@@ -2,8 +2,8 @@
 
 make demo
 python -m radlads_jax.launch --config configs/demo.py --workdir runs/demo_hybrid --config.student.attention_every=4
-python docs/picture.py "recurrent=runs/demo" "hybrid, one of four layers softmax=runs/demo_hybrid" \\
-    --output docs/quality.svg
+python docs/picture.py "recurrent (RAD-RWKV7)=runs/demo" \\
+    "hybrid, one of four layers softmax=runs/demo_hybrid" --output docs/quality.svg
 
 A line is stage 2's own loss: of batches that its steps had not learnt from yet, a mean of --window steps. A dot is the
 finished student on held-out text, after stage 3, whose loss is another. matplotlib comes with the extra `test`.
@@ -56,7 +56,7 @@ def draw_run(axes: Axes, name: str, run: RunLog, color: str, window: int) -> Non
     kl, share = run.summary["student"]["kl"], run.summary["relative_top1"]
     axes.plot(line, y, color=color, linewidth=2)
     axes.plot([line[-1], places[""]], [y[-1], kl], color=color, linewidth=1, linestyle=":")
-    label = f"{name}: {share:.1%} of the teacher's top-1, KL {kl:.3f}"
+    label = f"{name}: {share:.2%} of the teacher's top-1, KL {kl:.4f}"
     axes.plot([places[""]], [kl], "o", color=color, markersize=7, clip_on=False, label=label)
 
 
@@ -70,7 +70,10 @@ def draw(runs: dict[str, RunLog], window: int, path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xlim(0, places[""])
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_yticks(log_ticks(*axes.get_ylim()))
+    low, high = axes.get_ylim()
+    # Above the lines is room for the stages' names.
+    axes.set_ylim(low, 1.6 * high)
+    axes.set_yticks(log_ticks(low, high))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     for stage in first.stages:

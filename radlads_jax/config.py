@@ -19,6 +19,7 @@ from radlads_jax.fields import (
     check_bounds,
     follow,
     nearest,
+    parse,
     require,
     set_type,
     type_of,
@@ -28,6 +29,7 @@ from radlads_jax.fields import (
 STAGE_NAMES = ("pretrain", "stage1", "stage2", "stage2a", "stage3")
 SOURCES = ("synthetic", "text", "jsonl", "parquet", "hf", "binidx")
 GATES = ("none", "full", "low_rank")
+INITS = ("published", "calibrated")
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adam", "adafactor")
 WARMUP = 50
@@ -49,8 +51,11 @@ class Student:
     attention_every: N keeps every N-th layer, those with (i + 1) % N == 0, in place of attention_layers; 0 = off.
 
     use_rope, token_shift, group_norm, balance_state: None = the mixer's published choice; gate: "" = the same, else
-    one of GATES. rank_*: 0 = from the width. fresh_qkvo: q, k, v, o start fresh in place of the teacher's.
-    options: what a mixer may be told beside these, by the name of its option.
+    one of GATES. rank_*: 0 = from the width. kv_heads: of gdn's k and v, "teacher" (as many as the teacher's) or
+    "cloned" (as many as of q). shortest_half_life, longest_half_life, conv_qk, conv_v, gate_std: of gdn's start
+    (models.gdn.GdnOptions); 0 and "" = the mixer's choice. fresh_qkvo: q, k, v, o start fresh in place of the
+    teacher's. init: "published", or "calibrated" by a batch of the teacher's attention; calibrate: which parts, by the
+    mixer's names (none = its choice). options: what a mixer that has no field here may be told, by its option's name.
     """
 
     mixer: str = "rad_rwkv7"
@@ -67,6 +72,14 @@ class Student:
     rank_value: int = bounded(0, least=0)
     rank_shift: int = bounded(0, least=0)
     rank_gate: int = bounded(0, least=0)
+    kv_heads: str = bounded("", one_of=("", "teacher", "cloned"))
+    shortest_half_life: float = bounded(0.0, least=0)
+    longest_half_life: float = bounded(0.0, least=0)
+    conv_qk: float = bounded(0.0, least=0)
+    conv_v: float = bounded(0.0, least=0)
+    gate_std: float = bounded(0.0, least=0)
+    init: str = bounded("published", one_of=INITS)
+    calibrate: tuple[str, ...] = ()
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -181,9 +194,12 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
+    """engine: the one that the directory is written for, e.g. "mlx"; "" = what most of those load that read it."""
+
     dtype: str = bounded("bfloat16", one_of=DTYPES)
     retie: bool = False
     max_shard_gb: float = bounded(5.0, above=0)
+    engine: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +293,7 @@ def parse_arg(arg: str | None, **known: Any) -> ConfigDict:
         key, _, text = part.partition("=")
         if key not in known:
             raise ValueError(f"the config's argument {key!r} is not known{nearest(key, known)}")
-        values[key] = _parse(text, type(known[key]), f"the config's argument {key}")
+        values[key] = parse(text, type(known[key]), f"the config's argument {key}")
     return ConfigDict(values)
 
 
@@ -293,18 +309,7 @@ def check_override(path: str, text: str | None) -> None:
         if not dataclasses.is_dataclass(kind):
             break
     if text is not None and kind in (int, float, bool):
-        _parse(text, kind, where)
-
-
-def _parse(text: str, kind: type, where: str) -> Any:
-    if kind is bool:
-        require(text.lower() in ("", "1", "0", "true", "false"), where, text, "true or false")
-        return text.lower() in ("", "1", "true")
-    try:
-        return kind(text)
-    except ValueError as error:
-        expected = "a whole number such as 200000" if kind is int else "a number such as 1e-5"
-        raise ValueError(f"{where} is {text!r}; expected {expected}.") from error
+        parse(text, kind, where)
 
 
 def validate(config: ConfigDict) -> RunConfig:

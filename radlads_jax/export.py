@@ -1,10 +1,15 @@
-"""Writes a student again: in another dtype, with or without a head of its own, checked for another runtime.
+"""Writes a student again: in another dtype, with or without a head of its own, for another engine, as llama.cpp's file.
 
-python -m radlads_jax.export --model RUN_OR_DIR --output DIR [--dtype=bfloat16] [--retie | --untie] [--for=llama.cpp]
+python -m radlads_jax.export --model RUN_OR_DIR --output DIR [--dtype=bfloat16] [--retie | --untie] [--for=mlx]
+python -m radlads_jax.export --model RUN_OR_DIR --gguf FILE
 """
 
+import contextlib
 import dataclasses
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -12,39 +17,61 @@ from rich.console import Console
 
 from radlads_jax.decoding.loaded import model_directory
 from radlads_jax.models.config import ModelConfig
+from radlads_jax.porting import gguf
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
-from radlads_jax.porting.model_card import write_model_card
+from radlads_jax.porting.model_card import with_use, write_model_card
 from radlads_jax.porting.save import EXPORT_DTYPES, MODEL_CARD, save_params
-from radlads_jax.porting.writers import WRITERS, default_format, writer_named
+from radlads_jax.porting.writers import names, writer_for
+from radlads_jax.porting.writers.writer import Writer
 from radlads_jax.system import backend, command, storage
 from radlads_jax.system.json_files import read_json
 
 console = Console(highlight=False)
+_GGUF_READER = "llama.cpp"
 
 
 def define(values: flags.FlagValues) -> None:
     """The command line's flags."""
     flags.DEFINE_string("model", None, "A run's directory or a student's.", required=True, flag_values=values)
-    flags.DEFINE_string("output", None, "Where the new export goes.", required=True, flag_values=values)
+    flags.DEFINE_string("output", None, "Where the new export goes; not needed with --gguf.", flag_values=values)
     flags.DEFINE_enum("dtype", None, EXPORT_DTYPES, "Of the weights; default: as they are.", flag_values=values)
     flags.DEFINE_bool("retie", False, "Leave the head out: the embedding is used for it.", flag_values=values)
     flags.DEFINE_bool("untie", False, "Write the head of a tied model as a tensor of its own.", flag_values=values)
-    flags.DEFINE_enum("for", None, list(WRITERS), "The format, by who reads it.", flag_values=values)
+    flags.DEFINE_enum("for", None, names(), "The engine that is to load it, or the format.", flag_values=values)
+    flags.DEFINE_string("gguf", None, "llama.cpp's file, by its own converter (the extra gguf).", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:
     """Runs the command."""
-    target = export_again(
-        values.model,
-        values.output,
-        dtype=values.dtype,
-        retie=values.retie,
-        untie=values.untie,
-        writer=values["for"].value,
-    )
-    console.print(f"exported to {target}", markup=False)
+    writer = values["for"].value
+    if values.output is None and values.gguf is None:
+        raise ValueError("got neither --output nor --gguf; expected one of them, or both. Name where the export goes.")
+    if values.gguf is not None:
+        if writer not in (None, _GGUF_READER):
+            raise ValueError(
+                f"got --gguf and --for={writer}; expected {_GGUF_READER}, which reads it. Leave --for out."
+            )
+        writer = _GGUF_READER
+        gguf.require_converter(Path(values.gguf))
+    with _directory(values.output, values.gguf) as output:
+        target = export_again(
+            values.model, output, dtype=values.dtype, retie=values.retie, untie=values.untie, writer=writer
+        )
+        if values.gguf is not None:
+            gguf.convert(Path(target), Path(values.gguf), stored_dtype(read_config(target)))
+    console.print(f"exported to {values.gguf or target}", markup=False)
+
+
+@contextlib.contextmanager
+def _directory(output: str | None, file: str | None) -> Iterator[str]:
+    """Where the export is written: as told, or for as long as it takes to convert it."""
+    if output is not None:
+        yield output
+        return
+    with tempfile.TemporaryDirectory(dir=Path(file or "").absolute().parent, prefix=".export") as place:
+        yield str(Path(place) / "export")
 
 
 def export_again(
@@ -58,8 +85,8 @@ def export_again(
 ) -> storage.AnyPath:
     """Reads a student (of a run: its export/) and writes it to `output` with its tokenizer and a model card.
 
-    writer: a name of WRITERS (default: the mixer's own). Raises ValueError for what is no model, for retie with untie,
-    and for what the format has no place for, before any weight is read.
+    writer: a name of WRITERS or of an engine (default: the mixer's own). Raises ValueError for what is no model, for
+    retie with untie, and for what the format has no place for, before any weight is read.
     """
     if retie and untie:
         raise ValueError("got --retie and --untie; expected one of them at most. Leave one out.")
@@ -68,13 +95,14 @@ def export_again(
     config = read_config(source)
     cfg = model_config_from_hf(config)
     written = dataclasses.replace(cfg, tie_embeddings=(cfg.tie_embeddings or retie) and not untie)
-    writer_named(writer or default_format(written)).require(written, source)
+    form = writer_for(written, writer)
+    form.require(written, source)
     dtype = dtype or stored_dtype(config)
     params = load_params(source, cfg, dtype=dtype)
     if cfg.tie_embeddings and untie:
         params["head"] = {"kernel": params["embed"]["embedding"].T}
     kept = written if untie else cfg
-    card = model_card(storage.as_path(model), source, written)
+    card = model_card(storage.as_path(model), source, written, form)
     return save_params(
         params,
         kept,
@@ -94,13 +122,14 @@ def stored_dtype(config: dict[str, Any]) -> str:
     return found if found in EXPORT_DTYPES else "float32"
 
 
-def model_card(model: storage.AnyPath, source: storage.AnyPath, cfg: ModelConfig) -> str | None:
+def model_card(model: storage.AnyPath, source: storage.AnyPath, cfg: ModelConfig, form: Writer) -> str | None:
     """Of a run: from its settings and its summary; else the student's own, where there is one."""
     summary = model / "summary.json"
     if cfg.recurrent_mixer is not None and summary.is_file() and source != model:
-        return write_model_card(cfg, run=read_json(model / "config.json"), summary=read_json(summary))
+        known = {"run": read_json(model / "config.json"), "summary": read_json(summary)}
+        return write_model_card(cfg, **known, use=form.use(cfg))
     own = source / MODEL_CARD
-    return storage.read_text(own) if own.is_file() else None
+    return with_use(storage.read_text(own), form.use(cfg)) if own.is_file() else None
 
 
 if __name__ == "__main__":

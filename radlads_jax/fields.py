@@ -118,8 +118,25 @@ def type_of(cls: type, name: str, where: str) -> Any:
 
 def build(cls: type, values: dict[str, Any], where: str) -> Any:
     """A group of values, each of its field's type. Raises ValueError naming the field that is not."""
+    return cls(**typed(cls, values, where))
+
+
+def typed(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values as their fields' types have them. Raises ValueError naming the field that is not."""
     hints = {name: type_of(cls, name, where) for name in values}
-    return cls(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()})
+    return {k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()}
+
+
+def parse(text: str, kind: type, where: str) -> Any:
+    """A bool or a number as a command line has it. Raises ValueError naming the field for what is none."""
+    if kind is bool:
+        require(text.lower() in ("", "1", "0", "true", "false"), where, text, "true or false")
+        return text.lower() in ("", "1", "true")
+    try:
+        return kind(text)
+    except ValueError as error:
+        expected = "a whole number such as 200000" if kind is int else "a number such as 1e-5"
+        raise ValueError(f"{where} is {text!r}; expected {expected}.") from error
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

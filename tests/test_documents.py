@@ -1,9 +1,12 @@
-"""What the documents name exists: links, settings, commands and their flags, files, names of the code."""
+"""What the documents name exists: links, settings, commands and their flags, files, names of the code; the picture."""
 
 import ast
 import functools
+import importlib.util
+import json
 import pathlib
 import re
+import sys
 
 import pytest
 
@@ -167,3 +170,25 @@ def test_the_checks_find_what_is_wrong():
     shown = "python -m radlads_jax.plan --config FILE --topolgy v5e:2x2 \\\n  --json --config.seed=1"
     assert unknown_flags(shown) == ["radlads_jax.plan --topolgy"]
     assert missing_files(readme, "`tests/none.py`, models/gdn.py, launch/tpu_pod.sh") == ["tests/none.py"]
+
+
+def test_the_picture_is_of_finished_runs(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("picture", ROOT / "docs" / "picture.py")
+    assert spec is not None and spec.loader is not None
+    picture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(picture)
+    assert picture.smoothed([(1, 4.0), (2, None), (3, 2.0), (4, 5.0)], 2) == [(3, 3.0), (4, 5.0)]
+
+    recipe = {"tokens": 1200, "batch_size": 2, "seq_len": 50}
+    settings = {"stages": ["stage1", "stage2"], "stage1": recipe, "stage2": recipe}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    lines = [{"stage": name, "step": i, "loss": 2.0 / i} for name in ("stage1", "stage2") for i in range(1, 13)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = picture.read_run(tmp_path)
+    assert picture.begins(run) == {"stage1": 0, "stage2": 1200, "": 2400}
+    monkeypatch.setattr(sys, "argv", ["picture.py", f"a=b={tmp_path}", "--output", str(tmp_path / "it.svg")])
+    with pytest.raises(ValueError, match=r"no finished run"):
+        picture.main()
+    (tmp_path / "summary.json").write_text(json.dumps({"student": {"kl": 0.1}, "relative_top1": 0.5}))
+    picture.main()
+    assert 1000 < (tmp_path / "it.svg").stat().st_size < 100_000

@@ -167,7 +167,7 @@ def test_a_dataset_of_another_commit_on_the_hub_is_refused(place, monkeypatch):
     shutil.rmtree(place / "run")
     monkeypatch.setattr(sources, "_load_hf", lambda _: datasets.Dataset.from_dict({"text": TEXTS}))
     hub = {"data__source": "hf", "data__path": "owner/set"}
-    for commit in (None, "c1", None, "c1"):
+    for commit in ("c1", None, "c1"):
         monkeypatch.setattr(sources, "_hub_commit", lambda source, commit=commit: source.revision or commit)
         assert begin(place, **hub).token_file.num_documents == 40
     monkeypatch.setattr(sources, "_hub_commit", lambda source: source.revision or "c2")

@@ -91,6 +91,23 @@ def test_flops_of_the_stages():
     assert cost.first_matrices(plain) == 3 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 32 * 32)
 
 
+def test_flops_of_gdn():
+    student = TEACHER.as_student("gdn", MIXERS["gdn"].choose(32), (0,))
+    # q, z, o; k, v; beta and the decay of 4 heads. Of the first layer attention's q, o, k, v.
+    mixer, attention = 3 * 32 * 32 + 2 * 32 * 16 + 2 * 32 * 4, 2 * 32 * 32 + 2 * 32 * 16
+    mlps_and_head = 3 * 3 * 32 * 48 + 64 * 32
+    assert cost.matmul_weights(student) == 2 * mixer + attention + mlps_and_head
+    # Of a head of 8 x 8: decay, key, outer product and output; four taps of q, k and v.
+    assert cost.mixing_flops(student, 128) == 2 * 128 * 32 + 2 * (7 * 8 * 32 + 8 * (32 + 2 * 16))
+
+
+@pytest.mark.parametrize("name", [name for name, spec in MIXERS.items() if spec.operator])
+def test_a_plan_knows_what_every_kernel_takes(name):
+    operator = MIXERS[name].operator
+    assert operator.cycles.keys() == {f"{operator.name}_forward", f"{operator.name}_backward"}
+    assert cost.step_time(chips.CHIPS["v6e"], hlo.Counts(kernels=dict.fromkeys(operator.cycles, 1e9))).compute > 0
+
+
 def test_known_models_have_their_published_sizes():
     sizes = {
         "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
@@ -111,7 +128,7 @@ def test_known_models_have_their_published_sizes():
 
 def test_the_papers_configs_name_known_models():
     files = [f for f in (ROOT / "configs").glob("*.py") if "paper(" in f.read_text() and "ablation" not in f.name]
-    assert len(files) == 18
+    assert len(files) == 20
     assert all(any(f'"{name}"' in file.read_text() for name in KNOWN_CONFIGS) for file in files)
 
 

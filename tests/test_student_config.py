@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from radlads_jax.config import Mesh, RunConfig, Student
+from radlads_jax.config import RunConfig, Student
 from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting.names import disk_tensors
@@ -158,7 +158,27 @@ def test_attention_every(every, kept):
     assert tuple(i for i, mixer in enumerate(student.layer_mixers) if mixer == "attention") == kept
 
 
-def test_gdn_is_not_trained_over_pieces_of_rows():
-    with pytest.raises(ValueError, match=r"config\.mesh\.context is 2.*gdn"):
-        student_of(mixer="gdn", run={"mesh": Mesh(context=2)})
-    assert student_of(mixer="gdn", run={"mesh": Mesh(fsdp=2)}).recurrent_mixer == "gdn"
+def test_gdns_options_are_settings():
+    chosen = {"kv_heads": "cloned", "shortest_half_life": 2.0, "longest_half_life": 99.0, "conv_qk": 0.1}
+    chosen |= {"conv_v": 0.3, "gate_std": 0.05}
+    plain, student = student_of(mixer="gdn").mixer, student_of(mixer="gdn", **chosen).mixer
+    assert student == dataclasses.replace(plain, **chosen) and plain.kv_heads == "teacher"
+    assert student_of(mixer="gdn", options={"conv_v": 1}).mixer.conv_v == 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"mixer": "rad_rwkv7", "kv_heads": "cloned"}, ["config.student.kv_heads", "rad_rwkv7"]),
+        ({"options": {"conv_w": 0.1}}, ["config.student.conv_w", "conv_v"]),
+        ({"options": {"conv_v": "much"}}, ["config.student.conv_v", "'much'", "float"]),
+        # A checkpoint's.
+        ({"options": {"key_heads": 2}}, ["config.student.key_heads"]),
+        ({"shortest_half_life": 9.0, "longest_half_life": 3.0}, ["shortest_half_life", "9", "3"]),
+        ({"kv_heads": "half"}, ["kv_heads", "'half'", "cloned"]),
+        ({"conv_v": -1.0}, ["conv_v", "-1"]),
+    ],
+)
+def test_an_option_that_gdn_does_not_take_is_named(fields, named):
+    message = refusal(**({"mixer": "gdn"} | fields))
+    assert all(word in message for word in named), message

@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from io import TextIOBase
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import huggingface_hub
@@ -30,7 +30,7 @@ _LINE_CHARACTERS = 1 << 26
 _ROWS_AT_ONCE = 256
 _HUB_SECONDS = 20.0
 # A connection's errors are those of the HTTP client, which is another one from release to release of the hub's library.
-_CLIENT_ERRORS = HfHubHTTPError.__bases__
+_HUB_ERRORS = cast(tuple[type[Exception], ...], (OSError, ValueError, *HfHubHTTPError.__bases__))
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0", "\\": "\\"}
 
 
@@ -122,7 +122,7 @@ def _hub_commit(source: Source) -> str | None:
     try:
         return huggingface_hub.HfApi().dataset_info(source.path, revision=source.revision, timeout=_HUB_SECONDS).sha
     # Offline, gated or unknown: whether it can be read at all is said where it is read.
-    except (OSError, ValueError, *_CLIENT_ERRORS):
+    except _HUB_ERRORS:
         return None
 
 

@@ -9,7 +9,9 @@ from radlads_jax.models.config import SOFTMAX, ModelConfig
 from radlads_jax.models.mixers import MIXERS, mixer_spec
 from radlads_jax.models.spec import MixerSpec
 
+# What is 0 or "" for the mixer's own choice.
 _RANKS = ("rank_decay", "rank_iclr", "rank_value", "rank_shift", "rank_gate")
+_VALUES = (*_RANKS, "gate", "kv_heads", "shortest_half_life", "longest_half_life", "conv_qk", "conv_v", "gate_std")
 
 
 def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
@@ -25,11 +27,7 @@ def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
             )
         return dataclasses.replace(teacher, dtype=run.dtype, param_dtype="float32")
     options = _options(spec, chosen, teacher.hidden_size)
-    if run.mesh.context > 1 and not spec.over_context:
-        raise ValueError(
-            f"config.mesh.context is {run.mesh.context}, but training {spec.name} over pieces of rows is not proven to "
-            "be that of one device; expected 1. Use config.mesh.fsdp, data or tensor."
-        )
+    _check_calibration(spec, chosen)
     student = teacher.as_student(chosen.mixer, options, _kept(chosen, teacher))
     if student.recurrent_mixer is None:
         raise ValueError(
@@ -37,6 +35,22 @@ def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
             "nothing to convert; expected at least one layer left out. Name fewer, or set attention_every to 2 or more."
         )
     return dataclasses.replace(student, dtype=run.dtype, param_dtype="float32")
+
+
+def _check_calibration(spec: MixerSpec, student: Student) -> None:
+    """Raises ValueError where the mixer has nothing to calibrate, or not what is asked for."""
+    known = ", ".join(spec.calibrations) or "none"
+    if student.init == "calibrated" and not spec.calibrations:
+        raise ValueError(
+            f"config.student.init is 'calibrated', but nothing of the mixer {spec.name} can be; expected 'published'. "
+            "Leave it out, or choose another config.student.mixer."
+        )
+    unknown = [name for name in student.calibrate if name not in spec.calibrations]
+    if unknown or (student.calibrate and student.init != "calibrated"):
+        raise ValueError(
+            f"config.student.calibrate is {student.calibrate} with config.student.init {student.init!r} and the mixer "
+            f"{spec.name}; expected parts out of {known}, and init 'calibrated'. Correct the one that is wrong."
+        )
 
 
 def _kept(student: Student, teacher: ModelConfig) -> tuple[int, ...]:
@@ -51,8 +65,7 @@ def _options(spec: MixerSpec, student: Student, hidden_size: int) -> Any:
     switches = {f: getattr(student, f) for f in ("use_rope", "token_shift", "group_norm", "balance_state")}
     if switches["group_norm"] and switches["balance_state"] is None:
         switches["balance_state"] = False
-    chosen = switches | {"gate": student.gate or None} | {f: getattr(student, f) or None for f in _RANKS}
-    chosen |= student.options
+    chosen = switches | {f: getattr(student, f) or None for f in _VALUES} | student.options
     # A mixer without a switch has it turned off.
-    options = {field.name for field in dataclasses.fields(spec.options)} if spec.options else set()
+    options = spec.choices()
     return spec.choose(hidden_size, **{f: value for f, value in chosen.items() if f in options or value is not False})

@@ -82,7 +82,7 @@ class Attention(Mixer):
     def __call__(self, x, context: Context, layer_id, state):
         """[B, T, D] -> [B, T, D]; state {"k", "v"} [B, S, G, K] is written at context.offset."""
         del layer_id
-        q, k, v, gate = self._projected(x, context)
+        q, k, v, gate = self.projected(x, context)
         if state is not None:
             state = {name: _written(state[name], new, context) for name, new in (("k", k), ("v", v))}
             k, v = state["k"].astype(q.dtype), state["v"].astype(q.dtype)
@@ -90,7 +90,7 @@ class Attention(Mixer):
         out = out if gate is None else out * jax.nn.sigmoid(gate)
         return self.o(out.reshape(*x.shape[:2], -1)), state
 
-    def _projected(self, x: Float[Array, "B T D"], context: Context) -> tuple[Array, Array, Array, Array | None]:
+    def projected(self, x: Float[Array, "B T D"], context: Context) -> tuple[Array, Array, Array, Array | None]:
         """q, k, v as `project`, and the heads' gates [B, T, H, K] where the family has them."""
         if not self.cfg.output_gate:
             return *self.project(x, x, x, context, use_rope=True), None

@@ -18,7 +18,7 @@ from radlads_jax.models.placement import gathered
 from radlads_jax.models.state import State, grows, mixer_state
 
 # What a layer's backward pass finds stored: everything, its matmuls' results, or its input alone.
-_REMAT_POLICIES = {
+REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -92,7 +92,7 @@ class Decoder(nnx.Module):
         """The normed hidden states that the head reads, and the state after the last token (None without one).
 
         segment_ids: 0 = padding; tokens see their own segment only, recurrent states reset where it changes. positions:
-        for RoPE; by default they count on from the state's length. remat: a name of _REMAT_POLICIES.
+        for RoPE; by default they count on from the state's length. remat: a name of REMAT_POLICIES.
         """
         context, state = make_context(self.cfg, tokens, segment_ids, positions, state)
         x, stack_states = self.embed(tokens), []
@@ -121,12 +121,12 @@ class Decoder(nnx.Module):
 
 
 class Stack(NamedTuple):
-    """`depth` layers in a row that have one mixer, from layer `start` on; each leaf of layers has them along axis 0."""
+    """`num_layers` layers in a row that have one mixer, from layer `start` on; `layers` has them along axis 0."""
 
     cfg: ModelConfig
     mixer: str
     start: int
-    depth: int
+    num_layers: int
     layers: Layer
 
     def first(self, layers: Layer | None = None) -> Layer:
@@ -145,7 +145,7 @@ class Stack(NamedTuple):
             layer, layer_id, own = scanned
             return visit(x, self._whole(layer), layer_id, own)
 
-        return jax.lax.scan(rematted(body, remat), x, (self.layers, self.start + jnp.arange(self.depth), inputs))
+        return jax.lax.scan(rematted(body, remat), x, (self.layers, self.start + jnp.arange(self.num_layers), inputs))
 
     def _whole(self, layer: Layer) -> Layer:
         return gathered(layer, self.cfg, self.mixer)
@@ -162,9 +162,9 @@ def _first_values(layer: Layer, x: Float[Array, "B T D"]) -> Float[Array, "B T H
 
 def rematted(body, remat: str):
     """The scan's body under jax.checkpoint with the policy of that name."""
-    if remat not in _REMAT_POLICIES:
-        raise ValueError(f"remat is {remat!r}; expected one of {', '.join(_REMAT_POLICIES)}.")
-    policy = _REMAT_POLICIES[remat]
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat is {remat!r}; expected one of {', '.join(REMAT_POLICIES)}.")
+    policy = REMAT_POLICIES[remat]
     return body if policy is None else jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 

@@ -5,8 +5,9 @@
     S <- e^log_g S;   S <- S + k^ (beta (v - S^T k^))^T;   o = S^T q^
     out = (w RMS(o) SiLU(x W_z)) W_o
 
-A student's k and v have its teacher's kv heads, and every one serves its query heads: a Qwen3.5 checkpoint holds them
-cloned. The format has neither biases nor norms of q and k, nor RoPE: a teacher's are left out.
+A student's k and v have its teacher's kv heads, and every one serves its query heads (a Qwen3.5 checkpoint holds them
+cloned); with kv_heads "cloned" every query head begins with a copy and trains its own. The format has neither biases
+nor norms of q and k, nor RoPE: a teacher's are left out.
 Source: Gated Delta Networks (arXiv 2412.06464); transformers' qwen3_5.
 """
 
@@ -26,30 +27,41 @@ from pallas_kernels.sharded import ROWS, constrain, per_shard
 from radlads_jax.models.attention import Context
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import RMSNorm, linear, repeat_kv, split_heads
-from radlads_jax.models.spec import MixerSpec, Operator, StateArray, Tensor, linear_tensors
+from radlads_jax.models.spec import (
+    MixerSpec,
+    Operator,
+    StateArray,
+    TeacherStatistics,
+    Tensor,
+    linear_tensors,
+    of_checkpoint,
+)
 
 CONV_WIDTH = 4
 # Of |q|^2 and |k|^2, as transformers has it.
 _UNIT_EPS = 1e-6
+KV_HEADS = ("teacher", "cloned")
 
 
 @dataclasses.dataclass(frozen=True)
 class GdnOptions:
     """key_heads, value_heads, key_size, value_size: 0 = the softmax layers' (a student); all given: of a checkpoint,
-    whose q, k and v are one matrix on disk and here.
+    whose q, k and v are one matrix on disk and here. kv_heads: a student's k and v are trained at the "teacher"'s kv
+    heads, or "cloned" for every query head.
 
-    The start of what is new: shortest, longest: half-lives of the first and the last head, in tokens, the others spread
-    evenly in log between them, for what looks back how far is not known without data. conv_qk, conv_v: the last tap of
-    the convolution, the others 0: SiLU is nearly linear where its argument is small, and what is smaller meets the eps
-    of the norms behind it. gate_std: of W_z; 0 would stop every gradient but its own.
+    The start of what is new: shortest_half_life, longest_half_life: of the first and the last head, in tokens, the
+    others spread evenly in log between them, for what looks back how far is not known without data. conv_qk, conv_v:
+    the last tap of the convolution, the others 0: SiLU is nearly linear where its argument is small, and what is
+    smaller meets the eps of the norms behind it. gate_std: of W_z; 0 would stop every gradient but its own.
     """
 
-    key_heads: int = 0
-    value_heads: int = 0
-    key_size: int = 0
-    value_size: int = 0
-    shortest: int = 4
-    longest: int = 4096
+    key_heads: int = of_checkpoint(0)
+    value_heads: int = of_checkpoint(0)
+    key_size: int = of_checkpoint(0)
+    value_size: int = of_checkpoint(0)
+    kv_heads: str = "teacher"
+    shortest_half_life: float = 4.0
+    longest_half_life: float = 4096.0
     conv_qk: float = 0.03
     conv_v: float = 0.2
     gate_std: float = 0.02
@@ -61,11 +73,16 @@ class GdnOptions:
                 f"gdn's key_heads, value_heads, key_size, value_size are {given}; expected all 0 (the teacher's), or "
                 "all given with value_heads a multiple of key_heads. Correct the one that is wrong."
             )
-        if not 0 < self.shortest <= self.longest:
+        if self.kv_heads not in KV_HEADS:
+            raise ValueError(f"student.kv_heads is {self.kv_heads!r}; expected one of {', '.join(KV_HEADS)}.")
+        if not 0 < self.shortest_half_life <= self.longest_half_life < math.inf:
             raise ValueError(
-                f"gdn's shortest and longest half-lives are {self.shortest} and {self.longest} tokens; expected "
-                "0 < shortest <= longest. Exchange or raise them."
+                f"student.shortest_half_life and student.longest_half_life are {self.shortest_half_life:g} and "
+                f"{self.longest_half_life:g} tokens; expected 0 < shortest <= longest. Exchange or raise them."
             )
+        for name in ("conv_qk", "conv_v", "gate_std"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"student.{name} is {getattr(self, name)}; expected a number above 0.")
 
     @property
     def fused(self) -> bool:
@@ -97,7 +114,7 @@ def parts_of(cfg: ModelConfig) -> tuple[_Part, _Part, _Part]:
     if options.fused:
         keys = (options.key_heads, options.key_size)
         return _Part("q", *keys), _Part("k", *keys), _Part("v", options.value_heads, options.value_size)
-    narrow = (cfg.num_kv_heads, cfg.head_dim)
+    narrow = (cfg.num_heads if options.kv_heads == "cloned" else cfg.num_kv_heads, cfg.head_dim)
     return _Part("q", cfg.num_heads, cfg.head_dim), _Part("k", *narrow), _Part("v", *narrow)
 
 
@@ -197,7 +214,7 @@ def _first_taps(channels: int, last: float, cfg: ModelConfig) -> Float[Array, "C
 
 def _first_dt_bias(options: GdnOptions, heads: int) -> Float[Array, " H"]:
     """softplus^-1(log 2 / half-life), half-lives from the shortest to the longest."""
-    half_lives = jnp.geomspace(options.shortest, options.longest, heads)
+    half_lives = jnp.geomspace(options.shortest_half_life, options.longest_half_life, heads)
     return jnp.log(jnp.expm1(math.log(2) / half_lives))
 
 
@@ -219,7 +236,7 @@ def _tensors(cfg: ModelConfig) -> list[Tensor]:
     else:
         before = []
         for part in parts:
-            by: Literal["heads", "kv_heads"] = "heads" if part.name == "q" else "kv_heads"
+            by: Literal["heads", "kv_heads"] = "heads" if part.heads == cfg.num_heads else "kv_heads"
             before += linear_tensors(part.name, f"{part.name}_proj", width, part.channels, split_by=by)
             before.append(taps(f"conv_{part.name}", f"conv_{part.name}", part.channels, split_by=by))
     return [
@@ -253,6 +270,42 @@ def _flops(cfg: ModelConfig, seq_len: int) -> float:
     return 7.0 * heads * parts[0].size * value_size + 2.0 * CONV_WIDTH * sum(part.channels for part in parts)
 
 
+# SiLU of it is 1.
+_SILU_OF_ONE = 1.278465
+# exp(log_g) halves in no less than a seventh of a token and in no more than 693.
+_RATES = (1e-3, 5.0)
+_BETAS = (0.3, 0.4)
+
+
+def _decay_of_look_back(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
+    """Each head's half-life is its query head's mean look-back, whatever the token: W_a stays 0."""
+    rate = jnp.clip(math.log(2) / seen.look_back, *_RATES)
+    dtype = mixer["dt_bias"].dtype
+    return {"dt_bias": jnp.log(jnp.expm1(rate)).astype(dtype), "a_log": jnp.zeros_like(mixer["a_log"])}
+
+
+def _open_gate(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
+    """SiLU(x W_z) about 1, as nearly as a map without bias has it."""
+    kernel = mixer["z"]["kernel"]
+    constant = jnp.broadcast_to(_SILU_OF_ONE * seen.constant[..., None], kernel.shape)
+    return {"z": {"kernel": constant.astype(kernel.dtype)}}
+
+
+def _beta_of_entropy(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
+    """beta from 0.3 for the layer's head of the most entropy to 0.7 for that of the least."""
+    low, high = (end(seen.entropy, axis=-1, keepdims=True) for end in (jnp.min, jnp.max))
+    beta = _BETAS[0] + _BETAS[1] * (high - seen.entropy) / jnp.maximum(high - low, 1e-6)
+    kernel = mixer["b"]["kernel"]
+    return {"b": {"kernel": (seen.constant[..., None] * jnp.log(beta / (1 - beta))[:, None]).astype(kernel.dtype)}}
+
+
+def _output_of_rms(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
+    """o reads every head's output, of RMS 1 behind the norm and an open gate, as large as attention's was."""
+    kernel = mixer["o"]["kernel"]
+    scale = jnp.repeat(seen.output_rms, kernel.shape[1] // cfg.num_heads, axis=-1)
+    return {"o": {"kernel": (kernel * scale[..., None]).astype(kernel.dtype)}}
+
+
 def left_out(cfg: ModelConfig) -> list[str]:
     """What a teacher of these dimensions has and the mixer has no place for."""
     present = {
@@ -280,14 +333,19 @@ SPEC = MixerSpec(
     options=GdnOptions,
     tensors=_tensors,
     state=_state,
-    operator=Operator("gdn", IMPLEMENTATIONS),
+    operator=Operator("gdn", IMPLEMENTATIONS, {"gdn_forward": 2.5, "gdn_backward": 5.0}),
     flops=_flops,
     # bfloat16: q, k, v before and after the convolution, their unit vectors, the output, its norm and the gate; the
     # gradients of most of them; the kernel's state every 64 tokens.
     bytes_per_column=56,
     disk_prefix="linear_attn",
     export_format="qwen3_5",
-    # Of a step over context=4 the worst gradient was 6e-5 from one device's, where 1e-5 is asked.
-    over_context=False,
+    calibrations={
+        "decay": _decay_of_look_back,
+        "beta": _beta_of_entropy,
+        "gate": _open_gate,
+        "output": _output_of_rms,
+    },
+    calibrated=("decay", "beta", "gate", "output"),
     facts=_facts,
 )

@@ -7,11 +7,13 @@ read it; none of them names a mixer.
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from pallas_kernels.sharded import Axes
+from radlads_jax.fields import typed
 from radlads_jax.models.config import ModelConfig
 
 Layout = Literal["same", "transposed", "vector"]
@@ -59,8 +61,8 @@ class StateArray:
 class Operator:
     """The recurrence that a mixer runs: its implementations by name, as pallas_kernels.dispatch takes them.
 
-    cycles: of a v6e, for a token and 128 columns of the first argument, by the name of a kernel in the compiled
-    program (`python -m pallas_kernels.static_cost` at B=1 T=8192 H=16 K=128, bfloat16).
+    cycles: of a v6e, for a token and 128 columns of the first result, by the name of a kernel in the compiled program
+    (`python -m pallas_kernels.static_cost` at B=1 T=8192 H=16 K=128, bfloat16).
     """
 
     name: str
@@ -83,6 +85,22 @@ class PublishedFormat:
     files: tuple[Path, ...] = ()
 
 
+class TeacherStatistics(NamedTuple):
+    """What a stack's attention layers do on a few thousand tokens, layers leading; float32.
+
+    look_back: tokens between a query and its keys, on average; entropy: of its keys, nats; both without the segment's
+    first keys. output_rms: of what o reads, by head. constant: x @ constant is nearest to 1 for what the mixer reads.
+    """
+
+    look_back: Float[Array, "L H"]
+    entropy: Float[Array, "L H"]
+    output_rms: Float[Array, "L H"]
+    constant: Float[Array, "L D"]
+
+
+Calibration = Callable[[ModelConfig, dict[str, Any], TeacherStatistics], dict[str, Any]]
+
+
 @dataclasses.dataclass(frozen=True)
 class MixerSpec:
     """A mixer.
@@ -94,7 +112,9 @@ class MixerSpec:
     flops(cfg, seq_len): of a token's forward pass through scores or states, beside the matrices.
     bytes_per_column: that a step's backward pass holds for each token and column of r (planning.memory).
     shares_values: later layers read the first one's values (`first_values`).
-    over_context: it trains with rows in pieces over mesh.context, as measured.
+    calibrations: by name, what of a stack's fresh parameters may begin as its teacher's statistics say: (cfg,
+    parameters with the stack's axis, statistics) -> those that change. calibrated: those that
+    config.student.init=calibrated takes unless told which.
     facts(cfg): further lines of the model card.
     disk_prefix: what its tensors' names on disk begin with, behind the layer's.
     export_format: the one of porting.writers that a run exports its student in.
@@ -111,7 +131,8 @@ class MixerSpec:
     operator: Operator | None = None
     published: PublishedFormat | None = None
     shares_values: bool = False
-    over_context: bool = True
+    calibrations: Mapping[str, Calibration] = dataclasses.field(default_factory=dict)
+    calibrated: tuple[str, ...] = ()
     facts: Callable[[ModelConfig], dict[str, str]] = lambda cfg: {}
     disk_prefix: str = "self_attn"
     export_format: str = "huggingface"
@@ -119,19 +140,29 @@ class MixerSpec:
     def choose(self, hidden_size: int, **chosen: Any) -> Any:
         """The mixer's options: the published ones for this width, but for what is chosen (and not None).
 
-        Raises ValueError for what is none of its options.
+        Raises ValueError for what is none of its options, is none of a user's, or has another type.
         """
         chosen = {name: value for name, value in chosen.items() if value is not None}
         if self.options is None and not chosen:
             return None
-        fields = [field.name for field in dataclasses.fields(self.options)] if self.options is not None else []
+        fields = self.choices()
         if unknown := sorted(chosen.keys() - set(fields)):
             shown = ", ".join(f"config.student.{name}" for name in unknown)
             raise ValueError(
                 f"{shown} can not be chosen for the mixer {self.name}; expected options out of "
                 f"{', '.join(fields) or 'none'}. Leave it out, or choose another config.student.mixer."
             )
-        return dataclasses.replace(self.options.for_width(hidden_size), **chosen)
+        return dataclasses.replace(self.options.for_width(hidden_size), **typed(self.options, chosen, "config.student"))
+
+    def choices(self) -> list[str]:
+        """The options that a user may choose."""
+        fields = dataclasses.fields(self.options) if self.options is not None else ()
+        return [field.name for field in fields if "checkpoint" not in field.metadata]
+
+
+def of_checkpoint(default: Any) -> Any:
+    """An option's field that a checkpoint's config.json says, and no user."""
+    return dataclasses.field(default=default, metadata={"checkpoint": True})
 
 
 def linear_tensors(

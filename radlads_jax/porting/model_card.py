@@ -32,21 +32,30 @@ prompts in half precision run through its kernels. They are under the Apache Lic
 
 
 def write_model_card(
-    cfg: ModelConfig, *, run: Mapping[str, Any] | None = None, summary: Mapping[str, Any] | None = None
+    cfg: ModelConfig,
+    *,
+    run: Mapping[str, Any] | None = None,
+    summary: Mapping[str, Any] | None = None,
+    use: str = "",
 ) -> str:
     """Markdown with the hub's YAML header.
 
     run: a run's settings as nested dicts, as its config.json holds them, for base model, data and recipe. summary: what
     its summary.json holds, for the scores and, of every stage, what it trained and the tokens that it really read. What
-    is not given is left out.
+    is not given is left out. use: the section on how to use it; default: with the files' own code.
     """
     base = (run or {}).get("teacher", {}).get("path", "")
-    sections = [_header(base), _description(cfg, base), _USE]
+    sections = [_header(base), _description(cfg, base), use or _USE]
     if run is not None:
         sections.append(_recipe(run, summary))
     if summary is not None:
         sections.append(_scores(summary))
     return "\n\n".join(sections) + "\n"
+
+
+def with_use(card: str, use: str) -> str:
+    """The card with its section on how to use the model exchanged; as it is where it has none."""
+    return re.sub(r"^## Use\n.*?(?=^## |\Z)", lambda _: f"{use or _USE}\n\n", card, flags=re.MULTILINE | re.DOTALL)
 
 
 def _header(base: str) -> str:

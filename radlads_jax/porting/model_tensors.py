@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from radlads_jax.models.config import ModelConfig
+from radlads_jax.porting.families import FAMILIES
 from radlads_jax.porting.names import Location, disk_tensors
 from radlads_jax.porting.safetensors_read import INDEX_FILE, SINGLE_FILE, StoredTensor, merge_command, open_checkpoint
 from radlads_jax.system.json_files import read_json
@@ -28,10 +29,14 @@ def model_tensors(source: AnyPath, cfg: ModelConfig) -> dict[str, StoredTensor]:
 
     As transformers reads them: names may lack `model.` or have a prefix before it; a tied model may have its embedding
     under the head's name alone. Raises ValueError listing all that is missing, unexpected or misshapen, and for a
-    head of its own in a model that config.json calls tied.
+    head of its own in a model that config.json calls tied. What the family leaves out of a larger model is passed over.
     """
     expected = disk_tensors(cfg)
-    stored = _by_our_names(open_checkpoint(source), expected)
+    unused = FAMILIES[cfg.family].left_out
+    found = open_checkpoint(source)
+    if unused is not None:
+        found = {name: tensor for name, tensor in found.items() if not re.match(unused, name)}
+    stored = _by_our_names(found, expected)
     if cfg.tie_embeddings and HEAD in stored and EMBEDDING not in stored:
         stored[EMBEDDING] = stored.pop(HEAD)
     check_tensors(stored, expected, source, tied=cfg.tie_embeddings)

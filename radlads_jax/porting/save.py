@@ -18,7 +18,7 @@ from radlads_jax.porting.load import Params
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.safetensors_write import PlannedTensor, plan_files, write_file, write_index
 from radlads_jax.porting.tokenizer_files import write_tokenizer
-from radlads_jax.porting.writers import default_format, writer_named
+from radlads_jax.porting.writers import writer_for
 from radlads_jax.system.storage import AnyPath, as_path, children, copy_file, empty, in_bucket, write_text
 
 GENERATION_CONFIG = "generation_config.json"
@@ -53,7 +53,7 @@ def save_params(
     generation_config: default: tokenizer_from's file, else the token ids of base_config.
     retie: leave the head out and write tie_word_embeddings true. extra_files: copied in by name.
     model_card: README.md's text; default for a student: what its configuration says.
-    writer: a name of WRITERS; default: the mixer's own.
+    writer: a name of WRITERS, or of an engine that reads the model's own format; default: the mixer's own.
     Tensors leave the devices one at a time. Everything goes into a hidden sibling directory that is renamed at the end;
     an earlier export of that name is removed after the rename. In a bucket, where nothing can be renamed, an earlier
     export goes first, and until all is there .partial lies beside it. With several processes all must call this; the
@@ -71,13 +71,13 @@ def save_params(
     flat = flatten(params)
     _check_params(flat, cfg)
     cfg = dataclasses.replace(cfg, tie_embeddings=cfg.tie_embeddings or retie)
-    form = writer_named(writer or default_format(cfg))
+    form = writer_for(cfg, writer)
     form.require(cfg, tokenizer_from)
     tensors = form.tensors(flat, cfg, dtype)
     config = form.config(cfg, base_config)
     config["torch_dtype"] = dtype or str(flat["embed", "embedding"].dtype)
     if cfg.recurrent_mixer is not None:
-        model_card = model_card or write_model_card(cfg)
+        model_card = model_card or write_model_card(cfg, use=form.use(cfg))
     config |= config_updates or {}
     check_target(directory, tokenizer_from)
     files = plan_files(tensors, max_shard_size)

@@ -22,7 +22,8 @@ def init_mixers(
     """{"stacks": {i: {"mixer": ...}}} of the recurrent stacks, in cfg.param_dtype.
 
     q, k, v, o, their biases and norms are the teacher's (whose stacks are cut at the student's boundaries); with
-    fresh_qkvo q, k, v and o are uniform in +-0.5 D^-1/2 and o is zero, the paper's ablation. All else is new, a
+    fresh_qkvo q, k, v and o are uniform in +-0.5 D^-1/2 and o is zero, the paper's ablation. A mixer with a k and v for
+    every query head gets its kv head's copy. All else is new, a
     function of the seed alone, and lies on `mesh` as the copies of a teacher on the same mesh do.
     """
     new = _init_recurrent(cfg, mesh)(seed)
@@ -33,10 +34,19 @@ def init_mixers(
                 # A copy even where the dtype is the same: training donates the student's buffers, never the teacher's.
                 # Of them only what the mixer has: one without biases leaves the teacher's out.
                 own = {leaf: source[name][leaf] for leaf in stack["mixer"][name]}
-                stack["mixer"][name] = jax.tree.map(lambda x: jnp.array(x, cfg.param_dtype), own)
+                stack["mixer"][name] = jax.tree.map(functools.partial(_copied, cfg), own, stack["mixer"][name])
         if fresh_qkvo:
             _refresh(cfg, stack["mixer"], jax.random.fold_in(jax.random.key(seed), i), mesh)
     return new
+
+
+def _copied(cfg: ModelConfig, x: jax.Array, new: jax.Array) -> jax.Array:
+    """The teacher's x in the place of a new parameter, which may have its heads several times."""
+    if x.shape == new.shape:
+        return jnp.array(x, cfg.param_dtype)
+    by_head = x.reshape(*x.shape[:-1], -1, cfg.head_dim)
+    cloned = jnp.repeat(by_head, new.shape[-1] // x.shape[-1], axis=-2).reshape(new.shape)
+    return jax.device_put(cloned.astype(cfg.param_dtype), new.sharding)
 
 
 @functools.cache

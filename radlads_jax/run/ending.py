@@ -17,7 +17,7 @@ from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.save import MODEL_CARD, check_target, save_params
-from radlads_jax.porting.writers import default_format, writer_named
+from radlads_jax.porting.writers import writer_for
 from radlads_jax.reporting.sections import write_report
 from radlads_jax.run import display, heldout
 from radlads_jax.run.job import Job
@@ -37,7 +37,7 @@ def check(job: Job) -> None:
     if not hosts.agreed(int(any(batch["loss_mask"].any() for batch in rows))):
         raise ValueError("the held-out rows hold no token with a next one; expected some. Raise config.data.eval_rows.")
     check_target(job.workdir / "export", job.tokenizer_dir)
-    form = writer_named(default_format(job.student))
+    form = writer_for(job.student, job.run.export.engine)
     form.require(job.student, job.tokenizer_dir)
     form.config(job.student, job.base_config)
     for name, is_file in {"report": False, "samples.md": True, "summary.json": True}.items():
@@ -161,13 +161,15 @@ def export(job: Job, student: Params) -> None:
         max_shard_size=int(options.max_shard_gb * 1e9),
         tokenizer_from=job.tokenizer_dir,
         retie=options.retie,
+        writer=options.engine,
     )
 
 
 def _write_card(job: Job, summary: dict[str, Any]) -> None:
     """The export's model card, with the run's recipe and scores."""
     if job.student.recurrent_mixer is not None and hosts.is_first():
-        card = write_model_card(job.student, run=job.run.settings(), summary=summary)
+        use = writer_for(job.student, job.run.export.engine).use(job.student)
+        card = write_model_card(job.student, run=job.run.settings(), summary=summary, use=use)
         storage.write_text(job.workdir / "export" / MODEL_CARD, card)
 
 

@@ -5,6 +5,7 @@ All of it together costs seconds. Over several hosts every process takes part, a
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from radlads_jax.models.decoder import Params
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.porting.names import disk_tensors
-from radlads_jax.porting.writers import default_format, writer_named
+from radlads_jax.porting.writers import writer_for
 from radlads_jax.run import ending, heldout, rates
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.job import Job
@@ -90,7 +91,7 @@ def disk(job: Job) -> Finding:
         largest = max(largest, size if saves > run.train.keep_checkpoints else 0)
     left += largest
     if not (directory / "export").exists():
-        form = writer_named(default_format(job.student))
+        form = writer_for(job.student, run.export.engine)
         tensors = disk_tensors(form.written(job.student)).values()
         left += sum(_bytes(location.disk_shape, run.export.dtype) for location in tensors)
     free = free_bytes(job.workdir)
@@ -109,17 +110,23 @@ def disk(job: Job) -> Finding:
 
 
 def export_format(job: Job) -> Finding:
-    """The format that the student will be exported in, and whether it has a place for all of it."""
-    form = writer_named(default_format(job.student))
+    """The format that the student will be exported in, whether it has a place for all of it, and what loads it."""
+    form = writer_for(job.student, job.run.export.engine)
     retied = dataclasses.replace(job.student, tie_embeddings=job.student.tie_embeddings or job.run.export.retie)
     if not (obstacles := form.obstacles(retied, None)):
-        return Finding("export", f"as {form.name}")
+        return Finding("export", f"as {form.name}{_read_by(form.readers(retied))}")
     return Finding(
         "export",
         f"{form.name} has no place for {'; '.join(obstacles)}",
         f"the student will be exported as {form.name}, which has no place for {'; '.join(obstacles)}; expected "
         f"{form.expected}. Choose another teacher or config.student.mixer.",
     )
+
+
+def _read_by(readers: Mapping[str, list[str]]) -> str:
+    loading = [name for name, reasons in readers.items() if not reasons]
+    others = [f"{name} does not: {', '.join(reasons)}" for name, reasons in readers.items() if reasons]
+    return "; ".join([f", which {' and '.join(loading)} load", *others]) if readers else ""
 
 
 def data(job: Job) -> Finding:

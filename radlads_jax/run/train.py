@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from radlads_jax.distill.calibrate import calibrated
 from radlads_jax.distill.optim import learning_rates
 from radlads_jax.distill.program import abstract_state, create_state, make_step
 from radlads_jax.distill.stages import STAGES
@@ -334,6 +335,8 @@ def student_after(job: Job, stages: Sequence[str], teacher: Params | None, *, wh
     if job.student.recurrent_mixer is not None:
         fresh = job.run.student.fresh_qkvo
         params = init_mixers(job.student, teacher or {}, job.run.seed, fresh_qkvo=fresh, mesh=job.mesh)
+        if job.run.student.init == "calibrated":
+            params = _calibrated(job, params, teacher)
         _check_frozen(job, params)
     if whole:
         params = whole_student(job.student, job.load_teacher("float32"), params)
@@ -345,6 +348,14 @@ def student_after(job: Job, stages: Sequence[str], teacher: Params | None, *, wh
                 checkpoints.set_aside(error)
                 raise
     return params
+
+
+def _calibrated(job: Job, mixers: Params, teacher: Params | None) -> Params:
+    """The mixers by what the teacher does on the first stage's first batch, the same one at every continuation."""
+    assert teacher is not None  # a run that converts has loaded it
+    first = job.run.stages[0]
+    batch = sharding.place_rows(job.mesh, next(job.batches(first)), job.run.stage(first).batch_size)
+    return calibrated(job.student, job.teacher, mixers, teacher, batch, job.run.student.calibrate, job.mesh)
 
 
 def _check_frozen(job: Job, mixers: Params) -> None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from untrained import random_mixers, random_params
+from untrained import random_mixers, random_params, student_of
 
 from radlads_jax.config import Optim, RunConfig, StageConfig
 from radlads_jax.distill.align import align_loss
@@ -299,6 +299,16 @@ def test_fresh_projections():
     np.testing.assert_array_equal(copied["q"]["kernel"], teacher["stacks"][0]["mixer"]["q"]["kernel"])
     bound = 0.5 * 32**-0.5
     assert not np.any(fresh["o"]["kernel"]) and 0.9 * bound < np.abs(fresh["q"]["kernel"]).max() <= bound
+
+
+def test_a_query_head_may_begin_with_its_kv_heads_copy():
+    """Heads are cloned, not their rows."""
+    student, teacher = student_of(TEACHER, "gdn", kv_heads="cloned"), random_params(TEACHER)
+    mixer = init_mixers(student, teacher, 1)["stacks"][0]["mixer"]
+    own = teacher["stacks"][0]["mixer"]["v"]["kernel"].reshape(4, 32, TEACHER.num_kv_heads, TEACHER.head_dim)
+    cloned = mixer["v"]["kernel"].reshape(4, 32, TEACHER.num_heads, TEACHER.head_dim)
+    for head in range(TEACHER.num_heads):
+        np.testing.assert_array_equal(cloned[:, :, head], own[:, :, head * TEACHER.num_kv_heads // TEACHER.num_heads])
 
 
 def test_quarter_cosine_schedule():

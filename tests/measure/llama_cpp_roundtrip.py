@@ -26,7 +26,7 @@ import numpy as np
 from radlads_jax.models import MIXERS, ModelConfig, bind
 from radlads_jax.models.tree import nest
 from radlads_jax.porting import load_params, model_config_from_hf, param_shapes, read_config, save_params
-from radlads_jax.porting.writers import writer_named
+from radlads_jax.porting.writers import WRITERS
 
 PACKAGE = "llama-cpp-python==0.3.36"
 TOLERANCE = 1e-5
@@ -144,7 +144,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         export = args.export or random_export(scratch / "small", python)
-        writer_named("llama.cpp").require(model_config_from_hf(read_config(export)), export)
+        WRITERS["llama.cpp"].require(model_config_from_hf(read_config(export)), export)
         ids = prompt_ids(export, python, args.prompt)
         gguf, request, result = scratch / "model.gguf", scratch / "request.json", scratch / "result.npz"
         request.write_text(json.dumps({"ids": ids, "tokens": args.tokens, "prompt": args.prompt}))

@@ -11,6 +11,7 @@ from untrained import random_params
 
 from radlads_jax.models import MIXERS, ModelConfig, attention, bind, init_params, init_state, layers
 from radlads_jax.models.decoder import graphdef
+from radlads_jax.models.gdn import GdnOptions
 from radlads_jax.models.mixers import mixer_spec
 from radlads_jax.models.tree import path_leaves
 
@@ -35,7 +36,7 @@ CONFIGS = {
     "rwkv7_full_gate": student("rad_rwkv7", gate="full"),
     "hybrid7": student("rad_rwkv7", attention_layers=(1,)),
     "gdn_hybrid": student("gdn", attention_layers=(2,)),
-    "gdn_of_a_checkpoint": student("gdn", (1,), key_heads=2, value_heads=4, key_size=6, value_size=10),
+    "gdn_of_a_checkpoint": TEACHER.as_student("gdn", GdnOptions(2, 4, 6, 10), (1,)),
     "hybrid6_first": student("rad_rwkv6", attention_layers=(0, 2)),
 }
 

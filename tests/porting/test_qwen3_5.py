@@ -13,7 +13,7 @@ from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.save import save_params
-from radlads_jax.porting.writers import default_format, padded_heads, writer_named, zero_centred
+from radlads_jax.porting.writers import default_format, padded_heads, writer_for, zero_centred
 
 torch = pytest.importorskip("torch", reason="compares with torch, which is pinned for Python 3.11 alone")
 transformers = pytest.importorskip("transformers")
@@ -58,7 +58,8 @@ def test_softmax_layers_alone_are_the_teacher(family, tied, tmp_path):
 
 @pytest.mark.parametrize("family", TEACHERS)
 def test_a_hybrid_is_what_transformers_reads_and_what_comes_back(family, tmp_path):
-    cfg = student_of(TEACHERS[family], "gdn", (1, 3))
+    kv_heads = "cloned" if family == "llama" else "teacher"
+    cfg = student_of(TEACHERS[family], "gdn", (1, 3), kv_heads=kv_heads)
     params = random_params(cfg)
     assert default_format(cfg) == "qwen3_5"
     served = written(tmp_path / "served", cfg, params)
@@ -103,4 +104,4 @@ def test_the_constant_is_held_by_bfloat16():
 )
 def test_what_has_no_place_is_named(cfg, named):
     with pytest.raises(ValueError, match=named):
-        writer_named("qwen3_5").require(cfg, None)
+        writer_for(cfg, "qwen3_5").require(cfg, None)

@@ -31,8 +31,9 @@ class Family:
     for all families. keys(cfg, base): what its config.json says beside the keys of all families; base is the teacher's.
     disk_name: a tensor's name on disk from Hugging Face's usual one ("model.layers.0.self_attn.q_proj.weight").
     layer_types: what its config.json may call a layer. partial_rotary: RoPE may turn a part of a head. recurrent: the
-    mixer of its own recurrent layers, where it has any. complete(keys, model): the model of softmax layers with what
-    else its config.json says.
+    mixer of its own recurrent layers, where it has any. left_out: a pattern of tensors' names in files, of parts of a
+    larger model that are passed over. complete(keys, model): the model of softmax layers with what else its config.json
+    says.
     """
 
     name: str
@@ -48,4 +49,5 @@ class Family:
     layer_types: tuple[str, ...] = ("full_attention",)
     partial_rotary: bool = False
     recurrent: str | None = None
+    left_out: str | None = None
     complete: Callable[[ConfigKeys, ModelConfig], ModelConfig] = lambda keys, model: model

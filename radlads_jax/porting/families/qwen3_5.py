@@ -28,6 +28,18 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return (config if inner is None else tied | ConfigKeys(config).mapping("text_config")) | {"model_type": NAME}
 
 
+def nested(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model with images, without them, that holds this one of a language model."""
+    outer = ("architectures", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: config[name] for name in outer if name in config} | {"model_type": NESTED, "text_config": config}
+
+
+def _biases(keys: ConfigKeys) -> tuple[bool, bool]:
+    """All four or none, but for an export that leaves o's out, which are 0."""
+    qkv, o = attention_bias(keys)
+    return qkv, keys.flag("attention_output_bias", o)
+
+
 def _complete(keys: ConfigKeys, model: ModelConfig) -> ModelConfig:
     """The softmax model with its recurrent layers, output gate, zero-centred norms and partial RoPE."""
     if (width := keys.integer("linear_conv_kernel_dim", CONV_WIDTH)) != CONV_WIDTH:
@@ -86,6 +98,7 @@ def _keys(cfg: ModelConfig) -> dict[str, Any]:
     keys: dict[str, Any] = {
         "head_dim": cfg.head_dim,
         "attention_bias": cfg.qkv_bias,
+        **({"attention_output_bias": cfg.o_bias} if cfg.o_bias != cfg.qkv_bias else {}),
         "layer_types": [types[mixer] for mixer in cfg.layer_mixers],
         "partial_rotary_factor": share,
         "linear_num_key_heads": options.key_heads,
@@ -117,10 +130,12 @@ FAMILY = Family(
     kv_heads=4,
     head_dim=256,
     qk_norm=True,
-    biases=attention_bias,
+    biases=_biases,
     keys=_keys,
     layer_types=tuple(_LAYER_TYPES),
     partial_rotary=True,
     recurrent=MIXER,
+    # Of published models: the part that sees, and the prediction of further tokens. transformers passes over both.
+    left_out=r"(mtp|model\.visual)\.",
     complete=_complete,
 )

@@ -14,8 +14,22 @@ def default_format(cfg: ModelConfig) -> str:
     return HUGGINGFACE if cfg.recurrent_mixer is None else MIXERS[cfg.recurrent_mixer].export_format
 
 
-def writer_named(name: str) -> Writer:
-    """Raises ValueError for a name that none has."""
-    if name not in WRITERS:
-        raise ValueError(f"the export's format is {name!r}; expected one of {', '.join(WRITERS)}.")
-    return WRITERS[name]
+def writer_for(cfg: ModelConfig, wanted: str | None = None) -> Writer:
+    """The writer of a format, or of the model's own format as an engine reads it, by either's name.
+
+    wanted: None or "" for the model's own format as most engines read it. Raises ValueError for a name of neither.
+    """
+    own = WRITERS[default_format(cfg)]
+    if not wanted:
+        return own
+    if wanted not in own.forms and wanted not in WRITERS:
+        raise ValueError(
+            f"the export is asked for {wanted!r}; expected one of {', '.join(dict.fromkeys((*own.forms, *WRITERS)))}, "
+            f"by who reads a model of this kind ({own.name})."
+        )
+    return own.forms.get(wanted) or WRITERS[wanted]
+
+
+def names() -> list[str]:
+    """Everything that `writer_for` may be asked for, of whatever model."""
+    return list(dict.fromkeys([*WRITERS, *(name for writer in WRITERS.values() for name in writer.forms)]))

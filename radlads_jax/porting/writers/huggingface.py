@@ -1,5 +1,6 @@
 """Hugging Face's directory, with the torch code of a student for AutoModelForCausalLM."""
 
+import dataclasses
 from typing import Any
 
 from radlads_jax.models.config import ModelConfig
@@ -15,4 +16,5 @@ def config_with_code(cfg: ModelConfig, base: dict[str, Any]) -> dict[str, Any]:
     return config | ({"auto_map": classes} if classes else {})
 
 
-WRITER = Writer("huggingface", planned_tensors, config_with_code, modelling_files)
+_WRITER = Writer("huggingface", planned_tensors, config_with_code, modelling_files)
+WRITER = dataclasses.replace(_WRITER, forms={"transformers": _WRITER})

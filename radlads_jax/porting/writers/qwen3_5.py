@@ -4,9 +4,13 @@ A teacher's softmax layers are carried exactly: q with a gate of zeros, whose si
 as w - 1, behind powers of two that the next matrices take where w - 1 would be rounded (writers/zero_centred.py); and,
 for a teacher without norms of q and k, heads of twice the size, whose second half is a constant that makes the norms
 constant too (writers/padded_heads.py). Gated DeltaNet layers get their k and v cloned for every query head.
+
+The engines do not read quite the same directory (writers/engines.py): one form is written for most of them, and another
+for any of them by its name.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +24,7 @@ from radlads_jax.porting.families import qwen3_5
 from radlads_jax.porting.hf_export import hf_config_from_model
 from radlads_jax.porting.names import disk_tensors
 from radlads_jax.porting.safetensors_write import PlannedTensor
-from radlads_jax.porting.writers import padded_heads, zero_centred
+from radlads_jax.porting.writers import engines, padded_heads, zero_centred
 from radlads_jax.porting.writers.fetching import planned_tensors
 from radlads_jax.porting.writers.writer import Writer
 from radlads_jax.system.storage import AnyPath
@@ -29,10 +33,26 @@ Fetch = Callable[[str], np.ndarray]
 _TEACHERS = ("qwen2", "qwen3", "llama", "mistral")
 
 
-def native(cfg: ModelConfig) -> ModelConfig:
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """How a directory is written. nested, o_bias: as of engines.Engine; o_bias None: a bias of o where q has one."""
+
+    nested: bool
+    o_bias: bool | None = None
+
+
+# What most engines load, and transformers without a word of missing weights.
+_USUAL = _Form(nested=False)
+
+
+def _form_for(engine: engines.Engine) -> _Form:
+    return _Form(_USUAL.nested if engine.nested is None else engine.nested, engine.o_bias)
+
+
+def native(cfg: ModelConfig, form: _Form = _USUAL) -> ModelConfig:
     """The Qwen3.5 model that computes what cfg does."""
     if cfg.family == qwen3_5.NAME:
-        return cfg
+        return cfg if form.o_bias is None else dataclasses.replace(cfg, o_bias=cfg.qkv_bias and form.o_bias)
     heads, size = cfg.num_heads, cfg.head_dim
     padded = not cfg.qk_norm and SOFTMAX in cfg.layer_mixers
     return dataclasses.replace(
@@ -41,7 +61,7 @@ def native(cfg: ModelConfig) -> ModelConfig:
         head_dim=padded_heads.SIZES * size if padded else size,
         rotary_size=size if padded else None,
         qkv_bias=padded,
-        o_bias=padded,
+        o_bias=padded and form.o_bias is not False,
         qk_norm=True,
         zero_centred_norms=True,
         output_gate=True,
@@ -49,8 +69,14 @@ def native(cfg: ModelConfig) -> ModelConfig:
     )
 
 
-def _obstacles(cfg: ModelConfig, directory: AnyPath | None) -> list[str]:
+def _obstacles(cfg: ModelConfig, directory: AnyPath | None, engine: engines.Engine | None = None) -> list[str]:
+    """What the format has no place for; of an engine, also what it does not load."""
     del directory
+    found = _without_place(cfg)
+    return found if found or engine is None else engine.obstacles(native(cfg, _form_for(engine)))
+
+
+def _without_place(cfg: ModelConfig) -> list[str]:
     if cfg.family == qwen3_5.NAME:
         return [] if cfg.mixer is None or cfg.mixer.fused else ["a gdn student of a Qwen3.5 teacher"]
     obstacles = {
@@ -58,13 +84,14 @@ def _obstacles(cfg: ModelConfig, directory: AnyPath | None) -> list[str]:
         not in (None, qwen3_5.MIXER),
         f"a teacher of the family {cfg.family} (out of {', '.join(_TEACHERS)})": cfg.family not in _TEACHERS,
         "biases of q, k or v beside norms of q and k": cfg.qk_norm and cfg.qkv_bias,
+        "a bias of o in softmax layers (vllm would leave it out)": cfg.o_bias and SOFTMAX in cfg.layer_mixers,
     }
     return [name for name, present in obstacles.items() if present]
 
 
-def _tensors(flat: dict[ParamPath, Any], cfg: ModelConfig, dtype: str | None) -> list[PlannedTensor]:
+def _tensors(flat: dict[ParamPath, Any], cfg: ModelConfig, dtype: str | None, form: _Form) -> list[PlannedTensor]:
     if cfg.family == qwen3_5.NAME:
-        return planned_tensors(flat, cfg, dtype)
+        return _with_biases(planned_tensors(flat, cfg, dtype), native(cfg, form))
     # Worked on in float32, which holds every bfloat16; a tensor that is not changed comes out as it went in.
     stored = {tensor.name: tensor for tensor in planned_tensors(flat, cfg, "float32")}
     disk_dtype = np.dtype(jnp.dtype(dtype or flat["embed", "embedding"].dtype))
@@ -75,7 +102,23 @@ def _tensors(flat: dict[ParamPath, Any], cfg: ModelConfig, dtype: str | None) ->
     def planned(name: str, shape: tuple[int, ...]) -> PlannedTensor:
         return PlannedTensor(name, shape, disk_dtype, lambda: converted(name, shape, cfg, fetch).astype(disk_dtype))
 
-    return [planned(name, location.disk_shape) for name, location in disk_tensors(native(cfg)).items()]
+    return [planned(name, location.disk_shape) for name, location in disk_tensors(native(cfg, form)).items()]
+
+
+def _with_biases(tensors: list[PlannedTensor], written: ModelConfig) -> list[PlannedTensor]:
+    """Those of the model that is written: biases of o that are 0 more or less. Raises ValueError for others."""
+    stored, wanted = {tensor.name: tensor for tensor in tensors}, disk_tensors(written)
+    left_out = [name for name in stored if name not in wanted and np.asarray(stored[name].fetch()).any()]
+    if left_out:
+        raise ValueError(
+            f"the model has {left_out[0]} with values other than 0; expected 0, for this form has none. Choose another."
+        )
+    dtype = tensors[0].dtype
+
+    def zeros(name: str, shape: tuple[int, ...]) -> PlannedTensor:
+        return PlannedTensor(name, shape, dtype, lambda: np.zeros(shape, dtype))
+
+    return [stored.get(name) or zeros(name, location.disk_shape) for name, location in wanted.items()]
 
 
 def converted(name: str, shape: tuple[int, ...], cfg: ModelConfig, fetch: Fetch) -> np.ndarray:
@@ -100,7 +143,7 @@ def _recurrent(prefix: str, part: str, cfg: ModelConfig, fetch: Fetch) -> np.nda
     if part not in sources:
         return fetch(prefix + part)
     q, k, v = (fetch(prefix + sources[part].format(letter)) for letter in "qkv")
-    return np.concatenate([q, _cloned(k, cfg), _cloned(v, cfg)])
+    return np.concatenate([q, *(x if len(x) == len(q) else _cloned(x, cfg) for x in (k, v))])
 
 
 def _cloned(rows: np.ndarray, cfg: ModelConfig) -> np.ndarray:
@@ -132,15 +175,28 @@ def _with_gate(rows: np.ndarray, heads: int) -> np.ndarray:
     return np.concatenate([by_head, np.zeros_like(by_head)], axis=1).reshape(-1, *rows.shape[1:])
 
 
-def _config(cfg: ModelConfig, base: dict[str, Any]) -> dict[str, Any]:
-    return hf_config_from_model(native(cfg), qwen3_5.text_config(base))
+def _config(cfg: ModelConfig, base: dict[str, Any], form: _Form) -> dict[str, Any]:
+    config = hf_config_from_model(native(cfg, form), qwen3_5.text_config(base))
+    # vLLM's name of it; without it there is no bias, and no word of that.
+    config |= {"qkv_bias": True} if config["attention_bias"] else {}
+    return qwen3_5.nested(config) if form.nested else config
 
 
-WRITER = Writer(
-    "qwen3_5",
-    _tensors,
-    _config,
-    obstacles=_obstacles,
-    written=native,
-    expected=f"softmax layers of {', '.join(_TEACHERS)} and mixers of the kind {qwen3_5.MIXER}",
-)
+def _writer(form: _Form, engine: engines.Engine | None = None, forms: dict[str, Writer] | None = None) -> Writer:
+    def readers(cfg: ModelConfig) -> dict[str, list[str]]:
+        return engines.readers(native(cfg, form), nested=form.nested)
+
+    return Writer(
+        "qwen3_5",
+        functools.partial(_tensors, form=form),
+        functools.partial(_config, form=form),
+        obstacles=functools.partial(_obstacles, engine=engine),
+        written=functools.partial(native, form=form),
+        expected=f"softmax layers of {', '.join(_TEACHERS)} and mixers of the kind {qwen3_5.MIXER}",
+        use=lambda cfg: engines.how_to_use(readers(cfg)),
+        readers=readers,
+        forms=forms or {},
+    )
+
+
+WRITER = _writer(_USUAL, forms={name: _writer(_form_for(one), one) for name, one in engines.ENGINES.items()})

@@ -1,7 +1,7 @@
 """What an export asks of a format: one Writer a format, in a file of its own."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ class Writer:
     format has no place for, or its readers would compute otherwise. expected: what a model without obstacles is.
     tensors(parameters by path, cfg, dtype), config(cfg, base config.json), files(cfg): what is written.
     written(cfg): the model that a reader of it finds, which computes the same.
+    use(cfg): the model card's section on how to use it; "" where the files' own code is run. readers(cfg): of engines
+    that load the format, why they do not load this model as it is written; nothing where they do. forms: the format as
+    one engine reads it, by the engine's name.
     """
 
     name: str
@@ -34,6 +37,9 @@ class Writer:
     obstacles: Callable[[ModelConfig, AnyPath | None], list[str]] = nothing
     expected: str = "any model"
     written: Callable[[ModelConfig], ModelConfig] = lambda cfg: cfg
+    use: Callable[[ModelConfig], str] = lambda cfg: ""
+    readers: Callable[[ModelConfig], dict[str, list[str]]] = lambda cfg: {}
+    forms: Mapping[str, "Writer"] = dataclasses.field(default_factory=dict)
 
     def require(self, cfg: ModelConfig, directory: AnyPath | None) -> None:
         """Raises ValueError naming, in one line, all obstacles."""

@@ -1,0 +1,129 @@
+"""A mixer's start from what its teacher's attention does on one batch (config.student.init "calibrated").
+
+Every layer is read once, as stage 1 reads it; what becomes of its statistics is the mixer's to say
+(MixerSpec.calibrations). Source of the ideas: Taylor-Calibrate (arXiv 2606.16429).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from radlads_jax.models import sharding
+from radlads_jax.models.attention import Context, softmax_attention
+from radlads_jax.models.config import SOFTMAX, ModelConfig
+from radlads_jax.models.decoder import Params, bind, make_context
+from radlads_jax.models.layers import repeat_kv
+from radlads_jax.models.mixers import MIXERS
+from radlads_jax.models.placement import constrain_params, gathered, shardings
+from radlads_jax.models.spec import TeacherStatistics
+
+# Of each row: a look-back beyond half of it can not be told from none.
+MOST_TOKENS = 1024
+# The first keys of a segment are where attention rests that looks nowhere, and the first queries have few others.
+_SINKS = 4
+_FIRST_QUERY = 8
+_QUERY_BLOCK = 128
+_RIDGE = 1e-2
+_SOLVER_STEPS = 64
+
+
+def calibrated(
+    student: ModelConfig,
+    teacher: ModelConfig,
+    mixers: Params,
+    weights: Params,
+    batch: Mapping[str, Array],
+    parts: Sequence[str] = (),
+    mesh: Mesh | None = None,
+) -> Params:
+    """`mixers`, as `init_mixers` makes them, with these parts (all by default) of every recurrent stack calibrated.
+
+    weights: the teacher's, whose stacks are cut at the student's boundaries. batch: as a training step reads it.
+    """
+    spec = MIXERS[student.recurrent_mixer or SOFTMAX]
+    chosen = [spec.calibrations[name] for name in parts or spec.calibrated]
+
+    def calibrate(mixers: Params, weights: Params, batch: Mapping[str, Array]) -> Params:
+        found = statistics(student, teacher, weights, batch)
+        for i, stack in mixers["stacks"].items():
+            for part in chosen:
+                stack["mixer"] |= part(student, stack["mixer"], found[i])
+        return constrain_params(mixers, student)
+
+    if mesh is None:
+        return jax.jit(calibrate)(mixers, weights, batch)
+    with sharding.traced_over(mesh):
+        return jax.jit(calibrate, out_shardings=shardings(mesh, mixers, student))(mixers, weights, batch)
+
+
+def statistics(
+    student: ModelConfig, teacher: ModelConfig, weights: Params, batch: Mapping[str, Array]
+) -> dict[int, TeacherStatistics]:
+    """Of the layers of every recurrent stack, by the stack's number."""
+    tokens, segment_ids, positions = (batch[name][:, :MOST_TOKENS] for name in ("tokens", "segment_ids", "positions"))
+    decoder = bind(teacher, weights)
+    context, _ = make_context(teacher, tokens, segment_ids, positions, None)
+    x, found = decoder.embed(tokens), {}
+    for i, stack in enumerate(decoder.stacks):
+
+        def body(x: Array, layer: Any, recurrent: bool = student.is_recurrent(i)) -> tuple[Array, Any]:
+            layer = gathered(layer, teacher, SOFTMAX)
+            h = layer.mixer_input(x)
+            out = sharding.residual(layer.mixer(h, context, None, None)[0])
+            seen = _of_layer(layer.mixer, h, context, segment_ids, positions) if recurrent else None
+            return layer.after_mixer(x, out), seen
+
+        x, seen = jax.lax.scan(body, x, stack)
+        if seen is not None:
+            found[i] = seen
+    return found
+
+
+def _of_layer(
+    mixer: Any, h: Float[Array, "B T D"], context: Context, segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
+) -> TeacherStatistics:
+    q, k, v, gate = mixer.projected(h, context)
+    outputs = softmax_attention(q, k, v, context).astype(jnp.float32)
+    if gate is not None:
+        outputs = outputs * jax.nn.sigmoid(gate.astype(jnp.float32))
+    counted = (segment_ids > 0).astype(jnp.float32)
+    squares = jnp.einsum("bthk,bt->h", jnp.square(outputs), counted) / (counted.sum() * outputs.shape[-1])
+    look_back, entropy = _attention(q, repeat_kv(k, q.shape[2]), segment_ids, positions)
+    return TeacherStatistics(look_back, entropy, jnp.sqrt(squares), _constant(h.astype(jnp.float32), counted))
+
+
+def _attention(q: Array, k: Array, segment_ids: Array, positions: Array) -> tuple[Array, Array]:
+    """(mean distance in tokens, mean entropy in nats) of a query's keys but for the segment's first ones, [H] each."""
+    length, scale = q.shape[1], q.shape[-1] ** -0.5
+    distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
+    queries = ((segment_ids > 0) & (positions >= _FIRST_QUERY)).astype(jnp.float32)
+    sums = jnp.zeros((2, q.shape[2]), jnp.float32)
+    for first in range(0, length, _QUERY_BLOCK):
+        block = slice(first, first + _QUERY_BLOCK)
+        scores = scale * jnp.einsum("bthk,bshk->bhts", q[:, block], k, preferred_element_type=jnp.float32)
+        same = segment_ids[:, block, None] == segment_ids[:, None, :]
+        seen = (same & (distance[block] >= 0) & (positions[:, None, :] >= _SINKS))[:, None]
+        log_p = jax.nn.log_softmax(jnp.where(seen, scores, -1e30), axis=-1)
+        p = jnp.where(seen, jnp.exp(log_p), 0.0)
+        far = jnp.einsum("bhts,ts->bht", p, jnp.maximum(distance[block], 0.5))
+        spread = -jnp.sum(jnp.where(seen, p * log_p, 0.0), axis=-1)
+        sums += jnp.einsum("nbht,bt->nh", jnp.stack([far, spread]), queries[:, block])
+    look_back, entropy = sums / jnp.maximum(queries.sum(), 1.0)
+    return look_back, entropy
+
+
+def _constant(x: Float[Array, "B T D"], counted: Float[Array, "B T"]) -> Float[Array, " D"]:
+    """The w for which x w is nearest to 1, by ridge regression: what stands in for a bias that a format has not."""
+    weight = counted[..., None]
+    ridge = _RIDGE * jnp.sum(jnp.square(x) * weight) / x.shape[-1]
+
+    def normal(w: Array) -> Array:
+        return jnp.einsum("btd,bt->d", x, counted * (x @ w)) + ridge * w
+
+    # Products with x alone: D x D matrices of every layer would be as large as the layer.
+    w, _ = jax.scipy.sparse.linalg.cg(normal, jnp.sum(x * weight, (0, 1)), maxiter=_SOLVER_STEPS)
+    return w

@@ -4,6 +4,7 @@ Every layer is read once, as stage 1 reads it; what becomes of its statistics is
 (MixerSpec.calibrations). Source of the ideas: Taylor-Calibrate (arXiv 2606.16429).
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,14 +16,14 @@ from jaxtyping import Array, Float, Int
 from radlads_jax.models import sharding
 from radlads_jax.models.attention import Context, softmax_attention
 from radlads_jax.models.config import SOFTMAX, ModelConfig
-from radlads_jax.models.decoder import Params, bind, make_context
+from radlads_jax.models.decoder import Layer, Params, bind, make_context
 from radlads_jax.models.layers import repeat_kv
 from radlads_jax.models.mixers import MIXERS
-from radlads_jax.models.placement import constrain_params, gathered, shardings
+from radlads_jax.models.placement import constrain_params, shardings
 from radlads_jax.models.spec import TeacherStatistics
 
 # Of each row: a look-back beyond half of it can not be told from none.
-MOST_TOKENS = 1024
+_MOST_TOKENS = 1024
 # The first keys of a segment are where attention rests that looks nowhere, and the first queries have few others.
 _SINKS = 4
 _FIRST_QUERY = 8
@@ -64,20 +65,19 @@ def statistics(
     student: ModelConfig, teacher: ModelConfig, weights: Params, batch: Mapping[str, Array]
 ) -> dict[int, TeacherStatistics]:
     """Of the layers of every recurrent stack, by the stack's number."""
-    tokens, segment_ids, positions = (batch[name][:, :MOST_TOKENS] for name in ("tokens", "segment_ids", "positions"))
+    tokens, segment_ids, positions = (batch[name][:, :_MOST_TOKENS] for name in ("tokens", "segment_ids", "positions"))
     decoder = bind(teacher, weights)
     context, _ = make_context(teacher, tokens, segment_ids, positions, None)
     x, found = decoder.embed(tokens), {}
-    for i, stack in enumerate(decoder.stacks):
 
-        def body(x: Array, layer: Any, recurrent: bool = student.is_recurrent(i)) -> tuple[Array, Any]:
-            layer = gathered(layer, teacher, SOFTMAX)
-            h = layer.mixer_input(x)
-            out = sharding.residual(layer.mixer(h, context, None, None)[0])
-            seen = _of_layer(layer.mixer, h, context, segment_ids, positions) if recurrent else None
-            return layer.after_mixer(x, out), seen
+    def visit(recurrent: bool, x: Array, layer: Layer, layer_id: Array, _: None) -> tuple[Array, Any]:
+        h = layer.mixer_input(x)
+        out = sharding.residual(layer.mixer(h, context, layer_id, None)[0])
+        seen = _of_layer(layer.mixer, h, context, segment_ids, positions) if recurrent else None
+        return layer.after_mixer(x, out), seen
 
-        x, seen = jax.lax.scan(body, x, stack)
+    for i, stack in enumerate(decoder.walk()):
+        x, seen = stack.scan(functools.partial(visit, student.is_recurrent(i)), x)
         if seen is not None:
             found[i] = seen
     return found

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from configs import demo
 from radlads_jax.config import validate
 from radlads_jax.distill.losses import kl_loss
-from radlads_jax.distill.program import create_state, is_trainable, make_step
+from radlads_jax.distill.program import StagePlan, create_state, make_step
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.tree import merge_params, split_params
 from radlads_jax.porting.student import whole_student
@@ -62,10 +62,11 @@ def measured(job, teacher, held_out, steps: dict) -> list[float]:
     student = whole_student(job.student, teacher, mixers)
     found = [float(kl(student, teacher, held_out))]
     for name in run.stages:
-        trained, frozen = split_params(student, is_trainable(run, job.student, name))
-        state = create_state(run, job.student, name, jax.tree.map(jnp.array, trained), None)
+        plan = StagePlan(run, name, job.student, job.teacher)
+        trained, frozen = split_params(student, plan.trains)
+        state = create_state(plan, jax.tree.map(jnp.array, trained))
         if name not in steps:
-            steps[name] = make_step(programs, plain, job.teacher, name, None)
+            steps[name] = make_step(StagePlan(programs, name, plain, job.teacher))
         batches = job.batches(name)
         for _ in range(run.stage(name).steps):
             state, _ = steps[name](state, {} if name == "stage1" else frozen, teacher, next(batches))

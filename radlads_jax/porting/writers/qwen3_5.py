@@ -41,8 +41,8 @@ class _Form:
     o_bias: bool | None = None
 
 
-# What most engines load, and transformers without a word of missing weights.
-_USUAL = _Form(nested=False)
+# What all but SGLang load of a model without biases, and all but it and llama.cpp of one with them.
+_USUAL = _Form(nested=True)
 
 
 def _form_for(engine: engines.Engine) -> _Form:

@@ -121,7 +121,7 @@ setup() {
         if [[ -s $temporary/secrets ]]; then copy "$temporary/secrets" "$secrets"; fi &&
         on all "${MOUNT:-true}" &&
         on all 'mkdir -p radlads_jax && tar xzf radlads_jax.tar.gz -C radlads_jax' &&
-        on all 'radlads_jax/launch/setup_env.sh tpu'
+        on all "${WANDB_API_KEY:+EXTRAS=wandb }radlads_jax/launch/setup_env.sh tpu"
 }
 
 # A service, so that it outlives the connection, goes on after a signal or a crash (not after exit code 1, a mistake),

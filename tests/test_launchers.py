@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = ("setup_env.sh", "slurm.sbatch", "three_stages.sh", "tpu_pod.sh")
 JOBSETS = ("jobset.yaml", "jobset_gpu.yaml")
+GPU = ("gpu_check.sh", "gpu_pack.sh")
 IMAGE = ("Dockerfile", "Dockerfile.dockerignore")
 # What stands in a script between the module's name and the user's own flags.
 COMMAND = re.compile(r"-m radlads_jax\.(\w+)((?:[ =\"']+(?:--[\w.]+|\"?\$\{?\w+\}?\"?|[\w./$()]+))*)")
@@ -49,23 +50,23 @@ def commands(name: str) -> list[tuple[str, list[str]]]:
 
 
 def test_all_of_them_are_looked_at() -> None:
-    assert sorted(path.name for path in LAUNCH.iterdir()) == sorted((*SCRIPTS, *JOBSETS, *IMAGE))
+    assert sorted(path.name for path in LAUNCH.iterdir()) == sorted((*SCRIPTS, *GPU, *JOBSETS, *IMAGE))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", (*SCRIPTS, *GPU))
 def test_scripts_parse(name: str) -> None:
     subprocess.run(["bash", "-n", LAUNCH / name], check=True)
     assert (LAUNCH / name).stat().st_mode & stat.S_IXUSR
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", (*SCRIPTS, *GPU))
 def test_shellcheck(name: str) -> None:
     done = subprocess.run(["shellcheck", LAUNCH / name], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("name", (*SCRIPTS, *JOBSETS, IMAGE[0]))
+@pytest.mark.parametrize("name", (*SCRIPTS, *GPU, *JOBSETS, IMAGE[0]))
 def test_a_header_says_how_to_run_it_and_what_to_change(name: str) -> None:
     header = re.match(r"(#.*\n)+", text(name))
     assert header and re.search(r"^# Run: ", header[0], re.M) and re.search(r"^# Change: ", header[0], re.M)
@@ -84,7 +85,7 @@ def test_commands_exist(name: str) -> None:
         assert {word[2:].partition("=")[0] for word in {*words} - settings} <= known
 
 
-@pytest.mark.parametrize("name", (*SCRIPTS, *JOBSETS, *IMAGE))
+@pytest.mark.parametrize("name", (*SCRIPTS, *GPU, *JOBSETS, *IMAGE))
 def test_files_and_settings_named_in_them_exist(name: str) -> None:
     for path in re.findall(r"\b((?:configs|launch|constraints)/[\w./-]+\w)", text(name)):
         assert (ROOT / path).exists(), path

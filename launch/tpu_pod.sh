@@ -4,7 +4,7 @@
 #
 # Run:     NAME=mine ZONE=europe-west4-a launch/tpu_pod.sh up --config configs/convert.py --workdir gs://BUCKET/mine ...
 #              until it is done: waits for the slice, sets it up, runs, and does all of it again after a preemption;
-#              the same line again watches a run that is under way
+#              the same line again watches a run that is under way. Ends with 1 where the slice can not be had.
 #          NAME=mine ZONE=... launch/tpu_pod.sh logs | stop | delete
 #              stop saves and ends the run, delete gives the slice back
 # Change:  NAME, ZONE       the slice's name, and where it is
@@ -14,6 +14,13 @@
 #          SPOT=1           cheaper, and may be taken away at any time
 #          MOUNT            a command that makes a disk appear on every worker, where paths are to lie on one, e.g.
 #                           'sudo mkdir -p /mnt/runs && sudo mount -t nfs IP:/runs /mnt/runs'
+#          HF_TOKEN, WANDB_API_KEY   where set, the run gets them, in a file that its user alone can read; they are
+#                           in no command line, log or metadata. They are copied with the code, before the run starts
+#
+# Quota: a project may use no TPU until it has asked for them, Spot ones apart from the others, per zone and generation
+# (console: IAM & Admin, Quotas, service "Cloud TPU API").
+# Queued resources are of the Cloud TPU API, which has v6e and older ones; a TPU7x is had from GKE (launch/jobset.yaml)
+# or Compute Engine, whose VMs this script does not make.
 #
 # A slice's own disks go with it, and its workers share none: give gs:// paths for the work directory, the teacher and
 # the data, in a bucket of the slice's region that its service account may read and write, or a disk that MOUNT brings.
@@ -22,45 +29,99 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 name=${NAME:?expected NAME=..., the name of the slice}
 zone=${ZONE:?expected ZONE=..., where it is, e.g. europe-west4-a}
+accelerator=${ACCELERATOR:-v6e-8}
 where=(--zone="$zone")
 [[ -n ${PROJECT:-} ]] && where+=(--project="$PROJECT")
 poll_seconds=${POLL_SECONDS:-60}
+secrets=.radlads_secrets
+temporary=$(mktemp --directory)
+trap 'rm -rf "$temporary"' EXIT
+
+die() {
+    echo "error: $1" >&2
+    exit 1
+}
 
 queued() { gcloud compute tpus queued-resources "$@" "${where[@]}"; }
 on() { gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker="$1" --command="$2"; }
-state() { queued describe "$name" --format='value(state.state)' 2>/dev/null || echo NONE; }
+copy() { gcloud compute tpus tpu-vm scp "$1" "$name:$2" "${where[@]}" --worker=all; }
+
+# The slice's state, NONE where there is no such slice, or UNKNOWN: without network, permission or the API there may be
+# one, which costs money. What gcloud said of it is then in $temporary/said.
+state() {
+    if queued describe "$name" --format='value(state.state)' 2>"$temporary/said"; then
+        return
+    fi
+    # The slice by name: a zone or a project that is not found is another answer.
+    if grep -q "NOT_FOUND.*queuedResources/$name'* was not found" "$temporary/said"; then
+        echo NONE
+    else
+        echo UNKNOWN
+    fi
+}
+
+quota_hint="Where it speaks of quota or of RESOURCE_EXHAUSTED: a project's quota of TPUs is 0 until more is granted, for
+Spot apart from the others, per zone and generation (console: IAM & Admin, Quotas, service \"Cloud TPU API\")."
 
 create() {
-    local options=(--node-id="$name" --accelerator-type="${ACCELERATOR:-v6e-8}")
+    local options=(--node-id="$name" --accelerator-type="$accelerator")
     options+=(--runtime-version="${RUNTIME:-v2-alpha-tpuv6e}")
     [[ ${SPOT:-0} == 1 ]] && options+=(--spot)
-    queued create "$name" "${options[@]}"
+    queued create "$name" "${options[@]}" || die "the slice was not granted, for the reason above. $quota_hint"
 }
 
 give_back() { queued delete "$name" --force --quiet; }
 
+# A slice that FAILED costs nothing, but keeps its name and its share of the quota.
+failed() {
+    local reason fields='state.failedData.error.code, state.failedData.error.message'
+    reason=$(queued describe "$name" --format="value($fields)" 2>&1) || true
+    give_back || echo "it could not be deleted; try: NAME=$name ZONE=$zone launch/tpu_pod.sh delete" >&2
+    die "the request for the slice FAILED: ${reason:-no reason was given}
+$quota_hint"
+}
+
 await_slice() {
-    local now
+    local now first=1
     while true; do
         now=$(state)
         case $now in
             ACTIVE) return ;;
             NONE) create ;;
-            FAILED | SUSPENDED) give_back ;;
+            FAILED) failed ;;
+            SUSPENDED) give_back || echo "it could not be deleted; trying again" ;;
+            UNKNOWN)
+                cat "$temporary/said" >&2
+                ((!first)) || die "no slice was asked for: whether $name is there can't be told, for the reason above."
+                echo "the slice's state can't be told; asking again" >&2
+                ;;
             *) echo "the slice is $now" ;;
         esac
+        first=0
         sleep "$poll_seconds"
     done
 }
 
+# NAME=value of those that are set, for systemd and for nobody else: an environment that is given to systemd-run itself
+# would stand in its command line, and in the unit that every user may read.
+write_secrets() {
+    local variable value
+    (umask 077 && : >"$temporary/secrets")
+    for variable in HF_TOKEN WANDB_API_KEY; do
+        value=${!variable:-}
+        [[ $value =~ ^[[:alnum:]_.:/+=-]*$ ]] || die "$variable has characters that no token has; set it anew."
+        [[ -z $value ]] || printf '%s=%s\n' "$variable" "$value" >>"$temporary/secrets"
+    done
+}
+
 setup() {
-    local archive
-    archive=$(mktemp --suffix=.tar.gz)
-    git archive --format=tar.gz --output="$archive" HEAD
-    gcloud compute tpus tpu-vm scp "$archive" "$name":radlads_jax.tar.gz "${where[@]}" --worker=all
-    rm -f "$archive"
-    on all "${MOUNT:-true}"
-    on all 'mkdir -p radlads_jax && tar xzf radlads_jax.tar.gz -C radlads_jax && radlads_jax/launch/setup_env.sh tpu'
+    git archive --format=tar.gz --output="$temporary/code.tar.gz" HEAD &&
+        copy "$temporary/code.tar.gz" radlads_jax.tar.gz &&
+        # scp keeps the mode: nobody else can read it at any time.
+        if [[ -s $temporary/secrets ]]; then copy "$temporary/secrets" "$secrets"; fi &&
+        on all "${MOUNT:-true}" &&
+        on all 'mkdir -p radlads_jax && tar xzf radlads_jax.tar.gz -C radlads_jax' &&
+        on all "${WANDB_API_KEY:+EXTRAS=wandb }radlads_jax/launch/setup_env.sh tpu"
 }
 
 # A service, so that it outlives the connection, goes on after a signal or a crash (not after exit code 1, a mistake),
@@ -70,30 +131,75 @@ start() {
     printf -v flags ' %q' "$@"
     # shellcheck disable=SC2016 # the worker expands these
     on all 'sudo systemd-run --unit=radlads --collect --uid="$USER" --working-directory="$HOME/radlads_jax" \
+        --property=EnvironmentFile=-"$HOME/'"$secrets"'" \
         --property=Restart=on-failure --property=RestartPreventExitStatus=1 --property=RestartSec=10 \
         --property=TimeoutStopSec=600 \
         .venv/bin/python -m radlads_jax.launch --distributed=auto'"$flags"
 }
 
-# Prints active, or how the service ended; nothing where the slice can't be reached.
-service() { on 0 'systemctl is-active radlads || journalctl --unit=radlads --lines=20 --no-pager' 2>/dev/null || true; }
+# Prints active, or how the service ended; nothing where the slice can't be reached, for a reason that is then in
+# $temporary/said.
+service() {
+    on 0 'systemctl is-active radlads || journalctl --unit=radlads --lines=20 --no-pager' 2>"$temporary/said" || true
+}
+
+# While a host shuts down the service is deactivating.
+is_running() { [[ $1 == active* || $1 == activating* || $1 == deactivating* ]]; }
+may_be_there() {
+    [[ $1 != UNKNOWN ]] || echo "the slice's state can't be told: $(tail -n 1 "$temporary/said")" >&2
+    [[ $1 == ACTIVE || $1 == UNKNOWN ]]
+}
+
+# Until the service runs, or the slice is gone. A worker that can't be reached yet may be in the middle of a run.
+bring_up() {
+    local said
+    while may_be_there "$(state)"; do
+        said=$(service)
+        if is_running "$said"; then
+            return
+        elif [[ -n $said ]]; then
+            setup || die "the slice could not be set up, for the reason above. It is still there, and costs money; the
+same command tries again, and to give it back: NAME=$name ZONE=$zone launch/tpu_pod.sh delete"
+            start "$@" || die "the run could not be started, for the reason above. The slice is still there, and costs
+money; the same command tries again, and to give it back: NAME=$name ZONE=$zone launch/tpu_pod.sh delete"
+            return
+        fi
+        echo "the slice can't be reached: $(tail -n 1 "$temporary/said")" >&2
+        sleep "$poll_seconds"
+    done
+}
+
+# Until the run has ended (0) or the slice is no longer there (1).
+watch() {
+    local said
+    while may_be_there "$(state)"; do
+        sleep "$poll_seconds"
+        said=$(service)
+        # What ended with its slice goes on with the next.
+        if [[ -n $said ]] && ! is_running "$said" && may_be_there "$(state)"; then
+            echo "$said"
+            return 0
+        fi
+    done
+    return 1
+}
 
 up() {
-    (($# > 0)) || { echo "error: expected the run's flags after 'up', e.g. --config FILE --workdir DIR." >&2; exit 1; }
-    local said
+    (($# > 0)) || die "expected the run's flags after 'up', e.g. --config FILE --workdir DIR."
+    case $accelerator in
+        *7x*)
+            die "got ACCELERATOR=$accelerator; the Cloud TPU API, which this script asks, has v6e and older ones. Take
+a TPU7x from GKE (launch/jobset.yaml) or from Compute Engine, or e.g. ACCELERATOR=v6e-8."
+            ;;
+    esac
+    write_secrets
     while true; do
         await_slice
-        said=$(service)
-        [[ $said == active* || $said == activating* ]] || { setup && start "$@"; }
-        while [[ $(state) == ACTIVE ]]; do
-            sleep "$poll_seconds"
-            said=$(service)
-            if [[ -n $said && $said != active* && $said != activating* ]]; then
-                echo "$said"
-                echo "the run has ended; give the slice back with: NAME=$name ZONE=$zone launch/tpu_pod.sh delete"
-                return
-            fi
-        done
+        bring_up "$@"
+        if watch; then
+            echo "the run has ended; give the slice back with: NAME=$name ZONE=$zone launch/tpu_pod.sh delete"
+            return
+        fi
         echo "the slice was taken away; asking for another"
     done
 }
@@ -105,8 +211,5 @@ case $command in
     logs) on 0 'journalctl --unit=radlads --follow --lines=100' ;;
     stop) on all 'sudo systemctl stop radlads' ;;
     delete) give_back ;;
-    *)
-        echo "error: got '$command'; expected up, logs, stop or delete." >&2
-        exit 1
-        ;;
+    *) die "got '$command'; expected up, logs, stop or delete." ;;
 esac

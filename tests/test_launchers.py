@@ -22,6 +22,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = ("setup_env.sh", "slurm.sbatch", "three_stages.sh", "tpu_pod.sh")
 JOBSETS = ("jobset.yaml", "jobset_gpu.yaml")
+GPU = ("gpu_check.sh", "gpu_pack.sh")
+IMAGE = ("Dockerfile", "Dockerfile.dockerignore")
 # What stands in a script between the module's name and the user's own flags.
 COMMAND = re.compile(r"-m radlads_jax\.(\w+)((?:[ =\"']+(?:--[\w.]+|\"?\$\{?\w+\}?\"?|[\w./$()]+))*)")
 
@@ -48,23 +50,23 @@ def commands(name: str) -> list[tuple[str, list[str]]]:
 
 
 def test_all_of_them_are_looked_at() -> None:
-    assert sorted(path.name for path in LAUNCH.iterdir()) == sorted((*SCRIPTS, *JOBSETS))
+    assert sorted(path.name for path in LAUNCH.iterdir()) == sorted((*SCRIPTS, *GPU, *JOBSETS, *IMAGE))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", (*SCRIPTS, *GPU))
 def test_scripts_parse(name: str) -> None:
     subprocess.run(["bash", "-n", LAUNCH / name], check=True)
     assert (LAUNCH / name).stat().st_mode & stat.S_IXUSR
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", (*SCRIPTS, *GPU))
 def test_shellcheck(name: str) -> None:
     done = subprocess.run(["shellcheck", LAUNCH / name], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("name", (*SCRIPTS, *JOBSETS))
+@pytest.mark.parametrize("name", (*SCRIPTS, *GPU, *JOBSETS, IMAGE[0]))
 def test_a_header_says_how_to_run_it_and_what_to_change(name: str) -> None:
     header = re.match(r"(#.*\n)+", text(name))
     assert header and re.search(r"^# Run: ", header[0], re.M) and re.search(r"^# Change: ", header[0], re.M)
@@ -79,10 +81,11 @@ def test_commands_exist(name: str) -> None:
     assert {"config", "workdir", "distributed"} <= known
     for module, words in found:
         assert module == "launch" and words
-        assert {word[2:].partition("=")[0] for word in words} <= known
+        settings = {word for word in words if word.startswith("--config.")}
+        assert {word[2:].partition("=")[0] for word in {*words} - settings} <= known
 
 
-@pytest.mark.parametrize("name", (*SCRIPTS, *JOBSETS))
+@pytest.mark.parametrize("name", (*SCRIPTS, *GPU, *JOBSETS, *IMAGE))
 def test_files_and_settings_named_in_them_exist(name: str) -> None:
     for path in re.findall(r"\b((?:configs|launch|constraints)/[\w./-]+\w)", text(name)):
         assert (ROOT / path).exists(), path
@@ -130,10 +133,54 @@ def test_tpu_hosts_cover_the_topology() -> None:
     assert chips == job["parallelism"] * pod("jobset.yaml")["containers"][0]["resources"]["limits"]["google.com/tpu"]
 
 
+def machine_types() -> dict[str, tuple[str, int, list[str]]]:
+    """jobset.yaml's table: machine type -> (accelerator, chips, topologies)."""
+    row = re.compile(r"^# +(tpu[\w-]+) +([\w-]+) +(\d) +((?:\d+x[\dx]+(?:, )?)+)", re.M)
+    rows = row.findall(text("jobset.yaml"))
+    return {name: (kind, int(chips), re.findall(r"[\dx]+", made)) for kind, name, chips, made in rows}
+
+
+def test_tpu_machine_types_have_that_many_chips() -> None:
+    """A type's own name ends in its chips; the one that makes the node pool is the one that the pods ask for."""
+    table = machine_types()
+    assert len(table) == 6
+    assert all(name.endswith(f"-{chips}t") for name, (_, chips, _) in table.items())
+    for _, chips, topologies in table.values():
+        assert all(math.prod(map(int, made.split("x"))) % chips == 0 for made in topologies)
+    name = re.search(r"--num-nodes=(\d) \\\n# +--machine-type=([\w-]+)", text("jobset.yaml"))
+    assert name
+    accelerator, chips, topologies = table[name[2]]
+    selector = pod("jobset.yaml")["nodeSelector"]
+    assert selector["cloud.google.com/gke-tpu-accelerator"] == accelerator
+    assert selector["cloud.google.com/gke-tpu-topology"] in topologies
+    assert pod("jobset.yaml")["containers"][0]["resources"]["limits"]["google.com/tpu"] == chips
+    assert jobset("jobset.yaml")["spec"]["replicatedJobs"][0]["template"]["spec"]["parallelism"] == int(name[1])
+
+
+@pytest.mark.parametrize("name", JOBSETS)
+def test_pods_get_tokens_from_a_secret(name: str) -> None:
+    secret = pod(name)["containers"][0]["envFrom"][0]["secretRef"]
+    assert secret["optional"] and f"kubectl create secret generic {secret['name']} " in text(name)
+
+
+@pytest.mark.parametrize(("name", "devices"), [*zip(JOBSETS, ("tpu", "cuda"), strict=True)])
+def test_the_image_is_what_the_pods_expect(name: str, devices: str) -> None:
+    """The repository in their working directory, the environment where their command is."""
+    lines = dict(line.split(" ", 1) for line in text("Dockerfile").splitlines() if re.match(r"[A-Z]+ ", line))
+    assert {line.split(" ")[0] for line in text("Dockerfile").splitlines() if re.match(r"[A-Z]+ ", line)} == {*lines}
+    container = pod(name)["containers"][0]
+    assert lines["WORKDIR"] == container["workingDir"] and lines["COPY"] == ". ."
+    assert lines["RUN"].endswith('launch/setup_env.sh "$DEVICES"') and container["command"][0] == ".venv/bin/python"
+    assert container["image"].endswith(f":{devices}") and f"DEVICES={devices}" in text("Dockerfile")
+    assert (ROOT / "constraints" / "py312.txt").exists() and lines["FROM"].endswith("python:3.12-slim")
+    ignored = text("Dockerfile.dockerignore").splitlines()
+    assert {".venv*", ".git", "runs"} <= {*ignored} and "launch" not in ignored
+
+
 def test_the_gpu_coordinator_is_the_first_pod() -> None:
     whole = jobset("jobset_gpu.yaml")
     replicated, name = whole["spec"]["replicatedJobs"][0], whole["metadata"]["name"]
-    words = dict(word.split("=") for word in pod("jobset_gpu.yaml")["containers"][0]["command"][3:])
+    words = dict(word.split("=", 1) for word in pod("jobset_gpu.yaml")["containers"][0]["command"][3:])
     assert words["--coordinator"] == f"{name}-{replicated['name']}-0-0.{name}:8476"
     assert words["--num_processes"] == str(replicated["template"]["spec"]["parallelism"])
 
@@ -190,11 +237,12 @@ def test_slurm_queues_again_what_a_signal_ended(
         "SLURM_RESTART_COUNT": restarts,
         "MAX_RESTARTS": "5",
         "CONFIG": "configs/convert.py",
+        "SLURM_CPUS_PER_TASK": "32",
     }
     returned, calls, _ = run("slurm.sbatch", tmp_path, "--config.seed=1", **environ)
     assert returned == code
-    assert calls[0][:2] == ["srun", "--kill-on-bad-exit=1"]
-    assert calls[0][3:] == shlex.split(
+    assert calls[0][:3] == ["srun", "--kill-on-bad-exit=1", "--cpus-per-task=32"], "srun does not take it from sbatch"
+    assert calls[0][4:] == shlex.split(
         "-m radlads_jax.launch --distributed=auto --config configs/convert.py --workdir runs/demo --config.seed=1"
     )
     assert (["scontrol", "requeue", "77"] in calls) == again
@@ -209,53 +257,153 @@ def test_slurm_outlives_a_sigterm(tmp_path: pathlib.Path) -> None:
     assert code == 143 and "saved" in printed and ["scontrol", "requeue", "77"] in calls
 
 
+# Google's own words for a slice that is not there.
+NOT_FOUND = """ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource \
+'projects/p1/locations/z1/queuedResources/mine' was not found. This command is authenticated as somebody."""
+# odd: a test's own cases, before all others.
 GCLOUD = """
 cd {here}
 case "$*" in
-    *describe*) cat state 2>/dev/null || exit 1 ;;
+    {odd}
+    *state.failedData*) echo '8 Quota limit TPUV6EPerProjectPerZone has been exceeded. Limit: 0' ;;
+    *describe*) cat state 2>/dev/null || {{ echo {not_found} >&2; exit 1; }} ;;
     *queued-resources\\ create*) echo ACTIVE > state ;;
     *delete*) rm -f state ;;
+    *scp*secrets*) for word; do [[ ! -f $word ]] || cp --preserve=mode "$word" copied; done ;;
     *is-active*)
         if [[ -e taken ]]; then
             echo inactive
         elif [[ -e started ]]; then
             touch taken
             echo SUSPENDED > state
+        else
+            echo inactive
         fi
         ;;
     *systemd-run*) touch started ;;
 esac
 """
+TPU = {"NAME": "mine", "ZONE": "z1", "PROJECT": "p1", "POLL_SECONDS": "0", "HF_TOKEN": "", "WANDB_API_KEY": ""}
+
+
+def pod_up(directory: pathlib.Path, odd: str = "", **environ: str) -> tuple[int, list[list[str]], str]:
+    """`tpu_pod.sh up` with a gcloud that keeps a slice's state in `directory`; odd: cases before the usual ones."""
+    body = GCLOUD.format(here=shlex.quote(str(directory)), odd=odd, not_found=shlex.quote(NOT_FOUND))
+    stub(directory, "gcloud", body)
+    flags_given = ("--config", "configs/convert.py", "--config.data.path=a b")
+    return run("tpu_pod.sh", directory, "up", *flags_given, **(TPU | environ))
+
+
+def happened(calls: list[list[str]]) -> list[str]:
+    """What was done to slices, in order."""
+    verbs = ("queued-resources create", "queued-resources delete", " scp ", "mount it", "setup_env.sh tpu")
+    return [verb for call in calls for verb in (*verbs, "systemd-run") if verb in " ".join(call)]
 
 
 def test_tpu_pod_asks_again_for_a_slice_that_was_taken(tmp_path: pathlib.Path) -> None:
     """Two slices: the first is taken away in the middle of the run, on the second it ends."""
-    stub(tmp_path, "gcloud", GCLOUD.format(here=shlex.quote(str(tmp_path))))
-    environ = {"NAME": "mine", "ZONE": "z1", "PROJECT": "p1", "SPOT": "1", "POLL_SECONDS": "0", "MOUNT": "mount it"}
-    flags_given = ("--config", "configs/convert.py", "--config.data.path=a b")
-    code, calls, printed = run("tpu_pod.sh", tmp_path, "up", *flags_given, **environ)
+    code, calls, printed = pod_up(tmp_path, SPOT="1", MOUNT="mount it")
     assert code == 0, printed
-    joined = [" ".join(call) for call in calls]
-    verbs = (
-        "queued-resources create",
-        "queued-resources delete",
-        " scp ",
-        "mount it",
-        "setup_env.sh tpu",
-        "systemd-run",
-    )
-    happened = [verb for call in joined for verb in verbs if verb in call]
     once = ["queued-resources create", " scp ", "mount it", "setup_env.sh tpu", "systemd-run"]
-    assert happened == [*once, "queued-resources delete", *once]
+    assert happened(calls) == [*once, "queued-resources delete", *once]
     assert "the slice was taken away" in printed and "the run has ended" in printed
     created = next(call for call in calls if "create" in call)
     assert {"--node-id=mine", "--zone=z1", "--project=p1", "--spot", "--accelerator-type=v6e-8"} <= set(created)
     started = next(call for call in calls if any("systemd-run" in word for word in call))
     assert "--worker=all" in started
+    assert not any("EXTRAS" in str(call) for call in calls)
     remote = next(word for word in started if word.startswith("--command=")).removeprefix("--command=")
     words = shlex.split(remote)
-    assert words[words.index("radlads_jax.launch") + 1 :] == ["--distributed=auto", *flags_given]
+    given = ["--config", "configs/convert.py", "--config.data.path=a b"]
+    assert words[words.index("radlads_jax.launch") + 1 :] == ["--distributed=auto", *given]
     assert "--property=RestartPreventExitStatus=1" in words
+
+
+def test_tpu_pod_hands_tokens_over_in_a_file_alone(tmp_path: pathlib.Path) -> None:
+    code, calls, printed = pod_up(tmp_path, HF_TOKEN="hf_secret", WANDB_API_KEY="key-secret")
+    assert code == 0, printed
+    assert (tmp_path / "copied").read_text() == "HF_TOKEN=hf_secret\nWANDB_API_KEY=key-secret\n"
+    assert "EXTRAS=wandb radlads_jax/launch/setup_env.sh tpu" in str(calls)
+    assert stat.S_IMODE((tmp_path / "copied").stat().st_mode) == 0o600
+    assert "secret" not in re.sub("secrets", "", printed + str(calls)), "in a command line or printed"
+    target = next(call for call in calls if call[-1] == "--worker=all" and call[5].endswith("/secrets"))[6]
+    assert f'EnvironmentFile=-"$HOME/{target.partition(":")[2]}"' in str(calls)
+    local = next(call for call in calls if "scp" in call)[5]
+    assert not pathlib.Path(local).parent.exists(), "nothing is left behind on this machine"
+
+
+def test_tpu_pod_asks_for_no_slice_where_there_may_be_one(tmp_path: pathlib.Path) -> None:
+    denied = "*describe*) echo 'ERROR: PERMISSION_DENIED: the zone z1 was not found' >&2; exit 1 ;;"
+    code, calls, printed = pod_up(tmp_path, denied)
+    assert code == 1 and happened(calls) == [] and "PERMISSION_DENIED" in printed
+
+
+def test_tpu_pod_keeps_its_slice_while_the_state_can_not_be_told(tmp_path: pathlib.Path) -> None:
+    """The network fails twice in the middle of a run."""
+    odd = """*value\\(state.state*) [[ ! -e started || -e twice ]] || {
+        if [[ -e once ]]; then touch twice; else touch once; fi
+        echo 'ERROR: no route to host' >&2
+        exit 1
+    } ;;&
+    *is-active*) if [[ -e twice || ! -e started ]]; then echo inactive; else echo active; fi ;;"""
+    code, calls, printed = pod_up(tmp_path, odd)
+    assert code == 0 and "the run has ended" in printed, printed
+    assert printed.count("no route to host") == 2
+    assert happened(calls) == ["queued-resources create", " scp ", "setup_env.sh tpu", "systemd-run"]
+
+
+def test_tpu_pod_ends_where_the_request_failed(tmp_path: pathlib.Path) -> None:
+    code, calls, printed = pod_up(tmp_path, "*queued-resources\\ create*) echo FAILED > state ;;")
+    assert code == 1 and "TPUV6EPerProjectPerZone" in printed and "quota of TPUs is 0" in printed
+    assert happened(calls) == ["queued-resources create", "queued-resources delete"]
+
+
+def test_tpu_pod_says_what_a_refused_request_may_lack(tmp_path: pathlib.Path) -> None:
+    code, calls, printed = pod_up(tmp_path, "*queued-resources\\ create*) echo RESOURCE_EXHAUSTED >&2; exit 1 ;;")
+    assert code == 1 and "RESOURCE_EXHAUSTED" in printed and "quota of TPUs is 0" in printed
+    assert happened(calls) == ["queued-resources create"]
+
+
+def test_tpu_pod_starts_nothing_on_a_slice_that_was_not_set_up(tmp_path: pathlib.Path) -> None:
+    code, calls, printed = pod_up(tmp_path, "*scp*) echo 'scp: connection lost' >&2; exit 1 ;;")
+    assert code == 1 and "could not be set up" in printed
+    assert happened(calls) == ["queued-resources create", " scp "]
+
+
+def pythons(directory: pathlib.Path, version: str, *, venv: bool, pip: bool) -> None:
+    """Stand-ins for every python3 that setup_env.sh tries: of this version, with or without venv and pip."""
+    number = tuple(map(int, version.split(".")))
+    body = f"""case "$*" in
+        *'sys.exit(sys.version_info < (3, 11))'*) exit {int(number < (3, 11))} ;;
+        *'print("python'*) echo python{version} ;;
+        *'import venv'*) exit {int(not venv)} ;;
+        *'-m pip'*uv) {"mkdir -p .cache/setup_env/bin" if pip else "exit 1"} ;;
+        *) exit 3 ;;
+    esac"""
+    for name in ("python3", "python3.11", "python3.12", "python3.13"):
+        stub(directory, name, body)
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [("3.12", "sudo apt-get install python3.12-venv"), ("3.10", "is no Python 3.11 or newer")],
+    ids=["Ubuntu 24.04", "Ubuntu 22.04"],
+)
+def test_setup_says_what_to_install(tmp_path: pathlib.Path, version: str, said: str) -> None:
+    """Where the system's Python has no venv and uv can not be had."""
+    pythons(tmp_path, version, venv=False, pip=False)
+    stub(tmp_path, "uv", "exit 1")
+    code, calls, printed = run("setup_env.sh", tmp_path, "cpu", VENV=str(tmp_path / "venv"))
+    assert code == 1 and said in printed and "Traceback" not in printed
+    assert not (tmp_path / "venv").exists() and not any("--clear" in call for call in calls)
+
+
+def test_setup_works_without_venv_where_uv_is_at_hand(tmp_path: pathlib.Path) -> None:
+    pythons(tmp_path, "3.12", venv=False, pip=False)
+    stub(tmp_path, "uv", f"[[ $2 == install ]] || echo {shlex.quote(str(tmp_path / 'own'))}")
+    stub(tmp_path, "own", "exit 7")
+    code, calls, _ = run("setup_env.sh", tmp_path, "cpu", VENV=str(tmp_path / "venv"))
+    assert code == 7 and calls[-1] == ["own", "-m", "venv", "--clear", str(tmp_path / "venv")]
 
 
 @pytest.mark.parametrize(
@@ -266,6 +414,8 @@ def test_tpu_pod_asks_again_for_a_slice_that_was_taken(tmp_path: pathlib.Path) -
         ("tpu_pod.sh", ("up",), {"NAME": "a", "ZONE": "b"}, "expected the run's flags"),
         ("tpu_pod.sh", ("fly",), {"NAME": "a", "ZONE": "b"}, "expected up, logs, stop or delete"),
         ("tpu_pod.sh", ("up",), {"NAME": ""}, "expected NAME="),
+        ("tpu_pod.sh", ("up", "-x"), {"NAME": "a", "ZONE": "b", "ACCELERATOR": "tpu7x-8"}, "has v6e and older ones"),
+        ("tpu_pod.sh", ("up", "-x"), {"NAME": "a", "ZONE": "b", "HF_TOKEN": "a b"}, "HF_TOKEN has characters"),
     ],
 )
 def test_what_is_refused(

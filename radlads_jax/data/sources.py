@@ -283,7 +283,8 @@ def _load_hf(source: Source) -> datasets.Dataset | datasets.IterableDataset:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"the Hugging Face dataset {source.path} (config {source.config}, split {source.split}) cannot be opened: "
-            f"{reason} Expected a directory that save_to_disk wrote or a dataset on the hub; check the name."
+            f"{reason} Expected a directory that save_to_disk wrote or a dataset on the hub; check the name, "
+            "and set HF_TOKEN for a gated one."
         ) from error
     if isinstance(data, datasets.DatasetDict):
         if source.split not in data:

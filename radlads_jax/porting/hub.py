@@ -167,11 +167,30 @@ def _downloaded(model_id: str, revision: str | None, *, weights: bool = True) ->
         return _fetched(model_id, revision, indexed_files(snapshot / INDEX_FILE) if has_index else ["*.safetensors"])
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if _is_refused(error):
+            raise ValueError(
+                f"the hub refused {model_id!r} ({reason}); expected a model that this account may read. Accept a gated "
+                "model's terms on its page, and give an access token of the same account (huggingface.co, Settings, "
+                "Access Tokens): HF_TOKEN=hf_... in the environment of every host, or `hf auth login` on this one. "
+                f"Now {_token_said()}. Without an account, check the name: the hub says the same of one that it lacks."
+            ) from error
         raise ValueError(
             f"{model_id!r} is no existing directory and could not be downloaded from the hub ({reason}); expected a "
-            "model that exists there and can be reached. Check the name and the network, log in for a gated model, or "
-            "download it elsewhere and give the directory."
+            "model that exists there and can be reached. Check the name and the network, set HF_TOKEN for a gated "
+            "model, or download it elsewhere and give the directory."
         ) from error
+
+
+def _is_refused(error: BaseException) -> bool:
+    """Whether the hub answered, and did not let this account have the model."""
+    response = getattr(error, "response", None)
+    return isinstance(error, huggingface_hub.errors.RepositoryNotFoundError) or (
+        getattr(response, "status_code", None) in (401, 403)
+    )
+
+
+def _token_said() -> str:
+    return "there is a token, which may not read it" if huggingface_hub.get_token() else "there is no token"
 
 
 def _fetched(model_id: str, revision: str | None, patterns: Sequence[str]) -> Path:

@@ -1,8 +1,10 @@
 import json
+import sys
 
 import pytest
 import tokenizers
 import transformers
+from huggingface_hub import errors
 
 from radlads_jax.data import prepare, sources
 from radlads_jax.data.tokenise import Framing
@@ -55,6 +57,25 @@ def test_an_id_that_cannot_be_reached(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"'no-organisation/no-model'.*could not be downloaded") as raised:
         hub.resolve_model_dir("no-organisation/no-model")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("token", "said"), [("", "there is no token"), ("hf_secret", "there is a token")])
+@pytest.mark.parametrize(("kind", "status"), [("GatedRepoError", 403), ("RepositoryNotFoundError", 401)])
+def test_a_refused_download_names_the_token(monkeypatch, kind, status, token, said):
+    """The variable, and never its value."""
+    http = sys.modules[errors.Response.__module__.partition(".")[0]]
+    answer = http.Response(status, request=http.Request("GET", "https://hub.test/api/models/organisation/gated"))
+
+    def refuse(*args, **kwargs):
+        raise getattr(errors, kind)(f"{status} Client Error.\nCannot access it.", response=answer)
+
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("HF_TOKEN_PATH", "/none")
+    with pytest.raises(ValueError, match=r"HF_TOKEN") as raised:
+        hub.resolve_model_dir("organisation/gated")
+    assert "organisation/gated" in str(raised.value) and str(status) in str(raised.value)
+    assert said in str(raised.value) and "secret" not in str(raised.value)
 
 
 SMALL = ["config.json", "tokenizer.model", "merges.txt", "vocab.json", "chat_template.jinja"]

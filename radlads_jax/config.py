@@ -47,7 +47,7 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """mixer: "rad_rwkv6", "rad_rwkv7", "gdn" or "attention" (no conversion). attention_layers keep softmax attention.
+    """mixer: "rad_rwkv6", "rad_rwkv7", "gdn", "window" or "attention" (no conversion). attention_layers keep softmax.
     attention_every: N keeps every N-th layer, those with (i + 1) % N == 0, in place of attention_layers; 0 = off.
 
     use_rope, token_shift, group_norm, balance_state: None = the mixer's published choice; gate: "" = the same, else

@@ -1,10 +1,12 @@
 """Scores of a student beside its teacher: lm-eval's tasks, the paper's suite among them, and long-context probes.
 
-python -m radlads_jax.evaluate --model DIR [--teacher DIR] [--tasks radlads|name,...|file.yaml] [--limit N] [--probes]
+python -m radlads_jax.evaluate --model DIR [--teacher DIR [--control]] [--tasks radlads|recall|name,...|file.yaml]
+                               [--limit N] [--probes]
 
 Writes evaluation.json and evaluation.md into --output or else beside the model; a run's report draws the probes.
 """
 
+import dataclasses
 import json
 import logging
 from typing import Any
@@ -12,7 +14,8 @@ from typing import Any
 from absl import flags
 
 from radlads_jax.decoding.loaded import DTYPES
-from radlads_jax.evaluation.model_scores import evaluate_model, output_directory
+from radlads_jax.evaluation.model_scores import check_models, evaluate_models, output_directory, wants_probes
+from radlads_jax.evaluation.probe_scores import DEFAULT_SAMPLES
 from radlads_jax.evaluation.probes import DEFAULT_LENGTHS
 from radlads_jax.evaluation.table import as_markdown
 from radlads_jax.evaluation.task_code import check_task_code
@@ -25,15 +28,19 @@ def define_flags(values: flags.FlagValues) -> None:
     put: Any = {"flag_values": values}
     flags.DEFINE_string("model", None, "The student's directory, its run's, or a hub id.", **put)
     flags.DEFINE_string("teacher", None, "The teacher's.", **put)
-    flags.DEFINE_list("tasks", [], "lm-eval tasks and task files; radlads: the paper's suite.", **put)
+    control = "Beside them the untrained control: the teacher with 4 sinks and 64 keys where the student is converted."
+    flags.DEFINE_boolean("control", False, control, **put)
+    suites = "radlads: the paper's suite; recall: the probes with an answer."
+    flags.DEFINE_list("tasks", [], f"lm-eval tasks and task files; {suites}", **put)
     flags.DEFINE_bool("trust_task_code", False, "Let task files run the Python code that they name.", **put)
     flags.DEFINE_float("limit", None, "Documents of every task; below 1: their share.", **put)
     flags.DEFINE_integer(
         "num_fewshot", None, "Examples in the prompt. Default: each task's own, mostly none.", lower_bound=0, **put
     )
-    flags.DEFINE_boolean("probes", False, "Run the long-context probes.", **put)
+    flags.DEFINE_boolean("probes", False, "Run the long-context probes, and the loss by position.", **put)
     flags.DEFINE_list("probe_lengths", [str(n) for n in DEFAULT_LENGTHS], "Their contexts, in tokens.", **put)
-    flags.DEFINE_integer("probe_samples", 4, "How many of each probe and length.", **put)
+    samples = "How many of each probe and length up to 4096; fewer of longer ones, at least 8 of them."
+    flags.DEFINE_integer("probe_samples", DEFAULT_SAMPLES, samples, **put)
     flags.DEFINE_string("probe_text", None, "A text file for the loss by position. Default: made-up tales.", **put)
     flags.DEFINE_integer("seed", 0, "Of the probes.", lower_bound=0, **put)
     flags.DEFINE_integer("batch_size", 8, "Rows that are read at once.", **put)
@@ -53,18 +60,24 @@ def main(values: flags.FlagValues) -> None:
     for name in ("batch_size", "probe_samples"):
         if getattr(values, name) < 1:
             raise ValueError(f"{name} is {getattr(values, name)}; expected at least 1. Change --{name}.")
+    if values.control and values.teacher is None:
+        raise ValueError("--control is made of the teacher's weights; expected --teacher DIR beside it.")
     directory = output_directory(values.model, values.output)
     if not values.trust_task_code:
         check_task_code(expand_tasks(values.tasks))
-    tasks = load_tasks(expand_tasks(values.tasks)) if values.tasks else {}
+    check_models(values)
+    names = expand_tasks(values.tasks)
+    tasks = load_tasks(names) if names else {}
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    models = {"teacher": values.teacher, "student": values.model}
-    found = {role: evaluate_model(role, path, tasks, values) for role, path in models.items() if path is not None}
+    found = evaluate_models(tasks, values)
     cfg, scores, _ = found["student"]
     result = {"model": values.model, "teacher": values.teacher, "limit": values.limit, "dtype": cfg.dtype}
-    result |= compare(cfg, scores, found["teacher"][1] if "teacher" in found else None)
-    if values.probes:
-        result["probes"] = {role: probes for role, (_, _, probes) in found.items()}
+    teacher, control = (found[role].scores if role in found else None for role in ("teacher", "control"))
+    result |= compare(cfg, scores, teacher, control)
+    if "control" in found:
+        result["control"] = dataclasses.asdict(found["control"].cfg.mixer)
+    if wants_probes(values):
+        result["probes"] = {role: measured.probes for role, measured in found.items()}
     page = as_markdown(result)
     storage.write_text(directory / "evaluation.json", json.dumps(result, indent=2) + "\n")
     storage.write_text(directory / "evaluation.md", page)

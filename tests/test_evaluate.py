@@ -1,5 +1,6 @@
 """Scores of tokens against full forward passes, the adapter against lm-eval's own model, and the command line."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -12,7 +13,7 @@ from untrained import random_params, save_tokenizer
 from radlads_jax import evaluate
 from radlads_jax.data import synthetic
 from radlads_jax.decoding.loaded import load_model
-from radlads_jax.evaluation import paper, table
+from radlads_jax.evaluation import control, model_scores, paper, table
 from radlads_jax.evaluation import tasks as suite
 from radlads_jax.evaluation.scoring import padded_width, score_rows
 from radlads_jax.models import MIXERS, ModelConfig, bind
@@ -85,6 +86,7 @@ def test_published_scores_are_those_of_the_same_shape():
 
 def test_suite_stands_for_the_papers_tasks():
     assert suite.expand_tasks(["sciq", "radlads", "mmlu"]) == ["sciq", *paper.SUITE]
+    assert suite.expand_tasks(["recall", "sciq"]) == ["sciq"]
     assert [task.metric for task in paper.SUITE.values()].count("acc_norm") == 2
 
 
@@ -107,6 +109,10 @@ def test_comparison_and_its_page():
     assert "| arc_easy | acc | 40 | 25.0 | 75.0 ± 1.0 | 60.0 ± 1.0 | 70.0 | 81.5 | 81.7 | 100.4 |" in page
     assert "| text | word_perplexity | 40 |  | 17.12 | 17.12 |  |  |  |  |" in page
     assert "Mean relative score: 97.5" in page and "first 40 documents" in page
+    beside = suite.compare(student, scores, teacher, {"arc_easy": result_of(0.3), "lambada_openai": result_of(0.1)})
+    page = table.as_markdown({"model": "S", "teacher": "T", "control": {"sinks": 4, "window": 64}} | beside)
+    assert "| arc_easy | acc | 40 | 25.0 | 75.0 ± 1.0 | 30.0 ± 1.0 | 60.0 ± 1.0 | 70.0 |" in page
+    assert "the first 4 and the latest 64 keys" in page
     alone = suite.compare(STUDENT, scores, None)
     assert alone["mean_relative"] is None and "published" not in alone["tasks"]["arc_easy"]
 
@@ -126,11 +132,78 @@ def command_line(*arguments: str) -> flags.FlagValues:
         (["--model=x", "--probes", "--probe_lengths=5,many"], "--probe_lengths has many"),
         (["--model=x", "--probes", "--batch_size=0"], "batch_size is 0"),
         (["--model=org/name", "--probes"], "beside which nothing can be written"),
+        (["--model=x", "--tasks=recall", "--control"], "--control is made of .* --teacher DIR"),
     ],
 )
 def test_refusals(arguments, message):
     with pytest.raises(ValueError, match=message):
         evaluate.main(command_line(*arguments))
+
+
+def test_the_control_is_the_teachers_weights_behind_a_window(directories):
+    teacher = load_model(directories["teacher"], dtype="float32", beside=HYBRID)
+    made = control.control_of(teacher, HYBRID)
+    assert made.params is teacher.params and made.cfg.layer_mixers == ("attention", "window")
+    tokens = np.random.default_rng(0).integers(0, 300, (1, 100))
+    seen, whole = (np.asarray(bind(m.cfg, m.params).hidden(tokens)[0]) for m in (made, teacher))
+    # 64 keys and the sinks are all there is for the first tokens, and not for the last.
+    np.testing.assert_allclose(seen[:, :68], whole[:, :68], rtol=2e-4, atol=2e-5)
+    assert np.abs(seen[:, 80:] - whole[:, 80:]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "words"),
+    [
+        (TEACHER, TEACHER, "--model has softmax attention in all layers"),
+        (STUDENT, STUDENT, "layers of rad_rwkv7 itself"),
+        (dataclasses.replace(TEACHER, stacks=(("attention", 3),)), STUDENT, "3 layers and --model 2"),
+    ],
+)
+def test_a_control_of_other_models_is_refused(teacher, student, words):
+    with pytest.raises(ValueError, match=words):
+        control.check_control(teacher, student)
+
+
+def answers(generated: list[float], low: list[float]) -> dict:
+    """A probe's results of two lengths, as `run_probes` gives them."""
+    interval = [[x, 1.0] for x in low]
+    counts = {"lengths": [512, 1024], "samples": [32, 32], "chance": [0.1, 0.1]}
+    return counts | {"generated": generated, "interval": interval, "accuracy": generated}
+
+
+def test_the_recall_suite_with_the_control(directories, tmp_path, monkeypatch, capsys):
+    """Its place in the page, with every part that is asked for; what the models answer is made up."""
+    found = {
+        "attention": answers([0.9, 0.2], [0.75, 0.08]),
+        "window": answers([0.2, 0.1], [0.1, 0.0]),
+        "rad_rwkv7": answers([0.5, 0.2], [0.3, 0.1]),
+    }
+    asked = []
+
+    def probed(model, **options):
+        asked.append((model.cfg.layer_mixers[0], options["by_position"], options["samples"]))
+        return {"recall": found[model.cfg.layer_mixers[0]]}
+
+    monkeypatch.setattr(model_scores, "run_probes", probed)
+    models = [f"--model={directories['student']}", f"--teacher={directories['teacher']}", f"--output={tmp_path}"]
+    evaluate.main(command_line(*models, "--tasks=recall", "--control", "--probe_lengths=1024,512"))
+    assert asked == [("attention", False, 32), ("window", False, 32), ("rad_rwkv7", False, 32)]
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert result["control"] == {"sinks": 4, "window": 64} and list(result["probes"]) == [
+        "teacher",
+        "control",
+        "student",
+    ]
+    page = capsys.readouterr().out
+    assert "| control | 20.0 (10 to 100) | 10.0 (0 to 100) |" in page and "| chance | 10.0 | 10.0 |" in page
+    # (0.5 - 0.1) / (0.9 - 0.1), and a teacher whose interval reaches down to chance.
+    assert "| relative | 50.0 | teacher at the floor |" in page
+
+
+def test_lengths_are_looked_at_before_a_model_is_loaded(directories, monkeypatch):
+    monkeypatch.setattr(model_scores, "load_model", lambda *args, **options: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match="a probe of 60 tokens has no room"):
+        evaluate.main(command_line(f"--model={directories['student']}", "--tasks=recall", "--probe_lengths=1024,60"))
 
 
 def test_lm_eval_is_asked_for(monkeypatch):

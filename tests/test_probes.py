@@ -1,13 +1,16 @@
 """The probes' contexts are as described, a model that knows the answers passes them, and the picture is drawn."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from untrained import save_tokenizer
 
+from radlads_jax.decoding.generation import Step
 from radlads_jax.decoding.loaded import Model
-from radlads_jax.evaluation import probes
+from radlads_jax.evaluation import probe_scores, probes
 from radlads_jax.evaluation.probes import Text
 from radlads_jax.evaluation.scoring import Score
 from radlads_jax.models import MIXERS, ModelConfig, abstract_params
@@ -68,6 +71,27 @@ def test_copy(tokenizer):
     assert example.ids[1 : 1 + half] == example.ids[1 + half :] and example.start == 2 + half
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_variables(tokenizer, seed):
+    example = probes.variables(Text(tokenizer, seed), 1000)
+    context, answer = parts(tokenizer, example)
+    asked = context.split("The value of VAR ")[-1].split(" is")[0]
+    (first,) = re.findall(rf" VAR {asked} = VAR (\w+)\.", context)
+    assert len(example.ids) == 1000 and f" VAR {first} = {answer.strip()}." in context
+    assert len(re.findall(r" VAR \w+ = \d+\.", context)) == probes.CHAINS and example.chance == 1 / probes.CHAINS
+
+
+@pytest.mark.parametrize("length", [401, 4000])
+def test_copied_tokens_are_all_different(tokenizer, length):
+    text = Text(tokenizer, 0)
+    example = probes.copy_tokens(text, length)
+    answer = example.ids[example.start :]
+    assert len(example.ids) == length and len(set(answer)) == len(answer)
+    assert len(answer) == min((length - 1) // 2, len(text.ordinary)) - 1
+    assert answer == example.ids[example.start - len(answer) - 1 : example.start - 1]
+    assert not set(answer) & set(tokenizer.all_special_ids) and example.chance == 1 / len(answer)
+
+
 def test_needles_stand_everywhere(tokenizer):
     places = []
     for seed in range(40):
@@ -79,6 +103,18 @@ def test_needles_stand_everywhere(tokenizer):
 def test_too_short_a_probe_is_refused(tokenizer):
     with pytest.raises(ValueError, match="a probe of 40 tokens has no room"):
         probes.passkey(Text(tokenizer, 0), 40)
+    probes.check_lengths(tokenizer, [4000, 600])
+    with pytest.raises(ValueError, match="a probe of 120 tokens has no room"):
+        probes.check_lengths(tokenizer, [4000, 120])
+
+
+def test_intervals():
+    # Of Wilson's formula: 5 of 10, 0 of 32, 32 of 32.
+    assert probe_scores.wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert probe_scores.wilson(0.0, 32) == pytest.approx((0.0, 0.1072), abs=1e-4)
+    assert probe_scores.wilson(1.0, 32) == pytest.approx((0.8928, 1.0), abs=1e-4)
+    assert [probe_scores.samples_of(n, 32) for n in (512, 4096, 8192, 32768)] == [32, 32, 16, 8]
+    assert probe_scores.samples_of(32768, 2) == 2
 
 
 def test_text_of_a_file(tokenizer, tmp_path):
@@ -91,28 +127,51 @@ def test_text_of_a_file(tokenizer, tmp_path):
 
 
 def test_right_answers_are_counted(model, monkeypatch):
-    """A scorer that finds the tokens at even places of an answer, and every token of answers of one token."""
+    """A scorer that finds the tokens at even places of an answer, and a model that says the same two things always."""
 
     def scored(cfg, params, rows, starts, batch_size):
         del cfg, params, batch_size
         counts = [len(row) - start for row, start in zip(rows, starts, strict=True)]
         return [Score(-np.arange(n, dtype=np.float32), np.arange(n) % 2 == 0) for n in counts]
 
-    monkeypatch.setattr(probes, "score_rows", scored)
-    results = probes.run_probes(model, lengths=[1024, 600], samples=2)
-    assert results["passkey"] == {"lengths": [600, 1024], "accuracy": [0.0, 0.0]}
+    def said(model, prompts, *, max_tokens):
+        del max_tokens
+        yield Step([" 3"] * len(prompts), [prompt[1:2] for prompt in prompts])
+        yield Step([" or"] * len(prompts), [[0] for _ in prompts])
+
+    monkeypatch.setattr(probe_scores, "score_rows", scored)
+    monkeypatch.setattr(probe_scores, "generate", said)
+    results = probe_scores.run_probes(model, lengths=[1024, 600], samples=40, batch_size=7)
+    assert results["passkey"]["lengths"] == [600, 1024] and results["passkey"]["samples"] == [40, 40]
+    assert results["passkey"]["accuracy"] == results["passkey"]["generated"] == [0.0, 0.0]
     assert results["copy"]["accuracy"] == pytest.approx([0.5, 0.5], abs=0.01)
+    # Always 3, as about one answer in ten is.
+    assert results["recall"]["chance"] == pytest.approx([0.1, 0.1])
+    for share, (low, high) in zip(results["recall"]["generated"], results["recall"]["interval"], strict=True):
+        assert 0 < share < 0.3 and low < share < high
     losses = results["loss_by_position"]
     assert losses["positions"] == [16, 32, 64, 128, 256, 512, 1023]
     assert losses["loss"] == pytest.approx([7.5, 23.5, 47.5, 95.5, 191.5, 383.5, 767])
 
 
+@pytest.mark.parametrize(
+    ("text", "right"), [(" 52", 1), ("52.", 1), (" 52 is", 1), (" 523", 0), (" 5", 0), (" is 52", 0), ("", 0)]
+)
+def test_a_generated_answer_is_the_whole_number(model, text, right):
+    assert probe_scores._begins_with(model, text, model.tokenizer(" 52")["input_ids"]) == right
+
+
+def test_a_generated_copy_counts_tokens_in_their_places():
+    assert probe_scores._same_tokens([4, 5, 9, 7], [4, 5, 6, 7]) == 0.75
+    assert probe_scores._same_tokens([4], [4, 5]) == 0.5 and probe_scores._same_tokens([], [4, 5]) == 0
+
+
 def test_a_models_probes(model):
     options = {"lengths": [1100], "samples": 1}
     lines: list[str] = []
-    results = probes.run_probes(model, log=lines.append, **options)
+    results = probe_scores.run_probes(model, log=lines.append, **options)
     assert set(results) == {*probes.PROBES, "loss_by_position"} and len(lines) == len(probes.PROBES)
     # An untrained model knows nothing: it finds all of the vocabulary about as likely.
     assert results["loss_by_position"]["loss"] == pytest.approx([np.log(300)] * 8, rel=0.1)
-    assert results["passkey"]["accuracy"] == [0.0]
-    assert results == probes.run_probes(model, **options)
+    assert results["passkey"]["accuracy"] == results["passkey"]["generated"] == [0.0]
+    assert results == probe_scores.run_probes(model, **options)

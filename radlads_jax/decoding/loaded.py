@@ -61,11 +61,18 @@ class Model:
         return ids
 
 
-def load_model(path: str | os.PathLike, *, dtype: str | None = None, for_decoding: bool = False) -> Model:
+def load_model(
+    path: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    for_decoding: bool = False,
+    beside: ModelConfig | None = None,
+) -> Model:
     """The model of a Hugging Face directory, of a hub id, or of a run's directory (its export/).
 
     dtype: of parameters and arithmetic, default bfloat16 on accelerators and float32 on a CPU. for_decoding: layers
-    unrolled where that makes single tokens faster. Raises ValueError for what is no model.
+    unrolled where that makes single tokens faster. beside: a student, at whose boundaries this softmax model is
+    cut into stacks. Raises ValueError for what is no model.
     """
     backend.require()
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -73,12 +80,18 @@ def load_model(path: str | os.PathLike, *, dtype: str | None = None, for_decodin
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}. Change --dtype.")
     directory = model_directory(path)
     cfg = dataclasses.replace(model_config_from_hf(read_config(directory)), dtype=dtype, param_dtype=dtype)
+    cfg = cfg if beside is None else cfg.as_teacher_of(beside)
     # On a TPU the products read their layer's weights inside the stack.
     if for_decoding and jax.default_backend() != "tpu":
         cfg = unrolled(cfg)
     tokenizer = load_tokenizer(directory)
     check_tokenizer(tokenizer, cfg)
     return Model(directory, cfg, load_params(directory, cfg), tokenizer, stop_ids(directory, tokenizer))
+
+
+def read_model_config(path: str | os.PathLike) -> ModelConfig:
+    """The dimensions of what `load_model` loads."""
+    return model_config_from_hf(read_config(model_directory(path)))
 
 
 def model_directory(path: str | os.PathLike) -> AnyPath:

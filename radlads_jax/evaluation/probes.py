@@ -1,24 +1,23 @@
-"""Long-context probes that need no download: pass key, one needle of many, recall, copying, loss by position.
+"""Long-context probes that need no download: pass key, one needle of many, recall, variables, copying, plain text.
 
-Contexts are put together from token ids, so that their lengths are known, and scored without generating: an answer is
-right when each of its tokens is the most likely one after those before it.
+Contexts are put together from token ids, so that their lengths are known.
 """
 
 import dataclasses
+import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from radlads_jax.data import synthetic
-from radlads_jax.decoding.loaded import Model
-from radlads_jax.evaluation.scoring import score_rows
 from radlads_jax.system import storage
 
 DEFAULT_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 NEEDLES = 8
-# Bins of the loss by position, each twice as wide as the one before it.
-_FIRST_BIN = 16
+# Variables that are set to a number, each of which one other variable is then set to.
+CHAINS = 4
 
 _FILLER = (
     " The grass is green.",
@@ -31,7 +30,7 @@ _CITIES = (
     *("London", "Paris", "Berlin", "Madrid", "Rome", "Vienna", "Athens", "Dublin"),
     *("Cairo", "Lagos", "Tokyo", "Delhi", "Lima", "Oslo", "Sydney", "Boston"),
 )
-_WORDS = (
+WORDS = (
     *("apple", "river", "stone", "cloud", "horse", "table", "music", "garden", "winter", "silver"),
     *("window", "forest", "letter", "bridge", "market", "candle", "island", "mirror", "summer", "shadow"),
     *("bottle", "flower", "engine", "planet", "basket", "carpet", "doctor", "finger", "hammer", "jacket"),
@@ -40,11 +39,16 @@ _WORDS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class _Example:
-    """A row of tokens, and where its answer begins."""
+class Example:
+    """A row of tokens, and where its answer begins; chance: how often one is right who always gives the same answer.
+
+    That is one in the number of answers that the context (or the task) offers; for copying, the answer's most frequent
+    token.
+    """
 
     ids: list[int]
     start: int
+    chance: float = 0.0
 
 
 class Text:
@@ -66,11 +70,19 @@ class Text:
         ids = self.ids("".join(_FILLER))
         return (ids * (length // len(ids) + 1))[:length]
 
+    @functools.cached_property
+    def ordinary(self) -> np.ndarray:
+        """The ids of the tokens that stand for text."""
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
+        return np.asarray([i for i in range(len(self.tokenizer)) if i not in special])
+
     def number(self) -> str:
         return str(self.rng.integers(10_000, 99_999))
 
-    def hidden_in(self, length: int, needles: Sequence[str], question: str, answer: str) -> _Example:
-        """The needles at random places of filler, then the question and its answer; `length` tokens in all.
+    def hidden_in(
+        self, length: int, needles: Sequence[str], question: str, answer: str, chance: float = 1e-5
+    ) -> Example:
+        """The needles at random places of filler, in order, then the question and its answer; `length` tokens in all.
 
         Raises ValueError where they leave no room for any filler.
         """
@@ -89,60 +101,104 @@ class Text:
             ids += filler[last:place] + part
             last = place
         ids += filler[last:] + end
-        return _Example(ids + answer_ids, len(ids))
+        return Example(ids + answer_ids, len(ids), chance)
 
 
-def passkey(text: Text, length: int) -> _Example:
+def passkey(text: Text, length: int) -> Example:
     """One number hidden in `length` tokens."""
     number = text.number()
     needle = f" The pass key is {number}. Remember it. {number} is the pass key."
     return text.hidden_in(length, [needle], " What is the pass key? The pass key is", f" {number}")
 
 
-def multi_key(text: Text, length: int) -> _Example:
+def multi_key(text: Text, length: int) -> Example:
     """The number of one of NEEDLES cities, all hidden in `length` tokens."""
     cities = text.rng.permutation(_CITIES)[:NEEDLES].tolist()
     numbers = {city: text.number() for city in cities}
     needles = [f" The number of {city} is {number}." for city, number in numbers.items()]
     asked = cities[int(text.rng.integers(NEEDLES))]
-    return text.hidden_in(length, needles, f" The number of {asked} is", f" {numbers[asked]}")
+    return text.hidden_in(length, needles, f" The number of {asked} is", f" {numbers[asked]}", 1 / NEEDLES)
 
 
-def recall(text: Text, length: int) -> _Example:
+def variables(text: Text, length: int) -> Example:
+    """The number of one of CHAINS variables, each set to another that was set to a number, in `length` tokens."""
+    names = text.rng.permutation(WORDS)[: 2 * CHAINS].reshape(CHAINS, 2).tolist()
+    numbers = [text.number() for _ in names]
+    set_to = [f" VAR {first} = {number}." for (first, _), number in zip(names, numbers, strict=True)]
+    set_to += [f" VAR {names[i][1]} = VAR {names[i][0]}." for i in text.rng.permutation(CHAINS)]
+    asked = int(text.rng.integers(CHAINS))
+    return text.hidden_in(length, set_to, f" The value of VAR {names[asked][1]} is", f" {numbers[asked]}", 1 / CHAINS)
+
+
+def recall(text: Text, length: int) -> Example:
     """A list of three words and a digit a line, as long as fits into `length` tokens; one is asked for again."""
     pairs: dict[str, int] = {}
     ids = text.beginning()
-    longest = max(len(text.ids(f" {word} {word} {word}: 0\n")) for word in _WORDS)
+    longest = max(len(text.ids(f" {word} {word} {word}: 0\n")) for word in WORDS)
     while not pairs or len(ids) + 2 * longest <= length:
-        key = " ".join(text.rng.choice(_WORDS, 3))
+        key = " ".join(text.rng.choice(WORDS, 3))
         if key not in pairs:
             pairs[key] = int(text.rng.integers(10))
             ids += text.ids(f" {key}: {pairs[key]}\n")
     asked = list(pairs)[int(text.rng.integers(len(pairs)))]
     ids += text.ids(f" {asked}:")
-    return _Example(ids + text.ids(f" {pairs[asked]}"), len(ids))
+    return Example(ids + text.ids(f" {pairs[asked]}"), len(ids), 1 / 10)
 
 
-def copy(text: Text, length: int) -> _Example:
-    """Random words in half of `length` tokens, then the same again, all of which is the answer."""
+def copy(text: Text, length: int) -> Example:
+    """Random words in half of `length` tokens, then the same again, all of which is the answer.
+
+    There are few words, so that every pair of them recurs in a long row: the token before does not tell what follows.
+    """
     begin = text.beginning()
     half: list[int] = []
     while len(half) < (length - len(begin)) // 2:
-        half += text.ids(f" {text.rng.choice(_WORDS)}")
-    half = half[: (length - len(begin)) // 2]
+        half += text.ids(f" {text.rng.choice(WORDS)}")
+    return _twice(begin, half[: (length - len(begin)) // 2])
+
+
+def copy_tokens(text: Text, length: int) -> Example:
+    """As `copy`, of random tokens that are all different; filler before them where the vocabulary has too few."""
+    begin = text.beginning()
+    count = min((length - len(begin)) // 2, len(text.ordinary))
+    half = text.rng.permutation(text.ordinary)[:count].tolist()
+    return _twice(begin + text.filler(length - len(begin) - 2 * count), half)
+
+
+def _twice(before: list[int], half: list[int]) -> Example:
     # Its first token could be anything.
-    return _Example(begin + half + half, len(begin) + len(half) + 1)
+    answer = half[1:]
+    chance = max(Counter(answer).values(), default=0) / max(len(answer), 1)
+    return Example(before + half + half, len(before) + len(half) + 1, chance)
 
 
-PROBES: dict[str, Callable[[Text, int], _Example]] = {
+PROBES: dict[str, Callable[[Text, int], Example]] = {
     "passkey": passkey,
     "multi_key": multi_key,
     "recall": recall,
+    "variables": variables,
     "copy": copy,
+    "copy_tokens": copy_tokens,
 }
+# Whose answers are compared token by token, not as a whole.
+COPYING = ("copy", "copy_tokens")
 
 
-def document(text: Text, length: int, file: storage.AnyPath | None) -> _Example:
+def check_lengths(tokenizer: Any, lengths: Sequence[int], text_file: storage.AnyPath | None = None) -> None:
+    """Raises ValueError where a probe has no room in the smallest length, or the file too little text."""
+    text, least = Text(tokenizer, 0), min(lengths)
+    for name, make in PROBES.items():
+        example = make(text, least)
+        if len(example.ids) > least or example.start >= len(example.ids):
+            raise ValueError(
+                f"--probe_lengths has {least}, in which {name} has no room for a question and its answer; expected "
+                f"more. Raise it above {max(len(example.ids), least)}."
+            )
+    if text_file is not None:
+        document(text, max(lengths), text_file)
+
+
+def document(text: Text, length: int, file: storage.AnyPath | None) -> Example:
     """`length` tokens of the file's text from a random place, or of made-up tales; scored from the first on.
 
     Raises ValueError for a file with less text than that.
@@ -152,7 +208,7 @@ def document(text: Text, length: int, file: storage.AnyPath | None) -> _Example:
         ids: list[int] = []
         while len(ids) < length:
             ids += text.ids(synthetic.document(int(text.rng.integers(1 << 30)), 0) + "\n\n")
-        return _Example((begin + ids)[:length], 1)
+        return Example((begin + ids)[:length], 1)
     ids = text.ids(storage.read_text(file))
     if len(ids) < length:
         raise ValueError(
@@ -160,54 +216,4 @@ def document(text: Text, length: int, file: storage.AnyPath | None) -> _Example:
             "--probe_text, or smaller --probe_lengths."
         )
     start = int(text.rng.integers(len(ids) - length + 1))
-    return _Example((begin + ids[start : start + length])[:length], 1)
-
-
-def run_probes(
-    model: Model,
-    *,
-    lengths: Sequence[int] = DEFAULT_LENGTHS,
-    samples: int = 4,
-    seed: int = 0,
-    batch_size: int = 8,
-    text_file: storage.AnyPath | None = None,
-    log: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """{probe: {"lengths", "accuracy"} for PROBES, "loss_by_position": {"positions", "loss"}} of one model.
-
-    accuracy: the share of right answers, for copy: of right tokens. loss: nats a token, over positions from the bin
-    before up to this one. The same seed makes the same contexts for every model with the same tokenizer.
-    """
-    lengths = sorted(lengths)
-    results: dict[str, Any] = {}
-    for name, make in PROBES.items():
-        accuracy = []
-        for length in lengths:
-            text = Text(model.tokenizer, seed + length)
-            examples = [make(text, length) for _ in range(samples)]
-            scores = _scores(model, examples, batch_size)
-            right = [score.is_best.mean() if name == "copy" else score.is_best.all() for score in scores]
-            accuracy.append(float(np.mean(right)))
-            log(f"{name} {length:,}: {accuracy[-1]:.0%}")
-        results[name] = {"lengths": list(lengths), "accuracy": accuracy}
-    text = Text(model.tokenizer, seed)
-    documents = [document(text, lengths[-1], text_file) for _ in range(samples)]
-    losses = np.mean([-score.log_probabilities for score in _scores(model, documents, batch_size)], axis=0)
-    results["loss_by_position"] = _by_position(losses)
-    return results
-
-
-def _scores(model: Model, examples: list[_Example], batch_size: int):
-    rows, starts = [example.ids for example in examples], [example.start for example in examples]
-    return score_rows(model.cfg, model.params, rows, starts, min(batch_size, len(rows)))
-
-
-def _by_position(losses: np.ndarray) -> dict[str, list[float]]:
-    """Means over bins that end at 16, 32, 64, ... tokens."""
-    ends = [_FIRST_BIN]
-    while ends[-1] < len(losses):
-        ends.append(2 * ends[-1])
-    ends[-1] = min(ends[-1], len(losses))
-    begins = [0, *ends[:-1]]
-    means = [float(losses[begin:end].mean()) for begin, end in zip(begins, ends, strict=True)]
-    return {"positions": [float(end) for end in ends], "loss": means}
+    return Example((begin + ids[start : start + length])[:length], 1)

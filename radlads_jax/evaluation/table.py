@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from radlads_jax.evaluation.paper import relative_score
+
 # A task's score is the first of these that it has.
 METRICS = ("acc", "exact_match", "pass@1", "f1", "acc_norm")
 
@@ -11,6 +13,9 @@ def as_markdown(result: dict[str, Any]) -> str:
     lines = ["# Evaluation", "", f"Student: {result['model']}"]
     if result.get("teacher"):
         lines += ["", f"Teacher: {result['teacher']}"]
+    if control := result.get("control"):
+        seen = f"the first {control['sinks']} and the latest {control['window']} keys"
+        lines += ["", f"Control: the teacher, untrained, with {seen} where the student's layers are converted."]
     if result.get("limit"):
         lines += ["", f"The first {result['limit']:g} documents of every task."]
     if result.get("tasks"):
@@ -22,12 +27,13 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 def _task_table(result: dict[str, Any]) -> list[str]:
     published = result.get("published_model")
-    head = ["task", "metric", "documents", "chance", "teacher", "student", "relative"]
+    roles = ["teacher", *(["control"] if result.get("control") else []), "student"]
+    head = ["task", "metric", "documents", "chance", *roles, "relative"]
     head += [f"{published}'s teacher", published, "relative"] if published else []
     rows = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     for task, line in result["tasks"].items():
         row = [task, str(line["metric"]), str(line["student"]["documents"]), shown(line["chance"])]
-        row += [_with_error(line.get("teacher")), _with_error(line["student"]), shown(line.get("relative"))]
+        row += [*(_with_error(line.get(role)) for role in roles), shown(line.get("relative"))]
         if published:
             row += [shown(line.get("published", {}).get(key)) for key in ("teacher", "student", "relative")]
         rows.append(row)
@@ -40,14 +46,42 @@ def _task_table(result: dict[str, Any]) -> list[str]:
 
 def _probe_table(probes: dict[str, Any]) -> list[str]:
     lines = []
-    for name, curve in next(iter(probes.values())).items():
-        places, values = curve
-        rows = [[f"{name}: {values}", *(f"{place:,.0f}" for place in curve[places])]]
-        rows.append(["---", *["---:"] * len(curve[places])])
-        as_text = shown if values == "accuracy" else "{:.3f}".format
-        rows += [[model, *map(as_text, results[name][values])] for model, results in probes.items()]
-        lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
-    return lines[:-1]
+    for name in next(iter(probes.values())):
+        of_roles = {role: results[name] for role, results in probes.items()}
+        place, rows = ("lengths", _answers(of_roles)) if "generated" in of_roles["student"] else ("positions", None)
+        title = f"{name}: {'answers' if rows else 'loss'}"
+        rows = rows or {role: [f"{loss:.3f}" for loss in found["loss"]] for role, found in of_roles.items()}
+        table = {title: [f"{at:,.0f}" for at in of_roles["student"][place]]}
+        table["---"] = ["---:"] * len(of_roles["student"][place])
+        lines += [f"| {' | '.join([label, *cells])} |" for label, cells in (table | rows).items()] + [""]
+    note = (
+        "Answers: the share of generated ones that are right (of copies: of right tokens), in percent, with its 95% "
+        "interval; teacher-forced: with the right tokens before each. Relative is (student - chance) / (teacher - "
+        "chance), chance that of always giving the same answer."
+    )
+    return [*lines, note] if any("generated" in found for found in probes["student"].values()) else lines[:-1]
+
+
+def _answers(of_roles: dict[str, Any]) -> dict[str, list[str]]:
+    """A probe's rows, by their label."""
+    rows = {}
+    for role, found in of_roles.items():
+        pairs = zip(found["generated"], found["interval"], strict=True)
+        rows[role] = [f"{shown(share)} ({100 * low:.0f} to {100 * high:.0f})" for share, (low, high) in pairs]
+    for role, found in of_roles.items():
+        rows[f"{role}, teacher-forced"] = [shown(share) for share in found["accuracy"]]
+    student, teacher = of_roles["student"], of_roles.get("teacher")
+    if teacher is not None:
+        rows["relative"] = [_relative(student, teacher, i) for i in range(len(student["generated"]))]
+    return rows | {"chance": [shown(c) for c in student["chance"]], "samples": list(map(str, student["samples"]))}
+
+
+def _relative(student: dict[str, Any], teacher: dict[str, Any], i: int) -> str:
+    """The student's share of what the teacher can do; of a teacher that may do nothing better than chance, that."""
+    chance = teacher["chance"][i]
+    if teacher["interval"][i][0] <= chance:
+        return "teacher at the floor"
+    return shown(relative_score(student["generated"][i], teacher["generated"][i], chance))
 
 
 def shown(value: float | None) -> str:

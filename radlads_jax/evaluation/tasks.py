@@ -18,12 +18,14 @@ from radlads_jax.system import storage
 console = Console(stderr=True, highlight=False)
 
 SUITE_NAME = "radlads"
+# Of the probes with an answer, which are no tasks of lm-eval's.
+RECALL_NAME = "recall"
 
 
 def expand_tasks(tasks: Sequence[str]) -> list[str]:
-    """Task names and yaml files, with the paper's tasks in the place of their suite's name."""
+    """Task names and yaml files, with the paper's tasks in the place of their suite's name; the probes' left out."""
     names: list[str] = []
-    for task in tasks:
+    for task in (name for name in tasks if name != RECALL_NAME):
         file = storage.whole_name(task)
         names += SUITE if task == SUITE_NAME else [file if Path(file).is_file() else task]
     return list(dict.fromkeys(names))
@@ -161,10 +163,16 @@ def _chance(evaluated: dict[str, Any], samples: dict[str, list[dict[str, Any]]])
     return sum(shares) / len(shares) if shares else None
 
 
-def compare(cfg: ModelConfig, student: dict[str, Any], teacher: dict[str, Any] | None) -> dict[str, Any]:
-    """{"tasks": {task: {"metric", "chance", "student", "teacher", "relative", "published"}}, "mean_relative", ...}.
+def compare(
+    cfg: ModelConfig,
+    student: dict[str, Any],
+    teacher: dict[str, Any] | None,
+    control: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """{"tasks": {task: {"metric", "chance", "student", "teacher", "control", "relative", "published"}}, ...}.
 
     relative: (student - chance) / (teacher - chance); published: the paper's scores of its student of this shape.
+    Beside the tasks stand "mean_relative" and "published_model".
     """
     name, published = published_scores(cfg) or (None, {})
     tasks = {}
@@ -175,6 +183,8 @@ def compare(cfg: ModelConfig, student: dict[str, Any], teacher: dict[str, Any] |
             line["teacher"] = other
             known = None not in (result["score"], other["score"], result["chance"])
             line["relative"] = relative_score(result["score"], other["score"], result["chance"]) if known else None
+        if control is not None:
+            line["control"] = control[task]
         if task in published:
             scores = published[task]
             relative = relative_score(scores["student"], scores["teacher"], SUITE[task].chance)

@@ -1,9 +1,10 @@
 """Every mixer there is, by the name that a config gives it. A new one is its file and its line here."""
 
-from radlads_jax.models import attention, gdn, rad_rwkv6, rad_rwkv7
+from radlads_jax.models import attention, gdn, rad_rwkv6, rad_rwkv7, window
 from radlads_jax.models.spec import MixerSpec
 
-MIXERS: dict[str, MixerSpec] = {spec.name: spec for spec in (attention.SPEC, rad_rwkv6.SPEC, rad_rwkv7.SPEC, gdn.SPEC)}
+_MODULES = (attention, rad_rwkv6, rad_rwkv7, gdn, window)
+MIXERS: dict[str, MixerSpec] = {module.SPEC.name: module.SPEC for module in _MODULES}
 
 
 def mixer_spec(name: str) -> MixerSpec:

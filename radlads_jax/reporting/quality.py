@@ -65,13 +65,14 @@ def evaluation(scores: dict[str, Any]) -> str:
 
 def _tasks(scores: dict[str, Any], tasks: dict[str, Any]) -> str:
     published = scores.get("published_model")
-    columns = ["task", "teacher", "student", "relative"]
+    roles = [role for role in ("teacher", "control", "student") if role != "control" or scores.get("control")]
+    columns = ["task", *roles, "relative"]
     columns += ["paper's teacher", "paper's student", "paper's relative"] if published else []
     rows = []
     for task, line in tasks.items():
         line = _dict(line)
         student, paper = _dict(line.get("student")), _dict(line.get("published"))
-        cells = [task, *(_score(line, role) for role in _ROLES), percent(line.get("relative"))]
+        cells = [task, *(_score(line, role) for role in roles), percent(line.get("relative"))]
         cells += [percent(paper.get(key)) for key in (*_ROLES, "relative")] if published else []
         cells += [percent(line.get("chance")), str(line.get("metric")), amount(number(student.get("documents")))]
         rows.append([escape(cell) or "-" for cell in cells])
@@ -102,7 +103,8 @@ def _probe(name: str, probes: dict[str, Any]) -> str:
     for role, results in probes.items():
         result = _dict(_dict(results).get(name))
         place, what = ("positions", "loss") if "positions" in result else ("lengths", "accuracy")
-        values = [number(value) for value in result.get(what) or ()]
+        # What earlier versions wrote is teacher-forced alone.
+        values = [number(value) for value in result.get("generated") or result.get(what) or ()]
         curves.append(Curve(role, list(enumerate(values)), _COLORS.get(role, 3)))
         ticks = [(i, f"{number(x) or 0:,.0f}") for i, x in enumerate(result.get(place) or ())]
     return line_chart(

@@ -38,6 +38,7 @@ CONFIGS = {
     "gdn_hybrid": student("gdn", attention_layers=(2,)),
     "gdn_of_a_checkpoint": TEACHER.as_student("gdn", GdnOptions(2, 4, 6, 10), (1,)),
     "hybrid6_first": student("rad_rwkv6", attention_layers=(0, 2)),
+    "window_hybrid": student("window", attention_layers=(1,), sinks=2, window=3),
 }
 
 

@@ -1,0 +1,142 @@
+"""A model's answers to the probes: generated, and with the right tokens before each (teacher-forced).
+
+A generated answer is right when the text begins with it; teacher-forced it is right when each of its tokens is the
+most likely one after the right ones. Both are of the same contexts, and differ where the same text has other tokens,
+and in copying, where a generated copy goes on from its own mistakes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from radlads_jax.decoding.generation import generate
+from radlads_jax.decoding.loaded import Model
+from radlads_jax.evaluation.probes import COPYING, DEFAULT_LENGTHS, PROBES, Example, Text, check_lengths, document
+from radlads_jax.evaluation.scoring import FULL_BATCH_WIDTH, score_rows
+from radlads_jax.system import storage
+
+DEFAULT_SAMPLES = 32
+# Up to this length there are as many samples as asked for, then fewer, but not fewer than LEAST_SAMPLES of them.
+_FULL_LENGTH = 4096
+_LEAST_SAMPLES = 8
+# Of a copy, so many tokens are generated.
+_COPIED = 64
+# Bins of the loss by position, each twice as wide as the one before it.
+_FIRST_BIN = 16
+# Of a normal distribution, for 95%.
+_Z = 1.96
+
+
+def wilson(share: float, samples: int) -> tuple[float, float]:
+    """The 95% interval of a share that was found in so many samples (Wilson 1927); of means in [0, 1], at least 95%."""
+    centre = share + _Z**2 / (2 * samples)
+    spread = _Z * (share * (1 - share) / samples + _Z**2 / (4 * samples**2)) ** 0.5
+    low, high = ((centre + sign * spread) / (1 + _Z**2 / samples) for sign in (-1, 1))
+    return max(low, 0.0), min(high, 1.0)
+
+
+def samples_of(length: int, samples: int) -> int:
+    """How many contexts of this length are asked, where `samples` are of short ones."""
+    return samples if length <= _FULL_LENGTH else max(min(samples, _LEAST_SAMPLES), samples * _FULL_LENGTH // length)
+
+
+def run_probes(
+    model: Model,
+    *,
+    lengths: Sequence[int] = DEFAULT_LENGTHS,
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+    batch_size: int = 8,
+    text_file: storage.AnyPath | None = None,
+    by_position: bool = True,
+    log: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """{probe: {"lengths", "generated", "interval", "accuracy", "chance", "samples"} for PROBES, "loss_by_position":
+    {"positions", "loss"} where by_position is asked for} of one model.
+
+    generated: the share of right answers (for copies: of right tokens); interval: of 95%; accuracy: teacher-forced.
+    chance: of always giving the same answer. loss: nats a token, over positions from the bin before up to this one. The
+    same seed makes the same contexts for every model with the same tokenizer. Raises ValueError for lengths in which a
+    probe has no room, before the first one runs.
+    """
+    lengths = sorted(lengths)
+    check_lengths(model.tokenizer, lengths, text_file if by_position else None)
+    results: dict[str, Any] = {}
+    for name, make in PROBES.items():
+        lines = []
+        for length in lengths:
+            text = Text(model.tokenizer, seed + length)
+            examples = [make(text, length) for _ in range(samples_of(length, samples))]
+            lines.append(_answers(model, name, examples, batch_size))
+            low, high = lines[-1]["interval"]
+            log(f"{name} {length:,}: {lines[-1]['generated']:.0%} ({low:.0%} to {high:.0%})")
+        results[name] = {"lengths": list(lengths)} | {key: [line[key] for line in lines] for key in lines[0]}
+    if by_position:
+        text = Text(model.tokenizer, seed)
+        documents = [document(text, lengths[-1], text_file) for _ in range(samples_of(lengths[-1], samples))]
+        losses = np.mean([-score.log_probabilities for score in _scores(model, documents, batch_size)], axis=0)
+        results["loss_by_position"] = _by_position(losses)
+    return results
+
+
+def _answers(model: Model, name: str, examples: list[Example], batch_size: int) -> dict[str, Any]:
+    copies = name in COPYING
+    forced = [s.is_best.mean() if copies else s.is_best.all() for s in _scores(model, examples, batch_size)]
+    generated = float(np.mean(_generated(model, examples, batch_size, copies=copies)))
+    return {
+        "generated": generated,
+        "interval": list(wilson(generated, len(examples))),
+        "accuracy": float(np.mean(forced)),
+        "chance": float(np.mean([example.chance for example in examples])),
+        "samples": len(examples),
+    }
+
+
+def _generated(model: Model, examples: list[Example], batch_size: int, *, copies: bool) -> list[float]:
+    """How right each answer is, 0 to 1, of what the model says by itself."""
+    answers = [example.ids[example.start :] for example in examples]
+    # One more than the answer, to see that it ends there.
+    count = min(_COPIED, max(map(len, answers))) if copies else max(map(len, answers)) + 1
+    longest = max(example.start for example in examples)
+    size = min(len(examples), batch_size, max(1, batch_size * FULL_BATCH_WIDTH // longest))
+    right: list[float] = []
+    for begin in range(0, len(examples), size):
+        batch = range(begin, min(begin + size, len(examples)))
+        # Filled up, since another number of rows is another program.
+        filled = [*batch, *[batch[-1]] * (size - len(batch))]
+        prompts = [examples[i].ids[: examples[i].start] for i in filled]
+        texts, tokens = [""] * size, [[] for _ in range(size)]
+        for step in generate(model, prompts, max_tokens=count):
+            texts = [text + new for text, new in zip(texts, step.texts, strict=True)]
+            tokens = [made + new for made, new in zip(tokens, step.tokens, strict=True)]
+        for i, text, made in zip(batch, texts, tokens, strict=False):
+            right.append(_same_tokens(made, answers[i][:count]) if copies else _begins_with(model, text, answers[i]))
+    return right
+
+
+def _same_tokens(made: list[int], answer: list[int]) -> float:
+    """The share of the answer's tokens that stand in their places."""
+    return sum(a == b for a, b in zip(made, answer, strict=False)) / len(answer)
+
+
+def _begins_with(model: Model, text: str, answer: list[int]) -> float:
+    """Whether the text begins with the answer, and with no longer word or number."""
+    expected, said = model.tokenizer.decode(answer).strip(), text.strip()
+    return float(said.startswith(expected) and not said[len(expected) : len(expected) + 1].isalnum())
+
+
+def _scores(model: Model, examples: list[Example], batch_size: int):
+    rows, starts = [example.ids for example in examples], [example.start for example in examples]
+    return score_rows(model.cfg, model.params, rows, starts, min(batch_size, len(rows)))
+
+
+def _by_position(losses: np.ndarray) -> dict[str, list[float]]:
+    """Means over bins that end at 16, 32, 64, ... tokens."""
+    ends = [_FIRST_BIN]
+    while ends[-1] < len(losses):
+        ends.append(2 * ends[-1])
+    ends[-1] = min(ends[-1], len(losses))
+    begins = [0, *ends[:-1]]
+    means = [float(losses[begin:end].mean()) for begin, end in zip(begins, ends, strict=True)]
+    return {"positions": [float(end) for end in ends], "loss": means}

@@ -106,7 +106,8 @@ def _generated(model: Model, examples: list[Example], batch_size: int, *, copies
         # Filled up, since another number of rows is another program.
         filled = [*batch, *[batch[-1]] * (size - len(batch))]
         prompts = [examples[i].ids[: examples[i].start] for i in filled]
-        texts, tokens = [""] * size, [[] for _ in range(size)]
+        texts = [""] * size
+        tokens: list[list[int]] = [[] for _ in range(size)]
         for step in generate(model, prompts, max_tokens=count):
             texts = [text + new for text, new in zip(texts, step.texts, strict=True)]
             tokens = [made + new for made, new in zip(tokens, step.tokens, strict=True)]

@@ -127,7 +127,8 @@ def test_the_cost_is_linear_in_the_length():
         shapes = re.findall(r":[a-z]+\d*\[([\d,]+)\]", text)
         return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
-    assert largest(4096) == 2 * largest(2048)
+    # A mask of all pairs would be 16 times as large.
+    assert largest(8192) <= 4 * largest(2048)
 
 
 def test_options_are_checked():

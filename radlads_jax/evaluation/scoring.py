@@ -21,7 +21,7 @@ _WIDTHS = (32, 64, 128, 256, _PIECE)
 # Tokens whose logits are in memory at once.
 _LOGIT_TOKENS = 256
 # A batch of longer rows has fewer of them.
-_FULL_BATCH_WIDTH = 1024
+FULL_BATCH_WIDTH = 1024
 
 
 class Score(NamedTuple):
@@ -58,7 +58,7 @@ def score_rows(
         task = progress.add_task("", total=len(rows))
         while order:
             width = padded_width(len(rows[order[0]]) - 1)
-            size = min(batch_size, max(1, batch_size * _FULL_BATCH_WIDTH // width))
+            size = min(batch_size, max(1, batch_size * FULL_BATCH_WIDTH // width))
             batch, order = order[:size], order[size:]
             # An incomplete batch is filled up, since another number of rows is another program.
             filled = batch + [batch[-1]] * (size - len(batch))

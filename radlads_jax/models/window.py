@@ -50,7 +50,7 @@ class WindowOptions:
 
 
 class _Kept(NamedTuple):
-    """What is known of the segment so far; of its keys and values, those of places below `count` or so near are real.
+    """What is known of the segment so far; of its keys and values, those of places below `seen` or so near are real.
 
     Of the latest ones the last is the newest; those that are sinks too are not used.
     """
@@ -59,14 +59,14 @@ class _Kept(NamedTuple):
     sink_v: Float[Array, "B S G K"]
     k: Float[Array, "B W G K"]
     v: Float[Array, "B W G K"]
-    count: Int[Array, " B"]
+    seen: Int[Array, " B"]
 
 
 class Window(Attention):
     """The mixer: softmax attention's parameters, and its heads' gates where the family has them."""
 
     def __call__(self, x: Float[Array, "B T D"], context: Context, layer_id, state):
-        """-> (out [B, T, D], state {"sink_k", "sink_v", "k", "v", "count"})."""
+        """-> (out [B, T, D], state {"sink_k", "sink_v", "k", "v", "seen"})."""
         del layer_id
         q, k, v, gate = self.projected(x, context)
         starts = jnp.zeros(x.shape[:2], bool) if context.starts is None else context.starts
@@ -124,12 +124,12 @@ def _block(kept: _Kept, inputs: tuple[Array, ...]) -> tuple[Float[Array, "B T H 
     q, k, v, starts = inputs
     seen_k = jnp.concatenate([kept.sink_k, kept.k, k], axis=1)
     seen_v = jnp.concatenate([kept.sink_v, kept.v, v], axis=1)
-    places = _places(starts, kept.count)
+    places = _places(starts, kept.seen)
     out = _softmax(q, seen_k, seen_v, _visible(kept, starts, places))
     sinks, window = kept.sink_k.shape[1], kept.k.shape[1]
     return out, _Kept(
-        _first(kept.sink_k, k, starts, kept.count),
-        _first(kept.sink_v, v, starts, kept.count),
+        _first(kept.sink_k, k, starts, kept.seen),
+        _first(kept.sink_v, v, starts, kept.seen),
         seen_k[:, sinks:][:, -window:],
         seen_v[:, sinks:][:, -window:],
         places[:, -1] + 1,
@@ -150,7 +150,7 @@ def _places(starts: Bool[Array, "B T"], count: Int[Array, " B"]) -> Int[Array, "
 def _visible(kept: _Kept, starts: Bool[Array, "B T"], places: Int[Array, "B T"]) -> Bool[Array, "B T S"]:
     """Which of the sinks, the latest keys and the block's own each query sees."""
     sinks, window, length = kept.sink_k.shape[1], kept.k.shape[1], starts.shape[1]
-    count = kept.count[:, None]
+    count = kept.seen[:, None]
     latest = count + jnp.arange(-window, 0)
     of_sinks = jnp.broadcast_to(jnp.arange(sinks), (starts.shape[0], sinks))
     key_places = jnp.concatenate([of_sinks, latest, places], axis=1)
@@ -190,7 +190,7 @@ def _state(cfg: ModelConfig, batch: int, max_length: int) -> dict[str, StateArra
     first = StateArray((batch, options.sinks, *heads), cfg.dtype, axes)
     latest = StateArray((batch, options.window, *heads), cfg.dtype, axes)
     count = StateArray((batch,), jnp.int32, (ROWS,))
-    return {"sink_k": first, "sink_v": first, "k": latest, "v": latest, "count": count}
+    return {"sink_k": first, "sink_v": first, "k": latest, "v": latest, "seen": count}
 
 
 def _flops(cfg: ModelConfig, seq_len: int) -> float:

@@ -33,8 +33,8 @@ from served_programs import post
 
 from radlads_jax.export import export_again
 from radlads_jax.porting import model_config_from_hf, read_config
-from radlads_jax.porting.config_keys import read_json
 from radlads_jax.porting.hub import load_tokenizer
+from radlads_jax.system.json_files import read_json
 
 TOLERANCE = 1e-5
 PROGRAMS = Path(__file__).with_name("served_programs.py")

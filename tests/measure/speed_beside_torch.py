@@ -32,7 +32,7 @@ import transformers
 
 from radlads_jax.config import Mesh, RunConfig, StageConfig, Teacher
 from radlads_jax.distill import mesh as mesh_lib
-from radlads_jax.distill.program import create_state, make_step
+from radlads_jax.distill.program import StagePlan, create_state, make_step
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.models import MIXERS, ModelConfig, sharding
 from radlads_jax.models.placement import shardings
@@ -70,14 +70,15 @@ def jax_step(stage: str, directory: Path, mixer: str, rows: np.ndarray, remat: s
     student = init_mixers(student_cfg, teacher, 0)
     if STAGES[stage].whole_student:
         student = whole_student(student_cfg, jax.tree.map(jnp.copy, teacher), student)
-    params, frozen = split_params(student, lambda path: STAGES[stage].trainable(path, student_cfg))
+    plan = StagePlan(run, stage, student_cfg, teacher_cfg, mesh)
+    params, frozen = split_params(student, plan.trains)
     if mesh is not None:
         params, frozen, teacher = (
             jax.device_put(x, shardings(mesh, x, cfg))
             for x, cfg in ((params, student_cfg), (frozen, student_cfg), (teacher, teacher_cfg))
         )
-    step = make_step(run, student_cfg, teacher_cfg, stage, mesh)
-    state = create_state(run, student_cfg, stage, params, mesh)
+    step = make_step(plan)
+    state = create_state(plan, params)
     mask = np.ones(rows.shape, np.float32)
     mask[:, -1] = 0
     positions = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)

@@ -144,7 +144,7 @@ def test_the_control_is_the_teachers_weights_behind_a_window(directories):
     teacher = load_model(directories["teacher"], dtype="float32", beside=HYBRID)
     made = control.control_of(teacher, HYBRID)
     assert made.params is teacher.params and made.cfg.layer_mixers == ("attention", "window")
-    tokens = np.random.default_rng(0).integers(0, 300, (1, 100))
+    tokens = jax.numpy.asarray(np.random.default_rng(0).integers(0, 300, (1, 100)))
     seen, whole = (np.asarray(bind(m.cfg, m.params).hidden(tokens)[0]) for m in (made, teacher))
     # 64 keys and the sinks are all there is for the first tokens, and not for the last.
     np.testing.assert_allclose(seen[:, :68], whole[:, :68], rtol=2e-4, atol=2e-5)

@@ -42,7 +42,13 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(params=CONFIGS, scope="module")
+# Tests of exports run these switches too (tests/hf/test_modeling.py).
+SLOW = ("tied", "rwkv7_no_gate_no_rope", "rwkv7_full_gate", "hybrid6_first")
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CONFIGS], scope="module"
+)
 def model(request):
     cfg = CONFIGS[request.param]
     return cfg, random_params(cfg)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from untrained import TEACHER, random_params, student_of
 
 from pallas_kernels.testing import rms_ratio
@@ -141,7 +141,8 @@ def test_eight_devices_see_what_one_does(axes):
         tuple(axes.get(axis, 1) for axis in sharding.AXES), sharding.AXES, axis_types=(AxisType.Auto,) * 4
     )
     with sharding.traced_over(mesh):
-        together = jax.jit(jax.grad(loss, has_aux=True))(x)
+        everywhere = jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+        together = jax.jit(jax.grad(loss, has_aux=True))(everywhere)
     for got, expected in zip(together, alone, strict=True):
         assert rms_ratio(got, expected) < 2e-6
 

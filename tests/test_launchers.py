@@ -89,7 +89,7 @@ def test_commands_exist(name: str) -> None:
 def test_files_and_settings_named_in_them_exist(name: str) -> None:
     for path in re.findall(r"\b((?:configs|launch|constraints)/[\w./-]+\w)", text(name)):
         assert (ROOT / path).exists(), path
-    for path, value in re.findall(r"--config\.([\w.]+)=(\d\S*)?", text(name)):
+    for path, value in re.findall(r"--config\.([\w.]+)=(\d[\w.+-]*)?", text(name)):
         check_override(path, value or None)
 
 

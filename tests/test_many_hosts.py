@@ -61,7 +61,8 @@ def start(words: list[str], processes: int, devices: int, disks: pathlib.Path | 
         port = free.getsockname()[1]
     environ = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # As conftest.py has them, but for the number of devices.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
         "PYTHONPATH": str(ROOT),
     }
     flags = [

@@ -10,6 +10,7 @@ import sys
 
 import jax
 import pytest
+import quick_compile
 
 from radlads_jax.system import hosts
 
@@ -46,7 +47,7 @@ def is_free(port: int) -> bool:
 
 def join(arguments: list[dict], environs: list[dict[str, str]]) -> list[str]:
     """What two processes print after joining by hosts.start with these arguments."""
-    base = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    base = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_compile.xla_flags(devices=2)}
     started = [
         subprocess.Popen(
             [sys.executable, "-c", JOINED, repr(options)],

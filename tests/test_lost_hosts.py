@@ -12,6 +12,7 @@ from typing import Any
 
 import killed
 import pytest
+import quick_compile
 from untrained import save_teacher
 
 pytestmark = pytest.mark.slow
@@ -46,7 +47,7 @@ class Pair:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        base = killed.environment(root / "cache", killed.UNOPTIMIZED)
+        base = killed.environment(root / "cache", quick_compile.xla_flags())
         words = [*killed.flags(root / "teacher" / "model", workdir, "rad_rwkv7", STEPS), "--config.mesh.fsdp=2"]
         self.logs = [workdir.with_name(f"{workdir.name}.{port}.{i}.log") for i in range(2)]
         self.processes: list[subprocess.Popen] = []

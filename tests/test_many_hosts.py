@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import quick_compile
 from safetensors.numpy import load_file
 from untrained import save_teacher
 
@@ -61,8 +62,7 @@ def start(words: list[str], processes: int, devices: int, disks: pathlib.Path | 
         port = free.getsockname()[1]
     environ = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        # As conftest.py has them, but for the number of devices.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": quick_compile.xla_flags(devices),
         "PYTHONPATH": str(ROOT),
     }
     flags = [

@@ -39,13 +39,13 @@ from killed_programs import FORKING, FRESH
 
 # What the tests share lies a folder above.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+import quick_compile
 import tiny_run
 from untrained import save_teacher
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = {"stage1": 9, "stage2": 8, "stage3": 7}
 SHORT = {"stage1": 4}
-UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 TIMEOUT = 1800
 
 UNFINISHED = (
@@ -276,7 +276,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="killed-") as temporary, contextlib.ExitStack() as stack:
         root = given.directory or pathlib.Path(temporary)
         teacher = save_teacher(root / "teacher")
-        starter = stack.enter_context(Starter(root / "cache", UNOPTIMIZED if given.short else ""))
+        starter = stack.enter_context(Starter(root / "cache", quick_compile.xla_flags() if given.short else ""))
         undisturbed = [root / "first"] if given.short else [root / "first", root / "second"]
         for workdir in undisturbed:
             # A directory of an earlier trial has these already.

@@ -5,11 +5,11 @@ import gc
 import os
 import tempfile
 
-import quick_compile
+import processes
 
 # Before jax is imported: it reads these once. An accelerator run says JAX_PLATFORMS itself.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-quick_compile.set_xla_flags(devices=8)
+processes.set_xla_flags(devices=8)
 
 # Many tests compile the same small programs; the workers of one session share what each has compiled. Single operations
 # too: to keep one costs no CPU time that can be measured, to read it back half of compiling it.

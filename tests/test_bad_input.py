@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import processes
 import pytest
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -254,7 +254,7 @@ def test_the_program_ends_with_1(given, tmp_path):
     done = subprocess.run(
         [*command, "--workdir", str(tmp_path / "run")],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=processes.environ(),
         capture_output=True,
         text=True,
         timeout=300,

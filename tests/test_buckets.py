@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import time
 import fsspec
 import jax
 import numpy as np
+import processes
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -308,7 +308,7 @@ def test_the_command_refuses_in_one_paragraph(gcs, monkeypatch):
     done = subprocess.run(
         [sys.executable, "-m", "radlads_jax.launch", *flags, "--workdir=gs://bucket/new"],
         cwd=ROOT,
-        env=os.environ | gcs.environ(),
+        env=processes.environ(**gcs.environ()),
         capture_output=True,
         text=True,
         timeout=300,

@@ -2,12 +2,12 @@
 
 import dataclasses
 import importlib.util
-import os
 import pathlib
 import subprocess
 import sys
 
 import ml_collections
+import processes
 import pytest
 from absl import flags
 from ml_collections import config_flags
@@ -326,7 +326,7 @@ def test_switches_on_the_command_line(monkeypatch, flag, expected):
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = processes.environ()
     command = [sys.executable, "-m", "radlads_jax.launch", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
 

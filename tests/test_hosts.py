@@ -9,8 +9,8 @@ import subprocess
 import sys
 
 import jax
+import processes
 import pytest
-import quick_compile
 
 from radlads_jax.system import hosts
 
@@ -47,7 +47,7 @@ def is_free(port: int) -> bool:
 
 def join(arguments: list[dict], environs: list[dict[str, str]]) -> list[str]:
     """What two processes print after joining by hosts.start with these arguments."""
-    base = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_compile.xla_flags(devices=2)}
+    base = processes.environ(JAX_PLATFORMS="cpu", XLA_FLAGS=processes.xla_flags(devices=2))
     started = [
         subprocess.Popen(
             [sys.executable, "-c", JOINED, repr(options)],
@@ -92,14 +92,14 @@ def test_joining_does_not_take_sigterm_away() -> None:
         options = {"coordinator": f"localhost:{free.getsockname()[1]}", "num_processes": 1, "process_id": 0}
     command = [sys.executable, "-c", TERMINATED, repr(options)]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, timeout=120
+        command, cwd=ROOT, env=processes.environ(JAX_PLATFORMS="cpu"), capture_output=True, timeout=120
     )
     assert done.returncode == 128 + signal.SIGTERM and b"leaving at once by SIGTERM" in done.stderr, done.stderr
 
 
 def test_the_command_line_joins_before_it_makes_a_job(tmp_path: pathlib.Path) -> None:
     words = [sys.executable, "-m", "radlads_jax.launch", "--config=configs/demo.py", f"--workdir={tmp_path / 'run'}"]
-    environ = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environ = processes.environ(JAX_PLATFORMS="cpu")
     done = subprocess.run(
         [*words, "--process_id=0"], env=environ, cwd=ROOT, text=True, capture_output=True, timeout=120
     )

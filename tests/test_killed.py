@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import killed
+import processes
 import pytest
-import quick_compile
 from untrained import save_teacher
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_killed_right_before_operations_on_files_a_run_loses_nothing():
     command = [sys.executable, str(ROOT / "tests" / "measure" / "killed.py"), "--short", "--seed=4"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = processes.environ()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5 times ended" in done.stdout
@@ -28,7 +28,7 @@ def test_a_run_goes_on_behind_head(tmp_path: Path) -> None:
     teacher = save_teacher(tmp_path / "teacher")
     words = killed.flags(teacher, tmp_path / "run", "rad_rwkv7", killed.SHORT)
     command = [sys.executable, "-m", "radlads_jax.launch", *words]
-    environment = killed.environment(tmp_path / "cache", quick_compile.xla_flags())
+    environment = killed.environment(tmp_path / "cache", processes.xla_flags())
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
     assert process.stdout is not None and "before the run" in process.stdout.readline()
@@ -51,7 +51,7 @@ runpy.run_module("radlads_jax.launch", run_name="__main__", alter_sys=True)
 def test_a_run_whose_terminal_is_closed_saves(tmp_path: Path) -> None:
     teacher = save_teacher(tmp_path / "teacher")
     words = killed.flags(teacher, tmp_path / "run", "rad_rwkv7", {"stage1": 400})
-    environment = killed.environment(tmp_path / "cache", quick_compile.xla_flags())
+    environment = killed.environment(tmp_path / "cache", processes.xla_flags())
     ours, its = pty.openpty()
     command = [sys.executable, "-c", ON_A_TERMINAL, *words]
     process = subprocess.Popen(

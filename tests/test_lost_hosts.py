@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import killed
+import processes
 import pytest
-import quick_compile
 from untrained import save_teacher
 
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ class Pair:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        base = killed.environment(root / "cache", quick_compile.xla_flags())
+        base = killed.environment(root / "cache", processes.xla_flags())
         words = [*killed.flags(root / "teacher" / "model", workdir, "rad_rwkv7", STEPS), "--config.mesh.fsdp=2"]
         self.logs = [workdir.with_name(f"{workdir.name}.{port}.{i}.log") for i in range(2)]
         self.processes: list[subprocess.Popen] = []

@@ -1,7 +1,6 @@
 """A conversion by two processes: the same losses and weights as by one, stopped and continued by any number."""
 
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -11,7 +10,6 @@ import time
 
 import numpy as np
 import pytest
-import quick_compile
 from safetensors.numpy import load_file
 from untrained import save_teacher
 
@@ -55,23 +53,17 @@ def command(teacher: pathlib.Path, workdir: pathlib.Path, mesh: str, stages: tup
     return [sys.executable, "-m", "radlads_jax.launch", *words, *flags]
 
 
-def start(words: list[str], processes: int, devices: int, disks: pathlib.Path | None = None) -> list[subprocess.Popen]:
-    """`processes` of them, joined over gloo, with so many devices each. disks: where each has a cache of its own."""
+def start(words: list[str], count: int, devices: int, disks: pathlib.Path | None = None) -> list[subprocess.Popen]:
+    """`count` of them, joined over gloo, with so many devices each. disks: where each has a cache of its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environ = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": quick_compile.xla_flags(devices),
-        "PYTHONPATH": str(ROOT),
-    }
+    environ = processes.environ(JAX_PLATFORMS="cpu", XLA_FLAGS=processes.xla_flags(devices))
     flags = [
-        [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={i}"]
-        if processes > 1
-        else []
-        for i in range(processes)
+        [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={i}"] if count > 1 else []
+        for i in range(count)
     ]
-    caches = [{"XDG_CACHE_HOME": str(disks / str(i))} if disks else {} for i in range(processes)]
+    caches = [{"XDG_CACHE_HOME": str(disks / str(i))} if disks else {} for i in range(count)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return [
         subprocess.Popen([*words, *more], env=environ | cache, cwd=ROOT, text=True, **pipes)

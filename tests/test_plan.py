@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from rich.console import Console
 
@@ -318,7 +318,7 @@ def launch_plan(topology: str, *arguments: str) -> dict:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = processes.environ()
     line = [sys.executable, "-m", "radlads_jax.plan", *arguments]
     return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
 

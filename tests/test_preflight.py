@@ -1,7 +1,6 @@
 """The checks before a run: what they find, what they refuse, and that a sound run loses neither time nor files."""
 
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -12,6 +11,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
@@ -198,7 +198,7 @@ def test_a_problem_ends_the_command_before_the_run(untrained, tmp_path):
     flags = [f"--config.teacher.path={untrained}", "--config.data.documents=100", "--preflight-only"]
     flags += ["--config.data.eval_rows=8", "--config.stage3.batch_size=2"]
     command = [sys.executable, "-m", "radlads_jax.launch", "--config=configs/demo.py", f"--workdir={tmp_path / 'run'}"]
-    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    environ = processes.environ()
     done = subprocess.run([*command, *flags], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
     assert list(lines(done.stdout)) == NAMES and done.stderr.startswith("error: the teacher ")

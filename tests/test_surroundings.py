@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import processes
 import pytest
 from untrained import save_teacher
 
@@ -36,7 +37,7 @@ def test_what_the_system_says_of_huge_pages_may_be_hidden(monkeypatch, tmp_path)
 
 def launch(workdir: pathlib.Path | str, *more: str, **environ: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "radlads_jax.launch", "--config", "configs/convert.py", "--workdir", str(workdir)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environ
+    environment = processes.environ(**environ)
     return subprocess.run([*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 import types
 
+import processes
 import pytest
 
 from radlads_jax.run.metrics import MetricsLogger
@@ -154,7 +155,9 @@ def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path) -> None:
 
 def test_it_is_not_imported_unless_asked_for() -> None:
     code = "import sys, radlads_jax.run.train, radlads_jax.launch; print('wandb' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=processes.environ(), capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "False"
 
 

@@ -39,7 +39,7 @@ from killed_programs import FORKING, FRESH
 
 # What the tests share lies a folder above.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-import quick_compile
+import processes
 import tiny_run
 from untrained import save_teacher
 
@@ -77,14 +77,13 @@ def flags(teacher: pathlib.Path, workdir: pathlib.Path, mixer: str, steps: dict[
 
 def environment(cache: pathlib.Path, xla_flags: str = "") -> dict[str, str]:
     """One CPU device, with the compiled programs kept from one attempt to the next."""
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": xla_flags,
-        "PYTHONPATH": str(ROOT),
-        "PYTHONUNBUFFERED": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    return processes.environ(
+        JAX_PLATFORMS="cpu",
+        XLA_FLAGS=xla_flags,
+        PYTHONUNBUFFERED="1",
+        JAX_COMPILATION_CACHE_DIR=str(cache),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +275,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="killed-") as temporary, contextlib.ExitStack() as stack:
         root = given.directory or pathlib.Path(temporary)
         teacher = save_teacher(root / "teacher")
-        starter = stack.enter_context(Starter(root / "cache", quick_compile.xla_flags() if given.short else ""))
+        starter = stack.enter_context(Starter(root / "cache", processes.xla_flags() if given.short else ""))
         undisturbed = [root / "first"] if given.short else [root / "first", root / "second"]
         for workdir in undisturbed:
             # A directory of an earlier trial has these already.

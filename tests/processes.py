@@ -1,0 +1,37 @@
+"""How the tests' processes are set up, this one and those that they start."""
+
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# For programs that run for milliseconds and take seconds to compile: without LLVM's passes over machine code, MLIR's
+# over every fusion, and a cut into parts for more cores they take a third of the time, and are several times slower.
+_XLA_FLAGS = {
+    "--xla_backend_optimization_level": "0",
+    "--xla_cpu_use_fusion_emitters": "false",
+    "--xla_cpu_parallel_codegen_split_count": "1",
+}
+_DEVICES = "--xla_force_host_platform_device_count"
+
+
+def xla_flags(devices: int = 1) -> str:
+    """For a process with so many CPU devices."""
+    return " ".join(f"{flag}={value}" for flag, value in (_XLA_FLAGS | {_DEVICES: str(devices)}).items())
+
+
+def set_xla_flags(devices: int) -> None:
+    """For this process and its children, before jax is imported, which reads them once; a flag that is set stays.
+
+    XLA_FLAGS=--xla_backend_optimization_level=3 therefore compiles as a user's run does.
+    """
+    there = os.environ.get("XLA_FLAGS", "").split()
+    names = {word.split("=")[0] for word in there}
+    more = [word for word in xla_flags(devices).split() if word.split("=")[0] not in names]
+    os.environ["XLA_FLAGS"] = " ".join(there + more)
+
+
+def environ(**more: str) -> dict[str, str]:
+    """For a process that runs the package as a user does: this repository's, without torch."""
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "without_torch")))
+    return os.environ | {"PYTHONPATH": paths} | more

@@ -32,6 +32,6 @@ def set_xla_flags(devices: int) -> None:
 
 
 def environ(**more: str) -> dict[str, str]:
-    """For a process that runs the package as a user does: this repository's, without torch."""
+    """For a process that runs the package as a user does: this checkout of it, and without torch."""
     paths = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "without_torch")))
     return os.environ | {"PYTHONPATH": paths} | more

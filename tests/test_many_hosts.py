@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import processes
 import pytest
 from safetensors.numpy import load_file
 from untrained import save_teacher

@@ -43,6 +43,8 @@ import processes
 import tiny_run
 from untrained import save_teacher
 
+from radlads_jax.system import huge_pages
+
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = {"stage1": 9, "stage2": 8, "stage3": 7}
 SHORT = {"stage1": 4}
@@ -78,6 +80,8 @@ def flags(teacher: pathlib.Path, workdir: pathlib.Path, mixer: str, steps: dict[
 def environment(cache: pathlib.Path, xla_flags: str = "") -> dict[str, str]:
     """One CPU device, with the compiled programs kept from one attempt to the next."""
     return processes.environ(
+        # Without them launch begins anew, which here is the program that forks it.
+        **huge_pages.setting(),
         JAX_PLATFORMS="cpu",
         XLA_FLAGS=xla_flags,
         PYTHONUNBUFFERED="1",

@@ -44,8 +44,8 @@ def find_tokens(run: RunConfig, workdir: AnyPath, tokenizer: Any, vocab_size: in
     is_finished = fingerprint.is_finished(workdir) and not names_others(workdir, run)
     if begun and not is_finished:
         if "eos_id" in begun:
-            ends = ({"tokenizer": {"eos_token's id": end}} for end in (begun["eos_id"], tokenizer.eos_token_id))
-            fingerprint.require_same(*ends, workdir)
+            before, now = ({"tokenizer": {"eos_token's id": i}} for i in (begun["eos_id"], tokenizer.eos_token_id))
+            fingerprint.require_same(before, now, workdir)
         begun = _same_source(run, workdir, begun)
     file = _kept(workdir, begun)
     if file is None:

@@ -14,6 +14,7 @@ from untrained import save_teacher
 
 from radlads_jax import config, launch
 from radlads_jax.run import ending, heldout, preflight, train
+from radlads_jax.run import job as job_module
 from radlads_jax.run.job import Job, make_job
 from radlads_jax.run.settings import check_same_config, remember_config
 
@@ -102,6 +103,18 @@ def job(teacher: pathlib.Path, tmp_path_factory: Any) -> Job:
     chosen = config.defaults()
     chosen.update_from_flattened_dict(tiny_run.settings(teacher))
     return make_job(config.validate(chosen), tmp_path_factory.mktemp("job") / "run")
+
+
+def test_a_tokenizer_that_an_export_would_change_is_refused_first(
+    teacher: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any
+) -> None:
+    def other(source: Any) -> None:
+        raise ValueError(f"other ids of {source}")
+
+    monkeypatch.setattr(job_module, "check_exportable", other)
+    with pytest.raises(ValueError, match=f"other ids of {teacher}"):
+        tiny_run.convert(tmp_path / "run", tiny_run.settings(teacher))
+    assert not (tmp_path / "run" / "data").exists()
 
 
 def with_train(job: Job, **fields: Any) -> Job:

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import tiny_run
 from safetensors.numpy import load_file, save_file
-from untrained import save_teacher
+from untrained import random_mixers, save_teacher
 
 from radlads_jax import config
 from radlads_jax import prepare as prepare_door
-from radlads_jax.data import prepare, sources, synthetic
-from radlads_jax.run import fingerprint, preflight, tokens
+from radlads_jax.data import binidx, prepare, sources, synthetic
+from radlads_jax.run import fingerprint, preflight, tokens, train
 from radlads_jax.run.job import Job, make_job
 from radlads_jax.run.settings import check_same_config, remember_config
 
@@ -82,6 +82,12 @@ def change_tokenizer(place: pathlib.Path) -> str:
     return "the tokenizer of the run"
 
 
+def change_end_of_text(place: pathlib.Path) -> str:
+    path = place / "teacher" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "a"}))
+    return "the tokenizer of the run .*eos_token"
+
+
 def append_text(place: pathlib.Path) -> str:
     with open(place / "corpus" / "b.txt", "a") as file:
         file.write("\n\n\nOne more.")
@@ -99,7 +105,15 @@ def add_a_file(place: pathlib.Path) -> str:
     return "files c.txt is new"
 
 
-CHANGES = [change_tensor, change_teacher_config, change_tokenizer, append_text, change_a_letter, add_a_file]
+CHANGES = [
+    change_tensor,
+    change_teacher_config,
+    change_tokenizer,
+    change_end_of_text,
+    append_text,
+    change_a_letter,
+    add_a_file,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=[change.__name__ for change in CHANGES])
@@ -124,6 +138,18 @@ def test_the_same_contents_elsewhere_go_on(place, monkeypatch):
     after = job_of(place, "moved run", **elsewhere)
     assert after.token_file.tokens.tolist() == before.token_file.tokens.tolist()
     assert after.depends == before.depends
+
+
+def test_a_finished_run_is_not_that_of_other_data(place):
+    """Where it is asked for by the names that it has, its results are shown whatever has become of them."""
+    (place / "run" / "export").mkdir()
+    (place / "run" / "summary.json").write_text("{}")
+    copy = shutil.copytree(place / "corpus", place / "copy")
+    append_text(place)
+    assert job_of(place).depends["data"] == job_of(place, data__path=str(copy)).depends["data"]
+    (copy / "a.txt").write_text((copy / "a.txt").read_text().replace("a", "o", 1))
+    with pytest.raises(ValueError, match=r"files a\.txt was"):
+        job_of(place, data__path=str(copy))
 
 
 def test_tokens_outlive_their_text(place):
@@ -163,6 +189,25 @@ def test_a_run_of_an_older_version_goes_on_with_its_tokens(place):
         job_of(place)
 
 
+def test_a_separator_is_read_as_it_was_typed(place):
+    """A shell passes a backslash and an n on as they are."""
+    assert job_of(place, "typed", data__separator=r"\n\n\n").token_file.num_documents == len(TEXTS)
+
+
+def test_new_weights_that_a_stage_freezes_are_looked_at_at_every_start(place, monkeypatch):
+    monkeypatch.setattr(train, "init_mixers", lambda cfg, *_, **__: random_mixers(cfg))
+    frozen = {"stage2__freeze": ("mixer/decay",)}
+    shutil.rmtree(place / "run")
+    job = begin(place, **frozen)
+    train.student_after(job, (), {}, whole=False)
+    document = fingerprint.read(place / "run")
+    changed = {path: [x + 1 for x in values] for path, values in document["frozen"].items()}
+    assert changed and all("mixer/decay" in path for path in changed)
+    (place / "run" / fingerprint.FILE).write_text(json.dumps(document | {"frozen": changed}))
+    with pytest.raises(ValueError, match="drawn otherwise"):
+        train.student_after(job, (), {}, whole=False)
+
+
 def test_a_dataset_of_another_commit_on_the_hub_is_refused(place, monkeypatch):
     shutil.rmtree(place / "run")
     monkeypatch.setattr(sources, "_load_hf", lambda _: datasets.Dataset.from_dict({"text": TEXTS}))
@@ -193,6 +238,18 @@ def test_a_given_token_file_is_told_by_contents(place):
         file.write(b"\x05")
     with pytest.raises(ValueError, match="the tokens of the run"):
         job_of(place, **given | {"data__path": str(moved)})
+
+
+def test_other_documents_of_the_same_tokens_are_refused(place):
+    shutil.rmtree(place / "run")
+    made = job_of(place, "first").token_file
+    with binidx.TokenFileWriter(place / "given", 300) as writer:
+        writer.add(made.tokens)
+    given = {"data__source": "binidx", "data__path": str(place / "given")}
+    begin(place, **given)
+    (place / "given.idx").write_bytes(made.prefix.with_name(f"{made.prefix.name}.idx").read_bytes())
+    with pytest.raises(ValueError, match="the documents of the run"):
+        job_of(place, **given)
 
 
 def test_paths_are_settings_like_others_where_no_contents_are_known(place):

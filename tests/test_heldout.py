@@ -10,6 +10,7 @@ from untrained import TEACHER, random_params, save_teacher, student_of
 
 from radlads_jax import config
 from radlads_jax.porting import load_params, model_config_from_hf, read_config, save_params
+from radlads_jax.run import ending, heldout
 from radlads_jax.run.heldout import exported_student
 from radlads_jax.run.job import make_job
 
@@ -29,6 +30,28 @@ def test_scored_weights_are_those_of_the_export(tmp_path, dtype, export_dtype, r
     expected = load_params(tmp_path / "export", written, dtype=dtype)
     assert ("head" in scored) == (not retie)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), scored, expected)
+
+
+def test_a_run_scores_its_exported_weights(tmp_path, monkeypatch):
+    chosen = config.defaults()
+    chosen.update_from_flattened_dict(tiny_run.settings(save_teacher(tmp_path)))
+    chosen.export.dtype, chosen.export.retie = "bfloat16", True
+    job, scored = make_job(config.validate(chosen), tmp_path / "run"), []
+
+    def evaluate(_, cfg, student, teacher):
+        scored.append((cfg, student))
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(ending, "export", lambda *_: None)
+    monkeypatch.setattr(ending, "write_report", lambda *_, **__: None)
+    monkeypatch.setattr(heldout, "evaluate_job", evaluate)
+    params = random_params(job.student)
+    with pytest.raises(RuntimeError, match="far enough"):
+        ending.finish(job, params, None, [])
+    ((cfg, student),) = scored
+    assert cfg.tie_embeddings and "head" in params and "head" not in student
+    rounded = params["norm"]["scale"].astype("bfloat16").astype(cfg.dtype)
+    np.testing.assert_array_equal(np.asarray(student["norm"]["scale"]), np.asarray(rounded))
 
 
 def test_retie_of_an_untied_teacher_is_refused_when_the_run_begins(tmp_path):

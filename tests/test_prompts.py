@@ -7,6 +7,7 @@ import pathlib
 import sys
 
 import jax
+import numpy as np
 import pytest
 import tokenizers
 import transformers
@@ -66,6 +67,14 @@ def test_a_prompt_may_be_cut_within_a_character():
     # More of one run of bytes than the context's tokens: it is read from its beginning.
     assert streamed(tokenizer, [*character, 1], prompt=[1, *character * 3, *character]) == ("世 a", False)
     assert streamed(tokenizer, [1], prompt=character[1:] * 6) == ("a", False)
+
+
+def test_generated_text_stands_behind_its_prompt(model, monkeypatch):
+    words = tokenizer_of(["<unk>", "▁Lily", "▁and"], SENTENCEPIECE)
+    monkeypatch.setattr(generation, "prefill", lambda cfg, params, sequences, unread: (sequences, unread))
+    monkeypatch.setattr(generation, "decode", lambda *_, **__: (np.array([[2]]), None))
+    (step,) = generation.generate(dataclasses.replace(model, tokenizer=words), [[1]], max_tokens=1)
+    assert step.texts == [" and"]
 
 
 def test_samples_stand_behind_their_prompts(monkeypatch):

@@ -1,5 +1,6 @@
 """Files of text: which ones of a directory are read, what is plainly of another kind, and what tells contents apart."""
 
+import codecs
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ SUFFIXES = {"text": (".txt",), "jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".p
 # Of files that hold data of some kind, read or not: a directory that has such beside what is read says so.
 _KNOWN = re.compile(r"\.(txt|text|md|jsonl?|parquet|arrow|csv|tsv|bin|idx)(\.(gz|zst|bz2|xz|zip))?$", re.IGNORECASE)
 
+_JSON_LIST = "a list in JSON"
 _HEAD_BYTES = 1 << 16
 _SAMPLE_BYTES = 1 << 16
 # Samples of a file, while there are few files and where there are many: 4 MiB and 256 KiB of each.
@@ -54,10 +56,23 @@ def _is_hidden(parts: Sequence[str]) -> bool:
     return any(part.startswith(".") for part in parts)
 
 
+def each_once(files: Sequence[AnyPath]) -> list[AnyPath]:
+    """The files without links to others of them, and of several links to one file elsewhere without all but one."""
+    first: dict[str, AnyPath] = {}
+    for file in sorted(files, key=lambda file: not in_bucket(file) and Path(file).is_symlink()):
+        first.setdefault(_real_name(file), file)
+    chosen = set(first.values())
+    return [file for file in files if file in chosen]
+
+
+def _real_name(file: AnyPath) -> str:
+    return str(file) if in_bucket(file) else os.path.realpath(file)
+
+
 def left_out(directory: AnyPath, read: Sequence[AnyPath]) -> list[str]:
     """The names of the data files in a directory that are not among those that are read."""
-    chosen = set(read)
-    files = [file for file in data_files(directory) if file not in chosen and _KNOWN.search(file.name)]
+    chosen = set(map(_real_name, read))
+    files = [file for file in data_files(directory) if _KNOWN.search(file.name) and _real_name(file) not in chosen]
     return [file.relative_to(directory).as_posix() for file in files]
 
 
@@ -66,6 +81,7 @@ def check_kind(file: AnyPath, kind: str) -> None:
     with file.open("rb") as opened:
         head = opened.read(_HEAD_BYTES)
     is_whole = len(head) < _HEAD_BYTES
+    head = head.removeprefix(codecs.BOM_UTF8)
     other = _plain_kind(head, is_whole)
     if kind == "jsonl" and (other == "gzip" or head.lstrip()[:1] == b"{" or not head.strip()):
         return
@@ -78,6 +94,8 @@ def check_kind(file: AnyPath, kind: str) -> None:
         other = "text"
     if other in ("jsonl", "parquet", "binidx", "text"):
         advice = f"Set --config.data.source={other}."
+    elif other == _JSON_LIST:
+        advice = "Write its objects one a line, as .jsonl, for --config.data.source=jsonl."
     else:
         advice = "Unpack it, or give .jsonl.gz as --config.data.source=jsonl."
     raise ValueError(
@@ -91,12 +109,12 @@ def _plain_kind(head: bytes, is_whole: bool) -> str | None:
     for magic, kind in _MAGIC.items():
         if head.startswith(magic):
             return kind
-    lines = [line for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
+    lines = [line for line in head.split(b"\n") if line.strip()]
     # The last line is cut off where the file goes on; a single one that long may still begin as an object does.
     whole = lines if is_whole or len(lines) < 2 else lines[:-1]
     if whole and all(_is_object(line, cut=not is_whole and len(lines) < 2) for line in whole):
         return "jsonl"
-    return None
+    return _JSON_LIST if re.match(rb'\s*\[\s*\{\s*"[^"]*"\s*:', head) else None
 
 
 def _is_text(head: bytes) -> bool:

@@ -18,7 +18,7 @@ import pyarrow.parquet
 from huggingface_hub.errors import HfHubHTTPError
 
 from radlads_jax.data import synthetic
-from radlads_jax.data.files import SUFFIXES, check_kind, data_files, identities, left_out
+from radlads_jax.data.files import SUFFIXES, check_kind, data_files, each_once, identities, left_out
 from radlads_jax.data.saved_dataset import is_saved, open_saved
 from radlads_jax.system.storage import AnyPath, as_path, in_bucket, open_text
 from radlads_jax.system.untrusted import brief, listed
@@ -171,7 +171,9 @@ def _files(source: Source) -> list[AnyPath]:
         raise ValueError(
             f"{path} does not exist; expected a {source.kind} file or a directory of them; check the path."
         )
-    files = [path] if path.is_file() else [each for each in data_files(path) if each.name.endswith(suffixes)]
+    files = [path]
+    if not path.is_file():
+        files = each_once([each for each in data_files(path) if each.name.endswith(suffixes)])
     if not files:
         others = left_out(path, [])
         beside = f" (it has {listed(others)})" if others else ""

@@ -140,6 +140,11 @@ def read_header(path: AnyPath) -> dict[str, StoredTensor]:
         prefix = file.read(8)
         if prefix.startswith(b"version "):
             refuse_pointer(path, prefix + file.read(POINTER_BYTES))
+        if prefix.isascii() and len(prefix) == 8 and prefix.decode().isprintable():
+            raise ValueError(
+                f"{path} begins with {prefix.decode()!r}, as text does; expected a safetensors file. It may be a "
+                f"server's page that refuses it. {_AGAIN}"
+            )
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > _MAX_HEADER_BYTES or 8 + length > size:
             raise ValueError(

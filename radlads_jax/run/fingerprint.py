@@ -71,7 +71,7 @@ def require_same(before: Mapping[str, Any], now: Mapping[str, Any], workdir: Any
     for part in sorted(before.keys() & now.keys()):
         differences = _differences(before[part], now[part], "")
         if differences:
-            what = "data" if part in ("source", "tokens") else part
+            what = "data" if part in ("source", "tokens", "documents") else part
             raise ValueError(
                 f"the {part} of the run in {workdir} is another than the one it began with: {listed(differences)}. "
                 f"Expected the same contents, under whatever path. To continue it, {_ADVICE[what]}; else choose "
@@ -141,6 +141,11 @@ def hub_commit(source: AnyPath) -> str | None:
 def of_tokens(file: TokenFile) -> list:
     """[bytes, hash] of a token file's tokens."""
     return identity(file.prefix.with_name(f"{file.prefix.name}.bin"))
+
+
+def of_documents(file: TokenFile) -> list:
+    """[bytes, hash] of where a token file's documents begin."""
+    return identity(file.prefix.with_name(f"{file.prefix.name}.idx"))
 
 
 def of_values(arrays: Mapping[str, jax.Array]) -> dict[str, list[float]]:

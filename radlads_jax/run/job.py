@@ -25,6 +25,7 @@ from radlads_jax.porting.load import load_params
 from radlads_jax.porting.model_tensors import model_tensors
 from radlads_jax.porting.tokenizer_files import check_exportable
 from radlads_jax.run import fingerprint
+from radlads_jax.run.settings import names_others
 from radlads_jax.run.tokens import Tokens, find_tokens
 from radlads_jax.system import hosts
 from radlads_jax.system.storage import AnyPath, as_path
@@ -115,7 +116,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     eval_tokens = run.data.eval_rows * (run.stage(run.stages[0]).seq_len if run.stages else _EVAL_SEQ_LEN)
     _check_rows(run, tokens.file, eval_tokens)
     depends = _depends(source, base_config, tokenizer, tokens)
-    if not fingerprint.is_finished(workdir):
+    if not fingerprint.is_finished(workdir) or names_others(workdir, run):
         _require_same(workdir, depends)
     return Job(
         run,
@@ -137,6 +138,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
 def _depends(source: AnyPath | None, base_config: dict[str, Any], tokenizer: Any, tokens: Tokens) -> dict[str, Any]:
     """What the run depends on, by its contents."""
     data = {"token_file": tokens.file.prefix.name, "tokens": fingerprint.of_tokens(tokens.file)}
+    data["documents"] = fingerprint.of_documents(tokens.file)
     return {
         "teacher": fingerprint.of_teacher(source, base_config) if source else None,
         "commit": fingerprint.hub_commit(source) if source else None,
@@ -155,9 +157,10 @@ def _require_same(workdir: AnyPath, depends: dict[str, Any]) -> None:
 
 
 def _comparable(depends: dict[str, Any]) -> dict[str, Any]:
-    """What a continuation has to have the same of: the tokens of all that is known of the data."""
+    """What a continuation has to have the same of; of the data, of which more is known, the tokens and documents."""
     parts = {part: depends[part] for part in ("teacher", "tokenizer") if part in depends}
-    return parts | ({"tokens": depends["data"]["tokens"]} if "data" in depends else {})
+    data = depends.get("data", {})
+    return parts | {part: data[part] for part in ("tokens", "documents") if part in data}
 
 
 def _check_rows(run: RunConfig, token_file: binidx.TokenFile, eval_tokens: int) -> None:

@@ -80,6 +80,13 @@ def _with_whole_paths(settings: dict) -> dict:
     return settings | changed | ({"data": data | {name: whole["data"][name] for name in known}} if known else {})
 
 
+def names_others(workdir: storage.AnyPath, run: RunConfig) -> bool:
+    """Whether a run names its teacher, text or tokenizer by other names than DIR/config.json has."""
+    begun, now = _begun_settings(workdir), flat_settings(json.loads(json.dumps(with_whole_paths(run).settings())))
+    names = [name for name in begun if name.endswith(tuple(f".{field}" for field in _PATH_FIELDS))]
+    return any(begun[name] != now.get(name) for name in names)
+
+
 def remember_config(workdir: storage.AnyPath, config: dict) -> None:
     """Writes DIR/config.json."""
     workdir.mkdir(parents=True, exist_ok=True)

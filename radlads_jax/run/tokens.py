@@ -12,6 +12,7 @@ from radlads_jax.data import binidx, prepare, sources
 from radlads_jax.data.tokenise import Framing, prompt_beginning
 from radlads_jax.porting.hub import files_without_weights, load_tokenizer
 from radlads_jax.run import fingerprint
+from radlads_jax.run.settings import names_others
 from radlads_jax.system.storage import AnyPath, as_path, children
 from radlads_jax.system.untrusted import listed
 
@@ -40,8 +41,11 @@ def find_tokens(run: RunConfig, workdir: AnyPath, tokenizer: Any, vocab_size: in
     if run.data.source == "binidx":
         return _given(run, tokenizer, vocab_size)
     begun = fingerprint.read(workdir).get("data") or (dict(_FORMERLY) if fingerprint.has_begun(workdir) else {})
-    is_finished = fingerprint.is_finished(workdir)
+    is_finished = fingerprint.is_finished(workdir) and not names_others(workdir, run)
     if begun and not is_finished:
+        if "eos_id" in begun:
+            before, now = ({"tokenizer": {"eos_token's id": i}} for i in (begun["eos_id"], tokenizer.eos_token_id))
+            fingerprint.require_same(before, now, workdir)
         begun = _same_source(run, workdir, begun)
     file = _kept(workdir, begun)
     if file is None:

@@ -198,11 +198,11 @@ def read_text(path: AnyPath) -> str:
 
 
 def open_text(path: AnyPath, *, unpack: bool = False) -> io.TextIOWrapper:
-    """A file's text, to be read in pieces. unpack: it is a gzip file."""
+    """A file's text, to be read in pieces, without the byte order mark it may begin with. unpack: it is a gzip file."""
     if unpack:
-        return gzip.open(path.open("rb") if in_bucket(path) else path, "rt", encoding="utf-8")
+        return gzip.open(path.open("rb") if in_bucket(path) else path, "rt", encoding="utf-8-sig")
     # epath has no encoding of its own for a bucket's text.
-    return io.TextIOWrapper(path.open("rb"), encoding="utf-8") if in_bucket(path) else path.open(encoding="utf-8")
+    return io.TextIOWrapper(path.open("rb"), "utf-8-sig") if in_bucket(path) else path.open(encoding="utf-8-sig")
 
 
 def write_text(path: AnyPath, text: str) -> None:

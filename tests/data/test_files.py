@@ -1,5 +1,6 @@
 """Which files are text, and of which kind: what a directory holds, links, hidden names, files given as other kinds."""
 
+import codecs
 import gzip
 import json
 from pathlib import Path
@@ -36,6 +37,8 @@ def corpus(tmp_path: Path) -> Path:
     (tmp_path / "corpus" / "shard again").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "corpus" / "deep" / "loop").symlink_to(tmp_path / "corpus")
     (tmp_path / "corpus" / "d.txt").symlink_to(text(tmp_path / "elsewhere" / "file", "a linked file"))
+    for name, target in (("a again.txt", "a.txt"), ("d again.txt", "../elsewhere/file"), ("gone.txt", "nothing")):
+        (tmp_path / "corpus" / name).symlink_to(target)
     text(tmp_path / "corpus" / "more.jsonl", LINES)
     text(tmp_path / "corpus" / "packed.txt.gz")
     text(tmp_path / "corpus" / "LICENSE")
@@ -75,6 +78,8 @@ OTHERS = {
     "text as parquet": (lambda p: text(p / "a.parquet"), "parquet", "source=text"),
     "jsonl as parquet": (lambda p: text(p / "a.parquet", LINES), "parquet", "source=jsonl"),
     "gzip as text": (lambda p: make_gzip(p / "a.txt"), "text", "jsonl.gz"),
+    "a list in JSON as text": (lambda p: text(p / "a.txt", json.dumps([{"text": "one"}], indent=1)), "text", "jsonl"),
+    "jsonl behind a mark": (lambda p: text(p / "a.txt", f"\ufeff{LINES}"), "text", "source=jsonl"),
     "tokens as text": (lambda p: make_token_file(p / "a.txt"), "text", "source=binidx"),
 }
 
@@ -92,6 +97,14 @@ def test_text_that_only_looks_like_another_kind_is_text(content: str, tmp_path: 
         list(documents(Source(str(text(tmp_path / "a.txt", content)), kind="text")))
         == [content.strip()][: len(content)]
     )
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "jsonl.gz"])
+def test_a_byte_order_mark_is_no_part_of_the_text(kind: str, tmp_path: Path) -> None:
+    path, content = tmp_path / f"a.{kind.replace('text', 'txt')}", b"one" if kind == "text" else LINES.encode()
+    content = codecs.BOM_UTF8 + content
+    path.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
+    assert next(documents(Source(str(path)))) == "one"
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,13 @@ def test_a_git_lfs_pointer_is_called_one(models, tmp_path, random_checkpoint, na
         loaded(tmp_path / "m")
 
 
+def test_weights_that_are_a_servers_page_are_called_text(models, tmp_path, random_checkpoint):
+    random_checkpoint(tmp_path / "m", models["qwen2"])
+    (tmp_path / "m" / SINGLE_FILE).write_text("<!DOCTYPE html><title>403 Forbidden</title>")
+    with pytest.raises(ValueError, match=r"begins with '<!DOCTYP', as text does"):
+        loaded(tmp_path / "m")
+
+
 def test_a_shard_that_is_a_git_lfs_pointer(models, tmp_path, random_checkpoint):
     random_checkpoint(tmp_path / "m", models["qwen2"], files=2)
     (tmp_path / "m" / "model-00002-of-00002.safetensors").write_text(POINTER)

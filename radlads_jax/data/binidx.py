@@ -24,7 +24,7 @@ import numpy as np
 from radlads_jax.system.storage import AnyPath, as_path, children, local_copy, publish, staged
 
 _MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
+_VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _SCAN_BLOCK = 1 << 22
@@ -137,8 +137,8 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
             "again."
         )
     _, version, code, sequences, documents = _HEADER.unpack(header)
-    if version != VERSION:
-        raise ValueError(f"{path} has version {version}; expected {VERSION}, the only one there is; write it again.")
+    if version != _VERSION:
+        raise ValueError(f"{path} has version {version}; expected {_VERSION}, the only one there is; write it again.")
     if code not in _DTYPES:
         raise ValueError(
             f"{path} has dtype code {code}; expected one of {sorted(_DTYPES)} (integers of 1, 2, 4 or 8 bytes); token "
@@ -278,7 +278,7 @@ class TokenFileWriter:
         documents = np.arange(len(sizes) + 1, dtype="<i8")
         index = staged(_with_suffix(self._prefix, ".idx"))
         with index.open("wb") as file:
-            file.write(_HEADER.pack(_MAGIC, VERSION, self._code, len(sizes), len(documents)))
+            file.write(_HEADER.pack(_MAGIC, _VERSION, self._code, len(sizes), len(documents)))
             file.write(sizes.astype("<i4").tobytes())
             file.write((ends - sizes.astype(np.int64) * self._dtype.itemsize).astype("<i8").tobytes())
             file.write(documents.tobytes())

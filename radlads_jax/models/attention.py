@@ -15,7 +15,7 @@ from radlads_jax.models.spec import MixerSpec, StateArray, Tensor, linear_tensor
 
 # Scores are [B, H, block, S]: with blocks of queries a long row needs memory linear in its length and skips the
 # keys behind each block.
-QUERY_BLOCK = 512
+_QUERY_BLOCK = 512
 SMALLEST_BLOCK = 128
 
 
@@ -134,7 +134,7 @@ def _attend(
         return jax.nn.dot_product_attention(queries, keys, values, mask=mask)
 
     total = q.shape[1]
-    size = min(QUERY_BLOCK, max(total // 4, SMALLEST_BLOCK))
+    size = min(_QUERY_BLOCK, max(total // 4, SMALLEST_BLOCK))
     if total <= size:
         return block(q, 0, k, v)
     pieces = []

@@ -38,7 +38,7 @@ from radlads_jax.models.rwkv import (
 )
 from radlads_jax.models.spec import MixerSpec, Operator, PublishedFormat, StateArray, Tensor, low_rank_tensors
 
-LOG_W_BOUND = -math.exp(-0.5)
+_LOG_W_BOUND = -math.exp(-0.5)
 
 
 class RadRwkv7(Mixer):
@@ -70,7 +70,7 @@ class RadRwkv7(Mixer):
         cfg, mixer = self.cfg, self.cfg.mixer
         r, k, v = self.project(x, x, x, context, use_rope=mixer.use_rope)
         k, v = repeat_kv(k, cfg.num_heads), repeat_kv(v, cfg.num_heads)
-        log_w = split_heads(LOG_W_BOUND * jax.nn.sigmoid(self.decay(x)), cfg.num_heads)
+        log_w = split_heads(_LOG_W_BOUND * jax.nn.sigmoid(self.decay(x)), cfg.num_heads)
         iclr = split_heads(jax.nn.sigmoid(self.iclr(x)), cfg.num_heads)
 
         assert context.v_first is not None

@@ -39,7 +39,7 @@ def model_tensors(source: AnyPath, cfg: ModelConfig) -> dict[str, StoredTensor]:
     stored = _by_our_names(found, expected)
     if cfg.tie_embeddings and HEAD in stored and EMBEDDING not in stored:
         stored[EMBEDDING] = stored.pop(HEAD)
-    check_tensors(stored, expected, source, tied=cfg.tie_embeddings)
+    _check_tensors(stored, expected, source, tied=cfg.tie_embeddings)
     if cfg.tie_embeddings and HEAD in stored and not _same_values(stored[EMBEDDING], stored[HEAD]):
         raise ValueError(
             f"{source / 'config.json'} says tie_word_embeddings true, but {HEAD} {_described(stored[HEAD])} has other "
@@ -49,7 +49,7 @@ def model_tensors(source: AnyPath, cfg: ModelConfig) -> dict[str, StoredTensor]:
     return stored
 
 
-def check_tensors(
+def _check_tensors(
     stored: dict[str, StoredTensor], expected: dict[str, Location], source: AnyPath, *, tied: bool
 ) -> None:
     """Raises one ValueError with every tensor that is missing, unexpected, misshapen or of a dtype no weight has.

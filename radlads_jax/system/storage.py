@@ -156,7 +156,7 @@ def size(path: AnyPath) -> int:
     return _filesystem().info(str(path))["size"] if in_bucket(path) else os.path.getsize(path)
 
 
-def version(path: AnyPath) -> tuple[str, int, int]:
+def _version(path: AnyPath) -> tuple[str, int, int]:
     """A file's name, bytes and what changes whenever it is written: its time in ns, in a bucket its generation."""
     if in_bucket(path):
         info = _filesystem().info(str(path))
@@ -206,11 +206,11 @@ def open_text(path: AnyPath, *, unpack: bool = False) -> io.TextIOWrapper:
 
 
 def write_text(path: AnyPath, text: str) -> None:
-    """Writes a whole file in UTF-8, as `write_bytes` does."""
-    write_bytes(path, text.encode("utf-8"))
+    """Writes a whole file in UTF-8, as `_write_bytes` does."""
+    _write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path: AnyPath, data: bytes) -> None:
+def _write_bytes(path: AnyPath, data: bytes) -> None:
     """Writes a whole file; a reader sees the old one or the new one, nothing between."""
     if in_bucket(path):
         _filesystem().pipe_file(str(path), data)
@@ -310,7 +310,7 @@ def local_directory(directory: AnyPath, patterns: Sequence[str]) -> Path:
         return Path(directory)
     there = [name for name, is_file in children(directory).items() if is_file]
     wanted = sorted(name for name in there if any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
-    versions = [version(directory / name) for name in wanted]
+    versions = [_version(directory / name) for name in wanted]
     target = _cache_directory() / hashlib.sha256(repr((str(directory), versions)).encode()).hexdigest()[:16]
     target.mkdir(parents=True, exist_ok=True)
     for name in wanted:
@@ -357,7 +357,7 @@ def _fetch(path: AnyPath, copy: Path) -> None:
 
 
 def _place_of_copy(path: AnyPath) -> Path:
-    digest = hashlib.sha256(repr(version(path)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr(_version(path)).encode()).hexdigest()[:16]
     return _cache_directory() / digest / path.name
 
 

@@ -118,8 +118,8 @@ def export_again(
 
 def _stored_dtype(config: dict[str, Any]) -> str:
     """The weights' dtype as config.json has it; float32 where it is none that an export may have."""
-    found = config.get("torch_dtype", config.get("dtype"))
-    return found if found in EXPORT_DTYPES else "float32"
+    dtype = config.get("torch_dtype", config.get("dtype"))
+    return dtype if dtype in EXPORT_DTYPES else "float32"
 
 
 def _model_card(model: storage.AnyPath, source: storage.AnyPath, cfg: ModelConfig, form: Writer) -> str | None:

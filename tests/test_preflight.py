@@ -93,7 +93,7 @@ def test_a_full_disk_is_refused_with_what_is_needed(tmp_path, monkeypatch):
     free = 10_000_000
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
     found = preflight.disk(job)
-    assert "10 MB free" in found.found and "lower config.train.keep_checkpoints" in found.problem
+    assert "10 MB free" in found.result and "lower config.train.keep_checkpoints" in found.problem
     with pytest.raises(ValueError, match=r"the run will write up to [\d.]+ MB below .*where 10 MB are free"):
         preflight.check(job)
 
@@ -102,7 +102,7 @@ def test_a_bucket_has_no_free_space_to_ask_for(tmp_path, monkeypatch):
     job = make(settings(), tmp_path / "run")
     assert space.free_bytes(epath.Path("gs://bucket/run")) is None
     monkeypatch.setattr(preflight, "free_bytes", lambda directory: None)
-    assert "is not known" in preflight.disk(job).found and not preflight.disk(job).problem
+    assert "is not known" in preflight.disk(job).result and not preflight.disk(job).problem
 
 
 def test_the_disk_that_is_asked_for_is_what_a_run_fills(tmp_path, capsys):
@@ -136,7 +136,7 @@ def size_of(directory: pathlib.Path) -> int:
 
 
 def planned_bytes(job: job_lib.Job) -> float:
-    size, unit = re.search(r"at most ([\d.]+) (M?B) ", preflight.disk(job).found).groups()
+    size, unit = re.search(r"at most ([\d.]+) (M?B) ", preflight.disk(job).result).groups()
     return float(size) * (1e6 if unit == "MB" else 1)
 
 

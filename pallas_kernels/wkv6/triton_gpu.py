@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.shared.triton_call import Plan, Tuning, fill, given, import_kernels, make_plan, pass_states, run
+from pallas_kernels.shared.triton_call import (
+    Plan,
+    Tuning,
+    as_pointer,
+    fill,
+    import_kernels,
+    make_plan,
+    pass_states,
+    run,
+)
 
 # Warps and blocks with which no kernel spills a register on sm_80, sm_90 or sm_100.
 _TUNED: Tuning = {
@@ -54,7 +63,7 @@ def _levels(plan: Plan) -> int:
 def prepare(plan: Plan, inputs: _Inputs, segment_ids: jax.Array | None) -> _Prepared:
     decay = plan.per_chunk(2, plan.K, dtype=jnp.float32)
     outputs = [plan.keys(), plan.keys(), plan.per_chunk(plan.C, plan.C), decay]
-    arguments = (*inputs[:3], given(segment_ids))
+    arguments = (*inputs[:3], as_pointer(segment_ids))
     kernel, resets = import_kernels("wkv6").prepare, segment_ids is not None
     return _Prepared(*run(plan, _TUNED, kernel, arguments, outputs, RESETS=resets, LEVELS=_levels(plan)))
 
@@ -79,7 +88,7 @@ def _recurrence_backward(plan: Plan, kept: Any, cotangents: tuple[jax.Array, jax
     """Prepares the chunks again, passes the state's gradient back through them, then takes all at once."""
     inputs, segment_ids, states = kept
     d_out, d_final = cotangents
-    kernels, ids, resets = import_kernels("wkv6"), given(segment_ids), segment_ids is not None
+    kernels, ids, resets = import_kernels("wkv6"), as_pointer(segment_ids), segment_ids is not None
     ready = prepare(plan, inputs, segment_ids)
     _, d_states, d_state = pass_states(plan, _TUNED, None, ready.r_head, d_out, ready.decay, d_final, reverse=True)
     arguments = (ready.k_end, d_states, ready.inner, d_out)

@@ -50,8 +50,8 @@ def evaluate_models(tasks: dict[str, Any], values: flags.FlagValues) -> dict[str
 
     The teacher leaves memory before the student comes; its control has no weights of its own.
     """
-    found = {} if values.teacher is None else _of_teacher(tasks, values)
-    return found | {"student": _measured("student", load_model(values.model, dtype=values.dtype), tasks, values)}
+    of_teacher = {} if values.teacher is None else _of_teacher(tasks, values)
+    return of_teacher | {"student": _measured("student", load_model(values.model, dtype=values.dtype), tasks, values)}
 
 
 def _of_teacher(tasks: dict[str, Any], values: flags.FlagValues) -> dict[str, _Measured]:

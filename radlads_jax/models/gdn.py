@@ -67,10 +67,10 @@ class GdnOptions:
     gate_std: float = 0.02
 
     def __post_init__(self):
-        given = (self.key_heads, self.value_heads, self.key_size, self.value_size)
-        if any(given) != all(given) or (self.fused and self.value_heads % self.key_heads):
+        sizes = (self.key_heads, self.value_heads, self.key_size, self.value_size)
+        if any(sizes) != all(sizes) or (self.fused and self.value_heads % self.key_heads):
             raise ValueError(
-                f"gdn's key_heads, value_heads, key_size, value_size are {given}; expected all 0 (the teacher's), or "
+                f"gdn's key_heads, value_heads, key_size, value_size are {sizes}; expected all 0 (the teacher's), or "
                 "all given with value_heads a multiple of key_heads. Correct the one that is wrong."
             )
         if self.kv_heads not in _KV_HEADS:

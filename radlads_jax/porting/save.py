@@ -111,10 +111,10 @@ def _check_params(flat: dict, cfg: ModelConfig) -> None:
             if path in flat and flat[path].shape != shape
         ],
     }
-    found = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
-    if found:
+    wrong = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    if wrong:
         raise ValueError(
-            f"the parameters are not those of the model to export, got {'; '.join(found)}; expected the {len(shapes)} "
+            f"the parameters are not those of the model to export, got {'; '.join(wrong)}; expected the {len(shapes)} "
             "of its configuration. Export with the configuration that the parameters were made with."
         )
 
@@ -192,16 +192,16 @@ def _copy_files(target: AnyPath, tokenizer_from: AnyPath | None, extra_files: Se
 
 
 def _write_generation_config(
-    target: AnyPath, given: dict[str, Any] | None, tokenizer_from: AnyPath | None, base_config: dict[str, Any]
+    target: AnyPath, config: dict[str, Any] | None, tokenizer_from: AnyPath | None, base_config: dict[str, Any]
 ) -> None:
     source = tokenizer_from / _GENERATION_CONFIG if tokenizer_from is not None else None
-    if given is None and source is not None and source.is_file():
+    if config is None and source is not None and source.is_file():
         copy_file(source, target / _GENERATION_CONFIG)
         return
-    if given is None:
+    if config is None:
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-        given = {key: base_config[key] for key in ids if base_config.get(key) is not None}
-    _write_json(target / _GENERATION_CONFIG, given)
+        config = {key: base_config[key] for key in ids if base_config.get(key) is not None}
+    _write_json(target / _GENERATION_CONFIG, config)
 
 
 def _write_json(path: AnyPath, value: dict[str, Any]) -> None:

@@ -224,9 +224,9 @@ def _recipe(run: RunLog) -> str:
     if not run.config:
         return none("The directory has no config.json.")
     teacher, student = _names_of(run)
-    data, given = run.config.get("data") or {}, run.config.get("student") or {}
+    data, student_config = run.config.get("data") or {}, run.config.get("student") or {}
     chosen = dataclasses.asdict(Student())
-    switches = {k: v for k, v in given.items() if v not in ("", [], None, chosen.get(k)) and k != "mixer"}
+    switches = {k: v for k, v in student_config.items() if v not in ("", [], None, chosen.get(k)) and k != "mixer"}
     apart = "see each other" if data.get("cross_document") else "are kept apart"
     lines = [
         ("teacher", teacher),

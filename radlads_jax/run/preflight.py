@@ -41,7 +41,7 @@ class _Finding(NamedTuple):
     """What one check found. problem: why the run should not begin, and what to change; "" where all is well."""
 
     name: str
-    found: str
+    result: str
     problem: str = ""
 
 
@@ -97,12 +97,12 @@ def disk(job: Job) -> _Finding:
     free = free_bytes(job.workdir)
     if free is None:
         return _Finding("disk", f"at most {shown_bytes(left)} to write; how much a bucket has left is not known")
-    found = f"at most {shown_bytes(left)} of checkpoints and export to write, {shown_bytes(free)} free"
+    result = f"at most {shown_bytes(left)} of checkpoints and export to write, {shown_bytes(free)} free"
     if left <= free:
-        return _Finding("disk", found)
+        return _Finding("disk", result)
     return _Finding(
         "disk",
-        found,
+        result,
         f"the run will write up to {shown_bytes(left)} below {job.workdir}, where {shown_bytes(free)} are free; "
         "expected room for all of it. Free some, choose a --workdir on a larger disk, or lower "
         "config.train.keep_checkpoints.",
@@ -151,14 +151,14 @@ def tokenizer(job: Job) -> _Finding:
     begin = f"begin with {first} ({', '.join(map(str, job.beginning))}) and " if job.beginning else ""
     if job.beginning != (usual := prompt_beginning(job.tokenizer)):
         ends += f"; prompts begin otherwise, with {brief(job.tokenizer.decode(list(usual)) or 'nothing')}"
-    found = f"{len(vocab):,} tokens in a vocabulary of {job.teacher.vocab_size:,}; documents {begin}{ends}"
+    result = f"{len(vocab):,} tokens in a vocabulary of {job.teacher.vocab_size:,}; documents {begin}{ends}"
     own = _own_vocabulary(job)
     moved = [token for token, number in vocab.items() if own.get(token, number) != number]
     if not moved:
-        return _Finding("tokenizer", found)
+        return _Finding("tokenizer", result)
     return _Finding(
         "tokenizer",
-        found,
+        result,
         f"the tokenizer in {job.tokenizer_dir} gives {len(moved):,} tokens other ids than that of the teacher in "
         f"{job.source}: {listed(moved)}; expected the same ids. Leave config.data.tokenizer out.",
     )
@@ -214,8 +214,8 @@ def _round_trip(job: Job, place: epath.Path) -> bool:
         written.save(1, {"numbers": numbers}, data_state={}, meta={}, wait=True)
     abstract = {"numbers": jax.ShapeDtypeStruct(numbers.shape, numbers.dtype, sharding=placed)}
     # By another one, as in a run: Orbax's own that has saved to a bucket takes it for unfinished in all but process 0.
-    with Checkpoints(place / "checkpoint") as found:
-        restored, _, _ = found.restore(1, abstract)
+    with Checkpoints(place / "checkpoint") as reader:
+        restored, _, _ = reader.restore(1, abstract)
     return bool(hosts.fetched(jax.jit(jnp.array_equal)(numbers, restored["numbers"])))
 
 
@@ -225,12 +225,12 @@ def _teacher_loss(job: Job, teacher: Params) -> _Finding:
     batch = next(job.batches(run.stages[0], rows))
     measured = heldout.evaluate(job.teacher, teacher, [batch], rows, mesh=job.mesh)
     loss, chance = measured["student"]["loss"], math.log(job.teacher.vocab_size)
-    found = f"loss {loss:.3f} on the first {measured['tokens']:,} tokens; that of chance is {chance:.3f}"
+    result = f"loss {loss:.3f} on the first {measured['tokens']:,} tokens; that of chance is {chance:.3f}"
     if loss < _NEAR_CHANCE * chance:
-        return _Finding("teacher", found)
+        return _Finding("teacher", result)
     return _Finding(
         "teacher",
-        found,
+        result,
         f"the teacher {job.source} has a loss of {loss:.3f} on the first {measured['tokens']:,} tokens, where guessing "
         f"among its {job.teacher.vocab_size:,} tokens gives {chance:.3f}; expected one well below that. Check that the "
         "weights are trained and whole, that data and teacher have one tokenizer (config.data.tokenizer, or the one "
@@ -242,22 +242,22 @@ def _kernels(job: Job) -> _Finding:
     """The devices, how the run is spread over them, and which implementation of the recurrence they get."""
     sizes = {} if job.mesh is None else {axis: size for axis, size in job.mesh.shape.items() if size > 1}
     used = "one device" if job.mesh is None else " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-    found = f"{used} of {jax.device_count()} ({jax.devices()[0].device_kind})"
+    result = f"{used} of {jax.device_count()} ({jax.devices()[0].device_kind})"
     operator = MIXERS[job.student.recurrent_mixer].operator if job.student.recurrent_mixer else None
     if operator is not None:
         head_sizes = (job.student.head_dim, job.student.head_dim)
         run = dispatch.choose(operator.name, operator.implementations, None, head_sizes)
         name = next(name for name, function in operator.implementations.items() if function is run)
-        found = f"{operator.name} runs as {name} on {found}"
-    return _Finding("kernels", found)
+        result = f"{operator.name} runs as {name} on {result}"
+    return _Finding("kernels", result)
 
 
 def _print(findings: list[_Finding]) -> None:
     console = Console()
     console.print("[bold]before the run[/bold]")
-    for name, found, problem in findings:
+    for name, result, problem in findings:
         style = "red" if problem else None
-        line = f"  {'NO' if problem else 'ok'}  {name:12} {found}"
+        line = f"  {'NO' if problem else 'ok'}  {name:12} {result}"
         console.print(line, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 

@@ -187,8 +187,8 @@ def sizes_below(directory: AnyPath) -> dict[str, int]:
 def children(directory: AnyPath) -> dict[str, bool]:
     """What a directory holds, by name: whether it is a file."""
     if in_bucket(directory):
-        found = {entry["name"]: entry["type"] == "file" for entry in _filesystem().ls(str(directory), detail=True)}
-        return {name.rstrip("/").split("/")[-1]: is_file for name, is_file in found.items() if not name.endswith("/")}
+        files = {entry["name"]: entry["type"] == "file" for entry in _filesystem().ls(str(directory), detail=True)}
+        return {name.rstrip("/").split("/")[-1]: is_file for name, is_file in files.items() if not name.endswith("/")}
     return {each.name: each.is_file() for each in directory.iterdir()}
 
 

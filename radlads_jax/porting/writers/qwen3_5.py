@@ -72,8 +72,8 @@ def _native(cfg: ModelConfig, form: _Form = _USUAL) -> ModelConfig:
 def _obstacles(cfg: ModelConfig, directory: AnyPath | None, engine: engines.Engine | None = None) -> list[str]:
     """What the format has no place for; of an engine, also what it does not load."""
     del directory
-    found = _without_place(cfg)
-    return found if found or engine is None else engine.obstacles(_native(cfg, _form_for(engine)))
+    obstacles = _without_place(cfg)
+    return obstacles if obstacles or engine is None else engine.obstacles(_native(cfg, _form_for(engine)))
 
 
 def _without_place(cfg: ModelConfig) -> list[str]:
@@ -199,4 +199,4 @@ def _writer(form: _Form, engine: engines.Engine | None = None, forms: dict[str, 
     )
 
 
-WRITER = _writer(_USUAL, forms={name: _writer(_form_for(one), one) for name, one in engines.ENGINES.items()})
+WRITER = _writer(_USUAL, forms={name: _writer(_form_for(engine), engine) for name, engine in engines.ENGINES.items()})

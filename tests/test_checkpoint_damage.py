@@ -58,9 +58,9 @@ def harm(path: pathlib.Path, kind: str, rng: random.Random) -> None:
 def newest(directory: pathlib.Path) -> Any:
     """(step, arrays, data_state, meta) of the newest whole checkpoint."""
     with Checkpoints(directory) as checkpoints:
-        found = checkpoints.newest(lambda step: checkpoints.restore(step, state_of(0)))
-        assert found is not None
-        step, (state, data_state, meta) = found
+        restored = checkpoints.newest(lambda step: checkpoints.restore(step, state_of(0)))
+        assert restored is not None
+        step, (state, data_state, meta) = restored
         return step, {name: np.asarray(x).tobytes() for name, x in state.items()}, data_state, meta
 
 
@@ -80,8 +80,8 @@ def test_every_file_damaged(kind: str, saved: pathlib.Path, tmp_path: pathlib.Pa
             shutil.copytree(saved, directory)
             harm(directory / "2" / file.relative_to(saved / "2"), kind, rng)
             caplog.clear()
-            step, *found = newest(directory)
-            assert [step, *found] == list(expected(step)), (kind, file)
+            step, *contents = newest(directory)
+            assert [step, *contents] == list(expected(step)), (kind, file)
             if step == 1:
                 skipped += 1
                 aside = directory.with_name("stage1-2-damaged")
@@ -106,8 +106,8 @@ def test_a_damaged_one_can_be_saved_again(copy: pathlib.Path) -> None:
         assert checkpoints.newest(checkpoints.restore_meta) == (2, {"loss": 2 / 7, "none": None})
         with pytest.raises(DamagedCheckpoint, match=r"step 2 in .* is damaged: the checksum of data is not"):
             checkpoints.restore(2, state_of(0))
-        found = checkpoints.newest(lambda step: checkpoints.restore(step, state_of(0))[1])
-        assert found == (1, {"row": 1})
+        restored = checkpoints.newest(lambda step: checkpoints.restore(step, state_of(0))[1])
+        assert restored == (1, {"row": 1})
         assert checkpoints.save(2, state_of(2), data_state={"row": 2}, meta={"loss": 2 / 7, "none": None}, wait=True)
     assert newest(copy) == expected(2)
 

@@ -150,10 +150,10 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoints(teacher, tmp_path, monk
     assert aside == {"stage1-5-damaged", "stage2-3-damaged"}
     for name in aside:
         shutil.rmtree(checkpoints / name)
-    expected, found = (killed.result(tmp_path / name, steps) for name in ("undisturbed", "damaged"))
+    expected, got = (killed.result(tmp_path / name, steps) for name in ("undisturbed", "damaged"))
     # The repeated steps of stage 1 were logged after those of stage 2.
-    found["metrics"] = sorted(found["metrics"], key=lambda line: (line["stage"], line["step"]))
-    assert [name for name in expected if found[name] != expected[name]] == []
+    got["metrics"] = sorted(got["metrics"], key=lambda line: (line["stage"], line["step"]))
+    assert [name for name in expected if got[name] != expected[name]] == []
 
 
 ROOMS = """

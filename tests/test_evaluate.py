@@ -173,7 +173,7 @@ def answers(generated: list[float], low: list[float]) -> dict:
 
 def test_the_recall_suite_with_the_control(directories, tmp_path, monkeypatch, capsys):
     """Its place in the page, with every part that is asked for; what the models answer is made up."""
-    found = {
+    by_mixer = {
         "attention": answers([0.9, 0.2], [0.75, 0.08]),
         "window": answers([0.2, 0.1], [0.1, 0.0]),
         "rad_rwkv7": answers([0.5, 0.2], [0.3, 0.1]),
@@ -182,7 +182,7 @@ def test_the_recall_suite_with_the_control(directories, tmp_path, monkeypatch, c
 
     def probed(model, **options):
         asked.append((model.cfg.layer_mixers[0], options["by_position"], options["samples"]))
-        return {"recall": found[model.cfg.layer_mixers[0]]}
+        return {"recall": by_mixer[model.cfg.layer_mixers[0]]}
 
     monkeypatch.setattr(model_scores, "run_probes", probed)
     models = [f"--model={directories['student']}", f"--teacher={directories['teacher']}", f"--output={tmp_path}"]

@@ -177,10 +177,10 @@ STEP = {
 
 
 def test_a_task_per_node_has_all_of_its_devices() -> None:
-    found = hosts.slurm_processes(STEP)
-    assert found is not None and found["cluster_detection_method"] == "deactivate"
-    assert (found["num_processes"], found["process_id"]) == (6, 2)
-    assert found["coordinator_address"] == "gpu03:62344"
+    step = hosts.slurm_processes(STEP)
+    assert step is not None and step["cluster_detection_method"] == "deactivate"
+    assert (step["num_processes"], step["process_id"]) == (6, 2)
+    assert step["coordinator_address"] == "gpu03:62344"
     assert hosts.slurm_processes(STEP | {"SLURM_NTASKS": "12"}) is None
     assert hosts.slurm_processes({}) is None
 

@@ -9,8 +9,8 @@ from radlads_jax.distill import mesh as mesh_lib
 
 
 def sizes(mesh: Mesh, devices: int, rows: dict[str, int], **options) -> tuple[int, ...]:
-    found = mesh_lib.mesh_sizes(mesh, devices, rows, **options)
-    return tuple(found[axis] for axis in ("data", "fsdp", "tensor"))
+    of_axes = mesh_lib.mesh_sizes(mesh, devices, rows, **options)
+    return tuple(of_axes[axis] for axis in ("data", "fsdp", "tensor"))
 
 
 def test_mesh_sizes():

@@ -76,8 +76,8 @@ def test_everything_of_a_run_goes_to_one_directory(named: str, home: pathlib.Pat
             logger.begin("stage1", 0, 1, tokens_per_step=1)
             logger.log("stage1", 1, {"loss": 1.0})
     assert read_metrics(path) and report.write_report(named).is_file()
-    found = {file.name for file in (home / "runs" / "mine").iterdir()}
-    assert found == {".lock", "checkpoints", "metrics.jsonl", "tensorboard", "report"}
+    names = {file.name for file in (home / "runs" / "mine").iterdir()}
+    assert names == {".lock", "checkpoints", "metrics.jsonl", "tensorboard", "report"}
     assert list((tmp_path / "here").iterdir()) == []
 
 

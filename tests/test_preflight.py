@@ -58,7 +58,7 @@ def untrained(tmp_path) -> pathlib.Path:
 
 def lines(text: str) -> dict[str, str]:
     """What each check said, by its name, and its verdict."""
-    return {found[2]: found[0].strip() for found in re.finditer(r"^  (ok|NO)  (\w+) .*$", text, re.M)}
+    return {line[2]: line[0].strip() for line in re.finditer(r"^  (ok|NO)  (\w+) .*$", text, re.M)}
 
 
 @pytest.mark.parametrize("mesh", [{}, {"mesh__fsdp": 4, "mesh__tensor": 2}], ids=["one device", "a mesh"])
@@ -92,8 +92,8 @@ def test_a_full_disk_is_refused_with_what_is_needed(tmp_path, monkeypatch):
     job = make(settings(), tmp_path / "run")
     free = 10_000_000
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
-    found = preflight.disk(job)
-    assert "10 MB free" in found.result and "lower config.train.keep_checkpoints" in found.problem
+    finding = preflight.disk(job)
+    assert "10 MB free" in finding.result and "lower config.train.keep_checkpoints" in finding.problem
     with pytest.raises(ValueError, match=r"the run will write up to [\d.]+ MB below .*where 10 MB are free"):
         preflight.check(job)
 
@@ -147,8 +147,8 @@ def test_a_tokenizer_that_numbers_tokens_otherwise_is_refused(tmp_path):
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (other / "tokenizer.json").write_text(json.dumps(document))
     job = make(settings(data__tokenizer=str(other)), tmp_path / "run")
-    found = preflight.tokenizer(job)
-    assert re.search("gives 2 tokens other ids than .*: (a, b|b, a); expected", found.problem)
+    finding = preflight.tokenizer(job)
+    assert re.search("gives 2 tokens other ids than .*: (a, b|b, a); expected", finding.problem)
     same = make(settings(data__tokenizer=str(shutil.copytree(TEACHER, tmp_path / "same"))), tmp_path / "run2")
     assert not preflight.tokenizer(same).problem
 

@@ -173,12 +173,12 @@ def main() -> int:
             if outcome.verdict == "fault":
                 faults[f"{kind}: {outcome.what}"].append(number)
     print(f"{'kind':32}{'cases':>7}{'refused':>9}{'sound':>7}{'faults':>8}{'longest s':>11}{'peak MiB':>10}")
-    for kind, found in [*outcomes.items(), ("all", list(itertools.chain(*outcomes.values())))]:
-        counts = [sum(o.verdict == verdict for o in found) for verdict in ("refused", "sound", "fault")]
+    for kind, of_kind in [*outcomes.items(), ("all", list(itertools.chain(*outcomes.values())))]:
+        counts = [sum(o.verdict == verdict for o in of_kind) for verdict in ("refused", "sound", "fault")]
         figures = "".join(f"{n:{width}}" for n, width in zip(counts, (9, 7, 8), strict=True))
-        longest, peak = max(o.seconds for o in found), max(o.mebibytes for o in found)
-        reached = f"   {found[-1].lines} lines reached" if kind.startswith("guided") else ""
-        print(f"{kind:32}{len(found):7}{figures}{longest:11.2f}{peak:10.0f}{reached}")
+        longest, peak = max(o.seconds for o in of_kind), max(o.mebibytes for o in of_kind)
+        reached = f"   {of_kind[-1].lines} lines reached" if kind.startswith("guided") else ""
+        print(f"{kind:32}{len(of_kind):7}{figures}{longest:11.2f}{peak:10.0f}{reached}")
     for what, cases in sorted(faults.items()):
         print(f"FAULT in {len(cases)} (case {cases[0]} first) {what}")
     return 1 if faults else 0

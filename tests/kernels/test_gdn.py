@@ -144,9 +144,9 @@ def test_equals_transformers(function):
     state = np.random.default_rng(1).standard_normal((2, 4, 32, 32)).astype(np.float32)
     # transformers scales the queries itself.
     scaled = inputs | {"q": inputs["q"] * np.float32(32**0.5)}
-    given = (torch.from_numpy(scaled[name]) for name in ("q", "k", "v", "log_g", "beta"))
+    arguments = (torch.from_numpy(scaled[name]) for name in ("q", "k", "v", "log_g", "beta"))
     reference = getattr(modeling_qwen3_5, function)
-    want, last = reference(*given, initial_state=torch.from_numpy(state), output_final_state=True)
+    want, last = reference(*arguments, initial_state=torch.from_numpy(state), output_final_state=True)
     out, final = jax.jit(gdn)(**inputs, initial_state=jnp.asarray(state))
     assert rms_ratio(out, want.numpy()) < TOLERANCE["float32"]
     assert rms_ratio(final, last.numpy()) < TOLERANCE["float32"]
@@ -180,8 +180,8 @@ def test_backward_keeps_no_per_token_states_and_no_copies_of_keys():
     inputs = {n: jnp.asarray(x) for n, x in gated_delta_inputs(1, length, 1, 4, 64, 64).items()}
     shapes = jax.eval_shape(lambda inputs: jax.vjp(lambda x: gdn(**x, chunk_size=size), inputs)[1], inputs)
     kept = sum(x.size for x in jax.tree.leaves(shapes))
-    given = sum(x.size for x in inputs.values())
-    assert given < kept <= given + (length // size + 2) * 4 * 64 * 64
+    inputs_size = sum(x.size for x in inputs.values())
+    assert inputs_size < kept <= inputs_size + (length // size + 2) * 4 * 64 * 64
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -228,10 +228,10 @@ def test_pieces_over_devices_are_the_whole():
     devices = np.array(jax.devices()[:8]).reshape(1, 1, 2, 4)
     mesh = Mesh(devices, ("data", "fsdp", "tensor", "context"), axis_types=(AxisType.Auto,) * 4)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        found = jax.jit(jax.grad(functools.partial(loss, split), tuple(range(6)), has_aux=True))(
+        gradients = jax.jit(jax.grad(functools.partial(loss, split), tuple(range(6)), has_aux=True))(
             *jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
         )
-    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
         assert rms_ratio(got, want) < 2e-6
 
 

@@ -75,10 +75,10 @@ def test_pieces_are_the_whole(name: str, length: int, case: str) -> None:
     reference = functools.partial(op, implementation="reference")
     expected = jax.grad(functools.partial(loss, reference), differentiated, has_aux=True)(*sequences, state)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        found = jax.jit(jax.grad(functools.partial(loss, split), differentiated, has_aux=True))(
+        gradients = jax.jit(jax.grad(functools.partial(loss, split), differentiated, has_aux=True))(
             *jax.device_put((*sequences, state), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
         )
-    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
         error = np.linalg.norm(np.float64(got) - np.float64(want)) / np.linalg.norm(np.float64(want))
         assert error < 2e-6
 

@@ -28,15 +28,15 @@ def arrays(length: int = LENGTH) -> tuple[jax.Array, jax.Array, jax.Array]:
 def test_equals_torch():
     """Outputs and gradients of conv1d as transformers calls it, padded on the left and cut."""
     x, kernel, _ = arrays()
-    given = [torch.from_numpy(np.array(a)).requires_grad_() for a in (jnp.swapaxes(x, 1, 2), kernel.T)]
-    padded = torch.nn.functional.conv1d(given[0], given[1][:, None], padding=WIDTH - 1, groups=CHANNELS)
+    theirs = [torch.from_numpy(np.array(a)).requires_grad_() for a in (jnp.swapaxes(x, 1, 2), kernel.T)]
+    padded = torch.nn.functional.conv1d(theirs[0], theirs[1][:, None], padding=WIDTH - 1, groups=CHANNELS)
     want = torch.nn.functional.silu(padded[..., :LENGTH])
     want.square().sum().backward()
     out = short_conv(x, kernel)[0]
     d_x, d_kernel = jax.grad(lambda x, kernel: jnp.sum(short_conv(x, kernel)[0] ** 2), (0, 1))(x, kernel)
     assert rms_ratio(out, want.detach().numpy().swapaxes(1, 2)) < TOLERANCE["float32"]
-    assert rms_ratio(d_x, given[0].grad.numpy().swapaxes(1, 2)) < TOLERANCE["float32"]
-    assert rms_ratio(d_kernel, given[1].grad.numpy().T) < TOLERANCE["float32"]
+    assert rms_ratio(d_x, theirs[0].grad.numpy().swapaxes(1, 2)) < TOLERANCE["float32"]
+    assert rms_ratio(d_kernel, theirs[1].grad.numpy().T) < TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize("cut", [1, 7])
@@ -100,6 +100,6 @@ def test_pieces_over_devices_are_the_whole(segments, length):
     expected = jax.grad(functools.partial(loss, whole), (0, 1, 2), has_aux=True)(x, kernel, start)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         run = jax.jit(jax.grad(functools.partial(loss, split), (0, 1, 2), has_aux=True))
-        found = run(*jax.device_put((x, kernel, start), NamedSharding(mesh, PartitionSpec())))
-    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        outputs = run(*jax.device_put((x, kernel, start), NamedSharding(mesh, PartitionSpec())))
+    for got, want in zip(jax.tree.leaves(outputs), jax.tree.leaves(expected), strict=True):
         assert rms_ratio(got, want) < TOLERANCE["float32"]

@@ -328,7 +328,7 @@ def test_dispatch_takes_a_tpu_kernel_for_its_head_sizes(sizes, chosen, monkeypat
 if __name__ == "__main__":
     round_as_tensor_cores_do()
     with triton_call.running(interpret):
-        found = {
+        errors = {
             name: {
                 "errors": {case: errors_of(name, case) for case in sys.argv[1:]},
                 "pieces": pieces(name),
@@ -336,4 +336,4 @@ if __name__ == "__main__":
             }
             for name in OPERATIONS
         }
-    print(json.dumps(found))
+    print(json.dumps(errors))

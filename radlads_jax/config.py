@@ -344,9 +344,9 @@ def validate(config: ConfigDict) -> RunConfig:
     return run
 
 
-def _check_stage(where: str, stage: StageConfig, pieces: int) -> None:
-    divisible = stage.seq_len % pieces == 0
-    require(divisible, f"{where}.seq_len", stage.seq_len, f"a multiple of config.mesh.context, {pieces}")
+def _check_stage(where: str, stage: StageConfig, shards: int) -> None:
+    divisible = stage.seq_len % shards == 0
+    require(divisible, f"{where}.seq_len", stage.seq_len, f"a multiple of config.mesh.context, {shards}")
     require(
         not stage.accumulate or stage.batch_size % stage.accumulate == 0,
         f"{where}.accumulate",

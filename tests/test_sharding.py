@@ -220,7 +220,7 @@ def eight(**axes: int):
 
 
 def test_gdns_gradients_over_a_mesh_are_those_of_one_device():
-    """Pieces of 8 tokens: a segment begins inside of one and at the seam of two."""
+    """Shards of 8 tokens: a segment begins inside of one and at the seam of two."""
     split = over(eight(fsdp=2, tensor=2, context=2), gdns_gradients, *gdns_inputs())
     errors = jax.tree.map(relative_error, split, jax.jit(gdns_gradients)(*gdns_inputs()))
     assert max(jax.tree.leaves(errors)) < 3e-6, errors

@@ -21,7 +21,7 @@ from typing import IO
 
 import numpy as np
 
-from radlads_jax.system.storage import AnyPath, as_path, children, local_copy, publish, staged
+from radlads_jax.system.storage import AnyPath, as_path, children, local_copy, publish, unpublished
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -202,14 +202,14 @@ class TokenFileWriter:
         self.num_tokens = 0
 
     def __enter__(self) -> "TokenFileWriter":
-        tokens, sizes = (staged(_with_suffix(self._prefix, suffix), kept=True) for suffix in (".bin", ".sizes"))
+        tokens, sizes = (unpublished(_with_suffix(self._prefix, suffix), kept=True) for suffix in (".bin", ".sizes"))
         tokens.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as files:
             self._file = files.enter_context(tokens.open("a+b"))
             self._sizes_file = files.enter_context(sizes.open("a+b"))
             if not _locked(self._file):
                 # Another process of this machine is writing the same.
-                tokens, sizes = (staged(_with_suffix(self._prefix, suffix)) for suffix in (".bin", ".sizes"))
+                tokens, sizes = (unpublished(_with_suffix(self._prefix, suffix)) for suffix in (".bin", ".sizes"))
                 files.close()
                 self._file = files.enter_context(tokens.open("w+b"))
                 self._sizes_file = files.enter_context(sizes.open("w+b"))
@@ -276,7 +276,7 @@ class TokenFileWriter:
         sizes = np.frombuffer(self._sizes, np.int32) if self._sizes else np.zeros(0, np.int32)
         ends = np.cumsum(sizes, dtype=np.int64) * self._dtype.itemsize
         documents = np.arange(len(sizes) + 1, dtype="<i8")
-        index = staged(_with_suffix(self._prefix, ".idx"))
+        index = unpublished(_with_suffix(self._prefix, ".idx"))
         with index.open("wb") as file:
             file.write(_HEADER.pack(_MAGIC, _VERSION, self._code, len(sizes), len(documents)))
             file.write(sizes.astype("<i4").tobytes())

@@ -12,7 +12,7 @@ _PERSONAL = ("holding", "food", "home", "number")
 
 
 class Span(NamedTuple):
-    """A piece of a document; every kind but "plain" follows with certainty from the text before it."""
+    """A part of a document; every kind but "plain" follows with certainty from the text before it."""
 
     text: str
     kind: _Kind

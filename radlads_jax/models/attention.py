@@ -137,12 +137,12 @@ def _attend(
     size = min(_QUERY_BLOCK, max(total // 4, SMALLEST_BLOCK))
     if total <= size:
         return block(q, 0, k, v)
-    pieces = []
+    outputs = []
     for i in range(0, total, size):
         end = k.shape[1] if offset is not None else min(i + size, total)
-        piece = jax.checkpoint(block, static_argnums=1)(q[:, i : i + size], i, k[:, :end], v[:, :end])
-        pieces.append(piece)
-    return jnp.concatenate(pieces, axis=1)
+        output = jax.checkpoint(block, static_argnums=1)(q[:, i : i + size], i, k[:, :end], v[:, :end])
+        outputs.append(output)
+    return jnp.concatenate(outputs, axis=1)
 
 
 def projection_tensors(

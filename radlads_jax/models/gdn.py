@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gdn import conv_over_pieces, gdn, gdn_step, short_conv
+from pallas_kernels.context_parallel import over_shards
+from pallas_kernels.gdn import conv_over_shards, gdn, gdn_step, short_conv
 from pallas_kernels.gdn.api import IMPLEMENTATIONS
-from pallas_kernels.pieces import over_pieces
 from pallas_kernels.sharded import ROWS, constrain, per_shard
 from radlads_jax.models.attention import Context
 from radlads_jax.models.config import ModelConfig
@@ -161,7 +161,7 @@ class Gdn(nnx.Module):
         log_g = -jnp.exp(self.a_log[...].astype(jnp.float32)) * rate
         initial = None if state is None else state["gdn"]
         kinds = ("sequence",) * 5 + ("state", "rows")
-        recurrence = per_shard(_recurrence, kinds, ("sequence", "state"), over_pieces(values=2))
+        recurrence = per_shard(_recurrence, kinds, ("sequence", "state"), over_shards(values=2))
         out, final = recurrence(q, k, v, log_g, beta, initial, context.segment_ids)
         gate = jax.nn.silu(split_heads(self.z(x), out.shape[2]).astype(jnp.float32))
         out = (self.norm(out) * gate).astype(x.dtype)
@@ -180,7 +180,7 @@ class Gdn(nnx.Module):
         else:
             inputs = [self.q(x), self.k(x), self.v(x)]
             taps = [self.conv_q[...], self.conv_k[...], self.conv_v[...]]
-        run = per_shard(_conv, ("sequence", "taps", "window", "rows"), ("sequence", "window"), conv_over_pieces)
+        run = per_shard(_conv, ("sequence", "taps", "window", "rows"), ("sequence", "window"), conv_over_shards)
         outs, windows = [], {}
         for part, u, kernel in zip(parts, inputs, taps, strict=True):
             name = f"conv_{part.name}"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.pieces import over_pieces
+from pallas_kernels.context_parallel import over_shards
 from pallas_kernels.sharded import ROWS, per_shard
 from pallas_kernels.wkv6 import wkv6, wkv6_step
 from pallas_kernels.wkv6.api import IMPLEMENTATIONS
@@ -97,7 +97,7 @@ class RadRwkv6(Mixer):
         if mixer.balance_state:
             k = (k * -jnp.expm1(log_w)).astype(x.dtype)
         initial = None if state is None else state["wkv"]
-        recurrence = per_shard(_recurrence, ("sequence",) * 4 + ("state", "rows"), ("sequence", "state"), over_pieces)
+        recurrence = per_shard(_recurrence, ("sequence",) * 4 + ("state", "rows"), ("sequence", "state"), over_shards)
         out, final = recurrence(r, log_w, k, v, initial, context.segment_ids)
         out = out * cfg.head_dim**-0.5
         if mixer.group_norm:

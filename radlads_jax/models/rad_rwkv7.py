@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.pieces import over_pieces
+from pallas_kernels.context_parallel import over_shards
 from pallas_kernels.sharded import ROWS, per_shard
 from pallas_kernels.wkv7 import wkv7, wkv7_step
 from pallas_kernels.wkv7.api import IMPLEMENTATIONS
@@ -80,7 +80,7 @@ class RadRwkv7(Mixer):
         kk, k = self._keys(k.astype(jnp.float32), log_w, iclr)
         a, b = (-kk).astype(x.dtype), (kk * iclr).astype(x.dtype)
         initial = None if state is None else state["wkv"]
-        recurrence = per_shard(_recurrence, ("sequence",) * 6 + ("state", "rows"), ("sequence", "state"), over_pieces)
+        recurrence = per_shard(_recurrence, ("sequence",) * 6 + ("state", "rows"), ("sequence", "state"), over_shards)
         out, final = recurrence(r, log_w, k.astype(x.dtype), v, a, b, initial, context.segment_ids)
         out = self.ln_x(out) if mixer.group_norm else out * cfg.head_dim**-0.5
         out = out.reshape(*x.shape[:2], -1)

@@ -198,7 +198,7 @@ def read_text(path: AnyPath) -> str:
 
 
 def open_text(path: AnyPath, *, unpack: bool = False) -> io.TextIOWrapper:
-    """A file's text, to be read in pieces. unpack: it is a gzip file."""
+    """A file's text, to be read block by block. unpack: it is a gzip file."""
     if unpack:
         return gzip.open(path.open("rb") if in_bucket(path) else path, "rt", encoding="utf-8")
     # epath has no encoding of its own for a bucket's text.
@@ -258,17 +258,17 @@ def read_ranges(path: AnyPath, ranges: Sequence[tuple[int, int]]) -> list[bytes 
     """The bytes from start to stop of every range of a file; hardly any beside them are read or fetched."""
     if not in_bucket(path):
         return _read_local_ranges(path, ranges)
-    pieces = [
+    requests = [
         (number, begin, min(begin + DOWNLOAD_BYTES, stop))
         for number, (start, stop) in enumerate(ranges)
         for begin in range(start, stop, DOWNLOAD_BYTES)
     ]
-    _, begins, ends = zip(*pieces, strict=True) if pieces else ((), (), ())
+    _, begins, ends = zip(*requests, strict=True) if requests else ((), (), ())
     fetched = _filesystem().cat_ranges(
-        [str(path)] * len(pieces), list(begins), list(ends), batch_size=_REQUESTS_AT_ONCE, on_error="raise"
+        [str(path)] * len(requests), list(begins), list(ends), batch_size=_REQUESTS_AT_ONCE, on_error="raise"
     )
     parts: list[list[bytes]] = [[] for _ in ranges]
-    for (number, begin, end), data in zip(pieces, fetched, strict=True):
+    for (number, begin, end), data in zip(requests, fetched, strict=True):
         if len(data) != end - begin:
             raise OSError(f"{path} gave {len(data)} of {end - begin} bytes from byte {begin} on; try again.")
         parts[number].append(data)
@@ -318,7 +318,7 @@ def local_directory(directory: AnyPath, patterns: Sequence[str]) -> Path:
     return target
 
 
-def staged(path: AnyPath, *, kept: bool = False) -> Path:
+def unpublished(path: AnyPath, *, kept: bool = False) -> Path:
     """Where to write, on this disk, what `publish` then gives its name.
 
     kept: under a name that does not depend on the process, so that a later one finds what this one had to leave.
@@ -334,7 +334,7 @@ def staged(path: AnyPath, *, kept: bool = False) -> Path:
 
 
 def publish(written: Path, path: AnyPath) -> None:
-    """Gives a staged file its name; one that goes to a bucket also stays here, as the copy of it."""
+    """Gives an unpublished file its name; one that goes to a bucket also stays here, as the copy of it."""
     if not in_bucket(path):
         written.replace(path)
         return

@@ -137,9 +137,9 @@ def test_batches_keep_the_order(tmp_path: Path, trained: Tokenizer, monkeypatch:
     source = Source("synthetic", num_documents=20)
     whole = prepare(source, trained, tmp_path / "a", vocab_size=400, framing=ENDED)
     monkeypatch.setattr("radlads_jax.data.tokenise.BATCH_CHARACTERS", 1000)
-    pieces = prepare(source, trained, tmp_path / "b", vocab_size=400, framing=ENDED)
+    in_pieces = prepare(source, trained, tmp_path / "b", vocab_size=400, framing=ENDED)
     assert whole.num_documents == 20
-    assert whole.tokens.tolist() == pieces.tokens.tolist()
+    assert whole.tokens.tolist() == in_pieces.tokens.tolist()
 
 
 def test_a_token_file_is_used_as_it_is(tmp_path: Path, trained: Tokenizer) -> None:

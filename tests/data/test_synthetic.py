@@ -153,11 +153,11 @@ def test_each_passage_writes_something(name: str) -> None:
 
 
 def test_spans_make_the_document_and_need_memory(texts: list[str]) -> None:
-    pieces = [span for index in range(len(texts)) for span in synthetic.spans(synthetic.TRAIN_SEED, index)]
-    assert "".join(span.text for span in pieces) == "".join(texts)
-    characters = sum(len(span.text) for span in pieces)
+    parts = [span for index in range(len(texts)) for span in synthetic.spans(synthetic.TRAIN_SEED, index)]
+    assert "".join(span.text for span in parts) == "".join(texts)
+    characters = sum(len(span.text) for span in parts)
     for kind, least in (("recall", 0.09), ("copy", 0.045), ("count", 0.03)):
-        assert sum(len(span.text) for span in pieces if span.kind == kind) > least * characters
+        assert sum(len(span.text) for span in parts if span.kind == kind) > least * characters
 
 
 def test_every_word_is_one_token(tokenizer: Tokenizer, texts: list[str]) -> None:

@@ -13,8 +13,8 @@ import torch
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
+from pallas_kernels.context_parallel import over_shards
 from pallas_kernels.gdn import gdn, gdn_step
-from pallas_kernels.pieces import over_pieces
 from pallas_kernels.sharded import per_shard
 from pallas_kernels.testing import (
     TOLERANCE,
@@ -152,7 +152,7 @@ def test_equals_transformers(function):
     assert rms_ratio(final, last.numpy()) < TOLERANCE["float32"]
 
 
-def test_whole_equals_pieces():
+def test_whole_equals_parts():
     """Two calls with the state carried over, cut off a chunk's edge."""
     inputs = {n: jnp.asarray(x) for n, x in gated_delta_inputs(2, 80, 1, 2, 16, 16).items()}
     op = jax.jit(lambda inputs, state: gdn(**inputs, initial_state=state))
@@ -201,10 +201,10 @@ def test_steps_are_the_whole(dtype):
     assert rms_ratio(state, want["final_state"]) < TOLERANCE["float32"]
 
 
-def test_pieces_over_devices_are_the_whole():
-    """Heads over the tensor axis, pieces of the sequence over the context axis; pieces are no whole chunks.
+def test_shards_over_devices_are_the_whole():
+    """Heads over the tensor axis, shards of the sequence over the context axis; shards are no whole chunks.
 
-    In one row the second segment begins inside a piece and ends in another, in the other there is none.
+    In one row the second segment begins inside a shard and ends in another, in the other there is none.
     """
     length = 20
     ids = np.ones((2, length), np.int32)
@@ -224,7 +224,7 @@ def test_pieces_over_devices_are_the_whole():
     arrays = (*(jnp.asarray(x) for x in inputs.values()), state)
     whole = functools.partial(op, implementation="reference")
     expected = jax.jit(jax.grad(functools.partial(loss, whole), tuple(range(6)), has_aux=True))(*arrays)
-    split = per_shard(op, ("sequence",) * 5 + ("state", "rows"), ("sequence", "state"), over_pieces(values=2))
+    split = per_shard(op, ("sequence",) * 5 + ("state", "rows"), ("sequence", "state"), over_shards(values=2))
     devices = np.array(jax.devices()[:8]).reshape(1, 1, 2, 4)
     mesh = Mesh(devices, ("data", "fsdp", "tensor", "context"), axis_types=(AxisType.Auto,) * 4)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -189,7 +189,7 @@ def test_levels_cover_each_pair_once_with_its_own_decay(size):
 
 
 @every_case
-def test_whole_equals_pieces(operation, implementation):
+def test_whole_equals_parts(operation, implementation):
     """Two calls with the state carried over, cut at a chunk's edge and off it."""
     inputs = {n: jnp.asarray(x) for n, x in recurrence_inputs(operation, 2, 80, 2, 16, 16).items()}
     options = {"implementation": implementation}

@@ -40,7 +40,7 @@ CONFIG = {
 
 
 def make(directory: Path, layers: int) -> None:
-    """A checkpoint of these dimensions in one file, written piece by piece."""
+    """A checkpoint of these dimensions in one file, written tensor by tensor."""
     from radlads_jax.porting.hf_config import model_config_from_hf
     from radlads_jax.porting.names import disk_tensors
 

@@ -149,10 +149,10 @@ def test_a_layer_is_written_into_the_same_memory(dtype, layout, sharded):
     param = jax.jit(lambda: jnp.zeros((6, 128, 128), dtype), out_shardings=sharding)()
     before = [shard.data.unsafe_buffer_pointer() for shard in param.addressable_shards]
     writer = load._writer(sharding)
-    piece, index = jnp.ones((128, 128), "bfloat16"), jnp.array([4], jnp.int32)
-    compiled = writer.lower(param, piece, index, layout=layout).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes <= piece.nbytes
-    after = writer(param, piece, index, layout=layout)
+    value, index = jnp.ones((128, 128), "bfloat16"), jnp.array([4], jnp.int32)
+    compiled = writer.lower(param, value, index, layout=layout).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= value.nbytes
+    after = writer(param, value, index, layout=layout)
     assert [shard.data.unsafe_buffer_pointer() for shard in after.addressable_shards] == before
     assert param.is_deleted()
     assert np.asarray(after, np.float32).sum(axis=(1, 2)).tolist() == [0, 0, 0, 0, 128 * 128, 0]

@@ -2,6 +2,7 @@
 
 import pathlib
 import random
+import re
 import shutil
 from typing import Any
 
@@ -97,14 +98,14 @@ def test_a_flipped_bit_in_the_data_of_an_array_is_found(copy: pathlib.Path, capl
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
     assert newest(copy) == expected(1)
-    assert "(the checksum of large is not that of what was saved (1 of 3 arrays))" in caplog.text
+    assert re.search(r"checksum of large\b.*\b1 of 3\b", caplog.text)
 
 
 def test_a_damaged_one_can_be_saved_again(copy: pathlib.Path) -> None:
     (copy / "2" / "data" / "metadata").write_text('{"row": 3}')
     with Checkpoints(copy) as checkpoints:
         assert checkpoints.newest(checkpoints.restore_meta) == (2, {"loss": 2 / 7, "none": None})
-        with pytest.raises(DamagedCheckpoint, match=r"step 2 in .* is damaged: the checksum of data is not"):
+        with pytest.raises(DamagedCheckpoint, match=rf"\b2\b.*{re.escape(str(copy))}.*checksum of data\b"):
             checkpoints.restore(2, state_of(0))
         restored = checkpoints.newest(lambda step: checkpoints.restore(step, state_of(0))[1])
         assert restored == (1, {"row": 1})

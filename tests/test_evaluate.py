@@ -354,7 +354,7 @@ def broken(task_files, tmp_path):
 @needs_lm_eval
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_missing_data_is_named(broken):
-    with pytest.raises(ValueError, match=r"the data of .*broken\.yaml cannot be had .*gone\.jsonl"):
+    with pytest.raises(ValueError, match=r"broken\.yaml.*gone\.jsonl"):
         suite.load_tasks([str(broken)])
 
 
@@ -362,5 +362,5 @@ def test_missing_data_is_named(broken):
 @needs_lm_eval
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_missing_data_and_unknown_tasks_are_named_together(broken):
-    with pytest.raises(ValueError, match=r"data of .*broken.yaml.*; the data of sciq .*; no_such_task is no task"):
+    with pytest.raises(ValueError, match=r"broken\.yaml.*\bsciq\b.*no_such_task"):
         suite.load_tasks([str(broken), "sciq", "no_such_task"])

@@ -205,7 +205,7 @@ def test_new_weights_that_are_drawn_otherwise_are_refused():
     values = fingerprint.of_values({"a/b": jnp.arange(12.0).reshape(3, 4), "c": jnp.zeros((2,))})
     rounded = {path: [x * (1 + 1e-4) for x in row] for path, row in values.items()}
     fingerprint.require_same_values(values, rounded, pathlib.Path("run"))
-    with pytest.raises(ValueError, match=r"freezes are drawn otherwise .*a/b began with .*Expected the same values"):
+    with pytest.raises(ValueError, match=r"\brun\b.*\ba/b\b"):
         fingerprint.require_same_values(values, values | {"a/b": values["a/b"][::-1]}, pathlib.Path("run"))
 
 

@@ -63,7 +63,7 @@ def test_urls_and_hub_ids_are_left_as_they_are(tmp_path: pathlib.Path) -> None:
     assert storage.whole_name_or_id("Qwen/Qwen2.5") == str(tmp_path / "here" / "Qwen" / "Qwen2.5")
     assert storage.whole_name_or_id("./nothing/here/") == str(tmp_path / "here" / "nothing/here")
     for door in (resolve_model_dir, model_directory):
-        with pytest.raises(ValueError, match="'no-such/model' is no existing directory and could not be downloaded"):
+        with pytest.raises(ValueError, match=r"'no-such/model'.*download"):
             door("no-such/model")
 
 
@@ -139,7 +139,7 @@ def test_the_same_words_elsewhere_are_another_run(tmp_path: pathlib.Path, monkey
         (tmp_path / name).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / name)
         check_same_config(tmp_path / "run", settings(data__path=str(tmp_path / "here" / "text.txt")))
-    with pytest.raises(ValueError, match=r"config\.data\.path was .*here/text\.txt.* now .*elsewhere/text\.txt"):
+    with pytest.raises(ValueError, match=r"data\.path.*\bhere/text.*\belsewhere/text"):
         check_same_config(tmp_path / "run", settings())
 
 

@@ -210,9 +210,7 @@ def test_the_smallest_slices_are_found_and_kept(compilations, tmp_path):
     assert smallest["usd"] == pytest.approx(2 * smallest["chip_hours"])
     spread = dataclasses.replace(run, mesh=Mesh(tensor=8))
     assert planner_lib.make_planner(spread, {}).smallest("v6e")["stages"][0]["topology"] == "v6e:2x4"
-    with pytest.raises(
-        ValueError, match=r"takes 7 devices or a multiple.*expected a number that divides one of v6e:2x2"
-    ):
+    with pytest.raises(ValueError, match=r"\b7 devices.*\bv6e:2x2\b"):
         planner_lib.make_planner(dataclasses.replace(run, mesh=Mesh(tensor=7)), {}).smallest("v6e")
     compilations.clear()
     again = planner_lib.make_planner(run, {"v6e": 2.0}, results).smallest("v6e")
@@ -252,8 +250,8 @@ def test_chips_without_a_slice_for_the_mesh_are_left_out(compilations, capsys):
     ranking = planner_lib.make_planner(run, {}).auto()
     assert {choice["chip"] for choice in ranking} == {"v5e", "v5p", "v6e"}
     tables.show_ranking(ranking, chips.CHIPS, Console(width=200))
-    assert "Left out, with no slice for config.mesh: a100, h100." in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"takes 7 devices or a multiple.*divides one of v5e:2x2.*h100:64"):
+    assert "config.mesh: a100, h100." in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"\b7 devices.*\bv5e:2x2\b.*\bh100:64\b"):
         planner_lib.make_planner(dataclasses.replace(run, mesh=Mesh(data=7)), {}).auto()
 
 

@@ -94,7 +94,7 @@ def test_a_full_disk_is_refused_with_what_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
     finding = preflight.disk(job)
     assert "10 MB free" in finding.result and "lower config.train.keep_checkpoints" in finding.problem
-    with pytest.raises(ValueError, match=r"the run will write up to [\d.]+ MB below .*where 10 MB are free"):
+    with pytest.raises(ValueError, match=rf"\d MB.*{re.escape(str(tmp_path))}.*\b10 MB\b"):
         preflight.check(job)
 
 
@@ -148,7 +148,7 @@ def test_a_tokenizer_that_numbers_tokens_otherwise_is_refused(tmp_path):
     (other / "tokenizer.json").write_text(json.dumps(document))
     job = make(settings(data__tokenizer=str(other)), tmp_path / "run")
     finding = preflight.tokenizer(job)
-    assert re.search("gives 2 tokens other ids than .*: (a, b|b, a); expected", finding.problem)
+    assert re.search(r"\b2 tokens\b.* (a, b|b, a)\b", finding.problem)
     same = make(settings(data__tokenizer=str(shutil.copytree(TEACHER, tmp_path / "same"))), tmp_path / "run2")
     assert not preflight.tokenizer(same).problem
 
@@ -171,7 +171,7 @@ def test_a_work_directory_that_hosts_do_not_share_is_refused(tmp_path, monkeypat
     job = make(settings(), tmp_path / "run")
     # As a second process, for which the first one has written to another disk.
     monkeypatch.setattr(preflight.hosts, "is_first", lambda: False)
-    with pytest.raises(ValueError, match=r"what process 0 wrote to .* is not there for all processes"):
+    with pytest.raises(ValueError, match=rf"process 0.*{re.escape(str(tmp_path))}"):
         preflight.check(job, force=True)
 
 

@@ -180,8 +180,9 @@ def index(rng: Rng, place: Path) -> None:
     elif action == 3:
         (place / file).unlink()
     elif action == 4:
+        other = next(where for where in weight_map.values() if where != file)
         contents["weight_map"] = rng.choice(
-            (*JUNK, {name: file}, weight_map | {"new": file}, weight_map | {"x": "y.safetensors"})
+            (*JUNK, {name: file}, weight_map | {name: other}, weight_map | {"x": "y.safetensors"})
         )
     else:
         text = (place / INDEX).read_bytes()
@@ -329,7 +330,7 @@ KINDS = {
     "safetensors: other names": Kind(weights_case(other_names), readers.read_weights),
     "safetensors: file's size": Kind(weights_case(size_of_file), readers.read_weights),
     "safetensors: header's bytes": Kind(weights_case(header_bytes), readers.read_weights, may_be_sound=True),
-    "index": Kind(index, readers.read_weights),
+    "index": Kind(index, readers.read_indexed),
     "config: values": Kind(config_value, readers.read_weights),
     "config: text": Kind(config_text, readers.read_weights),
     "config: any place": Kind(config_anywhere, readers.read_config_only, may_be_sound=True),

@@ -64,7 +64,7 @@ class _Prepared(NamedTuple):
     decay: jax.Array
 
 
-def prepare(plan: Plan, inputs: _Inputs, segment_ids: jax.Array | None) -> _Prepared:
+def _prepare(plan: Plan, inputs: _Inputs, segment_ids: jax.Array | None) -> _Prepared:
     keys, values = plan.keys(), plan.values()
     inner, decay = plan.per_chunk(4, plan.C, plan.C), plan.per_chunk(2, plan.K, dtype=jnp.float32)
     outputs = [keys, values, keys, keys, keys, inner, decay]
@@ -80,7 +80,7 @@ def recurrence(plan: Plan, inputs: _Inputs, state: jax.Array, segment_ids: jax.A
 
 def _recurrence_forward(plan: Plan, inputs: _Inputs, state: jax.Array, segment_ids: jax.Array | None) -> Any:
     """Keeps the inputs and the state each chunk begins with, in the inputs' dtype."""
-    ready = prepare(plan, inputs, segment_ids)
+    ready = _prepare(plan, inputs, segment_ids)
     removal = (ready.w, ready.u0, ready.b_end)
     u, states, final_state = pass_states(
         plan, _TUNED, removal, ready.k_end, inputs.v, ready.decay, state, reverse=False
@@ -96,7 +96,7 @@ def _recurrence_backward(plan: Plan, kept: Any, cotangents: tuple[jax.Array, jax
     d_out, d_final = cotangents
     kernels, ids, resets = import_kernels("wkv7"), as_pointer(segment_ids), segment_ids is not None
     keys, values, pairs = plan.keys(), plan.values(), plan.per_chunk(4, plan.C, plan.C)
-    ready = prepare(plan, inputs, segment_ids)
+    ready = _prepare(plan, inputs, segment_ids)
     arguments: tuple[jax.Array, ...] = (ready.w, ready.inner, ready.u0, states, d_out)
     u, z = run(plan, _TUNED, kernels.adjoint_values, arguments, [values, values], blocks_of=plan.V)
     removal = (ready.b_end, z, ready.w)

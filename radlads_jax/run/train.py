@@ -146,7 +146,7 @@ def _train_all(run: _Run) -> tuple[list[dict[str, Any]], Params]:
     while True:
         try:
             stages = [_run_stage(run, name) for name in names]
-            return stages, _student_after(run.job, names, run.teacher, whole=True)
+            return stages, student_after(run.job, names, run.teacher, whole=True)
         except DamagedCheckpoint as error:
             # It has been set aside, once and no more: its stage goes on from the one before, to the same bits, and
             # later stages stand.
@@ -323,10 +323,10 @@ def _frozen_params(job: Job, name: str, teacher: Params | None) -> Params:
 def _student_before(job: Job, name: str, teacher: Params | None) -> Params:
     """What the stage starts from; for a stage that reads the mixers alone, only those."""
     earlier = job.run.stages[: job.run.stages.index(name)]
-    return _student_after(job, earlier, teacher, whole=STAGES[name].whole_student)
+    return student_after(job, earlier, teacher, whole=STAGES[name].whole_student)
 
 
-def _student_after(job: Job, stages: Sequence[str], teacher: Params | None, *, whole: bool) -> Params:
+def student_after(job: Job, stages: Sequence[str], teacher: Params | None, *, whole: bool) -> Params:
     """The student as those stages left it (as stage 0 made it, where there are none), float32.
 
     Later stages train all that earlier ones did or more, so that their checkpoints are laid over each other in order.

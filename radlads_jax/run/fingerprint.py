@@ -21,7 +21,7 @@ from radlads_jax.system import hosts, storage
 from radlads_jax.system.storage import AnyPath, read_ranges
 from radlads_jax.system.untrusted import brief, listed, parse_json
 
-_FILE = "fingerprint.json"
+FILE = "fingerprint.json"
 
 # Of a tensor's bytes so many are read at so many places: any training step changes nearly all of them.
 _SAMPLE_BYTES, _SAMPLES = 1 << 13, 4
@@ -40,7 +40,7 @@ _ADVICE = {
 
 def read(workdir: AnyPath) -> dict[str, Any]:
     """What the run in DIR began with; empty where none has, or one of an older version."""
-    path = workdir / _FILE
+    path = workdir / FILE
     if not path.exists():
         return {}
     return parse_json(storage.read_text(path), path, "Choose another --workdir.")
@@ -52,7 +52,7 @@ def remember(workdir: AnyPath, parts: Mapping[str, Any]) -> None:
     merged = {**parts, **known}
     if merged != known and hosts.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
-        storage.write_text(workdir / _FILE, json.dumps(merged, indent=1) + "\n")
+        storage.write_text(workdir / FILE, json.dumps(merged, indent=1) + "\n")
 
 
 def has_begun(workdir: AnyPath) -> bool:

@@ -23,28 +23,28 @@ present+='|mypy.*|ruff|matplotlib|gcsfs|google-.*'
     { echo "error: TEACHER=$TEACHER has no config.json; expected a Hugging Face directory." >&2; exit 1; }
 [[ -z ${TEXT:-} || -f $TEXT ]] || { echo "error: TEXT=$TEXT is no file." >&2; exit 1; }
 
-stage=$(mktemp --directory)
-trap 'rm -rf "$stage"' EXIT
-whole=$stage/radlads_jax
+packing=$(mktemp --directory)
+trap 'rm -rf "$packing"' EXIT
+whole=$packing/radlads_jax
 packed=$whole/packed
 mkdir -p "$packed/wheels"
 git archive HEAD | tar --extract --directory "$whole"
 
-grep -vE "^(#|($present)==)" constraints/py312.txt >"$stage/wanted"
-echo 'jax-triton==0.4.1' >>"$stage/wanted"
+grep -vE "^(#|($present)==)" constraints/py312.txt >"$packing/wanted"
+echo 'jax-triton==0.4.1' >>"$packing/wanted"
 platforms=()
 for name in manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64; do
     platforms+=(--platform "$name")
 done
 "${PYTHON:-python3}" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
-    --abi cp312 --abi abi3 --abi none "${platforms[@]}" --dest "$packed/wheels" --requirement "$stage/wanted"
+    --abi cp312 --abi abi3 --abi none "${platforms[@]}" --dest "$packed/wheels" --requirement "$packing/wanted"
 if [[ -n ${TEACHER:-} ]]; then
     cp --recursive --dereference "$TEACHER" "$packed/teacher"
 fi
 if [[ -n ${TEXT:-} ]]; then
     cp "$TEXT" "$packed/text.txt"
 fi
-tar --create --directory "$stage" radlads_jax |
+tar --create --directory "$packing" radlads_jax |
     split --bytes="${PART:-64M}" --numeric-suffixes --suffix-length=3 - "$out/gpu_check.part."
 (cd "$out" && sha256sum gpu_check.part.* >SHA256SUMS)
 du --human-readable --total "$out"/gpu_check.part.* | tail -n 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 # Tried in order on each backend; the first that the operation has is taken.
 _PREFERENCE: dict[str, tuple[str, ...]] = {
@@ -78,4 +78,4 @@ def _triton_fits() -> bool:
 
 @functools.cache
 def _log_choice(operation: str, implementation: str, where: str) -> None:
-    logger.info("%s runs as %s on %s", operation, implementation, where)
+    _logger.info("%s runs as %s on %s", operation, implementation, where)

@@ -1,6 +1,6 @@
 """Arrays and operations split over the mesh that a program is traced under; without one, nothing happens.
 
-Rows of a batch lie over `data` and `fsdp`, heads and widths over `tensor`, positions in pieces over `context`. The
+Rows of a batch lie over `data` and `fsdp`, heads and widths over `tensor`, positions in shards over `context`. The
 mesh is the one that jax.sharding.use_abstract_mesh or jax.set_mesh has put in place.
 """
 
@@ -13,9 +13,9 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 ROWS = ("data", "fsdp")
 _HEADS = ("tensor",)
-PIECES = ("context",)
-TOKENS = (*ROWS, *PIECES)
-WHOLE_HEADS = (*_HEADS, *PIECES)  # of heads that need their whole sequences
+CONTEXT = ("context",)
+TOKENS = (*ROWS, *CONTEXT)
+WHOLE_HEADS = (*_HEADS, *CONTEXT)  # of heads that need their whole sequences
 # A head's vocabulary, and a slice of its logits, over every device. A kernel that lies as [D/fsdp, vocab/tensor] comes
 # there by an exchange within fsdp, then by a cut over the rest; its gradient goes back the same way.
 VOCAB = ("tensor", "fsdp", "data", "context")
@@ -76,7 +76,7 @@ def per_shard(
     op: Callable[..., Any],
     kinds: Sequence[str],
     out_kinds: str | tuple[str, ...],
-    over_pieces: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+    over_shards: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
     """op on every device's own rows and heads, with no communication in it; op itself without a mesh.
 
@@ -85,7 +85,7 @@ def per_shard(
     is cut into as many parts. An argument may be None. out_kinds: the same for the result, or for the tuple of results.
     Heads that the tensor axis does not divide are computed by all of its devices.
 
-    Over a context axis, over_pieces turns op into what runs on a device's piece of every sequence (with communication);
+    Over a context axis, over_shards turns op into what runs on a device's shard of every sequence (with communication);
     without it, the axis takes its share of the heads, and every device has whole sequences.
     """
 
@@ -94,16 +94,16 @@ def per_shard(
         if mesh is None:
             return op(*arguments)
         batch, tokens, heads = arguments[0].shape[:3]
-        pieces = fitting(PIECES, tokens, mesh) if over_pieces else ()
-        rows, split = fitting(ROWS, batch, mesh), fitting(_HEADS if over_pieces else WHOLE_HEADS, heads, mesh)
+        shards = fitting(CONTEXT, tokens, mesh) if over_shards else ()
+        rows, split = fitting(ROWS, batch, mesh), fitting(_HEADS if over_shards else WHOLE_HEADS, heads, mesh)
         specs = {
-            "sequence": PartitionSpec(rows, pieces, split),
+            "sequence": PartitionSpec(rows, shards, split),
             "state": PartitionSpec(rows, split),
-            "rows": PartitionSpec(rows, pieces),
+            "rows": PartitionSpec(rows, shards),
             "window": PartitionSpec(rows, None, split),
             "taps": PartitionSpec(None, split),
         }
-        of_one = over_pieces(op) if over_pieces and pieces else op
+        of_one = over_shards(op) if over_shards and shards else op
         present = [i for i, argument in enumerate(arguments) if argument is not None]
 
         def local(*parts: Any) -> Any:

@@ -27,11 +27,11 @@ from radlads_jax.fields import (
 )
 
 STAGE_NAMES = ("pretrain", "stage1", "stage2", "stage2a", "stage3")
-SOURCES = ("synthetic", "text", "jsonl", "parquet", "hf", "binidx")
-GATES = ("none", "full", "low_rank")
-INITS = ("published", "calibrated")
-DTYPES = ("float32", "bfloat16")
-OPTIMIZERS = ("adam", "adafactor")
+_SOURCES = ("synthetic", "text", "jsonl", "parquet", "hf", "binidx")
+_GATES = ("none", "full", "low_rank")
+_INITS = ("published", "calibrated")
+_DTYPES = ("float32", "bfloat16")
+_OPTIMIZERS = ("adam", "adafactor")
 WARMUP = 50
 
 
@@ -41,7 +41,7 @@ class Teacher:
 
     path: str = ""
     revision: str = ""
-    dtype: str = bounded("bfloat16", one_of=DTYPES)
+    dtype: str = bounded("bfloat16", one_of=_DTYPES)
     scratch: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -51,7 +51,7 @@ class Student:
     attention_every: N keeps every N-th layer, those with (i + 1) % N == 0, in place of attention_layers; 0 = off.
 
     use_rope, token_shift, group_norm, balance_state: None = the mixer's published choice; gate: "" = the same, else
-    one of GATES. rank_*: 0 = from the width. kv_heads: of gdn's k and v, "teacher" (as many as the teacher's) or
+    one of _GATES. rank_*: 0 = from the width. kv_heads: of gdn's k and v, "teacher" (as many as the teacher's) or
     "cloned" (as many as of q). shortest_half_life, longest_half_life, conv_qk, conv_v, gate_std: of gdn's start
     (models.gdn.GdnOptions); 0 and "" = the mixer's choice. fresh_qkvo: q, k, v, o start fresh in place of the
     teacher's. init: "published", or "calibrated" by a batch of the teacher's attention; calibrate: which parts, by the
@@ -63,7 +63,7 @@ class Student:
     attention_every: int = bounded(0, least=0)
     use_rope: bool | None = None
     token_shift: bool | None = None
-    gate: str = bounded("", one_of=("", *GATES))
+    gate: str = bounded("", one_of=("", *_GATES))
     group_norm: bool | None = None
     balance_state: bool | None = None
     fresh_qkvo: bool = False
@@ -78,14 +78,14 @@ class Student:
     conv_qk: float = bounded(0.0, least=0)
     conv_v: float = bounded(0.0, least=0)
     gate_std: float = bounded(0.0, least=0)
-    init: str = bounded("published", one_of=INITS)
+    init: str = bounded("published", one_of=_INITS)
     calibrate: tuple[str, ...] = ()
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """source: one of SOURCES; path: file, directory or hub id. tokenizer: a directory, "" = the teacher's.
+    """source: one of _SOURCES; path: file, directory or hub id. tokenizer: a directory, "" = the teacher's.
 
     name, split, revision: of a dataset on the hub; revision is a commit, branch or tag, "" its main branch.
     cross_document: the published behaviour, rows without boundaries. eval_rows: held-out rows at the data's end.
@@ -95,7 +95,7 @@ class Data:
     special_tokens: a special token's name in the text is that token; else it is text.
     """
 
-    source: str = bounded("text", one_of=SOURCES)
+    source: str = bounded("text", one_of=_SOURCES)
     path: str = ""
     name: str = ""
     split: str = "train"
@@ -151,17 +151,17 @@ class Optim:
     float32. weight_decay: of matrices alone.
     """
 
-    name: str = bounded("adam", one_of=OPTIMIZERS)
+    name: str = bounded("adam", one_of=_OPTIMIZERS)
     beta1: float = bounded(0.9, least=0, below=1)
     beta2: float = bounded(0.95, least=0, below=1)
     eps: float = bounded(1e-8, above=0)
     weight_decay: float = bounded(0.0, least=0)
     clip: float = bounded(1.0, least=0)
-    moment_dtype: str = bounded("float32", one_of=DTYPES)
+    moment_dtype: str = bounded("float32", one_of=_DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
-class Train:
+class _Train:
     """Steps between log lines, between checkpoints, checkpoints kept; non-finite steps in a row that end the run.
 
     slice_tokens: tokens whose logits are held at once in the loss (0 = chosen by the kernel). wandb_project: "" = none.
@@ -196,7 +196,7 @@ class Mesh:
 class Export:
     """engine: the one that the directory is written for, e.g. "mlx"; "" = what most of those load that read it."""
 
-    dtype: str = bounded("bfloat16", one_of=DTYPES)
+    dtype: str = bounded("bfloat16", one_of=_DTYPES)
     retie: bool = False
     max_shard_gb: float = bounded(5.0, above=0)
     engine: str = ""
@@ -210,13 +210,13 @@ class RunConfig:
     """
 
     seed: int = 0
-    dtype: str = bounded("bfloat16", one_of=DTYPES)
+    dtype: str = bounded("bfloat16", one_of=_DTYPES)
     stages: tuple[str, ...] = ("stage1", "stage2", "stage3")
     teacher: Teacher = Teacher()
     student: Student = Student()
     data: Data = Data()
     optim: Optim = Optim()
-    train: Train = Train()
+    train: _Train = _Train()
     mesh: Mesh = Mesh()
     export: Export = Export()
     pretrain: StageConfig = StageConfig(tokens=20_000_000, lr=3e-3, lr_final=1e-4, mixer_lr=3e-3, mixer_lr_final=1e-4)
@@ -258,7 +258,7 @@ def add_stage(name: str, recipe: StageConfig) -> None:
     _ADDED[name] = recipe
 
 
-def stage_names() -> tuple[str, ...]:
+def _stage_names() -> tuple[str, ...]:
     """Every stage that a config may name."""
     return (*STAGE_NAMES, *_ADDED)
 
@@ -271,7 +271,7 @@ def defaults() -> ConfigDict:
     run = {name: value for name, value in with_placeholders(RunConfig()).items() if name != "added"}
     config = ConfigDict(run | {name: with_placeholders(recipe) for name, recipe in _ADDED.items()})
     config.teacher.scratch, config.student.options = ConfigDict(), ConfigDict()
-    for name in stage_names():
+    for name in _stage_names():
         follow(config[name], "warmup_steps", _fitting_warmup, "tokens", "seq_len", "batch_size")
     return config.lock()
 
@@ -317,10 +317,10 @@ def validate(config: ConfigDict) -> RunConfig:
     values = config.to_dict()
     added = {name: build(StageConfig, values.pop(name), f"config.{name}") for name in _ADDED if name in values}
     run = dataclasses.replace(build(RunConfig, values, "config"), added=added)
-    unknown = [s for s in run.stages if s not in stage_names()]
+    unknown = [s for s in run.stages if s not in _stage_names()]
     if unknown:
         raise ValueError(
-            f"config.stages holds {unknown}; expected names out of {', '.join(stage_names())}. On the command line "
+            f"config.stages holds {unknown}; expected names out of {', '.join(_stage_names())}. On the command line "
             "each is a flag of its own: --config.stages=stage1 --config.stages=stage2."
         )
     require(bool(run.stages), "config.stages", run.stages, f"at least one of {', '.join(STAGE_NAMES)}")
@@ -344,9 +344,9 @@ def validate(config: ConfigDict) -> RunConfig:
     return run
 
 
-def _check_stage(where: str, stage: StageConfig, pieces: int) -> None:
-    divisible = stage.seq_len % pieces == 0
-    require(divisible, f"{where}.seq_len", stage.seq_len, f"a multiple of config.mesh.context, {pieces}")
+def _check_stage(where: str, stage: StageConfig, shards: int) -> None:
+    divisible = stage.seq_len % shards == 0
+    require(divisible, f"{where}.seq_len", stage.seq_len, f"a multiple of config.mesh.context, {shards}")
     require(
         not stage.accumulate or stage.batch_size % stage.accumulate == 0,
         f"{where}.accumulate",

@@ -69,15 +69,15 @@ def main(values: flags.FlagValues) -> None:
     names = expand_tasks(values.tasks)
     tasks = load_tasks(names) if names else {}
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    found = evaluate_models(tasks, values)
-    cfg, scores, _ = found["student"]
+    by_role = evaluate_models(tasks, values)
+    cfg, scores, _ = by_role["student"]
     result = {"model": values.model, "teacher": values.teacher, "limit": values.limit, "dtype": cfg.dtype}
-    teacher, control = (found[role].scores if role in found else None for role in ("teacher", "control"))
+    teacher, control = (by_role[role].scores if role in by_role else None for role in ("teacher", "control"))
     result |= compare(cfg, scores, teacher, control)
-    if "control" in found:
-        result["control"] = dataclasses.asdict(found["control"].cfg.mixer)
+    if "control" in by_role:
+        result["control"] = dataclasses.asdict(by_role["control"].cfg.mixer)
     if wants_probes(values):
-        result["probes"] = {role: measured.probes for role, measured in found.items()}
+        result["probes"] = {role: measured.probes for role, measured in by_role.items()}
     page = as_markdown(result)
     storage.write_text(directory / "evaluation.json", json.dumps(result, indent=2) + "\n")
     storage.write_text(directory / "evaluation.md", page)

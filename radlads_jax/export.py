@@ -28,11 +28,11 @@ from radlads_jax.porting.writers.writer import Writer
 from radlads_jax.system import backend, command, storage
 from radlads_jax.system.json_files import read_json
 
-console = Console(highlight=False)
+_console = Console(highlight=False)
 _GGUF_READER = "llama.cpp"
 
 
-def define(values: flags.FlagValues) -> None:
+def _define(values: flags.FlagValues) -> None:
     """The command line's flags."""
     flags.DEFINE_string("model", None, "A run's directory or a student's.", required=True, flag_values=values)
     flags.DEFINE_string("output", None, "Where the new export goes; not needed with --gguf.", flag_values=values)
@@ -60,8 +60,8 @@ def main(values: flags.FlagValues) -> None:
             values.model, output, dtype=values.dtype, retie=values.retie, untie=values.untie, writer=writer
         )
         if values.gguf is not None:
-            gguf.convert(Path(target), Path(values.gguf), stored_dtype(read_config(target)))
-    console.print(f"exported to {values.gguf or target}", markup=False)
+            gguf.convert(Path(target), Path(values.gguf), _stored_dtype(read_config(target)))
+    _console.print(f"exported to {values.gguf or target}", markup=False)
 
 
 @contextlib.contextmanager
@@ -97,12 +97,12 @@ def export_again(
     written = dataclasses.replace(cfg, tie_embeddings=(cfg.tie_embeddings or retie) and not untie)
     form = writer_for(written, writer)
     form.require(written, source)
-    dtype = dtype or stored_dtype(config)
+    dtype = dtype or _stored_dtype(config)
     params = load_params(source, cfg, dtype=dtype)
     if cfg.tie_embeddings and untie:
         params["head"] = {"kernel": params["embed"]["embedding"].T}
     kept = written if untie else cfg
-    card = model_card(storage.as_path(model), source, written, form)
+    card = _model_card(storage.as_path(model), source, written, form)
     return save_params(
         params,
         kept,
@@ -116,13 +116,13 @@ def export_again(
     )
 
 
-def stored_dtype(config: dict[str, Any]) -> str:
+def _stored_dtype(config: dict[str, Any]) -> str:
     """The weights' dtype as config.json has it; float32 where it is none that an export may have."""
-    found = config.get("torch_dtype", config.get("dtype"))
-    return found if found in EXPORT_DTYPES else "float32"
+    dtype = config.get("torch_dtype", config.get("dtype"))
+    return dtype if dtype in EXPORT_DTYPES else "float32"
 
 
-def model_card(model: storage.AnyPath, source: storage.AnyPath, cfg: ModelConfig, form: Writer) -> str | None:
+def _model_card(model: storage.AnyPath, source: storage.AnyPath, cfg: ModelConfig, form: Writer) -> str | None:
     """Of a run: from its settings and its summary; else the student's own, where there is one."""
     summary = model / "summary.json"
     if cfg.recurrent_mixer is not None and summary.is_file() and source != model:
@@ -133,4 +133,4 @@ def model_card(model: storage.AnyPath, source: storage.AnyPath, cfg: ModelConfig
 
 
 if __name__ == "__main__":
-    command.run(define, main)
+    command.run(_define, main)

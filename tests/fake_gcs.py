@@ -99,27 +99,27 @@ class FakeGcs:
 
     def listing(self, bucket: str, query: Query) -> dict[str, Any]:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
-        found: dict[str, bool] = {}
+        entries: dict[str, bool] = {}
         for name in self.names(bucket, prefix):
             head, cut, _ = name[len(prefix) :].partition(delimiter) if delimiter else (name[len(prefix) :], "", "")
             entry = prefix + head + cut
             in_range = query.get("startOffset", "") <= name < query.get("endOffset", "\U0010ffff")
             if in_range and name > query.get("pageToken", "") and entry > query.get("pageToken", ""):
-                found[entry] = bool(cut)
-        page = list(found)[: int(query.get("maxResults", 1000))]
+                entries[entry] = bool(cut)
+        page = list(entries)[: int(query.get("maxResults", 1000))]
         answer: dict[str, Any] = {"kind": "storage#objects"}
-        answer["items"] = [self.metadata(bucket, name) for name in page if not found[name]]
-        answer["prefixes"] = [name for name in page if found[name]]
+        answer["items"] = [self.metadata(bucket, name) for name in page if not entries[name]]
+        answer["prefixes"] = [name for name in page if entries[name]]
         # Past everything under a prefix that was listed as one.
-        last = page[-1] + ("\U0010ffff" if found[page[-1]] else "") if page else ""
-        return answer | ({"nextPageToken": last} if len(page) < len(found) else {})
+        last = page[-1] + ("\U0010ffff" if entries[page[-1]] else "") if page else ""
+        return answer | ({"nextPageToken": last} if len(page) < len(entries) else {})
 
     def delete(self, bucket: str, name: str, query: Query) -> Answer:
         with self.lock:
-            found = self.buckets[bucket].get(name)
-            if found is None:
+            stored = self.buckets[bucket].get(name)
+            if stored is None:
                 return 404, error(404, "notFound")
-            if query.get("ifGenerationMatch", str(found[1])) != str(found[1]):
+            if query.get("ifGenerationMatch", str(stored[1])) != str(stored[1]):
                 return 412, error(412, "conditionNotMet")
             del self.buckets[bucket][name]
             return 204, b""
@@ -159,8 +159,8 @@ def handler(store: FakeGcs) -> type[http.server.BaseHTTPRequestHandler]:
             url = urllib.parse.urlsplit(self.path)
             query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            found = re.search(r"/b/([^/]+)(?:/o(?:/(.*))?)?$", url.path)
-            bucket, name = (urllib.parse.unquote(part or "") for part in found.groups()) if found else ("", "")
+            match = re.search(r"/b/([^/]+)(?:/o(?:/(.*))?)?$", url.path)
+            bucket, name = (urllib.parse.unquote(part or "") for part in match.groups()) if match else ("", "")
             self.extra: dict[str, str] = {}
             if url.path.startswith("/batch/"):
                 status, said = self.batch(body)
@@ -169,7 +169,7 @@ def handler(store: FakeGcs) -> type[http.server.BaseHTTPRequestHandler]:
             elif self.command in store.denied:
                 status, said = 403, error(403, f"someone does not have permission for {self.command} of {name}")
             else:
-                self.lists = found is not None and url.path.endswith("/o")
+                self.lists = match is not None and url.path.endswith("/o")
                 status, said = act(bucket, name, query, body)
             data = said if isinstance(said, bytes) else json.dumps(said).encode()
             self.send_response(status)

@@ -36,11 +36,11 @@ def test_a_factored_state_lies_whole_and_the_rest_as_its_parameters(mixer, shape
     params = {path.removeprefix("params/"): leaf for path, leaf in state.items() if path.startswith("params/")}
     factored = 0
     for path, leaf in state.items():
-        found = re.match(r"opt_state/.*?/(v_row|v_col|v|ema)/(.+)$", path)
-        if found and leaf.shape == params[found[2]].shape:
-            assert leaf.sharding.spec == params[found[2]].sharding.spec, path
-        elif found:
-            factored += found[1] in ("v_row", "v_col") and leaf.shape != (1,)
+        moment = re.match(r"opt_state/.*?/(v_row|v_col|v|ema)/(.+)$", path)
+        if moment and leaf.shape == params[moment[2]].shape:
+            assert leaf.sharding.spec == params[moment[2]].sharding.spec, path
+        elif moment:
+            factored += moment[1] in ("v_row", "v_col") and leaf.shape != (1,)
             assert not any(leaf.sharding.spec) and leaf.size <= 2 * 2 * 128, path
     assert factored >= 2 * 7, "rows and columns of the MLP and the projections"
     moments = sum(leaf.size for path, leaf in state.items() if re.match(r"opt_state/\d+/v", path))
@@ -60,12 +60,12 @@ def test_adafactor_updates_on_eight_devices_as_on_one():
     params, _ = split_params(params, lambda path: path.endswith(("up/kernel", "q/bias")))
     optimizer, mesh = make_optimizer(run.pretrain, run.optim), mesh_lib.make_mesh(run)
     grads = jax.tree.map(lambda x: x * jnp.arange(x.shape[-1]), params)
-    one, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    expected, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     placed = shardings(mesh, (grads, jax.eval_shape(optimizer.init, params), params), WIDE)
     parts = jax.device_put((grads, optimizer.init(params), params), placed)
     many, _ = jax.jit(optimizer.update, out_shardings=placed[:2])(*parts)
     for path, update in path_leaves(many).items():
-        np.testing.assert_allclose(update, path_leaves(one)[path], rtol=1e-3, atol=1e-7, err_msg=path)
+        np.testing.assert_allclose(update, path_leaves(expected)[path], rtol=1e-3, atol=1e-7, err_msg=path)
 
 
 def test_adafactor_trains_on_eight_devices():

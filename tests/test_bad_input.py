@@ -54,7 +54,7 @@ def good(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def given(good, tmp_path) -> Path:
+def inputs(good, tmp_path) -> Path:
     return Path(shutil.copytree(good, tmp_path / "given"))
 
 
@@ -77,13 +77,13 @@ def edit_json(path: Path, **keys) -> None:
     write_json(path, json.loads(path.read_text()) | keys)
 
 
-def settings(given: Path, **fields) -> ConfigDict:
+def settings(inputs: Path, **fields) -> ConfigDict:
     """A run of a few steps on the given teacher and text; fields: more of them, "a.b" written a__b."""
     config = defaults()
     config.dtype = config.teacher.dtype = "float32"
     config.stages = ("stage1", "stage2")
-    config.teacher.path = str(given / "teacher")
-    config.data.path = str(given / "text.txt")
+    config.teacher.path = str(inputs / "teacher")
+    config.data.path = str(inputs / "text.txt")
     config.data.eval_rows = 4
     for stage in (config.stage1, config.stage2):
         stage.tokens, stage.seq_len, stage.batch_size, stage.remat = 64, 16, 4, "none"
@@ -104,54 +104,54 @@ def cut(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
-def point_index_elsewhere(given: Path) -> None:
-    index = json.loads((given / "sharded" / INDEX).read_text())
+def point_index_elsewhere(inputs: Path) -> None:
+    index = json.loads((inputs / "sharded" / INDEX).read_text())
     name = next(iter(index["weight_map"]))
     files = sorted(set(index["weight_map"].values()))
     wrong = next(file for file in files if file != index["weight_map"][name])
-    edit_json(given / "sharded" / INDEX, weight_map=index["weight_map"] | {name: wrong})
+    edit_json(inputs / "sharded" / INDEX, weight_map=index["weight_map"] | {name: wrong})
 
 
-def remove_shard(given: Path) -> None:
-    sorted((given / "sharded").glob("*.safetensors"))[-1].unlink()
+def remove_shard(inputs: Path) -> None:
+    sorted((inputs / "sharded").glob("*.safetensors"))[-1].unlink()
 
 
-def pickled(given: Path) -> None:
-    (given / "teacher" / WEIGHTS).rename(given / "teacher" / "pytorch_model.bin")
+def pickled(inputs: Path) -> None:
+    (inputs / "teacher" / WEIGHTS).rename(inputs / "teacher" / "pytorch_model.bin")
 
 
-def too_many_ids(given: Path) -> None:
-    byte_tokenizer(extra=10).save(str(given / "teacher" / "tokenizer.json"))
+def too_many_ids(inputs: Path) -> None:
+    byte_tokenizer(extra=10).save(str(inputs / "teacher" / "tokenizer.json"))
 
 
-def no_tokenizer(given: Path) -> None:
-    for path in (given / "teacher").glob("tokenizer*"):
+def no_tokenizer(inputs: Path) -> None:
+    for path in (inputs / "teacher").glob("tokenizer*"):
         path.unlink()
 
 
 def teacher_keys(**keys) -> Callable[[Path], None]:
-    return lambda given: edit_json(given / "teacher" / "config.json", **keys)
+    return lambda inputs: edit_json(inputs / "teacher" / "config.json", **keys)
 
 
 def text(content: str | bytes) -> Callable[[Path], None]:
     data = content.encode() if isinstance(content, str) else content
-    return lambda given: (given / "text.txt").write_bytes(data) and None
+    return lambda inputs: (inputs / "text.txt").write_bytes(data) and None
 
 
-def nothing(given: Path) -> None:
-    del given
+def nothing(inputs: Path) -> None:
+    del inputs
 
 
 # What is done to good files, settings besides, and what the message has to say.
 CASES: dict[str, tuple[Callable[[Path], object], dict, list[str]]] = {
     "missing teacher": (nothing, {"teacher__path": "/no/such/teacher"}, ["/no/such/teacher", "no existing directory"]),
     "hub id that cannot be had": (nothing, {"teacher__path": "nobody/nothing"}, ["nobody/nothing", "the hub"]),
-    "no config.json": (lambda given: (given / "teacher/config.json").unlink(), {}, ["config.json does not exist"]),
-    "broken config.json": (lambda given: cut(given / "teacher/config.json", 30), {}, ["config.json is not JSON"]),
+    "no config.json": (lambda inputs: (inputs / "teacher/config.json").unlink(), {}, ["config.json does not exist"]),
+    "broken config.json": (lambda inputs: cut(inputs / "teacher/config.json", 30), {}, ["config.json is not JSON"]),
     "pickles only": (pickled, {}, ["pytorch_model.bin", "never loaded"]),
-    "truncated weights": (lambda given: cut(given / "teacher" / WEIGHTS, -10), {}, [WEIGHTS, "is truncated"]),
-    "weights cut in the header": (lambda given: cut(given / "teacher" / WEIGHTS, 50), {}, [WEIGHTS, "has 50 bytes"]),
-    "empty weights": (lambda given: cut(given / "teacher" / WEIGHTS, 0), {}, [WEIGHTS, "has 0 bytes"]),
+    "truncated weights": (lambda inputs: cut(inputs / "teacher" / WEIGHTS, -10), {}, [WEIGHTS, "is truncated"]),
+    "weights cut in the header": (lambda inputs: cut(inputs / "teacher" / WEIGHTS, 50), {}, [WEIGHTS, "has 50 bytes"]),
+    "empty weights": (lambda inputs: cut(inputs / "teacher" / WEIGHTS, 0), {}, [WEIGHTS, "has 0 bytes"]),
     "index with a wrong file": (point_index_elsewhere, {"teacher__path": "sharded"}, [INDEX, "does not fit its files"]),
     "index without its file": (remove_shard, {"teacher__path": "sharded"}, [INDEX, "lacks"]),
     "weights of another width": (teacher_keys(intermediate_size=32), {}, ["misshapen", "gate_proj", "[24, 16]"]),
@@ -195,13 +195,13 @@ CASES: dict[str, tuple[Callable[[Path], object], dict, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_refused(case, given, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_refused(case, inputs, tmp_path, monkeypatch, capsys):
     damage, fields, parts = CASES[case]
-    damage(given)
+    damage(inputs)
     if fields.get("teacher__path") == "sharded":
-        fields = fields | {"teacher__path": str(given / "sharded")}
+        fields = fields | {"teacher__path": str(inputs / "sharded")}
     workdir = tmp_path / "run"
-    code = run_main(monkeypatch, settings(given, **fields), workdir)
+    code = run_main(monkeypatch, settings(inputs, **fields), workdir)
     message = capsys.readouterr().err
     assert code == 1
     assert message.startswith("error: ") and message.count("\n") == 1, message
@@ -211,45 +211,45 @@ def test_bad_input_is_refused(case, given, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("teacher", ["teacher", "sharded"])
-def test_the_same_files_unharmed_are_fine(teacher, given, tmp_path):
-    job = make_job(validate(settings(given, teacher__path=str(given / teacher))), tmp_path / "run")
+def test_the_same_files_unharmed_are_fine(teacher, inputs, tmp_path):
+    job = make_job(validate(settings(inputs, teacher__path=str(inputs / teacher))), tmp_path / "run")
     assert job.student.recurrent_mixer == "rad_rwkv7"
     assert job.load_teacher("float32")["embed"]["embedding"].shape == (260, 16)
     assert dataclasses.replace(job.teacher, dtype="float32") == CONFIG
 
 
-def test_a_run_that_could_not_begin_leaves_its_directory_free(given, tmp_path, monkeypatch, capsys):
+def test_a_run_that_could_not_begin_leaves_its_directory_free(inputs, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
-    assert run_main(monkeypatch, settings(given, data__path=str(given / "txt")), workdir) == 1
+    assert run_main(monkeypatch, settings(inputs, data__path=str(inputs / "txt")), workdir) == 1
     assert "does not exist" in capsys.readouterr().err
     assert not (workdir / "config.json").exists()
-    check_same_config(workdir, settings(given).to_dict())
+    check_same_config(workdir, settings(inputs).to_dict())
 
 
-def test_a_directory_with_a_run_of_other_settings_is_refused(given, tmp_path, monkeypatch, capsys):
+def test_a_directory_with_a_run_of_other_settings_is_refused(inputs, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
-    remember_config(workdir, settings(given).to_dict())
+    remember_config(workdir, settings(inputs).to_dict())
     before = (workdir / "config.json").read_bytes()
-    check_same_config(workdir, settings(given, train__log_every=3, train__checkpoint_every=7).to_dict())
-    check_same_config(workdir, settings(given, mesh__tensor=2, stage1__accumulate=2).to_dict())
+    check_same_config(workdir, settings(inputs, train__log_every=3, train__checkpoint_every=7).to_dict())
+    check_same_config(workdir, settings(inputs, mesh__tensor=2, stage1__accumulate=2).to_dict())
     # A version that did not know a field yet did what is its default now.
-    older = settings(given).to_dict()
+    older = settings(inputs).to_dict()
     del older["optim"]["moment_dtype"]
     remember_config(tmp_path / "older", older)
-    check_same_config(tmp_path / "older", settings(given).to_dict())
+    check_same_config(tmp_path / "older", settings(inputs).to_dict())
     with pytest.raises(ValueError, match=r"moment_dtype was 'float32' and is now 'bfloat16'"):
-        check_same_config(tmp_path / "older", settings(given, optim__moment_dtype="bfloat16").to_dict())
-    assert run_main(monkeypatch, settings(given, seed=1, stage1__lr=0.5), workdir) == 1
+        check_same_config(tmp_path / "older", settings(inputs, optim__moment_dtype="bfloat16").to_dict())
+    assert run_main(monkeypatch, settings(inputs, seed=1, stage1__lr=0.5), workdir) == 1
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1
     assert "config.seed was 0 and is now 1" in message and "config.stage1.lr was 0.001 and is now 0.5" in message
     assert (workdir / "config.json").read_bytes() == before
 
 
-def test_the_program_ends_with_1(given, tmp_path):
+def test_the_program_ends_with_1(inputs, tmp_path):
     """Once as a user runs it, from the command line to the exit code."""
-    cut(given / "teacher" / WEIGHTS, -10)
-    flags = [f"--config.teacher.path={given / 'teacher'}", f"--config.data.path={given / 'text.txt'}"]
+    cut(inputs / "teacher" / WEIGHTS, -10)
+    flags = [f"--config.teacher.path={inputs / 'teacher'}", f"--config.data.path={inputs / 'text.txt'}"]
     command = [sys.executable, "-m", "radlads_jax.launch", "--config", "configs/convert.py", *flags]
     done = subprocess.run(
         [*command, "--workdir", str(tmp_path / "run")],

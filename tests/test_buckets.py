@@ -133,23 +133,23 @@ def without_times(records: list[dict]) -> list[dict]:
 
 
 def test_a_run_in_a_bucket_is_the_run_on_the_disk(gcs, run, finished, tmp_path):
-    found = gcs.get_directory("bucket", "run", tmp_path)
+    fetched = gcs.get_directory("bucket", "run", tmp_path)
     for name in ("model.safetensors", "tokenizer.json", "modeling_rwkv7qwen2.py", "generation_config.json"):
-        assert (found / "export" / name).read_bytes() == (finished / "export" / name).read_bytes()
-    assert {p.name for p in (found / "export").iterdir()} == {p.name for p in (finished / "export").iterdir()}
+        assert (fetched / "export" / name).read_bytes() == (finished / "export" / name).read_bytes()
+    assert {p.name for p in (fetched / "export").iterdir()} == {p.name for p in (finished / "export").iterdir()}
     assert without_times(read_metrics(run)) == without_times(read_metrics(finished))
-    summaries = [json.loads((workdir / "summary.json").read_text()) for workdir in (found, finished)]
+    summaries = [json.loads((workdir / "summary.json").read_text()) for workdir in (fetched, finished)]
     assert summaries[0]["student"] == summaries[1]["student"]
-    assert (found / "report" / "index.html").read_text().count("<section") > 5
-    assert len(list((found / "tensorboard" / "stage1").glob("events*"))) == 2
-    assert sorted(p.name for p in (found / "checkpoints" / "stage1").iterdir()) == ["4", "5"]
+    assert (fetched / "report" / "index.html").read_text().count("<section") > 5
+    assert len(list((fetched / "tensorboard" / "stage1").glob("events*"))) == 2
+    assert sorted(p.name for p in (fetched / "checkpoints" / "stage1").iterdir()) == ["4", "5"]
 
 
 def test_a_finished_run_in_a_bucket_does_nothing(gcs, run, capsys):
     before = dict(gcs.buckets["bucket"])
     convert(tiny_config("gs://bucket/teacher", "gs://bucket/tales.jsonl"), run)
     assert "nothing to do" in capsys.readouterr().out
-    written = {name for name, found in gcs.buckets["bucket"].items() if before.get(name) != found}
+    written = {name for name, stored in gcs.buckets["bucket"].items() if before.get(name) != stored}
     assert written == {"run/config.json"} and gcs.buckets["bucket"].keys() == before.keys()
 
 

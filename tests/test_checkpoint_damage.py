@@ -2,6 +2,7 @@
 
 import pathlib
 import random
+import re
 import shutil
 from typing import Any
 
@@ -58,9 +59,9 @@ def harm(path: pathlib.Path, kind: str, rng: random.Random) -> None:
 def newest(directory: pathlib.Path) -> Any:
     """(step, arrays, data_state, meta) of the newest whole checkpoint."""
     with Checkpoints(directory) as checkpoints:
-        found = checkpoints.newest(lambda step: checkpoints.restore(step, state_of(0)))
-        assert found is not None
-        step, (state, data_state, meta) = found
+        restored = checkpoints.newest(lambda step: checkpoints.restore(step, state_of(0)))
+        assert restored is not None
+        step, (state, data_state, meta) = restored
         return step, {name: np.asarray(x).tobytes() for name, x in state.items()}, data_state, meta
 
 
@@ -80,8 +81,8 @@ def test_every_file_damaged(kind: str, saved: pathlib.Path, tmp_path: pathlib.Pa
             shutil.copytree(saved, directory)
             harm(directory / "2" / file.relative_to(saved / "2"), kind, rng)
             caplog.clear()
-            step, *found = newest(directory)
-            assert [step, *found] == list(expected(step)), (kind, file)
+            step, *contents = newest(directory)
+            assert [step, *contents] == list(expected(step)), (kind, file)
             if step == 1:
                 skipped += 1
                 aside = directory.with_name("stage1-2-damaged")
@@ -97,17 +98,17 @@ def test_a_flipped_bit_in_the_data_of_an_array_is_found(copy: pathlib.Path, capl
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
     assert newest(copy) == expected(1)
-    assert "(the checksum of large is not that of what was saved (1 of 3 arrays))" in caplog.text
+    assert re.search(r"checksum of large\b.*\b1 of 3\b", caplog.text)
 
 
 def test_a_damaged_one_can_be_saved_again(copy: pathlib.Path) -> None:
     (copy / "2" / "data" / "metadata").write_text('{"row": 3}')
     with Checkpoints(copy) as checkpoints:
         assert checkpoints.newest(checkpoints.restore_meta) == (2, {"loss": 2 / 7, "none": None})
-        with pytest.raises(DamagedCheckpoint, match=r"step 2 in .* is damaged: the checksum of data is not"):
+        with pytest.raises(DamagedCheckpoint, match=rf"\b2\b.*{re.escape(str(copy))}.*checksum of data\b"):
             checkpoints.restore(2, state_of(0))
-        found = checkpoints.newest(lambda step: checkpoints.restore(step, state_of(0))[1])
-        assert found == (1, {"row": 1})
+        restored = checkpoints.newest(lambda step: checkpoints.restore(step, state_of(0))[1])
+        assert restored == (1, {"row": 1})
         assert checkpoints.save(2, state_of(2), data_state={"row": 2}, meta={"loss": 2 / 7, "none": None}, wait=True)
     assert newest(copy) == expected(2)
 

@@ -89,8 +89,8 @@ def test_every_config_is_valid_and_says_how_to_run_it(path):
 
 def test_all_of_the_papers_conversions_are_there():
     runs = {path.stem: validate(load(path)) for path in PAPER}
-    found = {name: (run.teacher.path, run.student) for name, run in runs.items()}
-    assert found == {
+    conversions = {name: (run.teacher.path, run.student) for name, run in runs.items()}
+    assert conversions == {
         f"{name}_{mixer}": (teacher, Student(mixer=mixer))
         for name, teacher in TEACHERS.items()
         for mixer in ("rad_rwkv6", "rad_rwkv7")
@@ -269,7 +269,7 @@ def test_both_answers_to_the_size_of_the_state():
     assert validate(config).student.group_norm is True
     config.student.balance_state = True
     message = refusal(validate, config)
-    assert "config.student.group_norm and config.student.balance_state are both true" in message
+    assert "student.group_norm" in message and "student.balance_state" in message
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import re
 import resource
 import shutil
 import signal
@@ -46,7 +47,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: pathlib.Path) -> None:
     with full_beyond(50_000):
         checkpoints = Checkpoints(tmp_path)
         checkpoints.save(2, x, data_state={}, meta={})
-        with pytest.raises(OSError, match=r"could not be written, .*the newest whole one is of step 1\. Make room"):
+        with pytest.raises(OSError, match=rf"{re.escape(str(tmp_path))}.*\bstep 1\b"):
             checkpoints.wait()
         checkpoints.close()
     with Checkpoints(tmp_path) as checkpoints:
@@ -143,17 +144,17 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoints(teacher, tmp_path, monk
     capsys.readouterr()
     tiny_run.convert(tmp_path / "damaged", settings)
     said = capsys.readouterr().out
-    assert "stage2: continuing from the checkpoint of step 2 of 4" in said
-    assert "going back to repeat the steps up to 5" in said
-    assert "stage1: continuing from the checkpoint of step 4 of 5" in said
+    assert re.search(r"stage2: continuing .*\b2 of 4\b", said)
+    assert re.search(r"going back .*\b5\b", said)
+    assert re.search(r"stage1: continuing .*\b4 of 5\b", said)
     aside = {path.name for path in checkpoints.glob("*-damaged")}
     assert aside == {"stage1-5-damaged", "stage2-3-damaged"}
     for name in aside:
         shutil.rmtree(checkpoints / name)
-    expected, found = (killed.result(tmp_path / name, steps) for name in ("undisturbed", "damaged"))
+    expected, got = (killed.result(tmp_path / name, steps) for name in ("undisturbed", "damaged"))
     # The repeated steps of stage 1 were logged after those of stage 2.
-    found["metrics"] = sorted(found["metrics"], key=lambda line: (line["stage"], line["step"]))
-    assert [name for name in expected if found[name] != expected[name]] == []
+    got["metrics"] = sorted(got["metrics"], key=lambda line: (line["stage"], line["step"]))
+    assert [name for name in expected if got[name] != expected[name]] == []
 
 
 ROOMS = """

@@ -132,12 +132,12 @@ def test_a_prompt_that_can_not_be_continued_is_refused_first(prompt: str, job: J
 
 def test_a_prompt_of_which_the_tokenizer_makes_nothing(job: Job, monkeypatch: Any) -> None:
     monkeypatch.setattr(heldout, "prompt_tokens", lambda *_: [])
-    with pytest.raises(ValueError, match=r"sample_prompts holds 'What is', of which the tokenizer"):
+    with pytest.raises(ValueError, match=r"sample_prompts.*'What is'.*tokenizer"):
         ending.check(with_train(job, sample_prompts=("What is",)))
 
 
 def test_more_sample_tokens_than_the_model_has_places_for(job: Job) -> None:
-    with pytest.raises(ValueError, match=r"config\.train\.sample_tokens, 600.*max_position_embeddings, 512"):
+    with pytest.raises(ValueError, match=r"sample_tokens.*\b600\b.*max_position.*\b512\b"):
         ending.check(with_train(job, sample_tokens=600))
 
 

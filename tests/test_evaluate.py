@@ -173,7 +173,7 @@ def answers(generated: list[float], low: list[float]) -> dict:
 
 def test_the_recall_suite_with_the_control(directories, tmp_path, monkeypatch, capsys):
     """Its place in the page, with every part that is asked for; what the models answer is made up."""
-    found = {
+    by_mixer = {
         "attention": answers([0.9, 0.2], [0.75, 0.08]),
         "window": answers([0.2, 0.1], [0.1, 0.0]),
         "rad_rwkv7": answers([0.5, 0.2], [0.3, 0.1]),
@@ -182,7 +182,7 @@ def test_the_recall_suite_with_the_control(directories, tmp_path, monkeypatch, c
 
     def probed(model, **options):
         asked.append((model.cfg.layer_mixers[0], options["by_position"], options["samples"]))
-        return {"recall": found[model.cfg.layer_mixers[0]]}
+        return {"recall": by_mixer[model.cfg.layer_mixers[0]]}
 
     monkeypatch.setattr(model_scores, "run_probes", probed)
     models = [f"--model={directories['student']}", f"--teacher={directories['teacher']}", f"--output={tmp_path}"]
@@ -354,7 +354,7 @@ def broken(task_files, tmp_path):
 @needs_lm_eval
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_missing_data_is_named(broken):
-    with pytest.raises(ValueError, match=r"the data of .*broken\.yaml cannot be had .*gone\.jsonl"):
+    with pytest.raises(ValueError, match=r"broken\.yaml.*gone\.jsonl"):
         suite.load_tasks([str(broken)])
 
 
@@ -362,5 +362,5 @@ def test_missing_data_is_named(broken):
 @needs_lm_eval
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_missing_data_and_unknown_tasks_are_named_together(broken):
-    with pytest.raises(ValueError, match=r"data of .*broken.yaml.*; the data of sciq .*; no_such_task is no task"):
+    with pytest.raises(ValueError, match=r"broken\.yaml.*\bsciq\b.*no_such_task"):
         suite.load_tasks([str(broken), "sciq", "no_such_task"])

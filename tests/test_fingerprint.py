@@ -230,14 +230,14 @@ def test_without_the_hub_no_commit_is_known():
 def test_a_given_token_file_is_told_by_contents(place):
     shutil.rmtree(place / "run")
     made = job_of(place, "first").token_file
-    given = {"data__source": "binidx", "data__path": str(made.prefix)}
-    begin(place, **given)
+    token_file = {"data__source": "binidx", "data__path": str(made.prefix)}
+    begin(place, **token_file)
     moved = shutil.copytree(made.prefix.parent, place / "moved")
-    assert job_of(place, **given | {"data__path": str(moved)}).token_file.num_tokens == made.num_tokens
+    assert job_of(place, **token_file | {"data__path": str(moved)}).token_file.num_tokens == made.num_tokens
     with open(moved / f"{made.prefix.name}.bin", "r+b") as file:
         file.write(b"\x05")
     with pytest.raises(ValueError, match="the tokens of the run"):
-        job_of(place, **given | {"data__path": str(moved)})
+        job_of(place, **token_file | {"data__path": str(moved)})
 
 
 def test_other_documents_of_the_same_tokens_are_refused(place):
@@ -262,7 +262,7 @@ def test_new_weights_that_are_drawn_otherwise_are_refused():
     values = fingerprint.of_values({"a/b": jnp.arange(12.0).reshape(3, 4), "c": jnp.zeros((2,))})
     rounded = {path: [x * (1 + 1e-4) for x in row] for path, row in values.items()}
     fingerprint.require_same_values(values, rounded, pathlib.Path("run"))
-    with pytest.raises(ValueError, match=r"freezes are drawn otherwise .*a/b began with .*Expected the same values"):
+    with pytest.raises(ValueError, match=r"\brun\b.*\ba/b\b"):
         fingerprint.require_same_values(values, values | {"a/b": values["a/b"][::-1]}, pathlib.Path("run"))
 
 
@@ -270,11 +270,11 @@ def test_a_corpus_that_is_prepared_before_is_the_same_run(place, capsys):
     text = job_of(place)
     made = tokens.prepare_tokens(config.validate(chosen(place)), place / "tokens")
     assert {path.suffix for path in (place / "tokens").iterdir()} == {".bin", ".idx", ".json"}
-    given = {"data__source": "binidx", "data__path": str(place / "tokens")}
-    run = job_of(place, "other run", **given)
+    token_file = {"data__source": "binidx", "data__path": str(place / "tokens")}
+    run = job_of(place, "other run", **token_file)
     assert run.token_file.tokens.tolist() == text.token_file.tokens.tolist() == made.file.tokens.tolist()
     assert (run.eval_tokens, run.beginning) == (text.eval_tokens, text.beginning)
-    assert "2 files with 40 documents" in preflight.data(run).found
+    assert "2 files with 40 documents" in preflight.data(run).result
     assert not (place / "other run" / "data").exists()
     # Again is quick, another text in the same directory is not taken in, tokens are no text.
     assert tokens.prepare_tokens(config.validate(chosen(place)), place / "tokens").file.prefix == made.file.prefix
@@ -282,7 +282,7 @@ def test_a_corpus_that_is_prepared_before_is_the_same_run(place, capsys):
     with pytest.raises(ValueError, match="made of other text or by other settings"):
         tokens.prepare_tokens(config.validate(chosen(place)), place / "tokens")
     with pytest.raises(ValueError, match="tokens already"):
-        tokens.prepare_tokens(config.validate(chosen(place, **given)), place / "tokens")
+        tokens.prepare_tokens(config.validate(chosen(place, **token_file)), place / "tokens")
 
 
 @pytest.mark.parametrize("change", [change_tokenizer, lambda place: None], ids=["tokenizer", "bos"])
@@ -292,9 +292,9 @@ def test_prepared_tokens_of_another_tokenizer_or_beginning_are_refused(place, ch
     if bos:
         path = place / "teacher" / "tokenizer_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": synthetic.END_OF_TEXT}))
-    given = {"data__source": "binidx", "data__path": str(place / "tokens")} | ({"data__bos": True} if bos else {})
+    token_file = {"data__source": "binidx", "data__path": str(place / "tokens")} | ({"data__bos": True} if bos else {})
     with pytest.raises(ValueError, match=f"was made with other settings .*{'beginning' if bos else 'tokenizer'} "):
-        job_of(place, "other run", **given)
+        job_of(place, "other run", **token_file)
 
 
 def test_the_door_says_what_a_run_is_to_be_told(place, monkeypatch, capsys):

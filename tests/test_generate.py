@@ -18,7 +18,15 @@ from radlads_jax import generate
 from radlads_jax.decoding import generation, loop, writer
 from radlads_jax.decoding.generation import Memory
 from radlads_jax.decoding.loaded import Model, cache_bytes, load_model, state_bytes
-from radlads_jax.decoding.loop import decode, empty_sequences, generate_greedy, left_padded, pieces, prefill, unrolled
+from radlads_jax.decoding.loop import (
+    decode,
+    empty_sequences,
+    generate_greedy,
+    left_padded,
+    prefill,
+    prefill_chunks,
+    unrolled,
+)
 from radlads_jax.decoding.sampling import Sampling, choose, likely
 from radlads_jax.decoding.text_stream import TextStream
 from radlads_jax.models import MIXERS, ModelConfig, bind
@@ -116,11 +124,11 @@ def test_greedy_equals_repeated_full_forward(model):
     assert generate_greedy(cfg, params, left_padded(prompts), 20).tolist() == expected
 
 
-def test_long_prompt_is_read_in_pieces():
+def test_long_prompt_is_read_in_chunks():
     cfg, params = CONFIGS["hybrid"], random_params(CONFIGS["hybrid"])
     prompt = prompt_of(600)
-    assert pieces(600) == [512, 64, 8, 8] and 600 - sum(pieces(600)) == 8
-    assert pieces(1) == pieces(8) == [] and pieces(9) == [8] and pieces(513) == [512]
+    assert prefill_chunks(600) == [512, 64, 8, 8] and 600 - sum(prefill_chunks(600)) == 8
+    assert prefill_chunks(1) == prefill_chunks(8) == [] and prefill_chunks(9) == [8] and prefill_chunks(513) == [512]
     expected = full_forward_greedy(cfg, params, [prompt], 3)
     assert generate_greedy(cfg, params, left_padded([prompt]), 3).tolist() == expected
 
@@ -141,10 +149,10 @@ def test_unrolled_layers_are_the_same_model():
 def test_programs_do_not_grow_in_number_with_lengths(loaded):
     for length in (30, 100):
         list(generation.generate(loaded, [prompt_of(length)], max_tokens=2))
-    before = (loop.read_piece._cache_size(), loop._loop._cache_size())
+    before = (loop.read_chunk._cache_size(), loop._loop._cache_size())
     for length in (31, 47, 66, 90, 137):
         list(generation.generate(loaded, [prompt_of(length)], max_tokens=5))
-    assert (loop.read_piece._cache_size(), loop._loop._cache_size()) == before
+    assert (loop.read_chunk._cache_size(), loop._loop._cache_size()) == before
 
 
 def test_end_tokens_end_rows(loaded):
@@ -207,14 +215,14 @@ def test_draws_depend_on_seed_and_row_number_alone(loaded):
     assert all_tokens(other_number) != all_tokens(alone) and all_tokens(other_seed) != all_tokens(both)
 
 
-def test_streamed_pieces_are_the_whole_text(tokenizer_dir):
+def test_streamed_deltas_are_the_whole_text(tokenizer_dir):
     tokenizer = load_tokenizer(tokenizer_dir)
     text = "Grüße, 世界! 🎉 naïve 👩‍👩‍👧 end"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(ids) > len(text)  # characters are cut between tokens
     stream = TextStream(tokenizer)
-    pieces_of_text = [stream.push([i]) for i in ids] + [stream.finish()]
-    assert "".join(pieces_of_text) == text and not any("\ufffd" in piece for piece in pieces_of_text)
+    deltas = [stream.push([i]) for i in ids] + [stream.finish()]
+    assert "".join(deltas) == text and not any("\ufffd" in delta for delta in deltas)
     random_ids = np.random.default_rng(0).integers(0, 300, 500).tolist()
     stream = TextStream(tokenizer)
     streamed = "".join(stream.push(random_ids[i : i + 7]) for i in range(0, 500, 7)) + stream.finish()
@@ -229,10 +237,10 @@ def test_stop_strings(tokenizer_dir):
         shown = [stream.push([i]) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
         return [*shown, stream.finish()], stream.stopped
 
-    pieces_of_text, stopped = streamed("one two END three", "END", "zzz")
-    assert "".join(pieces_of_text) == "one two " and stopped
-    pieces_of_text, stopped = streamed("one two EN", "END")
-    assert "".join(pieces_of_text) == "one two EN" and not stopped
+    deltas, stopped = streamed("one two END three", "END", "zzz")
+    assert "".join(deltas) == "one two " and stopped
+    deltas, stopped = streamed("one two EN", "END")
+    assert "".join(deltas) == "one two EN" and not stopped
     assert "".join(streamed("aab", "ab")[0]) == "a"
     assert "".join(streamed("x stop y end", "end", "stop")[0]) == "x "
 
@@ -253,8 +261,8 @@ def test_memory_continues_a_conversation(directories, name, monkeypatch):
     second = first + answer + prompt_of(30, seed=5)
     expected = all_tokens(generation.generate(model, [second], max_tokens=20))
     read = []
-    real = loop.read_piece
-    monkeypatch.setattr(loop, "read_piece", lambda c, p, s, t: read.append(t.shape[1]) or real(c, p, s, t))
+    real = loop.read_chunk
+    monkeypatch.setattr(loop, "read_chunk", lambda c, p, s, t: read.append(t.shape[1]) or real(c, p, s, t))
     assert all_tokens(generation.generate(model, [second], max_tokens=20, memory=memory)) == expected
     assert sum(read) < 40  # only what the first turn had not read
     other = prompt_of(30, seed=9)
@@ -280,7 +288,7 @@ def test_state_is_constant_and_a_cache_is_not():
         assert state_bytes(CONFIGS["rad_rwkv6"], context) == 3 * (4 * 8 * 8 + 32) * 4
         assert cache_bytes(CONFIGS["rad_rwkv7"], context) == 2 * 3 * context * 2 * 8 * 4
         assert state_bytes(TEACHER, context) == cache_bytes(TEACHER, context)
-    assert "state 3.07 kB a sequence, whatever the context" in writer.memory_line(CONFIGS["rad_rwkv7"], 10)
+    assert "state 3.07 kB a sequence" in writer.memory_line(CONFIGS["rad_rwkv7"], 10)
 
 
 def command_line(*arguments: str) -> flags.FlagValues:

@@ -82,8 +82,8 @@ def violations(path: str, source: str) -> list[str]:
 
 
 def test_directions_of_import() -> None:
-    found = {path: violations(path, text) for path, text in sources().items()}
-    assert {path: names for path, names in found.items() if names} == {}
+    wrong = {path: violations(path, text) for path, text in sources().items()}
+    assert {path: names for path, names in wrong.items() if names} == {}
 
 
 def test_files_stay_readable() -> None:
@@ -116,6 +116,6 @@ def test_files_stay_readable() -> None:
     ],
 )
 def test_the_check_finds_what_it_should(path: str, source: str, bad: list[str]) -> None:
-    found = violations(path, source)
-    assert set(bad) <= set(found)
-    assert bool(found) == bool(bad)
+    told = violations(path, source)
+    assert set(bad) <= set(told)
+    assert bool(told) == bool(bad)

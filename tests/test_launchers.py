@@ -46,7 +46,7 @@ def commands(name: str) -> list[tuple[str, list[str]]]:
         words = pod(name)["containers"][0]["command"]
         return [(words[2].removeprefix("radlads_jax."), words[3:])]
     lines = text(name).replace("\\\n", " ")
-    return [(found[1], re.findall(r"--[\w.]+(?:=[\w./]+)?", found[2])) for found in COMMAND.finditer(lines)]
+    return [(match[1], re.findall(r"--[\w.]+(?:=[\w./]+)?", match[2])) for match in COMMAND.finditer(lines)]
 
 
 def test_all_of_them_are_looked_at() -> None:
@@ -75,11 +75,11 @@ def test_a_header_says_how_to_run_it_and_what_to_change(name: str) -> None:
 
 @pytest.mark.parametrize("name", (*SCRIPTS[1:], *JOBSETS))
 def test_commands_exist(name: str) -> None:
-    found = commands(name)
-    assert found
+    shown = commands(name)
+    assert shown
     known = {flag.name for flag in flags.FLAGS.flags_by_module_dict()[launch.__name__]}
     assert {"config", "workdir", "distributed"} <= known
-    for module, words in found:
+    for module, words in shown:
         assert module == "launch" and words
         settings = {word for word in words if word.startswith("--config.")}
         assert {word[2:].partition("=")[0] for word in {*words} - settings} <= known
@@ -205,9 +205,9 @@ def run(name: str, stubs: pathlib.Path, *arguments: str, **environ: str) -> tupl
 @pytest.mark.parametrize("code", [0, 1, 143])
 def test_three_stages_is_the_run(tmp_path: pathlib.Path, code: int) -> None:
     stub(tmp_path, "python", f"echo $$; exit {code}")
-    given = ("configs/convert.py:lr=1e-4", "runs/a b", "--config.data.path=x y", "--config.seed=1")
-    returned, calls, _ = run("three_stages.sh", tmp_path, *given, PYTHON=str(tmp_path / "python"))
-    expected = ["python", "-m", "radlads_jax.launch", "--config", given[0], "--workdir", given[1], *given[2:]]
+    words = ("configs/convert.py:lr=1e-4", "runs/a b", "--config.data.path=x y", "--config.seed=1")
+    returned, calls, _ = run("three_stages.sh", tmp_path, *words, PYTHON=str(tmp_path / "python"))
+    expected = ["python", "-m", "radlads_jax.launch", "--config", words[0], "--workdir", words[1], *words[2:]]
     assert (returned, calls) == (code, [expected])
     (tmp_path / "calls").unlink()
     _, calls, _ = run("three_stages.sh", tmp_path, PYTHON=str(tmp_path / "python"))

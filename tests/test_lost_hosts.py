@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -132,7 +133,7 @@ def test_a_process_that_stands_still_is_waited_for(root: pathlib.Path, tmp_path:
 def test_a_process_of_other_settings_is_refused(root: pathlib.Path, tmp_path: pathlib.Path) -> None:
     texts = Pair(root, tmp_path / "run", second=("--config.stage2.lr=0.5",)).finish(1)
     for text in texts:
-        assert "process 1 was started with config.stage2.lr = 0.5, process 0 with 0.001 (1 differences" in text
+        assert re.search(r"process 1 .*config\.stage2\.lr\b.*\b0\.5\b.*process 0 .*\b0\.001\b.*\(1 ", text)
     assert not (tmp_path / "run").exists()
 
 
@@ -142,7 +143,7 @@ def test_a_process_of_other_packages_is_refused(root: pathlib.Path, tmp_path: pa
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: optax\nVersion: 9.9\n")
     paths = os.pathsep.join([str(other.parent), str(killed.ROOT)])
     for text in Pair(root, tmp_path / "run", environ={"PYTHONPATH": paths}).finish(1):
-        assert "process 1 was started with version of optax = 9.9, process 0 with" in text
+        assert re.search(r"process 1 .*\boptax\b.*\b9\.9\b.*process 0 ", text)
 
 
 def test_a_second_job_in_the_directory_is_refused_by_all_its_processes(root: pathlib.Path, tmp_path) -> None:

@@ -63,7 +63,7 @@ def test_urls_and_hub_ids_are_left_as_they_are(tmp_path: pathlib.Path) -> None:
     assert storage.whole_name_or_id("Qwen/Qwen2.5") == str(tmp_path / "here" / "Qwen" / "Qwen2.5")
     assert storage.whole_name_or_id("./nothing/here/") == str(tmp_path / "here" / "nothing/here")
     for door in (resolve_model_dir, model_directory):
-        with pytest.raises(ValueError, match="'no-such/model' is no existing directory and could not be downloaded"):
+        with pytest.raises(ValueError, match=r"'no-such/model'.*download"):
             door("no-such/model")
 
 
@@ -76,8 +76,8 @@ def test_everything_of_a_run_goes_to_one_directory(named: str, home: pathlib.Pat
             logger.begin("stage1", 0, 1, tokens_per_step=1)
             logger.log("stage1", 1, {"loss": 1.0})
     assert read_metrics(path) and report.write_report(named).is_file()
-    found = {file.name for file in (home / "runs" / "mine").iterdir()}
-    assert found == {".lock", "checkpoints", "metrics.jsonl", "tensorboard", "report"}
+    names = {file.name for file in (home / "runs" / "mine").iterdir()}
+    assert names == {".lock", "checkpoints", "metrics.jsonl", "tensorboard", "report"}
     assert list((tmp_path / "here").iterdir()) == []
 
 
@@ -139,7 +139,7 @@ def test_the_same_words_elsewhere_are_another_run(tmp_path: pathlib.Path, monkey
         (tmp_path / name).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / name)
         check_same_config(tmp_path / "run", settings(data__path=str(tmp_path / "here" / "text.txt")))
-    with pytest.raises(ValueError, match=r"config\.data\.path was .*here/text\.txt.* now .*elsewhere/text\.txt"):
+    with pytest.raises(ValueError, match=r"data\.path.*\bhere/text.*\belsewhere/text"):
         check_same_config(tmp_path / "run", settings())
 
 

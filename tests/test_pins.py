@@ -39,10 +39,10 @@ def test_what_the_project_asks_for_is_pinned(name: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["test"]])
     here = {"python_version": PYTHONS[name], "sys_platform": "linux", "platform_machine": "x86_64"}
-    found = pins(f"{name}.txt")
+    pinned = pins(f"{name}.txt")
     for requirement in asked:
         if requirement.marker is None or requirement.marker.evaluate(here):
-            assert requirement.specifier.contains(found[canonicalize_name(requirement.name)]), requirement
+            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
 
 
 def test_every_licence_is_a_known_one() -> None:
@@ -50,8 +50,9 @@ def test_every_licence_is_a_known_one() -> None:
         canonicalize_name(distribution.name): distribution for distribution in importlib.metadata.distributions()
     }
     wanted = [installed[name] for name in pins("py311.txt") if name in installed]
-    found = {distribution.name: audit.families(audit.said(distribution.metadata)) for distribution in wanted}
-    assert found["jax"] == ["Apache-2.0"] and found["tqdm"] == ["MPL-2.0", "MIT"] and found["numpy"][0] == "BSD"
+    licences = {distribution.name: audit.families(audit.said(distribution.metadata)) for distribution in wanted}
+    assert licences["jax"] == ["Apache-2.0"] and licences["tqdm"] == ["MPL-2.0", "MIT"]
+    assert licences["numpy"][0] == "BSD"
     for unknown in ("GPL-3.0-only", "MIT AND LGPL-2.1-only", "none"):
         with pytest.raises(ValueError, match="Read it before it is added"):
             audit.families(unknown)

@@ -203,20 +203,18 @@ def test_the_smallest_slices_are_found_and_kept(compilations, tmp_path):
     """
     run = dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen2.5-7B-Instruct"))
     results = tmp_path / "plans.jsonl"
-    found = planner_lib.make_planner(run, {"v6e": 2.0}, results).smallest("v6e")
-    each = [(stage["name"], stage["topology"], stage["fits"]) for stage in found["stages"]]
+    smallest = planner_lib.make_planner(run, {"v6e": 2.0}, results).smallest("v6e")
+    each = [(stage["name"], stage["topology"], stage["fits"]) for stage in smallest["stages"]]
     assert each == [("stage1", "v6e:2x2", True), ("stage2", "v6e:4x4", True), ("stage3", "v6e:8x8", True)]
     assert compilations == [("stage1", 4), ("stage2", 8), ("stage2", 16), ("stage3", 32), ("stage3", 64)]
-    assert found["usd"] == pytest.approx(2 * found["chip_hours"])
+    assert smallest["usd"] == pytest.approx(2 * smallest["chip_hours"])
     spread = dataclasses.replace(run, mesh=Mesh(tensor=8))
     assert planner_lib.make_planner(spread, {}).smallest("v6e")["stages"][0]["topology"] == "v6e:2x4"
-    with pytest.raises(
-        ValueError, match=r"takes 7 devices or a multiple.*expected a number that divides one of v6e:2x2"
-    ):
+    with pytest.raises(ValueError, match=r"\b7 devices.*\bv6e:2x2\b"):
         planner_lib.make_planner(dataclasses.replace(run, mesh=Mesh(tensor=7)), {}).smallest("v6e")
     compilations.clear()
     again = planner_lib.make_planner(run, {"v6e": 2.0}, results).smallest("v6e")
-    assert again == found and not compilations
+    assert again == smallest and not compilations
     results.write_text("[1]\n")
     with pytest.raises(ValueError, match="holds no results of plans"):
         planner_lib.make_planner(run, {}, results)
@@ -228,20 +226,20 @@ def test_two_runs_share_a_file_of_results(compilations, tmp_path):
         dataclasses.replace(RunConfig(), teacher=Teacher(path=path), stages=(name,)) for name in ("stage1", "stage2")
     ]
     planners = [planner_lib.make_planner(run, {}, results) for run in runs]
-    found = [planner.topology("v6e:4x4") for planner in planners]
+    topologies = [planner.topology("v6e:4x4") for planner in planners]
     assert len(compilations) == 2 and len(results.read_text().splitlines()) == 2
-    assert [planner_lib.make_planner(run, {}, results).topology("v6e:4x4") for run in runs] == found
+    assert [planner_lib.make_planner(run, {}, results).topology("v6e:4x4") for run in runs] == topologies
     assert len(compilations) == 2
 
 
 def test_chips_are_ranked_by_cost(compilations, capsys):
     run = dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen2.5-72B-Instruct"), stages=("stage2",))
     ranking = planner_lib.make_planner(run, {"a100": 1e6}).auto()
-    costs = [one["usd"] for one in ranking]
+    costs = [choice["usd"] for choice in ranking]
     assert len(ranking) == len(chips.CHIPS) and costs == sorted(costs) and ranking[-1]["chip"] == "a100"
     tables.show_ranking(ranking, chips.CHIPS, Console(width=200))
     shown = capsys.readouterr().out
-    assert all(one["stages"][0]["topology"] in shown for one in ranking)
+    assert all(choice["stages"][0]["topology"] in shown for choice in ranking)
     assert "arithmetic" in shown and "compiler" in shown and "Left out" not in shown
 
 
@@ -250,10 +248,10 @@ def test_chips_without_a_slice_for_the_mesh_are_left_out(compilations, capsys):
     stage1 = dataclasses.replace(run.stage1, batch_size=128)
     run = dataclasses.replace(run, mesh=Mesh(data=128), stage1=stage1)
     ranking = planner_lib.make_planner(run, {}).auto()
-    assert {one["chip"] for one in ranking} == {"v5e", "v5p", "v6e"}
+    assert {choice["chip"] for choice in ranking} == {"v5e", "v5p", "v6e"}
     tables.show_ranking(ranking, chips.CHIPS, Console(width=200))
-    assert "Left out, with no slice for config.mesh: a100, h100." in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"takes 7 devices or a multiple.*divides one of v5e:2x2.*h100:64"):
+    assert "config.mesh: a100, h100." in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"\b7 devices.*\bv5e:2x2\b.*\bh100:64\b"):
         planner_lib.make_planner(dataclasses.replace(run, mesh=Mesh(data=7)), {}).auto()
 
 

@@ -63,13 +63,13 @@ def test_a_program_is_counted_with_its_loops():
     assert counts.unknown_loops == 0
 
 
-def test_an_array_that_goes_to_vmem_in_pieces_is_read_once():
-    pieces = "".join(
+def test_an_array_that_goes_to_vmem_in_slices_is_read_once():
+    slices = "".join(
         f"  %slice-start.{i} = ((s8[4096]{{0:T(1024)}}), s8[1024]{{0:T(1024)S(1)}}, s32[]{{:S(2)}}) "
         f"slice-start(%bytes), slice={{[{1024 * i}:{1024 * i + 1024}]}}\n"
         for i in range(4)
     )
-    text = "ENTRY %main (bytes: s8[4096]) -> s8[4096] {\n  %bytes = s8[4096]{0} parameter(0)\n" + pieces + "}\n"
+    text = "ENTRY %main (bytes: s8[4096]) -> s8[4096] {\n  %bytes = s8[4096]{0} parameter(0)\n" + slices + "}\n"
     assert hlo.count(text).hbm_bytes == 4096
 
 

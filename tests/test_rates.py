@@ -91,7 +91,7 @@ def test_preflight_says_which_rate_and_why():
     few = {"tokens": 100_000, "warmup_steps": 0}
     rate = dict.fromkeys(("lr", "lr_final", "mixer_lr", "mixer_lr_final"), 1e-4)
     assert described("stage2", 0, **few, **rate).startswith("stage2 0.0001 (the default for 100,000 tokens")
-    assert "1e-05 (low for 100,000 tokens: the default of convert.py is 0.0001" in described("stage2", 0, **few)
+    assert re.search(r"1e-05 \(low for 100,000 tokens.*\b0\.0001\b", described("stage2", 0, **few))
     assert described("stage2", 0, **few, **dict.fromkeys(rate, 2e-3)) == "stage2 0.002"
     assert described("stage2", 0, tokens=500_000_000) == "stage2 1e-05"
     assert described("stage1", 0, **few, mixer_lr=1e-3) == (
@@ -121,11 +121,11 @@ def test_a_run_begun_by_other_rules_goes_on_by_them(tmp_path):
 
     run = continued()
     assert (run.stage1.warmup_steps, run.stage2.lr, run.stage2.mixer_lr_final) == (50, 1e-5, 1e-5)
-    with pytest.raises(ValueError, match=r"config\.stage2\.lr was 1e-05 and is now 0\.0003"):
+    with pytest.raises(ValueError, match=r"stage2\.lr\b.*\b1e-05\b.*\b0\.0003\b"):
         continued(stage2__lr=3e-4)
-    with pytest.raises(ValueError, match=r"config\.student\.group_norm was None and is now False"):
+    with pytest.raises(ValueError, match=r"student\.group_norm.*\bNone\b.*\bFalse\b"):
         continued(student__group_norm=False)
-    with pytest.raises(ValueError, match=r"config\.student\.use_rope was False and is now True"):
+    with pytest.raises(ValueError, match=r"student\.use_rope.*\bFalse\b.*\bTrue\b"):
         config = convert(**few, student__use_rope=True, student__balance_state=True)
         check_same_config(tmp_path, config.to_dict())
 

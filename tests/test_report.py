@@ -290,9 +290,9 @@ def test_few_lines_written_together_slowly(count: int, paces: int) -> None:
     """Steps of 50 s whose lines a loaded machine writes ten at once, 20 ms apart."""
     written = [min(-(-step // 10) * 10, count) for step in range(1, count + 1)]
     records = [{"stage": "s", "step": i, "time": 50.0 * at + 0.02 * i} for i, at in enumerate(written, 1)]
-    found = run_log.StageLog("s", tuple(records), {}, log_every=10).paces()
-    assert len(found) == paces
-    assert all(seconds / steps == pytest.approx(50.0, rel=1e-2) for _, steps, seconds in found)
+    got = run_log.StageLog("s", tuple(records), {}, log_every=10).paces()
+    assert len(got) == paces
+    assert all(seconds / steps == pytest.approx(50.0, rel=1e-2) for _, steps, seconds in got)
 
 
 def place(html: str, kind: str) -> list[tuple[float, float]]:

@@ -105,8 +105,8 @@ def test_the_optimizer_lies_as_its_parameters_do():
     state = path_leaves(abstract_state(StagePlan(run, "stage2", student_of(TEACHER, "rad_rwkv7"), TEACHER, mesh)))
     specs = {path.removeprefix("params/"): leaf.sharding.spec for path, leaf in state.items() if path[:6] == "params"}
     for moment in ("mu", "nu"):
-        found = {path.split(f"/{moment}/")[1]: x.sharding.spec for path, x in state.items() if f"/{moment}/" in path}
-        assert found == specs
+        placed = {path.split(f"/{moment}/")[1]: x.sharding.spec for path, x in state.items() if f"/{moment}/" in path}
+        assert placed == specs
     assert any("fsdp" in str(spec) and "tensor" in str(spec) for spec in specs.values())
 
 
@@ -198,10 +198,10 @@ def test_eight_devices_train_as_one_does_in_parts(accumulate):
 
 def check_equal(mixer: str, name: str, shape: Mesh, accumulate: int = 1) -> None:
     """Losses within 1e-5 relative; so are parameters and both moments of Adam, as ratios of norms."""
-    _, losses, one = reference(mixer, name, Mesh(fsdp=1), accumulate)
-    mesh, found, many = trained(mixer, name, shape, accumulate)
-    np.testing.assert_allclose(found, losses, rtol=1e-5)
-    expected, got = path_leaves(one), path_leaves(many)
+    _, losses, expected_state = reference(mixer, name, Mesh(fsdp=1), accumulate)
+    mesh, got_losses, many = trained(mixer, name, shape, accumulate)
+    np.testing.assert_allclose(got_losses, losses, rtol=1e-5)
+    expected, got = path_leaves(expected_state), path_leaves(many)
     errors = {path: relative_error(got[path], expected[path]) for path in expected}
     assert max(errors.values()) < 1e-5, sorted(errors.items(), key=lambda item: -item[1])[:5]
     placed = path_leaves(shardings(mesh, many, student_of(TEACHER, mixer)))
@@ -220,9 +220,9 @@ def eight(**axes: int):
 
 
 def test_gdns_gradients_over_a_mesh_are_those_of_one_device():
-    """Pieces of 8 tokens: a segment begins inside of one and at the seam of two."""
-    found = over(eight(fsdp=2, tensor=2, context=2), gdns_gradients, *gdns_inputs())
-    errors = jax.tree.map(relative_error, found, jax.jit(gdns_gradients)(*gdns_inputs()))
+    """Shards of 8 tokens: a segment begins inside of one and at the seam of two."""
+    split = over(eight(fsdp=2, tensor=2, context=2), gdns_gradients, *gdns_inputs())
+    errors = jax.tree.map(relative_error, split, jax.jit(gdns_gradients)(*gdns_inputs()))
     assert max(jax.tree.leaves(errors)) < 3e-6, errors
 
 
@@ -298,8 +298,8 @@ def test_the_loss_splits_its_vocabulary(vocab):
     with sharding.traced_over(mesh):
         placed = jax.jit(gradients, in_shardings=(rows, stored), out_shardings=(rows, stored))
         compiled = placed.lower(hidden, kernel).compile()
-    found = compiled(jax.device_put(hidden, rows), jax.device_put(kernel, stored))
-    for got, want in zip(found, expected, strict=True):
+    outputs = compiled(jax.device_put(hidden, rows), jax.device_put(kernel, stored))
+    for got, want in zip(outputs, expected, strict=True):
         assert relative_error(got, want) < 1e-5
     assert not re.search(rf"f32\[160,{vocab}\]", compiled.as_text())
 
@@ -342,12 +342,12 @@ def test_parameters_are_born_where_they_lie(tmp_path):
 
 def test_a_state_goes_from_eight_devices_to_one_and_back(tmp_path):
     student = student_of(TEACHER, "rad_rwkv7")
-    many, one = run_of("stage2", Mesh(fsdp=8)), run_of("stage2", Mesh(fsdp=1))
-    mesh = mesh_lib.make_mesh(many)
+    on_eight, on_one = run_of("stage2", Mesh(fsdp=8)), run_of("stage2", Mesh(fsdp=1))
+    mesh = mesh_lib.make_mesh(on_eight)
     params = jax.device_put(random_params(student), shardings(mesh, abstract_params(student), student))
-    state = create_state(StagePlan(many, "stage2", student, TEACHER, mesh), params)
+    state = create_state(StagePlan(on_eight, "stage2", student, TEACHER, mesh), params)
     state = state._replace(step=state.step + 3, opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
-    for i, (run, target) in enumerate(((one, None), (many, mesh))):
+    for i, (run, target) in enumerate(((on_one, None), (on_eight, mesh))):
         with Checkpoints(tmp_path / str(i)) as checkpoints:
             checkpoints.save(3, state, data_state={}, meta={}, wait=True)
             restored, _, _ = checkpoints.restore(3, abstract_state(StagePlan(run, "stage2", student, TEACHER, target)))

@@ -7,23 +7,23 @@ import soak
 
 def samples(leak: float = 0.0, files: float = 0.0, kept: int = 2) -> list[soak.Sample]:
     """Three lives of 500 s; leak: MiB, and files: open ones, that every second adds after a settling of 100 s."""
-    rng, found = np.random.default_rng(0), []
+    rng, taken = np.random.default_rng(0), []
     for life in range(soak.LIVES):
         for second in range(0, 500, 2):
             grown = max(second - 100, 0)
             memory = 900 * min(1.0, 0.5 + second / 200) + leak * grown + rng.normal(0, 1)
             values = (memory, 40 + files * grown + rng.integers(0, 3), 60.0 + rng.integers(0, 2), 23.0)
-            found.append(soak.Sample(life, 600.0 * life + second, values, tuple(range(1, kept + 1))))
-    return found
+            taken.append(soak.Sample(life, 600.0 * life + second, values, tuple(range(1, kept + 1))))
+    return taken
 
 
 @pytest.mark.parametrize(
-    ("given", "fine"),
+    ("kinds", "fine"),
     [({}, True), ({"leak": 0.05}, False), ({"files": 0.01}, False), ({"kept": 0}, False), ({"kept": 4}, False)],
     ids=["flat", "memory", "files", "no checkpoint", "too many checkpoints"],
 )
-def test_verdicts(given: dict, fine: bool, capsys: pytest.CaptureFixture) -> None:
-    assert soak.report(samples(**given), [10, 20, 30]) == fine
+def test_verdicts(kinds: dict, fine: bool, capsys: pytest.CaptureFixture) -> None:
+    assert soak.report(samples(**kinds), [10, 20, 30]) == fine
     said = capsys.readouterr().out
     assert ("NOT" in said) == (not fine) and "memory of its own" in said
 

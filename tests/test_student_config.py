@@ -102,8 +102,8 @@ def test_ranks_follow_the_width_unless_given(width, ranks):
     mixer = student_of(wide).mixer
     assert (mixer.rank_decay, mixer.rank_value, mixer.rank_gate) == ranks
     assert mixer.rank_iclr == ranks[0]
-    given = {"rank_decay": 1, "rank_iclr": 2, "rank_value": 3, "rank_gate": 5}
-    assert student_of(wide, **given).mixer == dataclasses.replace(mixer, **given)
+    own_ranks = {"rank_decay": 1, "rank_iclr": 2, "rank_value": 3, "rank_gate": 5}
+    assert student_of(wide, **own_ranks).mixer == dataclasses.replace(mixer, **own_ranks)
     finch = student_of(wide, mixer="rad_rwkv6").mixer
     assert (finch.rank_decay, finch.rank_shift, finch.rank_gate) == (ranks[0], ranks[0], ranks[2])
 

@@ -63,8 +63,8 @@ def test_tpu_pod_asks_again_for_a_slice_that_was_taken(tmp_path: pathlib.Path) -
     assert not any("EXTRAS" in str(call) for call in calls)
     remote = next(word for word in started if word.startswith("--command=")).removeprefix("--command=")
     words = shlex.split(remote)
-    given = ["--config", "configs/convert.py", "--config.data.path=a b"]
-    assert words[words.index("radlads_jax.launch") + 1 :] == ["--distributed=auto", *given]
+    flags = ["--config", "configs/convert.py", "--config.data.path=a b"]
+    assert words[words.index("radlads_jax.launch") + 1 :] == ["--distributed=auto", *flags]
     assert "--property=RestartPreventExitStatus=1" in words
 
 

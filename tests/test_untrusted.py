@@ -38,8 +38,8 @@ OPTIONS = {"trust_remote_code", "allow_pickle", "shell", "weights_only"}
 def sources() -> dict[str, str]:
     """The package's files but those that an export carries for torch, which are not imported here."""
     paths = [path for folder in ("radlads_jax", "pallas_kernels", "configs") for path in (ROOT / folder).rglob("*.py")]
-    found = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
-    return {path: text for path, text in found.items() if not path.startswith("radlads_jax/hf/")}
+    texts = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    return {path: text for path, text in texts.items() if not path.startswith("radlads_jax/hf/")}
 
 
 def running(source: str) -> Iterator[str]:
@@ -59,13 +59,13 @@ def running(source: str) -> Iterator[str]:
 
 
 def test_nothing_in_the_source_runs_what_a_file_says() -> None:
-    found = {path: list(running(text)) for path, text in sources().items()}
-    assert len(found) > 80
-    assert {path: names for path, names in found.items() if names} == {}
+    calls = {path: list(running(text)) for path, text in sources().items()}
+    assert len(calls) > 80
+    assert {path: names for path, names in calls.items() if names} == {}
 
 
 @pytest.mark.parametrize(
-    ("source", "found"),
+    ("source", "call"),
     [
         ("import pickle", "pickle"),
         ("from dill import loads", "dill"),
@@ -77,8 +77,8 @@ def test_nothing_in_the_source_runs_what_a_file_says() -> None:
         ("model.eval()", None),
     ],
 )
-def test_the_look_at_the_source_finds_what_it_should(source: str, found: str | None) -> None:
-    assert list(running(source)) == ([found] if found else [])
+def test_the_look_at_the_source_finds_what_it_should(source: str, call: str | None) -> None:
+    assert list(running(source)) == ([call] if call else [])
 
 
 class Bomb:
@@ -148,8 +148,8 @@ def test_a_checkpoint_of_pickles_is_no_checkpoint(tmp_path: pathlib.Path) -> Non
     (tmp_path / "stage1" / "5").mkdir(parents=True)
     for name in ("state", "data", "meta", "_CHECKPOINT_METADATA"):
         (tmp_path / "stage1" / "5" / name).write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
-    with Checkpoints(tmp_path / "stage1") as found, pytest.raises(Exception):  # noqa: B017
-        found.restore_meta(5)
+    with Checkpoints(tmp_path / "stage1") as checkpoints, pytest.raises(Exception):  # noqa: B017
+        checkpoints.restore_meta(5)
     assert not (tmp_path / "ran").exists()
 
 

@@ -120,8 +120,8 @@ def test_leftovers_are_removed_and_named(tmp_path: pathlib.Path, caplog: Any) ->
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     with held(tmp_path):
-        found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert found == {*kept, ".lock"}
+        remaining = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert remaining == {*kept, ".lock"}
     for name in left:
         assert f"removing the unfinished {tmp_path / name.removesuffix('/x')}: its writing was" in caplog.text
 

@@ -87,7 +87,7 @@ def with_resets(log_g: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     return jnp.where(layout.boundaries(segment_ids)[..., None], _RESET, log_g)
 
 
-def decays(log_g: jax.Array) -> _Decays:
+def _decays(log_g: jax.Array) -> _Decays:
     """log_g [B,H,C]."""
     size = log_g.shape[-1]
     coarse, fine = layout.prefix_sums(two_parts(log_g)[..., None])
@@ -114,7 +114,7 @@ def _chunk_pairs(chunk: _Inputs, d: _Decays) -> _Pairs:
 def _chunk_forward(chunk: _Inputs, state: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Outputs [B,H,C,V] of one chunk and the state after it."""
     size, heads = chunk.q.shape[-2], chunk.v.shape[1]
-    d = decays(chunk.log_g)
+    d = _decays(chunk.log_g)
     p = _chunk_pairs(chunk, d)
     seen = _of_heads(p.kq, heads) @ state
     z = chunk.v - d.start * seen[..., :size, :]
@@ -130,7 +130,7 @@ def _chunk_backward(chunk: _Inputs, state: jax.Array, d_out: jax.Array, d_next: 
     d_out is the gradient of the chunk's outputs, d_next that of the state after it.
     """
     size, groups, heads = chunk.q.shape[-2], chunk.q.shape[1], chunk.v.shape[1]
-    d, beta = decays(chunk.log_g), chunk.beta[..., None]
+    d, beta = _decays(chunk.log_g), chunk.beta[..., None]
     p = _chunk_pairs(chunk, d)
     start = jnp.concatenate([d.start, d.start], axis=-2)
     kq_start, k_rest = start * _of_heads(p.kq, heads), d.rest * _of_heads(chunk.k, heads)

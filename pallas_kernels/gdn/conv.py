@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import layout
-from pallas_kernels.sharded import PIECES
+from pallas_kernels.sharded import CONTEXT
 
 
 def short_conv(
@@ -62,10 +62,10 @@ def short_conv_step(
     return jax.nn.silu(total).astype(x.dtype), window[:, 1:]
 
 
-def conv_over_pieces(op: Callable[..., Any]) -> Callable[..., Any]:
-    """op, `short_conv` as (x, kernel, initial_state, segment_ids), on one device's piece of every sequence.
+def conv_over_shards(op: Callable[..., Any]) -> Callable[..., Any]:
+    """op, `short_conv` as (x, kernel, initial_state, segment_ids), on one device's shard of every sequence.
 
-    For `per_shard` over the axis `context`: each device gets the last W-1 inputs before its piece, from as many pieces
+    For `per_shard` over the axis `context`: each device gets the last W-1 inputs before its shard, from as many shards
     as they lie in. initial_state (or None) is the whole sequence's, and so is the final state that every device gets.
     """
 
@@ -74,34 +74,34 @@ def conv_over_pieces(op: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[jax.Array, jax.Array]:
         batch, length, channels = x.shape
         reach = kernel.shape[0] - 1
-        count = min(reach, length)  # a shorter piece is handed on as a whole
+        count = min(reach, length)  # a shorter shard is handed on as a whole
         if initial_state is None:
             initial_state = jnp.zeros((batch, reach, channels), x.dtype)
         inputs = jnp.concatenate([initial_state.astype(x.dtype), _ends(x, count)], axis=1)
         ids = None
         if segment_ids is not None:
-            first = jax.lax.all_gather(segment_ids[:, :1], PIECES)[0]
+            first = jax.lax.all_gather(segment_ids[:, :1], CONTEXT)[0]
             ids = jnp.concatenate([jnp.repeat(first, reach, axis=1), _ends(segment_ids, count)], axis=1)
 
-        def before(piece: jax.Array | int, following: jax.Array | None) -> jax.Array:
-            """The state that a piece begins with, whose first id follows; for none, the state after the last one."""
-            state = jax.lax.dynamic_slice_in_dim(inputs, piece * count, reach, axis=1)
+        def before(shard: jax.Array | int, following: jax.Array | None) -> jax.Array:
+            """The state that a shard begins with, whose first id follows; for none, the state after the last one."""
+            state = jax.lax.dynamic_slice_in_dim(inputs, shard * count, reach, axis=1)
             if ids is None:
                 return state
-            near = jax.lax.dynamic_slice_in_dim(ids, piece * count, reach, axis=1)
+            near = jax.lax.dynamic_slice_in_dim(ids, shard * count, reach, axis=1)
             near = jnp.concatenate([near, near[:, -1:] if following is None else following], axis=1)
             passed = jnp.cumsum(layout.boundaries(near).astype(jnp.int32), axis=1)
             return jnp.where((passed[:, :-1] == passed[:, -1:])[..., None], state, 0)
 
-        own = before(jax.lax.axis_index(PIECES), None if segment_ids is None else segment_ids[:, :1])
-        return op(x, kernel, own, segment_ids)[0], before(jax.lax.axis_size(PIECES), None)
+        own = before(jax.lax.axis_index(CONTEXT), None if segment_ids is None else segment_ids[:, :1])
+        return op(x, kernel, own, segment_ids)[0], before(jax.lax.axis_size(CONTEXT), None)
 
     return run
 
 
 def _ends(x: jax.Array, count: int) -> jax.Array:
-    """The last `count` tokens of every device's piece, one after the other."""
-    return jax.lax.all_gather(x[:, x.shape[1] - count :], PIECES, axis=1, tiled=True)
+    """The last `count` tokens of every device's shard, one after the other."""
+    return jax.lax.all_gather(x[:, x.shape[1] - count :], CONTEXT, axis=1, tiled=True)
 
 
 def _shifted(x: jax.Array, before: jax.Array, back: int) -> jax.Array:

@@ -54,7 +54,7 @@ def backward_kernel(plan: Plan, *refs: Any) -> None:
     d_seen = [jnp.concatenate([-d_z[head].astype(plan.dtype), d_o[head]], axis=0) for head in heads]
     for head in heads:
         d_v[0, :, plan.values(head)] = d_z[head].astype(d_v.dtype)
-    grads = [pair_gradients(plan, chunk[head], row_of(gates.beta, head), d_seen[head], w[head]) for head in heads]
+    grads = [_pair_gradients(plan, chunk[head], row_of(gates.beta, head), d_seen[head], w[head]) for head in heads]
     rows = []
     for head in heads:
         through_start = d_o[head].astype(jnp.float32) * seen[head][size:] - d_z[head] * seen[head][:size]
@@ -90,7 +90,7 @@ class _PairGradients(NamedTuple):
     itself: jax.Array
 
 
-def pair_gradients(plan: Plan, chunk: Pairs, beta: jax.Array, d_seen: jax.Array, w: jax.Array) -> _PairGradients:
+def _pair_gradients(plan: Plan, chunk: Pairs, beta: jax.Array, d_seen: jax.Array, w: jax.Array) -> _PairGradients:
     """d_seen = [-dZ; dO] [2C,V]."""
     size = plan.size
     row, column = iota((size, size), 0), iota((size, size), 1)

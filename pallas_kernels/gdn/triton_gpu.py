@@ -51,7 +51,7 @@ class _Prepared(NamedTuple):
     inner: jax.Array
 
 
-def prepare(plan: Plan, inputs: _Inputs) -> _Prepared:
+def _prepare(plan: Plan, inputs: _Inputs) -> _Prepared:
     outputs = [plan.keys(), plan.values(), plan.per_chunk(2, plan.C, plan.C)]
     return _Prepared(*run(plan, _TUNED, import_kernels("gdn").prepare, inputs, outputs, G=inputs.k.shape[2]))
 
@@ -85,7 +85,7 @@ def recurrence(plan: Plan, inputs: _Inputs, state: jax.Array) -> Any:
 
 def _recurrence_forward(plan: Plan, inputs: _Inputs, state: jax.Array) -> Any:
     """Keeps the inputs and the state each chunk begins with, in the inputs' dtype."""
-    ready = prepare(plan, inputs)
+    ready = _prepare(plan, inputs)
     w, states, final_state = _pass_states(plan, inputs, ready.w_state, ready.w_value, inputs.v, state, reverse=False)
     arguments = (inputs.q, inputs.log_g, ready.inner, w, states)
     kernel, groups = import_kernels("gdn").outputs, inputs.k.shape[2]
@@ -100,7 +100,7 @@ def _recurrence_backward(plan: Plan, kept: Any, cotangents: tuple[jax.Array, jax
     kernels, groups = import_kernels("gdn"), inputs.k.shape[2]
     keys, values, pairs = plan.keys(), plan.values(), plan.per_chunk(2, plan.C, plan.C)
     scalars = jax.ShapeDtypeStruct((plan.B, plan.T, plan.H), jnp.float32)
-    ready = prepare(plan, inputs)
+    ready = _prepare(plan, inputs)
     arguments: tuple[jax.Array, ...] = (ready.w_state, ready.w_value, ready.inner, states, d_out)
     w, z = run(plan, _TUNED, kernels.adjoint_values, arguments, [values, values], blocks_of=plan.V, G=groups)
     d_w, d_states, d_state = _pass_states(plan, inputs, ready.w_state, z, d_out, d_final, reverse=True)

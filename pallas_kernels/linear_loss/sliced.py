@@ -36,7 +36,7 @@ def split(slice_tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(one(x) for x in arrays)
 
 
-def join(x: jax.Array, tokens: int) -> jax.Array:
+def _join(x: jax.Array, tokens: int) -> jax.Array:
     """[slices,S,...] -> [N,...], the inverse of `split`."""
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[:tokens]
 
@@ -149,7 +149,7 @@ def _value_and_gradients(
     start = (jnp.float32(0), split_vocab(jnp.zeros(kernel.shape, jnp.float32), vocab_axis))
     (total, d_kernel), (d_hidden, losses) = jax.lax.scan(step, start, (hidden, weights, tuple(others)))
     d_kernel = split_vocab(d_kernel.astype(kernel.dtype), vocab_axis, VOCAB_OF_ONE)
-    return total, (join(d_hidden, tokens), d_kernel, join(losses, tokens))
+    return total, (_join(d_hidden, tokens), d_kernel, _join(losses, tokens))
 
 
 def _scale(gradient: jax.Array, factor: jax.Array) -> jax.Array:

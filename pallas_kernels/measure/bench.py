@@ -29,7 +29,7 @@ _PLAIN_CHUNKS = (16, 32, 64)  # the last is transformers' own
 _Gradient = Callable[..., Any]
 
 
-def pairwise(size, *, r, log_w, k, v, a=None, b=None):
+def _pairwise(size, *, r, log_w, k, v, a=None, b=None):
     """The usual chunked form, chunks of `size`: decays for each pair of tokens in [C,C,K] arrays, JAX's own gradient.
 
     Serves wkv7 and, without a and b, wkv6; T is a whole number of chunks.
@@ -71,19 +71,19 @@ def pairwise(size, *, r, log_w, k, v, a=None, b=None):
     return out.transpose(1, 0, 3, 2, 4).reshape(v.shape), state
 
 
-def others(operation: str) -> dict[str, Callable[..., Any]]:
+def _others(operation: str) -> dict[str, Callable[..., Any]]:
     """The usual chunked forms of an operation, for which JAX finds the gradient."""
     if operation == "gdn":
         return {f"plain {size}": functools.partial(gdn_forms.plain_chunked, chunk_size=size) for size in _PLAIN_CHUNKS}
-    return {f"pairwise {size}": functools.partial(pairwise, size) for size in _PAIRWISE_CHUNKS}
+    return {f"pairwise {size}": functools.partial(_pairwise, size) for size in _PAIRWISE_CHUNKS}
 
 
-def runs(operation: str, backward: bool, chunk_size: int | None) -> dict[str, _Gradient]:
+def _runs(operation: str, backward: bool, chunk_size: int | None) -> dict[str, _Gradient]:
     """name -> jitted function of the inputs' dict, for every form compared."""
     public = OPERATIONS[operation]
     forms: dict[str, Callable[..., Any]] = {
         "chunked": lambda **x: public(**x, implementation="chunked", chunk_size=chunk_size),
-        **others(operation),
+        **_others(operation),
         "reference": lambda **x: public(**x, implementation="reference"),
     }
 
@@ -129,11 +129,11 @@ def compare(operation: str, shape: tuple[int, int, int, int], repeats: int, chun
     """Prints forward and forward+backward of one operation at one shape."""
     batch, length, heads, size = shape
     short = max(64, _COMPARISON_ELEMENTS // (batch * heads * size) // 64 * 64)
-    forms = runs(operation, False, chunk_size)
+    forms = _runs(operation, False, chunk_size)
     lengths = {name: length if name == "chunked" else min(length, short) for name in forms}
     arguments = {name: _inputs_of(operation, batch, t, heads, size) for name, t in lengths.items()}
     for backward in (False, True):
-        seconds = _medians(runs(operation, backward, chunk_size), arguments, repeats)
+        seconds = _medians(_runs(operation, backward, chunk_size), arguments, repeats)
         seconds = {name: value * length / lengths[name] for name, value in seconds.items()}
         label = f"{operation} B={batch} T={length} H={heads} K=V={size}"
         for name, value in seconds.items():

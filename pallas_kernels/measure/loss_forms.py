@@ -12,7 +12,7 @@ from pallas_kernels.sharded import VOCAB, split_vocab
 
 LOSSES = ("cross_entropy", "kl", "topk_kl")
 FORMS = ("sliced", "plain")
-Loss = Callable[..., Any]
+_Loss = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,8 @@ def arguments(loss: str, size: Size, dtype: Any) -> dict[str, jax.Array]:
 
 def value_and_gradients(loss: str, form: str) -> Callable[[dict[str, jax.Array]], Any]:
     """The loss with its gradients in hidden and kernel, as a function of the arguments' dict."""
-    sliced: dict[str, Loss] = {"cross_entropy": linear_cross_entropy, "kl": linear_kl, "topk_kl": linear_topk_kl}
-    plain: dict[str, Loss] = {"cross_entropy": _cross_entropy, "kl": _kl, "topk_kl": _topk_kl}
+    sliced: dict[str, _Loss] = {"cross_entropy": linear_cross_entropy, "kl": linear_kl, "topk_kl": linear_topk_kl}
+    plain: dict[str, _Loss] = {"cross_entropy": _cross_entropy, "kl": _kl, "topk_kl": _topk_kl}
     run = (sliced if form == "sliced" else plain)[loss]
 
     def both(arguments: dict[str, jax.Array]) -> Any:

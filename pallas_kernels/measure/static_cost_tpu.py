@@ -35,7 +35,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Row:
+class _Row:
     """One implementation and direction: cycles of the whole call, None where the chip's profile is not to be had."""
 
     implementation: str
@@ -79,9 +79,9 @@ def compiled_in_child(request: dict[str, Any], flags: str) -> dict[str, Any] | N
     return None
 
 
-def measure(
+def _measure(
     operation: str, topology: str, shape: Shape, implementation: str, direction: str, chunk_size: int | None
-) -> Row:
+) -> _Row:
     """Compiles the call itself, and for its kernels' cycles two short ones."""
     request = {
         "operation": operation,
@@ -102,7 +102,7 @@ def measure(
         ]
         kernel_cycles = extrapolated(short, shape)
     kernels = whole["kernels"].values()
-    return Row(
+    return _Row(
         implementation,
         direction,
         kernel_cycles,
@@ -130,11 +130,11 @@ def extrapolated(short: list[dict[str, Any] | None], shape: Shape) -> float | No
 
 def report(
     operation: str, topology: str, shape: Shape, implementations: list[str], chunk_size: int | None
-) -> list[Row]:
+) -> list[_Row]:
     """Prints the table and returns its rows."""
     chip = chip_of(topology)
     rows = [
-        measure(operation, topology, shape, implementation, direction, chunk_size)
+        _measure(operation, topology, shape, implementation, direction, chunk_size)
         for implementation in implementations
         for direction in (FORWARD, BACKWARD)
     ]
@@ -160,7 +160,7 @@ def report(
     return rows
 
 
-def _cells(row: Row, chip: Chip) -> list[str]:
+def _cells(row: _Row, chip: Chip) -> list[str]:
     """A row as text."""
     row_cells = [f"{row.implementation} {row.direction}"]
     if row.kernel_cycles is None:

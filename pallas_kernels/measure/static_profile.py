@@ -29,7 +29,7 @@ ONE_A_HEAD = ("log_g", "beta")
 _PASSES = {"HIGHEST": 6, "HIGH": 3}
 
 
-def program(request: dict[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
+def _program(request: dict[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
     """The call to compile and its arguments' shapes; sequences are [B,T,H*K] and split into heads inside."""
     import jax
     import jax.numpy as jnp
@@ -64,7 +64,7 @@ def program(request: dict[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
     return backward, [(*arrays, state), (like, state)]
 
 
-def bytes_moved(request: dict[str, Any]) -> int:
+def _bytes_moved(request: dict[str, Any]) -> int:
     """Arguments and results of forward once; for backward, arguments, cotangents and gradients once more."""
     tokens = request["batch"] * request["length"] * request["heads"] * request["head_size"]
     state = 4 * request["batch"] * request["heads"] * request["head_size"] ** 2
@@ -87,7 +87,7 @@ def operations(jaxpr: Any) -> float:
             (left, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             inner = math.prod(shape[axis] for axis in left)
-            passes = _PASSES.get(getattr(first(equation.params["precision"]), "name", ""), 1)
+            passes = _PASSES.get(getattr(_first(equation.params["precision"]), "name", ""), 1)
             total += 2.0 * passes * inner * math.prod(equation.outvars[0].aval.shape)
         repeats = 1
         if equation.primitive.name == "pallas_call":
@@ -102,7 +102,7 @@ def operations(jaxpr: Any) -> float:
     return total
 
 
-def first(precision: Any) -> Any:
+def _first(precision: Any) -> Any:
     return precision[0] if isinstance(precision, tuple) else precision
 
 
@@ -158,7 +158,7 @@ def code_size(folder: Path, kernel: str) -> dict[str, int]:
     return {"bundles": 0, "spills": 0, "fills": 0}
 
 
-def losses(request: dict[str, Any]) -> dict[str, dict[str, int]]:
+def _losses(request: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Temporary bytes of a device, by loss and form, with the vocabulary over all of the topology's devices."""
     import jax
     import numpy as np
@@ -185,10 +185,10 @@ def losses(request: dict[str, Any]) -> dict[str, dict[str, int]]:
     return {loss: {form: temporary(loss, form) for form in loss_forms.FORMS} for loss in loss_forms.LOSSES}
 
 
-def compiled(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _compiled(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Compiles for one device of the topology."""
     if request["operation"] == "linear_loss":
-        return losses(request)
+        return _losses(request)
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -196,7 +196,7 @@ def compiled(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=request["topology"])
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("one",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    function, shapes = program(request)
+    function, shapes = _program(request)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         done = jax.jit(function, in_shardings=sharding, out_shardings=sharding).lower(*shapes).compile()
     text = done.as_text() or ""
@@ -204,7 +204,7 @@ def compiled(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {
         "xla_cycles": xla_cycles(text),
         "kernels": {name: costs | code_size(folder, name) for name, costs in kernels(text).items()},
-        "bytes_moved": bytes_moved(request),
+        "bytes_moved": _bytes_moved(request),
         "operations": operations(jax.make_jaxpr(function)(*shapes).jaxpr),
         "temporary": memory.temp_size_in_bytes,
     }
@@ -212,7 +212,7 @@ def compiled(request: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     where = Path(sys.argv[2])
-    result = compiled(json.loads(sys.argv[1]), where.parent)
+    result = _compiled(json.loads(sys.argv[1]), where.parent)
     where.write_text(json.dumps(result))
     # libtpu may abort while the interpreter ends; the answer is written.
     os._exit(0)

@@ -161,7 +161,7 @@ def fill(x: jax.Array, *sizes: int, dtype: Any) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - len(sizes)) + missing) if any(end for _, end in missing) else x
 
 
-def given(segment_ids: jax.Array | None) -> jax.Array:
+def as_pointer(segment_ids: jax.Array | None) -> jax.Array:
     """A pointer needs an array even where there is nothing to point to."""
     return jnp.zeros((1,), jnp.int32) if segment_ids is None else segment_ids
 

@@ -60,7 +60,7 @@ def _carried(state: jax.Array) -> _Carried:
     return _Carried(state, jnp.zeros_like(state), jnp.zeros_like(transpose(state[..., :1])))
 
 
-def decays(log_w: jax.Array) -> _Decays:
+def _decays(log_w: jax.Array) -> _Decays:
     """Sums from the middle of a chunk [B,H,C,K] to each of its tokens, and their exponentials."""
     size = log_w.shape[2]
     index, middle = jnp.arange(size), max(size // 2, 1) - 1
@@ -156,7 +156,7 @@ def _recurrence_forward(size: int, inputs: Inputs, initial_state: jax.Array, sta
     def step(carry: Any, index: jax.Array) -> Any:
         last, out = carry
         chunk = Inputs(*layout.take(inputs, index, size))
-        d = decays(chunk.log_w)
+        d = _decays(chunk.log_w)
         x = _decayed(last, d.before)
         chunk_out, last = _chunk_forward(chunk, d, x, layout.resets(starts, index, size))
         return (last, layout.put(out, index, chunk_out)), x
@@ -176,7 +176,7 @@ def _recurrence_backward(size: int, kept: Any, cotangents: tuple[jax.Array, jax.
         index, x = xs
         chunk = Inputs(*layout.take(inputs, index, size))
         (d_one,) = layout.take((d_out,), index, size)
-        d = decays(chunk.log_w)
+        d = _decays(chunk.log_w)
         d_end = _decayed(following, d.after)
         d_chunk, following = _chunk_backward(chunk, d, x, d_one, d_end, layout.resets(starts, index, size))
         gradients = Inputs(

@@ -111,7 +111,7 @@ def _recurrence_backward(plan: Plan, interpret: Any, kept: Any, cotangents: tupl
     gradients = pl.pallas_call(
         functools.partial(backward_kernel, plan, counts is not None),
         grid=_grid(plan, inputs),
-        in_specs=[*map(whole, fixed), *(specs[name] for name in names)],
+        in_specs=[*map(_whole, fixed), *(specs[name] for name in names)],
         out_specs=[specs[name] for name in ("key", "key", "key", "value", "state")],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*inputs, d_final)],
         compiler_params=_compiler_params(),
@@ -147,7 +147,7 @@ def _run_forward(
     out, final_state, *states = pl.pallas_call(
         functools.partial(forward_kernel, plan, counts is not None),
         grid=_grid(plan, inputs),
-        in_specs=[*map(whole, fixed), *(specs[name] for name in names)],
+        in_specs=[*map(_whole, fixed), *(specs[name] for name in names)],
         out_specs=[specs[name] for name in ("value", "state", "states")[: len(shapes)]],
         out_shape=shapes,
         compiler_params=_compiler_params(),
@@ -197,7 +197,7 @@ def _block_specs(plan: Plan, inputs: Inputs, reverse: bool) -> dict[str, pl.Bloc
     }
 
 
-def whole(x: jax.Array) -> pl.BlockSpec:
+def _whole(x: jax.Array) -> pl.BlockSpec:
     return pl.BlockSpec(x.shape, lambda b, h, n: (0,) * x.ndim)
 
 

@@ -122,7 +122,7 @@ def _alternate(later: jax.Array, earlier: jax.Array, span: int) -> jax.Array:
     return jnp.concatenate([(later if n % 2 else earlier)[n * span : (n + 1) * span] for n in parts], axis=0)
 
 
-def place(inner: jax.Array, pairs: jax.Array, span: int) -> jax.Array:
+def _place(inner: jax.Array, pairs: jax.Array, span: int) -> jax.Array:
     """`inner` [C,C] with a level's pairs in it: rows of a later span, columns of the span before.
 
     Overwrites columns further to the left as well, which the next levels fill.
@@ -147,7 +147,7 @@ def _place_transposed(inner: jax.Array, pairs: jax.Array, span: int) -> jax.Arra
     return jnp.concatenate(rows, axis=0)
 
 
-def ends(chunk: _Chunk, resets: _Resets | None) -> tuple[jax.Array, jax.Array]:
+def _ends(chunk: _Chunk, resets: _Resets | None) -> tuple[jax.Array, jax.Array]:
     """The decay from the chunk's start to each token and from each token to its end, zero across a reset."""
     start, tail = (jnp.exp2(exponent) for exponent in chunk.exponents[-2:])
     return (start, tail) if resets is None else (start * resets.head, tail * resets.tail)
@@ -178,11 +178,11 @@ def forward_kernel(plan: Plan, has_counts: bool, *refs: Any) -> None:
     for level, span in enumerate(plan.spans, start=1):
         for head, c in enumerate(chunks):
             x = jnp.exp2(c.exponents[level]) * _alternate(c.r, c.k, span)
-            inner[head] = place(inner[head], plan.dot(x, x, NT), span)
+            inner[head] = _place(inner[head], plan.dot(x, x, NT), span)
     if kept:
         kept[0][0, 0] = final[0].astype(plan.dtype)
     for head, c in zip(heads, chunks, strict=True):
-        start, tail = ends(c, resets)
+        start, tail = _ends(c, resets)
         state = final[0, head]
         seen = inner[head] if resets is None else inner[head] * resets.pairs
         o = plan.dot(c.r * start, state, NT) + plan.dot(seen, c.v, NN)
@@ -239,7 +239,7 @@ def backward_kernel(plan: Plan, has_counts: bool, *refs: Any) -> None:
             d_k[head] = _alternate(d_k[head], d_k[head] + d_rk, span)
     last = jax.lax.broadcasted_iota(jnp.int32, (plan.size, 1), 0) == plan.size - 1
     for head, c in enumerate(chunks):
-        start, tail = ends(c, resets)
+        start, tail = _ends(c, resets)
         state, d_state = states[0, 0, head], d_state_ref[0, head]
         end = start[plan.size - 1 :]
         d_head = plan.dot(d_out[head], state, NN) * start

@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.shared.triton_call import Plan, Tuning, fill, given, import_kernels, make_plan, pass_states, run
+from pallas_kernels.shared.triton_call import (
+    Plan,
+    Tuning,
+    as_pointer,
+    fill,
+    import_kernels,
+    make_plan,
+    pass_states,
+    run,
+)
 
 # Warps and blocks with which no kernel spills a register on sm_80, sm_90 or sm_100.
 _TUNED: Tuning = {
@@ -51,10 +60,10 @@ def _levels(plan: Plan) -> int:
     return plan.C.bit_length() - 1
 
 
-def prepare(plan: Plan, inputs: _Inputs, segment_ids: jax.Array | None) -> _Prepared:
+def _prepare(plan: Plan, inputs: _Inputs, segment_ids: jax.Array | None) -> _Prepared:
     decay = plan.per_chunk(2, plan.K, dtype=jnp.float32)
     outputs = [plan.keys(), plan.keys(), plan.per_chunk(plan.C, plan.C), decay]
-    arguments = (*inputs[:3], given(segment_ids))
+    arguments = (*inputs[:3], as_pointer(segment_ids))
     kernel, resets = import_kernels("wkv6").prepare, segment_ids is not None
     return _Prepared(*run(plan, _TUNED, kernel, arguments, outputs, RESETS=resets, LEVELS=_levels(plan)))
 
@@ -67,7 +76,7 @@ def recurrence(plan: Plan, inputs: _Inputs, state: jax.Array, segment_ids: jax.A
 
 def _recurrence_forward(plan: Plan, inputs: _Inputs, state: jax.Array, segment_ids: jax.Array | None) -> Any:
     """Keeps the inputs and the state each chunk begins with, in the inputs' dtype."""
-    ready = prepare(plan, inputs, segment_ids)
+    ready = _prepare(plan, inputs, segment_ids)
     _, states, final_state = pass_states(plan, _TUNED, None, ready.k_end, inputs.v, ready.decay, state, reverse=False)
     arguments = (ready.r_head, states, ready.inner, inputs.v)
     kernel = import_kernels("wkv6").combine
@@ -79,8 +88,8 @@ def _recurrence_backward(plan: Plan, kept: Any, cotangents: tuple[jax.Array, jax
     """Prepares the chunks again, passes the state's gradient back through them, then takes all at once."""
     inputs, segment_ids, states = kept
     d_out, d_final = cotangents
-    kernels, ids, resets = import_kernels("wkv6"), given(segment_ids), segment_ids is not None
-    ready = prepare(plan, inputs, segment_ids)
+    kernels, ids, resets = import_kernels("wkv6"), as_pointer(segment_ids), segment_ids is not None
+    ready = _prepare(plan, inputs, segment_ids)
     _, d_states, d_state = pass_states(plan, _TUNED, None, ready.r_head, d_out, ready.decay, d_final, reverse=True)
     arguments = (ready.k_end, d_states, ready.inner, d_out)
     (d_v,) = run(plan, _TUNED, kernels.combine, arguments, [plan.values()], blocks_of=plan.V, TRANSPOSED=True)

@@ -63,7 +63,7 @@ def _visible(size: int, resets: Resets | None) -> jax.Array:
     return mask if resets is None else mask * jnp.tile(resets.pairs, (1, 1, 2, 2))
 
 
-def twice(mask: jax.Array) -> jax.Array:
+def _twice(mask: jax.Array) -> jax.Array:
     """A mask of C rows for two stacked arrays of C rows."""
     return jnp.concatenate([mask, mask], axis=-2)
 
@@ -81,7 +81,7 @@ def _chunk_pairs(chunk: Inputs, resets: Resets | None) -> _Pairs:
     end = transpose(r_decay[..., -1:, :])
     if resets is None:
         return _Pairs(ar, bk, ar, bk, inner, inverse, end, a_decay, r_decay, grow)
-    ar_head, bk_tail = ar * twice(resets.head), bk * twice(resets.tail)
+    ar_head, bk_tail = ar * _twice(resets.head), bk * _twice(resets.tail)
     return _Pairs(ar, bk, ar_head, bk_tail, inner, inverse, end, a_decay, r_decay, grow)
 
 
@@ -123,7 +123,7 @@ def _chunk_backward(
     d_bk = uv @ transpose(d_end)
     d_state = d_end
     if resets is not None:
-        d_ar, d_bk = d_ar * twice(resets.head), d_bk * twice(resets.tail)
+        d_ar, d_bk = d_ar * _twice(resets.head), d_bk * _twice(resets.tail)
         d_state = resets.keep * d_end
     d_ar = d_ar + d_inner @ p.bk
     d_bk = d_bk + transposed(d_inner) @ p.ar

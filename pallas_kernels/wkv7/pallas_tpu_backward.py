@@ -70,12 +70,12 @@ def backward_kernel(plan: Plan, has_counts: bool, *refs: Any) -> None:
         for head in heads:
             d_value = k_end[head] + dot(inner_k[head], d_oy[head], NN)
             d_v[0, rows[c], plan.values(head)] = d_value.astype(d_v.dtype)
-        chunk_gradients = gradients(plan, c, chunk_pairs, mask[c], decay[c], centred[c], uv[c], d_oy, d_end)
+        chunk_gradients = _gradients(plan, c, chunk_pairs, mask[c], decay[c], centred[c], uv[c], d_oy, d_end)
         for ref, gradient in zip((d_r, d_log_w, d_k, d_a, d_b), chunk_gradients, strict=True):
             ref[0, rows[c]] = gradient.astype(ref.dtype)
 
 
-def gradients(
+def _gradients(
     plan: Plan,
     chunk: int,
     pairs: list[Pairs],

@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.shared.triton_call import Plan, Tuning, fill, given, import_kernels, make_plan, pass_states, run
+from pallas_kernels.shared.triton_call import (
+    Plan,
+    Tuning,
+    as_pointer,
+    fill,
+    import_kernels,
+    make_plan,
+    pass_states,
+    run,
+)
 
 # Warps and blocks with which no kernel spills a register on sm_80, sm_90 or sm_100.
 _TUNED: Tuning = {
@@ -55,12 +64,12 @@ class _Prepared(NamedTuple):
     decay: jax.Array
 
 
-def prepare(plan: Plan, inputs: _Inputs, segment_ids: jax.Array | None) -> _Prepared:
+def _prepare(plan: Plan, inputs: _Inputs, segment_ids: jax.Array | None) -> _Prepared:
     keys, values = plan.keys(), plan.values()
     inner, decay = plan.per_chunk(4, plan.C, plan.C), plan.per_chunk(2, plan.K, dtype=jnp.float32)
     outputs = [keys, values, keys, keys, keys, inner, decay]
     kernel, resets = import_kernels("wkv7").prepare, segment_ids is not None
-    return _Prepared(*run(plan, _TUNED, kernel, (*inputs, given(segment_ids)), outputs, RESETS=resets))
+    return _Prepared(*run(plan, _TUNED, kernel, (*inputs, as_pointer(segment_ids)), outputs, RESETS=resets))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -71,7 +80,7 @@ def recurrence(plan: Plan, inputs: _Inputs, state: jax.Array, segment_ids: jax.A
 
 def _recurrence_forward(plan: Plan, inputs: _Inputs, state: jax.Array, segment_ids: jax.Array | None) -> Any:
     """Keeps the inputs and the state each chunk begins with, in the inputs' dtype."""
-    ready = prepare(plan, inputs, segment_ids)
+    ready = _prepare(plan, inputs, segment_ids)
     removal = (ready.w, ready.u0, ready.b_end)
     u, states, final_state = pass_states(
         plan, _TUNED, removal, ready.k_end, inputs.v, ready.decay, state, reverse=False
@@ -85,9 +94,9 @@ def _recurrence_backward(plan: Plan, kept: Any, cotangents: tuple[jax.Array, jax
     """Prepares the chunks again, passes the state's gradient back through them, then takes all at once."""
     inputs, segment_ids, states = kept
     d_out, d_final = cotangents
-    kernels, ids, resets = import_kernels("wkv7"), given(segment_ids), segment_ids is not None
+    kernels, ids, resets = import_kernels("wkv7"), as_pointer(segment_ids), segment_ids is not None
     keys, values, pairs = plan.keys(), plan.values(), plan.per_chunk(4, plan.C, plan.C)
-    ready = prepare(plan, inputs, segment_ids)
+    ready = _prepare(plan, inputs, segment_ids)
     arguments: tuple[jax.Array, ...] = (ready.w, ready.inner, ready.u0, states, d_out)
     u, z = run(plan, _TUNED, kernels.adjoint_values, arguments, [values, values], blocks_of=plan.V)
     removal = (ready.b_end, z, ready.w)

@@ -21,10 +21,10 @@ from typing import IO
 
 import numpy as np
 
-from radlads_jax.system.storage import AnyPath, as_path, children, local_copy, publish, staged
+from radlads_jax.system.storage import AnyPath, as_path, children, local_copy, publish, unpublished
 
 _MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
+_VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _SCAN_BLOCK = 1 << 22
@@ -137,8 +137,8 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
             "again."
         )
     _, version, code, sequences, documents = _HEADER.unpack(header)
-    if version != VERSION:
-        raise ValueError(f"{path} has version {version}; expected {VERSION}, the only one there is; write it again.")
+    if version != _VERSION:
+        raise ValueError(f"{path} has version {version}; expected {_VERSION}, the only one there is; write it again.")
     if code not in _DTYPES:
         raise ValueError(
             f"{path} has dtype code {code}; expected one of {sorted(_DTYPES)} (integers of 1, 2, 4 or 8 bytes); token "
@@ -202,14 +202,14 @@ class TokenFileWriter:
         self.num_tokens = 0
 
     def __enter__(self) -> "TokenFileWriter":
-        tokens, sizes = (staged(_with_suffix(self._prefix, suffix), kept=True) for suffix in (".bin", ".sizes"))
+        tokens, sizes = (unpublished(_with_suffix(self._prefix, suffix), kept=True) for suffix in (".bin", ".sizes"))
         tokens.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as files:
             self._file = files.enter_context(tokens.open("a+b"))
             self._sizes_file = files.enter_context(sizes.open("a+b"))
             if not _locked(self._file):
                 # Another process of this machine is writing the same.
-                tokens, sizes = (staged(_with_suffix(self._prefix, suffix)) for suffix in (".bin", ".sizes"))
+                tokens, sizes = (unpublished(_with_suffix(self._prefix, suffix)) for suffix in (".bin", ".sizes"))
                 files.close()
                 self._file = files.enter_context(tokens.open("w+b"))
                 self._sizes_file = files.enter_context(sizes.open("w+b"))
@@ -276,9 +276,9 @@ class TokenFileWriter:
         sizes = np.frombuffer(self._sizes, np.int32) if self._sizes else np.zeros(0, np.int32)
         ends = np.cumsum(sizes, dtype=np.int64) * self._dtype.itemsize
         documents = np.arange(len(sizes) + 1, dtype="<i8")
-        index = staged(_with_suffix(self._prefix, ".idx"))
+        index = unpublished(_with_suffix(self._prefix, ".idx"))
         with index.open("wb") as file:
-            file.write(_HEADER.pack(_MAGIC, VERSION, self._code, len(sizes), len(documents)))
+            file.write(_HEADER.pack(_MAGIC, _VERSION, self._code, len(sizes), len(documents)))
             file.write(sizes.astype("<i4").tobytes())
             file.write((ends - sizes.astype(np.int64) * self._dtype.itemsize).astype("<i8").tobytes())
             file.write(documents.tobytes())

@@ -141,8 +141,8 @@ def identity(file: AnyPath, *, of_many: bool = False) -> list:
         last = length - _SAMPLE_BYTES
         ranges = [(last * i // (count - 1), last * i // (count - 1) + _SAMPLE_BYTES) for i in range(count)]
     digest = hashlib.sha256()
-    for piece in read_ranges(file, ranges):
-        digest.update(piece)
+    for sample in read_ranges(file, ranges):
+        digest.update(sample)
     return [length, digest.hexdigest()[:16]]
 
 

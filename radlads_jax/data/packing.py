@@ -16,11 +16,11 @@ class PackedRows:
 
     A row is a dict of
         tokens        int32 [T]
-        segment_ids   int32 [T]    1, 2, ... for the pieces of documents in the row, 0 for padding
-        positions     int32 [T]    from 0 in every piece
-        loss_mask     float32 [T]  1 where the next token of the row belongs to the same piece, so it can be a target
+        segment_ids   int32 [T]    1, 2, ... for the segments of the row, its documents or parts of them, 0 for padding
+        positions     int32 [T]    from 0 in every segment
+        loss_mask     float32 [T]  1 where the next token of the row belongs to the same segment, so it can be a target
     Only a last row that the stream does not fill has padding, and only if `keep_partial`.
-    With `cross_document` a row is one piece whatever documents it holds, as in the published training code.
+    With `cross_document` a row is one segment whatever documents it holds, as in the published training code.
     """
 
     token_file: TokenFile
@@ -56,19 +56,19 @@ class PackedRows:
         filled = np.clip(self.begin + self.num_tokens - first, 0, self.seq_len)
         real = column < np.where(indices >= 0, filled, 0)[:, None]
         tokens = self.token_file.tokens[np.where(real, first[:, None] + column, 0)]
-        starts = self._piece_starts(first) & (indices >= 0)[:, None]
-        piece_begin = np.maximum.accumulate(np.where(starts, column, 0), axis=1)
+        starts = self._segment_starts(first) & (indices >= 0)[:, None]
+        segment_begin = np.maximum.accumulate(np.where(starts, column, 0), axis=1)
         segment_ids = np.where(real, 1 + np.cumsum(starts, axis=1), 0)
         loss_mask = np.zeros(tokens.shape, np.float32)
         loss_mask[:, :-1] = (segment_ids[:, 1:] == segment_ids[:, :-1]) & real[:, 1:]
         return {
             "tokens": np.where(real, tokens, 0).astype(np.int32),
             "segment_ids": segment_ids.astype(np.int32),
-            "positions": np.where(real, column - piece_begin, 0).astype(np.int32),
+            "positions": np.where(real, column - segment_begin, 0).astype(np.int32),
             "loss_mask": loss_mask,
         }
 
-    def _piece_starts(self, first: np.ndarray) -> np.ndarray:
+    def _segment_starts(self, first: np.ndarray) -> np.ndarray:
         """Where a document begins inside a row, its first token excepted: bool [B, T]."""
         starts = np.zeros((len(first), self.seq_len), bool)
         if self.cross_document:

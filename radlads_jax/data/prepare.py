@@ -54,7 +54,7 @@ def prepare(
         )
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"got max_tokens={max_tokens}; expected at least 1, or None for all; change it.")
-    made_from = recipe(source, tokenizer_fingerprint or tokenizer_hash(tokenizer), vocab_size, framing, max_tokens)
+    made_from = _recipe(source, tokenizer_fingerprint or tokenizer_hash(tokenizer), vocab_size, framing, max_tokens)
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     there = _made_before(as_path(cache_dir), digest)
     if there is not None:
@@ -78,7 +78,7 @@ def prepare(
     return open_token_file(prefix)
 
 
-def recipe(
+def _recipe(
     source: Source, tokenizer_fingerprint: str, vocab_size: int, framing: Framing, max_tokens: int | None
 ) -> dict[str, Any]:
     """All that the tokens of a source depend on, and nothing else: not where it lies, nor when it was written."""

@@ -198,7 +198,7 @@ def _read_text(source: Source) -> Iterator[str]:
 
 
 def _split(file: TextIOBase, separator: str) -> Iterator[str]:
-    """The pieces between separators, reading a block at a time."""
+    """The texts between separators, reading a block at a time."""
     buffer = ""
     while block := file.read(READ_CHARACTERS):
         # What was searched before can only hold the beginning of a separator.

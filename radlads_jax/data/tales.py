@@ -12,7 +12,7 @@ _PERSONAL = ("holding", "food", "home", "number")
 
 
 class Span(NamedTuple):
-    """A piece of a document; every kind but "plain" follows with certainty from the text before it."""
+    """A part of a document; every kind but "plain" follows with certainty from the text before it."""
 
     text: str
     kind: _Kind
@@ -155,7 +155,7 @@ def ask(tale: Tale, fact: _Fact | None = None) -> None:
         tale.say(f" What is the number of {fact.about}? The number of {fact.about} is", f" {fact.value}", end=".")
 
 
-def use(tale: Tale) -> None:
+def _use(tale: Tale) -> None:
     """Let a fact return inside the tale, without a question."""
     fact = tale.rng.choice(tale.facts)
     owner = next((person for person in tale.people if person.name == fact.about), None)
@@ -173,7 +173,7 @@ def use(tale: Tale) -> None:
         ask(tale, fact)
 
 
-def change(tale: Tale) -> None:
+def _change(tale: Tale) -> None:
     """Overwrite a fact: a thing moves, or passes to someone with empty hands."""
     holders = {fact.about for fact in tale.facts if fact.topic == "holding"}
     empty = [person.name for person in tale.people if person.name not in holders]
@@ -195,7 +195,7 @@ def change(tale: Tale) -> None:
 # Plain grammar.
 
 
-def plain(tale: Tale) -> None:
+def _plain(tale: Tale) -> None:
     """A grammatical sentence about the cast or its animals, sometimes followed by one with a pronoun."""
     if tale.rng.random() < 0.65:
         tale.say(" The")
@@ -251,7 +251,7 @@ def _somewhere(tale: Tale) -> str:
 # Copying and counting.
 
 
-def repeat(tale: Tale) -> None:
+def _repeat(tale: Tale) -> None:
     """A random list of words or letters, said twice, sometimes with a sentence in between."""
     if tale.rng.random() < 0.6:
         items = ", ".join(tale.rng.sample(words.LIST_WORDS, tale.rng.randint(3, 7)))
@@ -260,11 +260,11 @@ def repeat(tale: Tale) -> None:
         items = " ".join(tale.rng.choices(words.LETTERS, k=tale.rng.randint(4, 9)))
         tale.say(f" {tale.person().name} spells: {items}.")
     if tale.rng.random() < 0.35:
-        plain(tale)
+        _plain(tale)
     tale.say(f" {tale.person().name} repeats:", f" {items}.", "copy")
 
 
-def count(tale: Tale) -> None:
+def _count(tale: Tale) -> None:
     """A sequence, a sum, the length of a list, or the next day."""
     rng, number = tale.rng, words.NUMBERS
     form = rng.choice(("up", "down", "twos", "list", "list", "sum", "sum", "day"))
@@ -292,9 +292,9 @@ def count(tale: Tale) -> None:
 PASSAGES: dict[str, Callable[[Tale], None]] = {
     "tell": tell,
     "ask": ask,
-    "use": use,
-    "change": change,
-    "plain": plain,
-    "repeat": repeat,
-    "count": count,
+    "use": _use,
+    "change": _change,
+    "plain": _plain,
+    "repeat": _repeat,
+    "count": _count,
 }

@@ -86,7 +86,7 @@ def load_model(
         cfg = unrolled(cfg)
     tokenizer = load_tokenizer(directory)
     check_tokenizer(tokenizer, cfg)
-    return Model(directory, cfg, load_params(directory, cfg), tokenizer, stop_ids(directory, tokenizer))
+    return Model(directory, cfg, load_params(directory, cfg), tokenizer, _stop_ids(directory, tokenizer))
 
 
 def read_model_config(path: str | os.PathLike) -> ModelConfig:
@@ -108,7 +108,7 @@ def model_directory(path: str | os.PathLike) -> AnyPath:
     return resolve_model_dir(path)
 
 
-def stop_ids(directory: AnyPath, tokenizer: Any) -> tuple[int, ...]:
+def _stop_ids(directory: AnyPath, tokenizer: Any) -> tuple[int, ...]:
     """The end tokens of generation_config.json, of config.json and of the tokenizer."""
     ends = {tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):

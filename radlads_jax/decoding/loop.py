@@ -1,6 +1,6 @@
-"""Reading and continuing token sequences with a state of constant size: a prefill in pieces, then one compiled loop.
+"""Reading and continuing token sequences with a state of constant size: a prefill in chunks, then one compiled loop.
 
-A prompt's length does not matter to the compiler: it is read in pieces of 512, 64 and 8 tokens, and its last 1 to 8
+A prompt's length does not matter to the compiler: it is read in chunks of 512, 64 and 8 tokens, and its last 1 to 8
 tokens are the first that the decoding loop reads.
 """
 
@@ -18,7 +18,7 @@ from radlads_jax.models import ModelConfig, bind, init_state
 from radlads_jax.models.decoder import Params
 from radlads_jax.models.state import State, grows
 
-_PIECES = (512, 64, 8)
+_CHUNKS = (512, 64, 8)
 # The most tokens that one call of the loop makes: a caller waits for them, and reads them from the device at once.
 BLOCK = 16
 _CAPACITY_STEP = 256
@@ -56,11 +56,11 @@ def left_padded(rows: list[list[int]]) -> Int[np.ndarray, "B T"]:
     return np.stack([np.pad(np.asarray(row, np.int32), (width - len(row), 0), constant_values=-1) for row in rows])
 
 
-def pieces(length: int) -> list[int]:
-    """The sizes in which all but the last 1 to _PIECES[-1] of so many tokens are read."""
+def prefill_chunks(length: int) -> list[int]:
+    """The sizes in which all but the last 1 to _CHUNKS[-1] of so many tokens are read."""
     sizes = []
     left = length - 1
-    for size in _PIECES:
+    for size in _CHUNKS:
         sizes += [size] * (left // size)
         left %= size
     return sizes
@@ -71,14 +71,14 @@ def prefill(
 ) -> tuple[Sequences, Int[np.ndarray, "B R"]]:
     """Reads all but the last few tokens (-1 = padding, at the left); returns what is left for `decode` to read."""
     start = 0
-    for size in pieces(tokens.shape[1]):
-        sequences = read_piece(cfg, params, sequences, jnp.asarray(tokens[:, start : start + size]))
+    for size in prefill_chunks(tokens.shape[1]):
+        sequences = read_chunk(cfg, params, sequences, jnp.asarray(tokens[:, start : start + size]))
         start += size
     return sequences, tokens[:, start:]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def read_piece(cfg: ModelConfig, params: Params, sequences: Sequences, tokens: Int[Array, "B T"]) -> Sequences:
+def read_chunk(cfg: ModelConfig, params: Params, sequences: Sequences, tokens: Int[Array, "B T"]) -> Sequences:
     """The sequences with these tokens read."""
     return read_tokens(cfg, params, sequences, tokens)[1]
 
@@ -111,15 +111,15 @@ def decode(
     done: Bool[np.ndarray, " B"] | None = None,
     stop_ids: tuple[int, ...] = (),
 ) -> tuple[Int[np.ndarray, "B N"], Sequences]:
-    """Reads `unread`, 1 to _PIECES[-1] tokens, and makes `steps` new ones, at most BLOCK, the last of which is unread.
+    """Reads `unread`, 1 to _CHUNKS[-1] tokens, and makes `steps` new ones, at most BLOCK, the last of which is unread.
 
     done: rows that make no more. A row is also done after one of stop_ids, and has -1 from then on; the loop ends with
     fewer than `steps` tokens when all are. keys: one a row, for sampling; a draw is a function of the row's key and of
     the number of its tokens so far.
     """
     batch, known = unread.shape
-    assert 1 <= known <= _PIECES[-1] and 1 <= steps <= BLOCK
-    padded = np.pad(unread, ((0, 0), (0, _PIECES[-1] - known)))
+    assert 1 <= known <= _CHUNKS[-1] and 1 <= steps <= BLOCK
+    padded = np.pad(unread, ((0, 0), (0, _CHUNKS[-1] - known)))
     keys = jax.random.split(jax.random.key(0), batch) if keys is None else keys
     done = np.zeros(batch, bool) if done is None else done
     out, made, sequences = _loop(
@@ -177,18 +177,18 @@ def compile_for(
     stop_ids: tuple[int, ...] = (),
 ) -> None:
     """Compiles what prompts of that many tokens need that is not compiled yet."""
-    for size in dict.fromkeys(pieces(length)):
+    for size in dict.fromkeys(prefill_chunks(length)):
         key = (cfg, batch, size, _rounded_capacity(cfg, capacity))
         if key not in _compiled:
             _compiled.add(key)
             padding = jnp.full((batch, size), -1, jnp.int32)
-            jax.block_until_ready(read_piece(cfg, params, empty_sequences(cfg, batch, capacity), padding))
+            jax.block_until_ready(read_chunk(cfg, params, empty_sequences(cfg, batch, capacity), padding))
     nothing = np.full((batch, 1), -1, np.int32)
     sequences = empty_sequences(cfg, batch, capacity)
     decode(cfg, params, sequences, nothing, steps=1, sampling=sampling, done=np.ones(batch, bool), stop_ids=stop_ids)
 
 
-# (model, batch, piece, capacity), so that no piece is read a second time for nothing.
+# (model, batch, chunk, capacity), so that no chunk is read a second time for nothing.
 _compiled: set[tuple[ModelConfig, int, int, int]] = set()
 
 

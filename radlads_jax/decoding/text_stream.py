@@ -37,7 +37,7 @@ def text_after(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str
 
 
 class TextStream:
-    """Turns one sequence's tokens into pieces of text whose concatenation is the text of all, up to a stop string.
+    """Turns one sequence's tokens into deltas, texts whose concatenation is the text of all, up to a stop string.
 
     prompt: the tokens before them. A stop string may be, or hold, a special token, though no text shows it. `stopped`
     says that a stop string has come; it and everything behind it are left out.

@@ -22,7 +22,7 @@ console = Console(stderr=True, highlight=False)
 
 
 class Writer:
-    """A model with the command line's settings; says after each piece of work how fast it went."""
+    """A model with the command line's settings; says after each call how fast it went."""
 
     def __init__(self, model: Model, sampling: Sampling, values: flags.FlagValues):
         self.model, self.sampling, self.context = model, sampling, values.context
@@ -36,7 +36,7 @@ class Writer:
         numbers: Sequence[int] | None = None,
         memory: Memory | None = None,
     ) -> list[str]:
-        """The continuations of prompts; show: gets each piece of the first one's text as soon as it is there."""
+        """The continuations of prompts; show: gets each delta of the first one's text as soon as it is there."""
         model, longest = self.model, max(map(len, prompts))
         capacity = longest + self.max_tokens if memory is None else memory.capacity
         # Before the clock starts, so that it shows what a second prompt will take.

@@ -49,10 +49,10 @@ def calibrated(
     chosen = [spec.calibrations[name] for name in parts or spec.calibrated]
 
     def calibrate(mixers: Params, weights: Params, batch: Mapping[str, Any]) -> Params:
-        found = statistics(student, teacher, weights, batch)
+        seen = statistics(student, teacher, weights, batch)
         for i, stack in mixers["stacks"].items():
             for part in chosen:
-                stack["mixer"] |= part(student, stack["mixer"], found[i])
+                stack["mixer"] |= part(student, stack["mixer"], seen[i])
         return constrain_params(mixers, student)
 
     if mesh is None:
@@ -68,7 +68,7 @@ def statistics(
     tokens, segment_ids, positions = (batch[name][:, :_MOST_TOKENS] for name in ("tokens", "segment_ids", "positions"))
     decoder = bind(teacher, weights)
     context, _ = make_context(teacher, tokens, segment_ids, positions, None)
-    x, found = decoder.embed(tokens), {}
+    x, by_stack = decoder.embed(tokens), {}
 
     def visit(recurrent: bool, x: Array, layer: Layer, layer_id: Array, _: None) -> tuple[Array, Any]:
         h = layer.mixer_input(x)
@@ -79,8 +79,8 @@ def statistics(
     for i, stack in enumerate(decoder.walk()):
         x, seen = stack.scan(functools.partial(visit, student.is_recurrent(i)), x)
         if seen is not None:
-            found[i] = seen
-    return found
+            by_stack[i] = seen
+    return by_stack
 
 
 def _of_layer(

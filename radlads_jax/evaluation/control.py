@@ -9,7 +9,7 @@ from radlads_jax.decoding.loaded import Model
 from radlads_jax.models import MIXERS, ModelConfig
 from radlads_jax.models.config import SOFTMAX
 
-MIXER = "window"
+_MIXER = "window"
 
 
 def check_control(teacher: ModelConfig, student: ModelConfig) -> None:
@@ -38,6 +38,6 @@ def control_of(teacher: Model, student: ModelConfig) -> Model:
 
     Such a teacher is what `load_model` gives beside this student.
     """
-    stacks = tuple((mixer if mixer == SOFTMAX else MIXER, layers) for mixer, layers in student.stacks)
-    options = MIXERS[MIXER].choose(teacher.cfg.hidden_size)
+    stacks = tuple((mixer if mixer == SOFTMAX else _MIXER, layers) for mixer, layers in student.stacks)
+    options = MIXERS[_MIXER].choose(teacher.cfg.hidden_size)
     return dataclasses.replace(teacher, cfg=dataclasses.replace(teacher.cfg, stacks=stacks, mixer=options))

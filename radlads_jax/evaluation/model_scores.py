@@ -14,7 +14,7 @@ from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.system import storage
 
 
-class Measured(NamedTuple):
+class _Measured(NamedTuple):
     """Of one model: its config, its scores in the tasks and its probes."""
 
     cfg: ModelConfig
@@ -45,23 +45,23 @@ def check_models(values: flags.FlagValues) -> None:
         check_control(read_model_config(values.teacher), read_model_config(values.model))
 
 
-def evaluate_models(tasks: dict[str, Any], values: flags.FlagValues) -> dict[str, Measured]:
+def evaluate_models(tasks: dict[str, Any], values: flags.FlagValues) -> dict[str, _Measured]:
     """What is found of the teacher and its control, where they are asked for, and of the student.
 
     The teacher leaves memory before the student comes; its control has no weights of its own.
     """
-    found = {} if values.teacher is None else _of_teacher(tasks, values)
-    return found | {"student": _measured("student", load_model(values.model, dtype=values.dtype), tasks, values)}
+    of_teacher = {} if values.teacher is None else _of_teacher(tasks, values)
+    return of_teacher | {"student": _measured("student", load_model(values.model, dtype=values.dtype), tasks, values)}
 
 
-def _of_teacher(tasks: dict[str, Any], values: flags.FlagValues) -> dict[str, Measured]:
+def _of_teacher(tasks: dict[str, Any], values: flags.FlagValues) -> dict[str, _Measured]:
     student = read_model_config(values.model) if values.control else None
     teacher = load_model(values.teacher, dtype=values.dtype, beside=student)
     models = {"teacher": teacher} | ({"control": control_of(teacher, student)} if student is not None else {})
     return {role: _measured(role, model, tasks, values) for role, model in models.items()}
 
 
-def _measured(role: str, model: Model, tasks: dict[str, Any], values: flags.FlagValues) -> Measured:
+def _measured(role: str, model: Model, tasks: dict[str, Any], values: flags.FlagValues) -> _Measured:
     scores = run_tasks(model, tasks, batch_size=values.batch_size, limit=values.limit, num_fewshot=values.num_fewshot)
     probes: dict[str, Any] = {}
     if wants_probes(values):
@@ -75,7 +75,7 @@ def _measured(role: str, model: Model, tasks: dict[str, Any], values: flags.Flag
             by_position=values.probes,
             log=lambda line: console.print(f"{role}: {line}"),
         )
-    return Measured(model.cfg, scores, probes)
+    return _Measured(model.cfg, scores, probes)
 
 
 def _lengths(values: flags.FlagValues) -> list[int]:

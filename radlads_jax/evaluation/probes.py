@@ -30,7 +30,7 @@ _CITIES = (
     *("London", "Paris", "Berlin", "Madrid", "Rome", "Vienna", "Athens", "Dublin"),
     *("Cairo", "Lagos", "Tokyo", "Delhi", "Lima", "Oslo", "Sydney", "Boston"),
 )
-WORDS = (
+_WORDS = (
     *("apple", "river", "stone", "cloud", "horse", "table", "music", "garden", "winter", "silver"),
     *("window", "forest", "letter", "bridge", "market", "candle", "island", "mirror", "summer", "shadow"),
     *("bottle", "flower", "engine", "planet", "basket", "carpet", "doctor", "finger", "hammer", "jacket"),
@@ -122,7 +122,7 @@ def multi_key(text: Text, length: int) -> Example:
 
 def variables(text: Text, length: int) -> Example:
     """The number of one of CHAINS variables, each set to another that was set to a number, in `length` tokens."""
-    names = text.rng.permutation(WORDS)[: 2 * CHAINS].reshape(CHAINS, 2).tolist()
+    names = text.rng.permutation(_WORDS)[: 2 * CHAINS].reshape(CHAINS, 2).tolist()
     numbers = [text.number() for _ in names]
     set_to = [f" VAR {first} = {number}." for (first, _), number in zip(names, numbers, strict=True)]
     set_to += [f" VAR {names[i][1]} = VAR {names[i][0]}." for i in text.rng.permutation(CHAINS)]
@@ -134,9 +134,9 @@ def recall(text: Text, length: int) -> Example:
     """A list of three words and a digit a line, as long as fits into `length` tokens; one is asked for again."""
     pairs: dict[str, int] = {}
     ids = text.beginning()
-    longest = max(len(text.ids(f" {word} {word} {word}: 0\n")) for word in WORDS)
+    longest = max(len(text.ids(f" {word} {word} {word}: 0\n")) for word in _WORDS)
     while not pairs or len(ids) + 2 * longest <= length:
-        key = " ".join(text.rng.choice(WORDS, 3))
+        key = " ".join(text.rng.choice(_WORDS, 3))
         if key not in pairs:
             pairs[key] = int(text.rng.integers(10))
             ids += text.ids(f" {key}: {pairs[key]}\n")
@@ -153,7 +153,7 @@ def copy(text: Text, length: int) -> Example:
     begin = text.beginning()
     half: list[int] = []
     while len(half) < (length - len(begin)) // 2:
-        half += text.ids(f" {text.rng.choice(WORDS)}")
+        half += text.ids(f" {text.rng.choice(_WORDS)}")
     return _twice(begin, half[: (length - len(begin)) // 2])
 
 

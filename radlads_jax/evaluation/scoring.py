@@ -11,13 +11,13 @@ from jaxtyping import Array, Bool, Float, Int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from radlads_jax.decoding.loop import Sequences, empty_sequences, read_piece, read_tokens
+from radlads_jax.decoding.loop import Sequences, empty_sequences, read_chunk, read_tokens
 from radlads_jax.models import ModelConfig, bind
 from radlads_jax.models.decoder import Params
 
-# Rows are read in pieces of this many tokens, shorter ones at one of the widths below it.
-_PIECE = 512
-_WIDTHS = (32, 64, 128, 256, _PIECE)
+# Rows are read in chunks of this many tokens, shorter ones at one of the widths below it.
+_CHUNK = 512
+_WIDTHS = (32, 64, 128, 256, _CHUNK)
 # Tokens whose logits are in memory at once.
 _LOGIT_TOKENS = 256
 # A batch of longer rows has fewer of them.
@@ -70,7 +70,7 @@ def score_rows(
 
 def padded_width(length: int) -> int:
     """The width that rows of this many tokens are padded to."""
-    return next((width for width in _WIDTHS if length <= width), -(-length // _PIECE) * _PIECE)
+    return next((width for width in _WIDTHS if length <= width), -(-length // _CHUNK) * _CHUNK)
 
 
 def _score_batch(
@@ -81,17 +81,17 @@ def _score_batch(
         padded[width + 1 - len(row) :] = row
     # The first column whose next token any row asks for.
     first = min(width + start - len(row) for row, start in zip(rows, starts, strict=True))
-    size = min(width, _PIECE)
+    size = min(width, _CHUNK)
     sequences = empty_sequences(cfg, len(rows), width)
     scored = []
     for begin in range(0, width, size):
-        piece = jnp.asarray(tokens[:, begin : begin + size])
+        chunk = jnp.asarray(tokens[:, begin : begin + size])
         if begin + size <= first:
-            sequences = read_piece(cfg, params, sequences, piece)
+            sequences = read_chunk(cfg, params, sequences, chunk)
             continue
         targets = jnp.asarray(tokens[:, begin + 1 : begin + size + 1])
-        piece_scores, sequences = _score_piece(cfg, params, sequences, piece, targets)
-        scored.append(jax.device_get(piece_scores))
+        chunk_scores, sequences = _score_chunk(cfg, params, sequences, chunk, targets)
+        scored.append(jax.device_get(chunk_scores))
     log_probabilities, is_best = (np.concatenate(parts, axis=1) for parts in zip(*scored, strict=True))
     counts = [len(row) - start for row, start in zip(rows, starts, strict=True)]
     return [
@@ -101,7 +101,7 @@ def _score_batch(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _score_piece(
+def _score_chunk(
     cfg: ModelConfig,
     params: Params,
     sequences: Sequences,

@@ -50,7 +50,7 @@ def _probe_table(probes: dict[str, Any]) -> list[str]:
         of_roles = {role: results[name] for role, results in probes.items()}
         place, rows = ("lengths", _answers(of_roles)) if "generated" in of_roles["student"] else ("positions", None)
         title = f"{name}: {'answers' if rows else 'loss'}"
-        rows = rows or {role: [f"{loss:.3f}" for loss in found["loss"]] for role, found in of_roles.items()}
+        rows = rows or {role: [f"{loss:.3f}" for loss in results["loss"]] for role, results in of_roles.items()}
         table = {title: [f"{at:,.0f}" for at in of_roles["student"][place]]}
         table["---"] = ["---:"] * len(of_roles["student"][place])
         lines += [f"| {' | '.join([label, *cells])} |" for label, cells in (table | rows).items()] + [""]
@@ -59,17 +59,17 @@ def _probe_table(probes: dict[str, Any]) -> list[str]:
         "interval; teacher-forced: with the right tokens before each. Relative is (student - chance) / (teacher - "
         "chance), chance that of always giving the same answer."
     )
-    return [*lines, note] if any("generated" in found for found in probes["student"].values()) else lines[:-1]
+    return [*lines, note] if any("generated" in results for results in probes["student"].values()) else lines[:-1]
 
 
 def _answers(of_roles: dict[str, Any]) -> dict[str, list[str]]:
     """A probe's rows, by their label."""
     rows = {}
-    for role, found in of_roles.items():
-        pairs = zip(found["generated"], found["interval"], strict=True)
+    for role, results in of_roles.items():
+        pairs = zip(results["generated"], results["interval"], strict=True)
         rows[role] = [f"{shown(share)} ({100 * low:.0f} to {100 * high:.0f})" for share, (low, high) in pairs]
-    for role, found in of_roles.items():
-        rows[f"{role}, teacher-forced"] = [shown(share) for share in found["accuracy"]]
+    for role, results in of_roles.items():
+        rows[f"{role}, teacher-forced"] = [shown(share) for share in results["accuracy"]]
     student, teacher = of_roles["student"], of_roles.get("teacher")
     if teacher is not None:
         rows["relative"] = [_relative(student, teacher, i) for i in range(len(student["generated"]))]

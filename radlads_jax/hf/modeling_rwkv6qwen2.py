@@ -86,14 +86,14 @@ def previous_inputs(x, before, real, starts=None):
     """
     joined = torch.cat([before[:, None], x], 1)
     if starts is not None:
-        found, last = previous_inputs(x, before, real)
-        return found.masked_fill(starts[..., None], 0), last
+        previous, last = previous_inputs(x, before, real)
+        return previous.masked_fill(starts[..., None], 0), last
     if real is None:
         return joined[:, :-1], joined[:, -1]
     counted = torch.arange(1, x.shape[1] + 1, device=x.device)
     latest = nn.functional.pad((real * counted).cummax(1).values, (1, 0))
-    found = joined.gather(1, latest[..., None].expand_as(joined))
-    return found[:, :-1], found[:, -1]
+    previous = joined.gather(1, latest[..., None].expand_as(joined))
+    return previous[:, :-1], previous[:, -1]
 
 
 class RWKV6Qwen2Mixer(RecurrentMixer):

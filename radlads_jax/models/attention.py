@@ -15,7 +15,7 @@ from radlads_jax.models.spec import MixerSpec, StateArray, Tensor, linear_tensor
 
 # Scores are [B, H, block, S]: with blocks of queries a long row needs memory linear in its length and skips the
 # keys behind each block.
-QUERY_BLOCK = 512
+_QUERY_BLOCK = 512
 SMALLEST_BLOCK = 128
 
 
@@ -134,15 +134,15 @@ def _attend(
         return jax.nn.dot_product_attention(queries, keys, values, mask=mask)
 
     total = q.shape[1]
-    size = min(QUERY_BLOCK, max(total // 4, SMALLEST_BLOCK))
+    size = min(_QUERY_BLOCK, max(total // 4, SMALLEST_BLOCK))
     if total <= size:
         return block(q, 0, k, v)
-    pieces = []
+    outputs = []
     for i in range(0, total, size):
         end = k.shape[1] if offset is not None else min(i + size, total)
-        piece = jax.checkpoint(block, static_argnums=1)(q[:, i : i + size], i, k[:, :end], v[:, :end])
-        pieces.append(piece)
-    return jnp.concatenate(pieces, axis=1)
+        output = jax.checkpoint(block, static_argnums=1)(q[:, i : i + size], i, k[:, :end], v[:, :end])
+        outputs.append(output)
+    return jnp.concatenate(outputs, axis=1)
 
 
 def projection_tensors(

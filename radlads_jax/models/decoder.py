@@ -18,7 +18,7 @@ from radlads_jax.models.placement import gathered
 from radlads_jax.models.state import State, grows, mixer_state
 
 # What a layer's backward pass finds stored: everything, its matmuls' results, or its input alone.
-REMAT_POLICIES = {
+_REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -92,7 +92,7 @@ class Decoder(nnx.Module):
         """The normed hidden states that the head reads, and the state after the last token (None without one).
 
         segment_ids: 0 = padding; tokens see their own segment only, recurrent states reset where it changes. positions:
-        for RoPE; by default they count on from the state's length. remat: a name of REMAT_POLICIES.
+        for RoPE; by default they count on from the state's length. remat: a name of _REMAT_POLICIES.
         """
         context, state = make_context(self.cfg, tokens, segment_ids, positions, state)
         x, stack_states = self.embed(tokens), []
@@ -104,10 +104,10 @@ class Decoder(nnx.Module):
             stack_states.append(stack_state)
         return sharding.whole_rows(self.norm(x)), None if state is None else state | {"stacks": stack_states}
 
-    def walk(self) -> Iterator["Stack"]:
+    def walk(self) -> Iterator["_Stack"]:
         """The layers, stack after stack, from the first on."""
         for start, (mixer, n), layers in zip(self.cfg.stack_starts, self.cfg.stacks, self.stacks, strict=True):
-            yield Stack(self.cfg, mixer, start, n, layers)
+            yield _Stack(self.cfg, mixer, start, n, layers)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """hidden times the head (the embedding where they are tied), accumulated and returned in float32."""
@@ -120,7 +120,7 @@ class Decoder(nnx.Module):
         return (self.embed.embedding[...], "vd") if self.cfg.tie_embeddings else (self.head.kernel[...], "dv")
 
 
-class Stack(NamedTuple):
+class _Stack(NamedTuple):
     """`num_layers` layers in a row that have one mixer, from layer `start` on; `layers` has them along axis 0."""
 
     cfg: ModelConfig
@@ -162,9 +162,9 @@ def _first_values(layer: Layer, x: Float[Array, "B T D"]) -> Float[Array, "B T H
 
 def rematted(body, remat: str):
     """The scan's body under jax.checkpoint with the policy of that name."""
-    if remat not in REMAT_POLICIES:
-        raise ValueError(f"remat is {remat!r}; expected one of {', '.join(REMAT_POLICIES)}.")
-    policy = REMAT_POLICIES[remat]
+    if remat not in _REMAT_POLICIES:
+        raise ValueError(f"remat is {remat!r}; expected one of {', '.join(_REMAT_POLICIES)}.")
+    policy = _REMAT_POLICIES[remat]
     return body if policy is None else jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gdn import conv_over_pieces, gdn, gdn_step, short_conv
+from pallas_kernels.context_parallel import over_shards
+from pallas_kernels.gdn import conv_over_shards, gdn, gdn_step, short_conv
 from pallas_kernels.gdn.api import IMPLEMENTATIONS
-from pallas_kernels.pieces import over_pieces
 from pallas_kernels.sharded import ROWS, constrain, per_shard
 from radlads_jax.models.attention import Context
 from radlads_jax.models.config import ModelConfig
@@ -40,7 +40,7 @@ from radlads_jax.models.spec import (
 CONV_WIDTH = 4
 # Of |q|^2 and |k|^2, as transformers has it.
 _UNIT_EPS = 1e-6
-KV_HEADS = ("teacher", "cloned")
+_KV_HEADS = ("teacher", "cloned")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +67,14 @@ class GdnOptions:
     gate_std: float = 0.02
 
     def __post_init__(self):
-        given = (self.key_heads, self.value_heads, self.key_size, self.value_size)
-        if any(given) != all(given) or (self.fused and self.value_heads % self.key_heads):
+        sizes = (self.key_heads, self.value_heads, self.key_size, self.value_size)
+        if any(sizes) != all(sizes) or (self.fused and self.value_heads % self.key_heads):
             raise ValueError(
-                f"gdn's key_heads, value_heads, key_size, value_size are {given}; expected all 0 (the teacher's), or "
+                f"gdn's key_heads, value_heads, key_size, value_size are {sizes}; expected all 0 (the teacher's), or "
                 "all given with value_heads a multiple of key_heads. Correct the one that is wrong."
             )
-        if self.kv_heads not in KV_HEADS:
-            raise ValueError(f"student.kv_heads is {self.kv_heads!r}; expected one of {', '.join(KV_HEADS)}.")
+        if self.kv_heads not in _KV_HEADS:
+            raise ValueError(f"student.kv_heads is {self.kv_heads!r}; expected one of {', '.join(_KV_HEADS)}.")
         if not 0 < self.shortest_half_life <= self.longest_half_life < math.inf:
             raise ValueError(
                 f"student.shortest_half_life and student.longest_half_life are {self.shortest_half_life:g} and "
@@ -108,7 +108,7 @@ class _Part(NamedTuple):
         return self.heads * self.size
 
 
-def parts_of(cfg: ModelConfig) -> tuple[_Part, _Part, _Part]:
+def _parts_of(cfg: ModelConfig) -> tuple[_Part, _Part, _Part]:
     """q, k and v."""
     options = cfg.mixer
     if options.fused:
@@ -118,7 +118,7 @@ def parts_of(cfg: ModelConfig) -> tuple[_Part, _Part, _Part]:
     return _Part("q", cfg.num_heads, cfg.head_dim), _Part("k", *narrow), _Part("v", *narrow)
 
 
-def value_heads(cfg: ModelConfig) -> tuple[int, int]:
+def _value_heads(cfg: ModelConfig) -> tuple[int, int]:
     """The heads of the state, and their size."""
     options = cfg.mixer
     return (options.value_heads, options.value_size) if options.fused else (cfg.num_heads, cfg.head_dim)
@@ -130,14 +130,14 @@ class Gdn(nnx.Module):
     def __init__(self, cfg: ModelConfig, layer_id: Int[Array, ""], *, rngs: nnx.Rngs):
         del layer_id
         self.cfg, options = cfg, cfg.mixer
-        heads, size = value_heads(cfg)
+        heads, size = _value_heads(cfg)
         starts = {"q": options.conv_qk, "k": options.conv_qk, "v": options.conv_v}
-        taps = {part.name: _first_taps(part.channels, starts[part.name], cfg) for part in parts_of(cfg)}
+        taps = {part.name: _first_taps(part.channels, starts[part.name], cfg) for part in _parts_of(cfg)}
         if options.fused:
-            self.qkv = linear(cfg.hidden_size, sum(part.channels for part in parts_of(cfg)), cfg, rngs)
+            self.qkv = linear(cfg.hidden_size, sum(part.channels for part in _parts_of(cfg)), cfg, rngs)
             self.conv = nnx.Param(jnp.concatenate(list(taps.values())))
         else:
-            self.q, self.k, self.v = (linear(cfg.hidden_size, p.channels, cfg, rngs) for p in parts_of(cfg))
+            self.q, self.k, self.v = (linear(cfg.hidden_size, p.channels, cfg, rngs) for p in _parts_of(cfg))
             self.conv_q, self.conv_k, self.conv_v = (nnx.Param(first) for first in taps.values())
         self.z = linear(cfg.hidden_size, heads * size, cfg, rngs)
         self.z.kernel = nnx.Param(self.z.kernel[...] * (options.gate_std / 0.02))
@@ -161,7 +161,7 @@ class Gdn(nnx.Module):
         log_g = -jnp.exp(self.a_log[...].astype(jnp.float32)) * rate
         initial = None if state is None else state["gdn"]
         kinds = ("sequence",) * 5 + ("state", "rows")
-        recurrence = per_shard(_recurrence, kinds, ("sequence", "state"), over_pieces(values=2))
+        recurrence = per_shard(_recurrence, kinds, ("sequence", "state"), over_shards(values=2))
         out, final = recurrence(q, k, v, log_g, beta, initial, context.segment_ids)
         gate = jax.nn.silu(split_heads(self.z(x), out.shape[2]).astype(jnp.float32))
         out = (self.norm(out) * gate).astype(x.dtype)
@@ -173,14 +173,14 @@ class Gdn(nnx.Module):
 
     def _convolved(self, x: Array, context: Context, state: dict | None) -> tuple[list[Array], dict[str, Array]]:
         """q, k, v [B, T, heads, size] after the convolution, and its last inputs."""
-        parts = parts_of(self.cfg)
+        parts = _parts_of(self.cfg)
         if self.cfg.mixer.fused:
             ends = [parts[0].channels, parts[0].channels + parts[1].channels]
             inputs, taps = jnp.split(self.qkv(x), ends, axis=-1), jnp.split(self.conv[...], ends)
         else:
             inputs = [self.q(x), self.k(x), self.v(x)]
             taps = [self.conv_q[...], self.conv_k[...], self.conv_v[...]]
-        run = per_shard(_conv, ("sequence", "taps", "window", "rows"), ("sequence", "window"), conv_over_pieces)
+        run = per_shard(_conv, ("sequence", "taps", "window", "rows"), ("sequence", "window"), conv_over_shards)
         outs, windows = [], {}
         for part, u, kernel in zip(parts, inputs, taps, strict=True):
             name = f"conv_{part.name}"
@@ -219,8 +219,8 @@ def _first_dt_bias(options: GdnOptions, heads: int) -> Float[Array, " H"]:
 
 
 def _tensors(cfg: ModelConfig) -> list[Tensor]:
-    heads, size = value_heads(cfg)
-    width, parts = cfg.hidden_size, parts_of(cfg)
+    heads, size = _value_heads(cfg)
+    width, parts = cfg.hidden_size, _parts_of(cfg)
 
     def taps(path: str, name: str, channels: int, **split: Any) -> Tensor:
         return Tensor(path, f"{name}.weight", (channels, 1, CONV_WIDTH), axes=("tensor",), **split)
@@ -253,8 +253,8 @@ def _tensors(cfg: ModelConfig) -> list[Tensor]:
 
 def _state(cfg: ModelConfig, batch: int, max_length: int) -> dict[str, StateArray]:
     del max_length
-    heads, value_size = value_heads(cfg)
-    parts = parts_of(cfg)
+    heads, value_size = _value_heads(cfg)
+    parts = _parts_of(cfg)
     windows = {
         f"conv_{part.name}": StateArray((batch, CONV_WIDTH - 1, part.channels), cfg.dtype, (ROWS, None, "tensor"))
         for part in parts
@@ -265,8 +265,8 @@ def _state(cfg: ModelConfig, batch: int, max_length: int) -> dict[str, StateArra
 def _flops(cfg: ModelConfig, seq_len: int) -> float:
     """Decay, what the key finds, outer product, output: 7 K V a head; four taps a channel."""
     del seq_len
-    heads, value_size = value_heads(cfg)
-    parts = parts_of(cfg)
+    heads, value_size = _value_heads(cfg)
+    parts = _parts_of(cfg)
     return 7.0 * heads * parts[0].size * value_size + 2.0 * CONV_WIDTH * sum(part.channels for part in parts)
 
 
@@ -306,7 +306,7 @@ def _output_of_rms(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatist
     return {"o": {"kernel": (kernel * scale[..., None]).astype(kernel.dtype)}}
 
 
-def left_out(cfg: ModelConfig) -> list[str]:
+def _left_out(cfg: ModelConfig) -> list[str]:
     """What a teacher of these dimensions has and the mixer has no place for."""
     present = {
         "biases of q, k and v": cfg.qkv_bias,
@@ -318,11 +318,11 @@ def left_out(cfg: ModelConfig) -> list[str]:
 
 
 def _facts(cfg: ModelConfig) -> dict[str, str]:
-    heads, size = value_heads(cfg)
+    heads, size = _value_heads(cfg)
     return {
-        "heads of the state": f"{heads} of {parts_of(cfg)[0].size} x {size}",
+        "heads of the state": f"{heads} of {_parts_of(cfg)[0].size} x {size}",
         "convolution": f"{CONV_WIDTH} tokens, causal, with SiLU",
-        "of softmax attention left out in these layers": ", ".join(left_out(cfg)),
+        "of softmax attention left out in these layers": ", ".join(_left_out(cfg)),
     }
 
 

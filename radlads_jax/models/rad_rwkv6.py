@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.pieces import over_pieces
+from pallas_kernels.context_parallel import over_shards
 from pallas_kernels.sharded import ROWS, per_shard
 from pallas_kernels.wkv6 import wkv6, wkv6_step
 from pallas_kernels.wkv6.api import IMPLEMENTATIONS
@@ -33,14 +33,14 @@ from radlads_jax.models.rwkv import (
 )
 from radlads_jax.models.spec import MixerSpec, Operator, PublishedFormat, StateArray, Tensor, low_rank_tensors
 
-LOG_W_MIN = -5.0
+_LOG_W_MIN = -5.0
 
 
 def _uniform(key, shape, dtype):
     return jax.random.uniform(key, shape, dtype, -0.01, 0.01)
 
 
-class TokenShift(nnx.Module):
+class _TokenShift(nnx.Module):
     """The five mixes of each token with the one before it, in the order r, k, v, w, g."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
@@ -64,7 +64,7 @@ class RadRwkv6(Mixer):
         super().__init__(cfg, rngs=rngs)
         mixer, size = cfg.mixer, cfg.num_heads * cfg.head_dim
         if mixer.token_shift:
-            self.shift = TokenShift(cfg, rngs=rngs)
+            self.shift = _TokenShift(cfg, rngs=rngs)
         self.decay = LowRank(
             cfg,
             mixer.rank_decay,
@@ -93,11 +93,11 @@ class RadRwkv6(Mixer):
             x_r, x_k, x_v, x_w, x_g = self.shift(x, shift_tokens(x, before, context.starts))
         r, k, v = self.project(x_r, x_k, x_v, context, use_rope=mixer.use_rope)
         k, v = repeat_kv(k, cfg.num_heads), repeat_kv(v, cfg.num_heads)
-        log_w = split_heads(jnp.maximum(-jnp.exp(self.decay(x_w)), LOG_W_MIN), cfg.num_heads)
+        log_w = split_heads(jnp.maximum(-jnp.exp(self.decay(x_w)), _LOG_W_MIN), cfg.num_heads)
         if mixer.balance_state:
             k = (k * -jnp.expm1(log_w)).astype(x.dtype)
         initial = None if state is None else state["wkv"]
-        recurrence = per_shard(_recurrence, ("sequence",) * 4 + ("state", "rows"), ("sequence", "state"), over_pieces)
+        recurrence = per_shard(_recurrence, ("sequence",) * 4 + ("state", "rows"), ("sequence", "state"), over_shards)
         out, final = recurrence(r, log_w, k, v, initial, context.segment_ids)
         out = out * cfg.head_dim**-0.5
         if mixer.group_norm:

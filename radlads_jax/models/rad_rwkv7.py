@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.pieces import over_pieces
+from pallas_kernels.context_parallel import over_shards
 from pallas_kernels.sharded import ROWS, per_shard
 from pallas_kernels.wkv7 import wkv7, wkv7_step
 from pallas_kernels.wkv7.api import IMPLEMENTATIONS
@@ -38,7 +38,7 @@ from radlads_jax.models.rwkv import (
 )
 from radlads_jax.models.spec import MixerSpec, Operator, PublishedFormat, StateArray, Tensor, low_rank_tensors
 
-LOG_W_BOUND = -math.exp(-0.5)
+_LOG_W_BOUND = -math.exp(-0.5)
 
 
 class RadRwkv7(Mixer):
@@ -70,7 +70,7 @@ class RadRwkv7(Mixer):
         cfg, mixer = self.cfg, self.cfg.mixer
         r, k, v = self.project(x, x, x, context, use_rope=mixer.use_rope)
         k, v = repeat_kv(k, cfg.num_heads), repeat_kv(v, cfg.num_heads)
-        log_w = split_heads(LOG_W_BOUND * jax.nn.sigmoid(self.decay(x)), cfg.num_heads)
+        log_w = split_heads(_LOG_W_BOUND * jax.nn.sigmoid(self.decay(x)), cfg.num_heads)
         iclr = split_heads(jax.nn.sigmoid(self.iclr(x)), cfg.num_heads)
 
         assert context.v_first is not None
@@ -80,7 +80,7 @@ class RadRwkv7(Mixer):
         kk, k = self._keys(k.astype(jnp.float32), log_w, iclr)
         a, b = (-kk).astype(x.dtype), (kk * iclr).astype(x.dtype)
         initial = None if state is None else state["wkv"]
-        recurrence = per_shard(_recurrence, ("sequence",) * 6 + ("state", "rows"), ("sequence", "state"), over_pieces)
+        recurrence = per_shard(_recurrence, ("sequence",) * 6 + ("state", "rows"), ("sequence", "state"), over_shards)
         out, final = recurrence(r, log_w, k.astype(x.dtype), v, a, b, initial, context.segment_ids)
         out = self.ln_x(out) if mixer.group_norm else out * cfg.head_dim**-0.5
         out = out.reshape(*x.shape[:2], -1)

@@ -1,7 +1,7 @@
 """How activations and batches lie over a mesh.
 
 Between layers the residual stream is split by rows (data, fsdp) and by positions (context, tensor); inside them, by
-rows, by pieces of rows (context) and by heads.
+rows, by shards of rows (context) and by heads.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ def residual(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def to_residual(x: jax.Array) -> jax.Array:
-    """What a mixer or MLP gives, as `residual`; its gradient comes to them with a row's, or a piece's, positions whole.
+    """What a mixer or MLP gives, as `residual`; its gradient comes to them with a row's, or a shard's, positions whole.
 
     Left to itself the gradient stays in its positions, for which every device fetches all widths of the matrices.
     """
@@ -104,7 +104,7 @@ to_residual.defvjp(_to_residual_forward, _to_residual_backward)
 
 
 def whole_rows(x: jax.Array) -> jax.Array:
-    """[B, T, D] of the residual stream with a row's, or a piece's, positions together, as mixers and MLPs read it."""
+    """[B, T, D] of the residual stream with a row's, or a shard's, positions together, as mixers and MLPs read it."""
     if current_mesh() is None:
         return x
     return moved(x, PartitionSpec(ROWS, ("context", "tensor")), PartitionSpec(ROWS, "context"))

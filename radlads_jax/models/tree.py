@@ -5,17 +5,17 @@ from typing import Any
 
 import jax
 
-Params = dict[Any, Any]
+_Params = dict[Any, Any]
 ParamPath = tuple[str | int, ...]
 
 
-def split_params(params: Params, predicate: Callable[[str], bool]) -> tuple[Params, Params]:
+def split_params(params: _Params, predicate: Callable[[str], bool]) -> tuple[_Params, _Params]:
     """(those whose "/"-joined path fulfils the predicate, the others), both without empty dicts; nothing is copied."""
     return _select(params, "", predicate), _select(params, "", lambda path: not predicate(path))
 
 
-def _select(params: Params, prefix: str, predicate: Callable[[str], bool]) -> Params:
-    chosen: Params = {}
+def _select(params: _Params, prefix: str, predicate: Callable[[str], bool]) -> _Params:
+    chosen: _Params = {}
     for key, value in params.items():
         path = f"{prefix}{key}"
         if isinstance(value, dict):
@@ -26,7 +26,7 @@ def _select(params: Params, prefix: str, predicate: Callable[[str], bool]) -> Pa
     return chosen
 
 
-def merge_params(first: Params, second: Params) -> Params:
+def merge_params(first: _Params, second: _Params) -> _Params:
     """The union of two dicts of disjoint paths. Raises ValueError for a path in both."""
     merged = dict(first)
     for key, value in second.items():
@@ -39,7 +39,7 @@ def merge_params(first: Params, second: Params) -> Params:
     return merged
 
 
-def overlay_params(below: Params, above: Params) -> Params:
+def overlay_params(below: _Params, above: _Params) -> _Params:
     """`below` with the arrays of `above` in the place of its own."""
     return below | {
         key: overlay_params(below[key], value) if isinstance(value, dict) else value for key, value in above.items()

@@ -171,8 +171,8 @@ def _first(old: Float[Array, "B S G K"], new: Float[Array, "B T G K"], starts: A
     slots = jnp.arange(old.shape[1])
     known = (begun < 0) & (slots < count[:, None])
     at = slots + jnp.where(begun < 0, -count[:, None], begun)
-    found = jnp.take_along_axis(new, jnp.clip(at, 0, new.shape[1] - 1)[..., None, None], axis=1)
-    return jnp.where(known[..., None, None], old, found)
+    picked = jnp.take_along_axis(new, jnp.clip(at, 0, new.shape[1] - 1)[..., None, None], axis=1)
+    return jnp.where(known[..., None, None], old, picked)
 
 
 def _softmax(

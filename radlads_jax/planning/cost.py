@@ -11,10 +11,10 @@ from radlads_jax.models.tree import path_leaves
 from radlads_jax.planning.chips import Chip
 from radlads_jax.planning.hlo import Counts
 
-KERNEL_COLUMNS = 128
+_KERNEL_COLUMNS = 128
 _STEPS_ALONE = "hours are of training steps alone: no compilation, loading, checkpoints, evaluation or preemption."
 # Of the peak, where nothing was compiled: what well-kept training of dense models gets.
-EFFICIENCY = 0.4
+_EFFICIENCY = 0.4
 ASSUMPTIONS = (
     "step = max(compiler's cycles / clock, FLOPs / peak, HBM bytes / rate) + what links can not do beside it; cycles "
     "are the TPU compiler's static estimates of its own operations, which tend to be 1.3 to 1.8 times too many.",
@@ -78,7 +78,7 @@ def model_flops(student: ModelConfig, teacher: ModelConfig, name: str, seq_len: 
 
 
 @dataclasses.dataclass(frozen=True)
-class StepTime:
+class _StepTime:
     """Seconds of one step, by what would bound it; step: all together; bound: the largest."""
 
     compute: float
@@ -88,10 +88,10 @@ class StepTime:
     bound: str
 
 
-def step_time(chip: Chip, counts: Counts) -> StepTime:
+def step_time(chip: Chip, counts: Counts) -> _StepTime:
     """See ASSUMPTIONS."""
     cycles = {name: each for spec in MIXERS.values() if spec.operator for name, each in spec.operator.cycles.items()}
-    own = sum(cycles[name] * elements / KERNEL_COLUMNS for name, elements in counts.kernels.items())
+    own = sum(cycles[name] * elements / _KERNEL_COLUMNS for name, elements in counts.kernels.items())
     compute = max((counts.cycles + chip.kernel_cycles * own) / chip.clock, counts.flops / chip.flops)
     memory, network = counts.hbm_bytes / chip.hbm_rate, counts.all_link_bytes / chip.link_rate
     exposed = counts.exposed_link_bytes / chip.link_rate
@@ -100,10 +100,10 @@ def step_time(chip: Chip, counts: Counts) -> StepTime:
     busy = max(compute, memory)
     step = busy + exposed + max(0.0, network - exposed - busy)
     parts = {"compute": compute, "memory": memory, "network": network}
-    return StepTime(compute, memory, network, step, max(parts, key=lambda name: parts[name]))
+    return _StepTime(compute, memory, network, step, max(parts, key=lambda name: parts[name]))
 
 
-def step_time_uncompiled(chip: Chip, flops: float) -> StepTime:
+def step_time_uncompiled(chip: Chip, flops: float) -> _StepTime:
     """See ASSUMPTIONS_UNCOMPILED."""
-    seconds = flops / (EFFICIENCY * chip.flops)
-    return StepTime(seconds, 0.0, 0.0, seconds, "compute")
+    seconds = flops / (_EFFICIENCY * chip.flops)
+    return _StepTime(seconds, 0.0, 0.0, seconds, "compute")

@@ -248,9 +248,9 @@ def _hbm_bytes(instruction: Instruction, body: Computation, computations: dict[s
     if instruction.opcode == "dynamic-update-slice":
         return 2.0 * sizes[1]
     if instruction.opcode == "slice-start":
-        # The type is ((operand), slice, context): of an array that goes to VMEM piece by piece, one piece.
-        piece = _SHAPE.search(instruction.type, closing(instruction.type, 1))
-        return float(_size(piece[0]) + _size(piece[0], hbm=True)) if piece else 0.0
+        # The type is ((operand), slice, context): of an array that goes to VMEM slice by slice, one slice.
+        part = _SHAPE.search(instruction.type, closing(instruction.type, 1))
+        return float(_size(part[0]) + _size(part[0], hbm=True)) if part else 0.0
     if instruction.opcode.endswith("-start"):
         return float(result)
     return float(sum(sizes) + result)

@@ -16,30 +16,30 @@ from radlads_jax.planning.planner import make_planner, prepare_environment
 from radlads_jax.planning.plans import totals
 
 _CHIPS = ("v6e", "v5p", "v5e")
-STAGES = ("stage1", "stage2", "stage2a", "stage3")
+_STAGES = ("stage1", "stage2", "stage2a", "stage3")
 _RECIPES = (("stage1", "stage2", "stage3"), ("stage1", "stage2a"))
-_COLUMNS = ("conversion", "chip", *STAGES, *(f"USD {', '.join(s[5:] for s in recipe)}" for recipe in _RECIPES))
+_COLUMNS = ("conversion", "chip", *_STAGES, *(f"USD {', '.join(s[5:] for s in recipe)}" for recipe in _RECIPES))
 
 
-def read_config(path: Path) -> config_lib.RunConfig:
+def _read_config(path: Path) -> config_lib.RunConfig:
     """A config file's run with all four stages, so that one plan has both recipes."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config("")
-    config.stages = STAGES
+    config.stages = _STAGES
     return config_lib.validate(config)
 
 
-def row(name: str, plan: dict[str, Any]) -> tuple[str, ...]:
+def _row(name: str, plan: dict[str, Any]) -> tuple[str, ...]:
     """One run on one chip, from `Planner.smallest`."""
     stages = {stage["name"]: stage for stage in plan["stages"]}
     bills = [totals([stages[stage] for stage in recipe])["usd"] for recipe in _RECIPES]
-    return (name, plan["chip"], *map(cell, stages.values()), *("" if usd is None else f"{usd:,.0f}" for usd in bills))
+    return (name, plan["chip"], *map(_cell, stages.values()), *("" if usd is None else f"{usd:,.0f}" for usd in bills))
 
 
-def cell(stage: dict[str, Any]) -> str:
+def _cell(stage: dict[str, Any]) -> str:
     shape = stage["topology"].partition(":")[2]
     peak = f"{shape}: {stage['peak_bytes'] / 2**30:.1f}"
     if not stage["fits"]:
@@ -53,9 +53,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     args = parser.parse_args()
     prepare_environment()
-    planners = {path.stem: make_planner(read_config(path), {}, args.results) for path in args.configs}
+    planners = {path.stem: make_planner(_read_config(path), {}, args.results) for path in args.configs}
     # The chips outermost: what is compiled first is the cheapest.
-    rows = [row(name, planner.smallest(chip)) for chip in _CHIPS for name, planner in planners.items()]
+    rows = [_row(name, planner.smallest(chip)) for chip in _CHIPS for name, planner in planners.items()]
     rows.sort(key=lambda cells: list(planners).index(cells[0]))
     print("\n".join(f"| {' | '.join(line)} |" for line in (_COLUMNS, ("---",) * len(_COLUMNS), *rows)))
 

@@ -60,7 +60,9 @@ class ConfigKeys:
         if value is not None:
             return value
         if default is _REQUIRED:
-            raise ValueError(f"{self.where} has no {key!r}; every supported model needs it. Add the key and its value.")
+            raise ValueError(
+                f"{self.where} has no {key!r}; expected one, as all models have. Add the key and its value."
+            )
         return default
 
     def _wrong(self, key: str, value: Any, expected: str) -> ValueError:

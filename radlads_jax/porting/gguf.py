@@ -36,22 +36,22 @@ def convert(directory: Path, file: Path, dtype: str) -> None:
     options = ["--outtype", _TYPES[dtype], "--outfile", str(partial), "--no-mtp"]
     command = [sys.executable, "-m", _MODULE, str(directory), *options]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if found.returncode == 0:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if done.returncode == 0:
             partial.replace(file)
             return
     finally:
         partial.unlink(missing_ok=True)
-    if _UNKNOWN_TOKENIZER in found.stderr:
-        fingerprint = re.search(r"chkhsh:\s*(\w+)", found.stderr)
+    if _UNKNOWN_TOKENIZER in done.stderr:
+        fingerprint = re.search(r"chkhsh:\s*(\w+)", done.stderr)
         raise ValueError(
             f"llama.cpp's converter does not know the tokenizer in {directory}"
             f"{f' (its fingerprint there is {fingerprint[1]})' if fingerprint else ''}: how it splits text before it "
             "merges bytes; expected one of its list, such as Qwen's or Llama 3's. Serve the model with another engine, "
             "or have llama.cpp learn the tokenizer (its convert_hf_to_gguf_update.py)."
         )
-    last = (found.stderr.strip() or found.stdout.strip() or "nothing").splitlines()[-1]
+    last = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
     raise ValueError(
-        f"llama.cpp's converter ended with {found.returncode} on {directory} and said: {last}; expected {file}. Try "
+        f"llama.cpp's converter ended with {done.returncode} on {directory} and said: {last}; expected {file}. Try "
         "another version of it."
     )

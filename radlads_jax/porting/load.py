@@ -81,18 +81,18 @@ def _place(param: jax.Array, tensor: StoredTensor, location: Location, sharding:
     """The parameter with one tensor from a file put in; the old array is given up."""
     layout = location.layout
     if isinstance(sharding, NamedSharding) and (in_bucket(tensor.file) or not sharding.is_fully_addressable):
-        piece = _by_rows(tensor, sharding, location)
+        value = _by_rows(tensor, sharding, location)
     elif isinstance(sharding, NamedSharding):
         host = tensor.open()
-        piece_sharding = _disk_sharding(sharding, location)
-        piece = jax.make_array_from_callback(host.shape, piece_sharding, lambda index: host[index])
+        value_sharding = _disk_sharding(sharding, location)
+        value = jax.make_array_from_callback(host.shape, value_sharding, lambda index: host[index])
     elif sharding is None or isinstance(sharding, SingleDeviceSharding):
         # A view of the file: it changes its layout on its way to the device, in one pass over the memory.
-        piece, layout = jax.device_put(_to_ours(tensor.open(), layout), sharding), "same"
+        value, layout = jax.device_put(_to_ours(tensor.open(), layout), sharding), "same"
     else:
         raise NotImplementedError(f"porting places parameters with NamedSharding, not {type(sharding).__name__}.")
     index = np.array(location.index, np.int32)
-    placed = _writer(sharding)(param, piece, index, layout=layout)
+    placed = _writer(sharding)(param, value, index, layout=layout)
     # The next tensor is mapped only when this one has left the host.
     return jax.block_until_ready(placed)
 
@@ -134,14 +134,14 @@ def _writer(sharding: Sharding | None) -> Callable[..., jax.Array]:
     return jax.jit(_written, donate_argnums=0, static_argnames="layout", out_shardings=sharding)
 
 
-def _written(param: jax.Array, piece: jax.Array, index: jax.Array, *, layout: Layout) -> jax.Array:
-    piece = _to_ours(piece, layout).astype(param.dtype)
-    leading = param.ndim - piece.ndim
+def _written(param: jax.Array, value: jax.Array, index: jax.Array, *, layout: Layout) -> jax.Array:
+    value = _to_ours(value, layout).astype(param.dtype)
+    leading = param.ndim - value.ndim
     starts = [index[axis] if axis < leading else 0 for axis in range(param.ndim)]
     # As integers, because XLA on CPU widens a whole bfloat16 array to update a part of it.
     bits = jnp.dtype(f"uint{8 * param.dtype.itemsize}")
     whole = jax.lax.bitcast_convert_type(param, bits)
-    part = jax.lax.bitcast_convert_type(piece, bits).reshape((1,) * leading + piece.shape)
+    part = jax.lax.bitcast_convert_type(value, bits).reshape((1,) * leading + value.shape)
     return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(whole, part, starts), param.dtype)
 
 

@@ -33,13 +33,13 @@ def model_tensors(source: AnyPath, cfg: ModelConfig) -> dict[str, StoredTensor]:
     """
     expected = disk_tensors(cfg)
     unused = FAMILIES[cfg.family].left_out
-    found = open_checkpoint(source)
+    tensors = open_checkpoint(source)
     if unused is not None:
-        found = {name: tensor for name, tensor in found.items() if not re.match(unused, name)}
-    stored = _by_our_names(found, expected)
+        tensors = {name: tensor for name, tensor in tensors.items() if not re.match(unused, name)}
+    stored = _by_our_names(tensors, expected)
     if cfg.tie_embeddings and HEAD in stored and EMBEDDING not in stored:
         stored[EMBEDDING] = stored.pop(HEAD)
-    check_tensors(stored, expected, source, tied=cfg.tie_embeddings)
+    _check_tensors(stored, expected, source, tied=cfg.tie_embeddings)
     if cfg.tie_embeddings and HEAD in stored and not _same_values(stored[EMBEDDING], stored[HEAD]):
         raise ValueError(
             f"{source / 'config.json'} says tie_word_embeddings true, but {HEAD} {_described(stored[HEAD])} has other "
@@ -49,7 +49,7 @@ def model_tensors(source: AnyPath, cfg: ModelConfig) -> dict[str, StoredTensor]:
     return stored
 
 
-def check_tensors(
+def _check_tensors(
     stored: dict[str, StoredTensor], expected: dict[str, Location], source: AnyPath, *, tied: bool
 ) -> None:
     """Raises one ValueError with every tensor that is missing, unexpected, misshapen or of a dtype no weight has.
@@ -71,22 +71,22 @@ def check_tensors(
             f"{name} {stored[name].dtype}" for name in both if stored[name].dtype not in _WEIGHT_DTYPES
         ],
     }
-    found = [f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names]
-    if found:
+    wrong = [f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names]
+    if wrong:
         raise ValueError(
-            f"the tensors in {source} are not those of its model, got {'; '.join(found)}; expected the {len(expected)} "
-            f"that its config.json describes. {_cause(source, missing, found, problems['unexpected'])}"
+            f"the tensors in {source} are not those of its model, got {'; '.join(wrong)}; expected the {len(expected)} "
+            f"that its config.json describes. {_cause(source, missing, wrong, problems['unexpected'])}"
         )
 
 
-def _cause(source: AnyPath, missing: list[str], found: list[str], unexpected: list[str]) -> str:
+def _cause(source: AnyPath, missing: list[str], wrong: list[str], unexpected: list[str]) -> str:
     """What most likely is wrong, and what mends it."""
     if any(_UNMERGED.search(name) for name in unexpected):
         return f"These are weights with an adapter that is not merged. Merge it: {merge_command(source)}"
     misplaced = _misplaced(source, missing)
     if misplaced:
         return f"{INDEX_FILE} does not fit its files: {misplaced}. Download the model again, index and files together."
-    if missing == [HEAD] and len(found) == 1:
+    if missing == [HEAD] and len(wrong) == 1:
         return (
             "A model whose head is its embedding says so by tie_word_embeddings true, which its config.json does not. "
             f"Where it is one: {_set_tied(source, True)}"
@@ -129,11 +129,11 @@ def _same_values(first: StoredTensor, second: StoredTensor) -> bool:
     step = max(1, _COMPARED_BYTES * first.shape[0] // (first.stop - first.start))
     for begin in range(0, first.shape[0], step):
         wanted = [(begin, min(begin + step, first.shape[0]))]
-        (one,), (other,) = first.read_rows(wanted), second.read_rows(wanted)
-        if one.dtype == other.dtype:
-            equal = one.tobytes() == other.tobytes()
+        (part,), (other,) = first.read_rows(wanted), second.read_rows(wanted)
+        if part.dtype == other.dtype:
+            equal = part.tobytes() == other.tobytes()
         else:
-            equal = np.array_equal(one.astype(np.float32), other.astype(np.float32))
+            equal = np.array_equal(part.astype(np.float32), other.astype(np.float32))
         if not equal:
             return False
     return True

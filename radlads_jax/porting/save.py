@@ -21,10 +21,10 @@ from radlads_jax.porting.tokenizer_files import write_tokenizer
 from radlads_jax.porting.writers import writer_for
 from radlads_jax.system.storage import AnyPath, as_path, children, copy_file, empty, in_bucket, write_text
 
-GENERATION_CONFIG = "generation_config.json"
+_GENERATION_CONFIG = "generation_config.json"
 MODEL_CARD = "README.md"
 # In a bucket: the mark of an export that is not yet whole.
-PARTIAL = ".partial"
+_PARTIAL = ".partial"
 EXPORT_DTYPES = ("float32", "bfloat16")
 
 
@@ -111,10 +111,10 @@ def _check_params(flat: dict, cfg: ModelConfig) -> None:
             if path in flat and flat[path].shape != shape
         ],
     }
-    found = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
-    if found:
+    wrong = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    if wrong:
         raise ValueError(
-            f"the parameters are not those of the model to export, got {'; '.join(found)}; expected the {len(shapes)} "
+            f"the parameters are not those of the model to export, got {'; '.join(wrong)}; expected the {len(shapes)} "
             "of its configuration. Export with the configuration that the parameters were made with."
         )
 
@@ -139,7 +139,7 @@ def check_target(directory: AnyPath, tokenizer_from: AnyPath | None) -> None:
             f"the export would replace {directory}, the teacher's own directory; expected another. Choose a new name."
         )
     entries = children(directory) if directory.is_dir() else None
-    is_export = entries is not None and (entries.keys() & {"config.json", PARTIAL}) and all(entries.values())
+    is_export = entries is not None and (entries.keys() & {"config.json", _PARTIAL}) and all(entries.values())
     if entries != {} and not is_export:
         raise ValueError(
             f"{directory} exists and is no earlier export (files only, config.json among them); expected a free name, "
@@ -158,10 +158,10 @@ def _appearing(directory: AnyPath) -> Iterator[AnyPath]:
     """A hidden sibling that takes the directory's name when the body is through, and disappears when it fails."""
     if in_bucket(directory):
         empty(directory)
-        write_text(directory / PARTIAL, "")
+        write_text(directory / _PARTIAL, "")
         # After an error the mark stays: what is there is no export, and the next one replaces it.
         yield directory
-        (directory / PARTIAL).unlink()
+        (directory / _PARTIAL).unlink()
         return
     partial = directory.parent / f".{directory.name}.partial"
     replaced = directory.parent / f".{directory.name}.replaced"
@@ -192,16 +192,16 @@ def _copy_files(target: AnyPath, tokenizer_from: AnyPath | None, extra_files: Se
 
 
 def _write_generation_config(
-    target: AnyPath, given: dict[str, Any] | None, tokenizer_from: AnyPath | None, base_config: dict[str, Any]
+    target: AnyPath, config: dict[str, Any] | None, tokenizer_from: AnyPath | None, base_config: dict[str, Any]
 ) -> None:
-    source = tokenizer_from / GENERATION_CONFIG if tokenizer_from is not None else None
-    if given is None and source is not None and source.is_file():
-        copy_file(source, target / GENERATION_CONFIG)
+    source = tokenizer_from / _GENERATION_CONFIG if tokenizer_from is not None else None
+    if config is None and source is not None and source.is_file():
+        copy_file(source, target / _GENERATION_CONFIG)
         return
-    if given is None:
+    if config is None:
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-        given = {key: base_config[key] for key in ids if base_config.get(key) is not None}
-    _write_json(target / GENERATION_CONFIG, given)
+        config = {key: base_config[key] for key in ids if base_config.get(key) is not None}
+    _write_json(target / _GENERATION_CONFIG, config)
 
 
 def _write_json(path: AnyPath, value: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from radlads_jax.models.decoder import Params, init_params
 from radlads_jax.models.placement import shardings
 from radlads_jax.models.tree import merge_params, path_leaves, split_params
 
-COPIED_PROJECTIONS = ("q", "k", "v", "o", "q_norm", "k_norm")
+_COPIED_PROJECTIONS = ("q", "k", "v", "o", "q_norm", "k_norm")
 
 
 def init_mixers(
@@ -29,7 +29,7 @@ def init_mixers(
     new = _init_recurrent(cfg, mesh)(seed)
     for i, stack in new["stacks"].items():
         source = {} if fresh_qkvo else teacher["stacks"][i]["mixer"]
-        for name in COPIED_PROJECTIONS:
+        for name in _COPIED_PROJECTIONS:
             if name in source and name in stack["mixer"]:
                 # A copy even where the dtype is the same: training donates the student's buffers, never the teacher's.
                 # Of them only what the mixer has: one without biases leaves the teacher's out.
@@ -95,7 +95,7 @@ def transfer_table(cfg: ModelConfig, student: Params, teacher: Params, *, fresh_
     for path, leaf in path_leaves(student).items():
         in_mixer = _in_recurrent_mixer(cfg, path)
         from_teacher = path in teacher_paths and not (
-            in_mixer and (fresh_qkvo or path.split("/")[3] not in COPIED_PROJECTIONS)
+            in_mixer and (fresh_qkvo or path.split("/")[3] not in _COPIED_PROJECTIONS)
         )
         source = "teacher" if from_teacher else "teacher (embedding)" if path == "head/kernel" else "new"
         copied, new = (copied + leaf.size, new) if source != "new" else (copied, new + leaf.size)

@@ -58,14 +58,14 @@ def _report_html(run: RunLog, usd_per_hour: Real | None = None, losses: Mapping[
         ("stages", "Stages", _stages_table(run)),
         ("loss", "Loss", _loss_charts(trained, losses or {})),
         ("rates", "Learning rate", _rate_charts(trained)),
-        ("alignment", "Alignment error by layer", alignment(run)),
+        ("alignment", "Alignment error by layer", _alignment(run)),
         ("gradient", "Gradient norm", _one_chart_each(trained, "grad_norm", "norm before the clip")),
-        ("throughput", "Throughput", throughput(trained)),
-        ("skipped", "Skipped steps and spikes", skipped(trained) + _spikes(trained)),
-        ("memory", "Memory and cost", memory(run) + cost(run, usd_per_hour)),
-        ("recipe", "Recipe and data", recipe(run)),
+        ("throughput", "Throughput", _throughput(trained)),
+        ("skipped", "Skipped steps and spikes", _skipped(trained) + _spikes(trained)),
+        ("memory", "Memory and cost", _memory(run) + _cost(run, usd_per_hour)),
+        ("recipe", "Recipe and data", _recipe(run)),
     ]
-    return page(title, sections, head(run))
+    return page(title, sections, _head(run))
 
 
 def _names_of(run: RunLog) -> tuple[str, str]:
@@ -75,7 +75,7 @@ def _names_of(run: RunLog) -> tuple[str, str]:
     return teacher, mixer.upper().replace("_", "-")
 
 
-def head(run: RunLog) -> str:
+def _head(run: RunLog) -> str:
     """Where the run stands, and its figures in large."""
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     state = "finished" if run.summary else _where(run)
@@ -144,7 +144,7 @@ def _one_chart_each(stages: Sequence[StageLog], key: str, what: str) -> str:
     return charts(figures) if figures else none("Nothing logged.")
 
 
-def alignment(run: RunLog) -> str:
+def _alignment(run: RunLog) -> str:
     """The layers' errors over time, and the first beside the last by layer."""
     stage = next((stage for stage in run.stages if stage.layers()), None)
     if stage is None:
@@ -168,7 +168,7 @@ def alignment(run: RunLog) -> str:
     return charts([over_time, by_layer])
 
 
-def throughput(stages: Sequence[StageLog]) -> str:
+def _throughput(stages: Sequence[StageLog]) -> str:
     figures = []
     for stage in stages:
         points = [(x, steps * stage.x_unit / seconds) for x, steps, seconds in stage.paces()]
@@ -180,7 +180,7 @@ def throughput(stages: Sequence[StageLog]) -> str:
     return charts(figures) + '<p class="soft">From the times of the log lines, pauses left out.</p>'
 
 
-def skipped(stages: Sequence[StageLog]) -> str:
+def _skipped(stages: Sequence[StageLog]) -> str:
     """The steps that were not finite."""
     rows = [[escape(stage.name), f"{len(steps):,}", ranges(steps)] for stage in stages if (steps := stage.skipped())]
     if not rows:
@@ -200,7 +200,7 @@ def _spikes(stages: Sequence[StageLog]) -> str:
     return table(["stage", "_spikes", "which"], rows) + f'<p class="soft">{said}</p>'
 
 
-def memory(run: RunLog) -> str:
+def _memory(run: RunLog) -> str:
     """The most memory that was taken by the end of every stage."""
     peaks = [(stage.name, number(run.stage_summary(stage.name).get("peak_bytes"))) for stage in run.stages]
     rows = [[escape(name), shown_bytes(size)] for name, size in peaks if size]
@@ -210,7 +210,7 @@ def memory(run: RunLog) -> str:
     return table(["stage", "peak memory"], rows) + f'<p class="soft">{said}</p>'
 
 
-def cost(run: RunLog, usd_per_hour: Real | None) -> str:
+def _cost(run: RunLog, usd_per_hour: Real | None) -> str:
     seconds = sum(filter(None, (_seconds(run, stage) for stage in run.stages)))
     if usd_per_hour is None or not seconds:
         return ""
@@ -219,14 +219,14 @@ def cost(run: RunLog, usd_per_hour: Real | None) -> str:
     return f"<p>{said} <b>USD {usd:,.2f}</b></p>"
 
 
-def recipe(run: RunLog) -> str:
+def _recipe(run: RunLog) -> str:
     """The settings one asks for first; all of them below, folded."""
     if not run.config:
         return none("The directory has no config.json.")
     teacher, student = _names_of(run)
-    data, given = run.config.get("data") or {}, run.config.get("student") or {}
+    data, student_config = run.config.get("data") or {}, run.config.get("student") or {}
     chosen = dataclasses.asdict(Student())
-    switches = {k: v for k, v in given.items() if v not in ("", [], None, chosen.get(k)) and k != "mixer"}
+    switches = {k: v for k, v in student_config.items() if v not in ("", [], None, chosen.get(k)) and k != "mixer"}
     apart = "see each other" if data.get("cross_document") else "are kept apart"
     lines = [
         ("teacher", teacher),

@@ -26,7 +26,7 @@ from radlads_jax.system.json_files import read_json
 from radlads_jax.system.untrusted import brief
 
 # In summary.json, what comes after the scores and is not done yet. What an earlier version wrote has all of it.
-TO_DO = "to_do"
+_TO_DO = "to_do"
 
 
 def check(job: Job) -> None:
@@ -74,7 +74,7 @@ def _check_prompt(job: Job, prompt: str) -> None:
 def finish(job: Job, student: Params, teacher: Params | None, stages: list[dict[str, Any]]) -> dict[str, Any]:
     """All of it, for a student that is trained; returns the summary that DIR/summary.json holds."""
     display.say(f"exporting to {job.workdir / 'export'}")
-    export(job, student)
+    _export(job, student)
     to_do = ["card", *(["samples"] if job.run.train.sample_prompts else [])]
     scored = False
     try:
@@ -100,7 +100,7 @@ def finished(job: Job) -> dict[str, Any] | None:
 
 def go_on(job: Job, summary: dict[str, Any]) -> dict[str, Any]:
     """Does what a `finished` run has not done yet, and samples of prompts that it was not given before."""
-    to_do, prompts = summary.pop(TO_DO, []), job.run.train.sample_prompts
+    to_do, prompts = summary.pop(_TO_DO, []), job.run.train.sample_prompts
     if [sample["prompt"] for sample in summary.get("samples", [])] != list(prompts):
         to_do = list(dict.fromkeys([*to_do, "samples"]))
     if to_do:
@@ -145,11 +145,11 @@ def _complete(
 def _keep(job: Job, summary: dict[str, Any], to_do: list[str]) -> None:
     if hosts.is_first():
         # Its presence says that export and scores are whole.
-        text = json.dumps(summary | ({TO_DO: to_do} if to_do else {}), indent=2)
+        text = json.dumps(summary | ({_TO_DO: to_do} if to_do else {}), indent=2)
         storage.write_text(job.workdir / "summary.json", text + "\n")
 
 
-def export(job: Job, student: Params) -> None:
+def _export(job: Job, student: Params) -> None:
     """DIR/export: a Hugging Face directory, its model card still without recipe and scores."""
     options = job.run.export
     save_params(

@@ -113,9 +113,9 @@ def of_teacher(source: AnyPath, base_config: Mapping[str, Any]) -> dict[str, Any
         by_file.setdefault(tensor.file, []).append(name)
     hashes: dict[str, str] = {}
     for file, names in by_file.items():
-        ranges = [(name, piece) for name in names for piece in _samples(tensors[name])]
+        ranges = [(name, sample) for name in names for sample in _samples(tensors[name])]
         digests = {name: hashlib.sha256() for name in names}
-        for (name, _), data in zip(ranges, read_ranges(file, [piece for _, piece in ranges]), strict=True):
+        for (name, _), data in zip(ranges, read_ranges(file, [sample for _, sample in ranges]), strict=True):
             digests[name].update(data)
         hashes |= {name: digest.hexdigest()[:16] for name, digest in digests.items()}
     described = {n: f"{t.dtype.name} {list(t.shape)} {hashes[n]}" for n, t in sorted(tensors.items())}

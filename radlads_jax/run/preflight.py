@@ -34,14 +34,14 @@ from radlads_jax.system.untrusted import brief, listed
 
 # Random weights are at log(vocab) or above it, and so is a teacher that reads another tokenizer's ids; one that can say
 # something of its text is far below.
-NEAR_CHANCE = 0.85
+_NEAR_CHANCE = 0.85
 
 
-class Finding(NamedTuple):
+class _Finding(NamedTuple):
     """What one check found. problem: why the run should not begin, and what to change; "" where all is well."""
 
     name: str
-    found: str
+    result: str
     problem: str = ""
 
 
@@ -58,12 +58,12 @@ def check(job: Job, *, force: bool = False, whole: bool = False) -> Params | Non
     if begun and not whole:
         findings = [disk(job)]
     else:
-        findings = [disk(job), data(job), Finding("rates", rates.described(map(job.stage_plan, job.run.stages)))]
-        findings += [tokenizer(job), checkpoints(job), export_format(job)]
+        findings = [disk(job), data(job), _Finding("rates", rates.described(map(job.stage_plan, job.run.stages)))]
+        findings += [tokenizer(job), _checkpoints(job), export_format(job)]
         if job.source is not None and job.student.recurrent_mixer:
             teacher = job.load_teacher(job.run.teacher.dtype)
-            findings.append(teacher_loss(job, teacher))
-        findings.append(kernels(job))
+            findings.append(_teacher_loss(job, teacher))
+        findings.append(_kernels(job))
     problems = [finding.problem for finding in findings if finding.problem]
     if hosts.is_first() and (problems or whole or not begun):
         _print(findings)
@@ -73,7 +73,7 @@ def check(job: Job, *, force: bool = False, whole: bool = False) -> Params | Non
     return teacher
 
 
-def disk(job: Job) -> Finding:
+def disk(job: Job) -> _Finding:
     """What checkpoints and export will take at most, by their shapes, beside the disk's free space."""
     directory, run = epath.Path(job.workdir), job.run
     largest = left = 0
@@ -96,26 +96,26 @@ def disk(job: Job) -> Finding:
         left += sum(_bytes(location.disk_shape, run.export.dtype) for location in tensors)
     free = free_bytes(job.workdir)
     if free is None:
-        return Finding("disk", f"at most {shown_bytes(left)} to write; how much a bucket has left is not known")
-    found = f"at most {shown_bytes(left)} of checkpoints and export to write, {shown_bytes(free)} free"
+        return _Finding("disk", f"at most {shown_bytes(left)} to write; how much a bucket has left is not known")
+    result = f"at most {shown_bytes(left)} of checkpoints and export to write, {shown_bytes(free)} free"
     if left <= free:
-        return Finding("disk", found)
-    return Finding(
+        return _Finding("disk", result)
+    return _Finding(
         "disk",
-        found,
+        result,
         f"the run will write up to {shown_bytes(left)} below {job.workdir}, where {shown_bytes(free)} are free; "
         "expected room for all of it. Free some, choose a --workdir on a larger disk, or lower "
         "config.train.keep_checkpoints.",
     )
 
 
-def export_format(job: Job) -> Finding:
+def export_format(job: Job) -> _Finding:
     """The format that the student will be exported in, whether it has a place for all of it, and what loads it."""
     form = writer_for(job.student, job.run.export.engine)
     retied = dataclasses.replace(job.student, tie_embeddings=job.student.tie_embeddings or job.run.export.retie)
     if not (obstacles := form.obstacles(retied, None)):
-        return Finding("export", f"as {form.name}{_read_by(form.readers(retied))}")
-    return Finding(
+        return _Finding("export", f"as {form.name}{_read_by(form.readers(retied))}")
+    return _Finding(
         "export",
         f"{form.name} has no place for {'; '.join(obstacles)}",
         f"the student will be exported as {form.name}, which has no place for {'; '.join(obstacles)}; expected "
@@ -129,7 +129,7 @@ def _read_by(readers: Mapping[str, list[str]]) -> str:
     return "; ".join([f", which {' and '.join(loading)} load", *others]) if readers else ""
 
 
-def data(job: Job) -> Finding:
+def data(job: Job) -> _Finding:
     """How often every stage goes through the data."""
     shares = []
     for name in job.run.stages:
@@ -140,10 +140,10 @@ def data(job: Job) -> Finding:
         shares.append(f"{name} reads {f'{share:.0%} of them' if share <= 1 else f'them {share:.1f} times'}")
     count = job.token_file.num_tokens - job.eval_tokens
     read = f"{count:,} tokens besides {job.eval_tokens:,} held out, of {described(job.token_file, job.depends['data'])}"
-    return Finding("data", f"{read}; {', '.join(shares)}")
+    return _Finding("data", f"{read}; {', '.join(shares)}")
 
 
-def tokenizer(job: Job) -> Finding:
+def tokenizer(job: Job) -> _Finding:
     """Whether the data's tokenizer numbers tokens as the teacher's own does, where the teacher has another."""
     vocab, end = job.tokenizer.get_vocab(), job.tokenizer.eos_token
     ends = "are not ended" if end is None else f"end with {brief(end)} ({job.tokenizer.eos_token_id})"
@@ -151,14 +151,14 @@ def tokenizer(job: Job) -> Finding:
     begin = f"begin with {first} ({', '.join(map(str, job.beginning))}) and " if job.beginning else ""
     if job.beginning != (usual := prompt_beginning(job.tokenizer)):
         ends += f"; prompts begin otherwise, with {brief(job.tokenizer.decode(list(usual)) or 'nothing')}"
-    found = f"{len(vocab):,} tokens in a vocabulary of {job.teacher.vocab_size:,}; documents {begin}{ends}"
+    result = f"{len(vocab):,} tokens in a vocabulary of {job.teacher.vocab_size:,}; documents {begin}{ends}"
     own = _own_vocabulary(job)
     moved = [token for token, number in vocab.items() if own.get(token, number) != number]
     if not moved:
-        return Finding("tokenizer", found)
-    return Finding(
+        return _Finding("tokenizer", result)
+    return _Finding(
         "tokenizer",
-        found,
+        result,
         f"the tokenizer in {job.tokenizer_dir} gives {len(moved):,} tokens other ids than that of the teacher in "
         f"{job.source}: {listed(moved)}; expected the same ids. Leave config.data.tokenizer out.",
     )
@@ -174,7 +174,7 @@ def _own_vocabulary(job: Job) -> dict[str, int]:
         return {}
 
 
-def checkpoints(job: Job) -> Finding:
+def _checkpoints(job: Job) -> _Finding:
     """Saves and restores a small checkpoint in the work directory, its array split over all devices.
 
     Raises ValueError where the hosts do not share the directory, or the numbers come back changed.
@@ -203,7 +203,7 @@ def checkpoints(job: Job) -> Finding:
             f"a checkpoint saved in {job.workdir} was restored with other numbers; expected the same bits. Do not "
             "trust this disk: choose another --workdir."
         )
-    return Finding("checkpoints", "a small one was saved and restored")
+    return _Finding("checkpoints", "a small one was saved and restored")
 
 
 def _round_trip(job: Job, place: epath.Path) -> bool:
@@ -214,23 +214,23 @@ def _round_trip(job: Job, place: epath.Path) -> bool:
         written.save(1, {"numbers": numbers}, data_state={}, meta={}, wait=True)
     abstract = {"numbers": jax.ShapeDtypeStruct(numbers.shape, numbers.dtype, sharding=placed)}
     # By another one, as in a run: Orbax's own that has saved to a bucket takes it for unfinished in all but process 0.
-    with Checkpoints(place / "checkpoint") as found:
-        restored, _, _ = found.restore(1, abstract)
+    with Checkpoints(place / "checkpoint") as reader:
+        restored, _, _ = reader.restore(1, abstract)
     return bool(hosts.fetched(jax.jit(jnp.array_equal)(numbers, restored["numbers"])))
 
 
-def teacher_loss(job: Job, teacher: Params) -> Finding:
+def _teacher_loss(job: Job, teacher: Params) -> _Finding:
     """The teacher's loss per token on the first rows of the first batch; a problem where it is that of chance."""
     run, rows = job.run, job.run.train.eval_batch_size
     batch = next(job.batches(run.stages[0], rows))
     measured = heldout.evaluate(job.teacher, teacher, [batch], rows, mesh=job.mesh)
     loss, chance = measured["student"]["loss"], math.log(job.teacher.vocab_size)
-    found = f"loss {loss:.3f} on the first {measured['tokens']:,} tokens; that of chance is {chance:.3f}"
-    if loss < NEAR_CHANCE * chance:
-        return Finding("teacher", found)
-    return Finding(
+    result = f"loss {loss:.3f} on the first {measured['tokens']:,} tokens; that of chance is {chance:.3f}"
+    if loss < _NEAR_CHANCE * chance:
+        return _Finding("teacher", result)
+    return _Finding(
         "teacher",
-        found,
+        result,
         f"the teacher {job.source} has a loss of {loss:.3f} on the first {measured['tokens']:,} tokens, where guessing "
         f"among its {job.teacher.vocab_size:,} tokens gives {chance:.3f}; expected one well below that. Check that the "
         "weights are trained and whole, that data and teacher have one tokenizer (config.data.tokenizer, or the one "
@@ -238,26 +238,26 @@ def teacher_loss(job: Job, teacher: Params) -> Finding:
     )
 
 
-def kernels(job: Job) -> Finding:
+def _kernels(job: Job) -> _Finding:
     """The devices, how the run is spread over them, and which implementation of the recurrence they get."""
     sizes = {} if job.mesh is None else {axis: size for axis, size in job.mesh.shape.items() if size > 1}
     used = "one device" if job.mesh is None else " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-    found = f"{used} of {jax.device_count()} ({jax.devices()[0].device_kind})"
+    result = f"{used} of {jax.device_count()} ({jax.devices()[0].device_kind})"
     operator = MIXERS[job.student.recurrent_mixer].operator if job.student.recurrent_mixer else None
     if operator is not None:
         head_sizes = (job.student.head_dim, job.student.head_dim)
         run = dispatch.choose(operator.name, operator.implementations, None, head_sizes)
         name = next(name for name, function in operator.implementations.items() if function is run)
-        found = f"{operator.name} runs as {name} on {found}"
-    return Finding("kernels", found)
+        result = f"{operator.name} runs as {name} on {result}"
+    return _Finding("kernels", result)
 
 
-def _print(findings: list[Finding]) -> None:
+def _print(findings: list[_Finding]) -> None:
     console = Console()
     console.print("[bold]before the run[/bold]")
-    for name, found, problem in findings:
+    for name, result, problem in findings:
         style = "red" if problem else None
-        line = f"  {'NO' if problem else 'ok'}  {name:12} {found}"
+        line = f"  {'NO' if problem else 'ok'}  {name:12} {result}"
         console.print(line, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 

@@ -31,9 +31,9 @@ from radlads_jax.system import hosts, storage
 from radlads_jax.system.stopping import stop_signals
 
 # The mean of so many steps is what a summary calls the last loss.
-LOSSES_KEPT = 20
+_LOSSES_KEPT = 20
 # After so long there is a line, however few steps it was.
-LINE_SECONDS = 10
+_LINE_SECONDS = 10
 
 
 class Interrupted(RuntimeError):
@@ -49,7 +49,7 @@ class TooManyNonFinite(RuntimeError):
     """The loss or its gradient was not finite for too many steps in a row."""
 
 
-class Clock:
+class _Clock:
     """Time, losses and memory of a stage, carried over restarts in the checkpoints' meta; compilation is not timed."""
 
     def __init__(self, meta: dict[str, Any]):
@@ -84,7 +84,7 @@ class Clock:
             return False
         spike = is_spike(loss, self.last_losses)
         self.first_loss = loss if self.first_loss is None else self.first_loss
-        self.last_losses = [*self.last_losses[1 - LOSSES_KEPT :], loss]
+        self.last_losses = [*self.last_losses[1 - _LOSSES_KEPT :], loss]
         return spike
 
     def meta(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def convert(job: Job, teacher: Params | None = None, begun: Callable[[], None] =
     project, settings = job.run.train.wandb_project, job.run.settings()
     wandb = WandbCurves(job.workdir, project, settings) if project and hosts.is_first() else None
     with MetricsLogger(job.workdir, wandb=wandb) as logger, stop_signals() as stopping:
-        stages, student = train_all(_Run(job, teacher, logger, stopping, begun))
+        stages, student = _train_all(_Run(job, teacher, logger, stopping, begun))
         begun()
         if signum := hosts.agreed(stopping() or 0):
             raise Interrupted(signum, "the end of the last stage")
@@ -140,12 +140,12 @@ class _Resume:
     state: TrainState | None = None
 
 
-def train_all(run: _Run) -> tuple[list[dict[str, Any]], Params]:
+def _train_all(run: _Run) -> tuple[list[dict[str, Any]], Params]:
     """Every stage's summary line, and the student after the last one."""
     names = run.job.run.stages
     while True:
         try:
-            stages = [run_stage(run, name) for name in names]
+            stages = [_run_stage(run, name) for name in names]
             return stages, student_after(run.job, names, run.teacher, whole=True)
         except DamagedCheckpoint as error:
             # It has been set aside, once and no more: its stage goes on from the one before, to the same bits, and
@@ -153,7 +153,7 @@ def train_all(run: _Run) -> tuple[list[dict[str, Any]], Params]:
             say(f"going back to repeat the steps up to {error.step}")
 
 
-def run_stage(run: _Run, name: str) -> dict[str, Any]:
+def _run_stage(run: _Run, name: str) -> dict[str, Any]:
     """Trains a stage from its newest checkpoint, or from what the stages before left; returns its summary line."""
     job, train = run.job, run.job.run.train
     last = job.run.stage(name).steps
@@ -165,7 +165,7 @@ def run_stage(run: _Run, name: str) -> dict[str, Any]:
         if saved is not None and saved.state is None:
             say(f"{name}: all {last} steps are done already")
             return _summary_line(job, name, saved.meta)
-        clock = Clock(saved.meta if saved is not None else {})
+        clock = _Clock(saved.meta if saved is not None else {})
         if saved is not None:
             say(f"{name}: continuing from the checkpoint of step {start} of {last}")
         _StageRun(run, name, checkpoints, clock).train(start, saved)
@@ -182,7 +182,7 @@ def _resume(job: Job, name: str, checkpoints: Checkpoints, step: int) -> _Resume
 class _StageRun:
     """One stage while it trains: every step's metrics are logged once, and it saves as it goes."""
 
-    def __init__(self, run: _Run, name: str, checkpoints: Checkpoints, clock: Clock):
+    def __init__(self, run: _Run, name: str, checkpoints: Checkpoints, clock: _Clock):
         job = run.job
         self.run, self.job, self.name, self.checkpoints, self.clock = run, job, name, checkpoints, clock
         self.plan, self.options = job.stage_plan(name), job.run.train
@@ -266,7 +266,7 @@ class _StageRun:
 class _StopPolicy:
     """When a stage stops, and when it has a line: in every process at the same steps."""
 
-    def __init__(self, stopping: Callable[[], int | None], clock: Clock, every: int, last: int):
+    def __init__(self, stopping: Callable[[], int | None], clock: _Clock, every: int, last: int):
         self.stopping, self.clock, self.every, self.last = stopping, clock, every, last
         self.seconds_each = 0
 
@@ -274,12 +274,12 @@ class _StopPolicy:
         """(the signal to stop by after this step, if any; whether the step has a line)."""
         wants_line = step == self.last or step % self.every == 0
         if jax.process_count() == 1:
-            return self.stopping(), wants_line or self.clock.waited() > LINE_SECONDS
+            return self.stopping(), wants_line or self.clock.waited() > _LINE_SECONDS
         # Several processes ask each other, at each long step.
         asks = wants_line or self.seconds_each > 0
         stop = (asks and hosts.agreed(self.stopping() or 0)) or None
         self.seconds_each = hosts.agreed(int(self.clock.waited(step))) if asks else self.seconds_each
-        return stop, wants_line or self.seconds_each > LINE_SECONDS
+        return stop, wants_line or self.seconds_each > _LINE_SECONDS
 
 
 def _non_finite_message(workdir: storage.AnyPath, name: str, step: int, in_a_row: int) -> str:

@@ -156,7 +156,7 @@ def size(path: AnyPath) -> int:
     return _filesystem().info(str(path))["size"] if in_bucket(path) else os.path.getsize(path)
 
 
-def version(path: AnyPath) -> tuple[str, int, int]:
+def _version(path: AnyPath) -> tuple[str, int, int]:
     """A file's name, bytes and what changes whenever it is written: its time in ns, in a bucket its generation."""
     if in_bucket(path):
         info = _filesystem().info(str(path))
@@ -187,8 +187,8 @@ def sizes_below(directory: AnyPath) -> dict[str, int]:
 def children(directory: AnyPath) -> dict[str, bool]:
     """What a directory holds, by name: whether it is a file."""
     if in_bucket(directory):
-        found = {entry["name"]: entry["type"] == "file" for entry in _filesystem().ls(str(directory), detail=True)}
-        return {name.rstrip("/").split("/")[-1]: is_file for name, is_file in found.items() if not name.endswith("/")}
+        files = {entry["name"]: entry["type"] == "file" for entry in _filesystem().ls(str(directory), detail=True)}
+        return {name.rstrip("/").split("/")[-1]: is_file for name, is_file in files.items() if not name.endswith("/")}
     return {each.name: each.is_file() for each in directory.iterdir()}
 
 
@@ -198,7 +198,7 @@ def read_text(path: AnyPath) -> str:
 
 
 def open_text(path: AnyPath, *, unpack: bool = False) -> io.TextIOWrapper:
-    """A file's text, to be read in pieces, without the byte order mark it may begin with. unpack: it is a gzip file."""
+    """A file's text, read block by block, without the byte order mark it may begin with. unpack: it is a gzip file."""
     if unpack:
         return gzip.open(path.open("rb") if in_bucket(path) else path, "rt", encoding="utf-8-sig")
     # epath has no encoding of its own for a bucket's text.
@@ -206,11 +206,11 @@ def open_text(path: AnyPath, *, unpack: bool = False) -> io.TextIOWrapper:
 
 
 def write_text(path: AnyPath, text: str) -> None:
-    """Writes a whole file in UTF-8, as `write_bytes` does."""
-    write_bytes(path, text.encode("utf-8"))
+    """Writes a whole file in UTF-8, as `_write_bytes` does."""
+    _write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path: AnyPath, data: bytes) -> None:
+def _write_bytes(path: AnyPath, data: bytes) -> None:
     """Writes a whole file; a reader sees the old one or the new one, nothing between."""
     if in_bucket(path):
         _filesystem().pipe_file(str(path), data)
@@ -258,17 +258,17 @@ def read_ranges(path: AnyPath, ranges: Sequence[tuple[int, int]]) -> list[bytes 
     """The bytes from start to stop of every range of a file; hardly any beside them are read or fetched."""
     if not in_bucket(path):
         return _read_local_ranges(path, ranges)
-    pieces = [
+    requests = [
         (number, begin, min(begin + DOWNLOAD_BYTES, stop))
         for number, (start, stop) in enumerate(ranges)
         for begin in range(start, stop, DOWNLOAD_BYTES)
     ]
-    _, begins, ends = zip(*pieces, strict=True) if pieces else ((), (), ())
+    _, begins, ends = zip(*requests, strict=True) if requests else ((), (), ())
     fetched = _filesystem().cat_ranges(
-        [str(path)] * len(pieces), list(begins), list(ends), batch_size=_REQUESTS_AT_ONCE, on_error="raise"
+        [str(path)] * len(requests), list(begins), list(ends), batch_size=_REQUESTS_AT_ONCE, on_error="raise"
     )
     parts: list[list[bytes]] = [[] for _ in ranges]
-    for (number, begin, end), data in zip(pieces, fetched, strict=True):
+    for (number, begin, end), data in zip(requests, fetched, strict=True):
         if len(data) != end - begin:
             raise OSError(f"{path} gave {len(data)} of {end - begin} bytes from byte {begin} on; try again.")
         parts[number].append(data)
@@ -310,7 +310,7 @@ def local_directory(directory: AnyPath, patterns: Sequence[str]) -> Path:
         return Path(directory)
     there = [name for name, is_file in children(directory).items() if is_file]
     wanted = sorted(name for name in there if any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
-    versions = [version(directory / name) for name in wanted]
+    versions = [_version(directory / name) for name in wanted]
     target = _cache_directory() / hashlib.sha256(repr((str(directory), versions)).encode()).hexdigest()[:16]
     target.mkdir(parents=True, exist_ok=True)
     for name in wanted:
@@ -318,7 +318,7 @@ def local_directory(directory: AnyPath, patterns: Sequence[str]) -> Path:
     return target
 
 
-def staged(path: AnyPath, *, kept: bool = False) -> Path:
+def unpublished(path: AnyPath, *, kept: bool = False) -> Path:
     """Where to write, on this disk, what `publish` then gives its name.
 
     kept: under a name that does not depend on the process, so that a later one finds what this one had to leave.
@@ -334,7 +334,7 @@ def staged(path: AnyPath, *, kept: bool = False) -> Path:
 
 
 def publish(written: Path, path: AnyPath) -> None:
-    """Gives a staged file its name; one that goes to a bucket also stays here, as the copy of it."""
+    """Gives an unpublished file its name; one that goes to a bucket also stays here, as the copy of it."""
     if not in_bucket(path):
         written.replace(path)
         return
@@ -357,7 +357,7 @@ def _fetch(path: AnyPath, copy: Path) -> None:
 
 
 def _place_of_copy(path: AnyPath) -> Path:
-    digest = hashlib.sha256(repr(version(path)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr(_version(path)).encode()).hexdigest()[:16]
     return _cache_directory() / digest / path.name
 
 

@@ -63,7 +63,7 @@ def test_dtypes_and_shapes(tmp_path: Path) -> None:
     assert batch["tokens"][:, 0].tolist() == [11, 1, 6]
 
 
-def test_cross_document_rows_are_one_piece(tmp_path: Path) -> None:
+def test_cross_document_rows_are_one_segment(tmp_path: Path) -> None:
     row = train_rows(token_file(tmp_path, [3, 4, 5]), 12, cross_document=True)[0]
     assert row["segment_ids"].tolist() == [1] * 12
     assert row["positions"].tolist() == list(range(12))

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -109,7 +110,7 @@ def test_a_token_file_is_recognised(tmp_path: Path) -> None:
         assert resolve(Source(str(tmp_path / name))).kind == "binidx"
     with pytest.raises(ValueError, match="it holds tokens already"):
         documents(Source(str(tmp_path / "t.v1")))
-    with pytest.raises(ValueError, match="is a directory with token files; expected one file"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}.*token files"):
         resolve(Source(str(tmp_path)))
 
 

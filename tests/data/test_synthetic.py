@@ -129,10 +129,10 @@ def test_verbs_agree_with_their_subject_and_pronouns_with_the_name(texts: list[s
     verbs = {verb for habits in words.CREATURES.values() for verb in habits}
     # With "that", the verb of the sentence comes after another animal.
     relative = r"(?: that (\w+) the \w+ \w+ \w+)?"
-    found = re.findall(rf"[Tt]he \w+ \w+ ({nouns}){relative} (\w+)", text)
-    assert len(found) > 300
-    assert sum(bool(seeing) for _, seeing, _ in found) > 20
-    for noun, seeing, verb in found:
+    clauses = re.findall(rf"[Tt]he \w+ \w+ ({nouns}){relative} (\w+)", text)
+    assert len(clauses) > 300
+    assert sum(bool(seeing) for _, seeing, _ in clauses) > 20
+    for noun, seeing, verb in clauses:
         many = noun not in words.CREATURES
         assert verb in (verbs if many else set(map(words.singular_verb, verbs)))
         assert seeing in ("", *(words.SEEING if many else map(words.singular_verb, words.SEEING)))
@@ -153,17 +153,17 @@ def test_each_passage_writes_something(name: str) -> None:
 
 
 def test_spans_make_the_document_and_need_memory(texts: list[str]) -> None:
-    pieces = [span for index in range(len(texts)) for span in synthetic.spans(synthetic.TRAIN_SEED, index)]
-    assert "".join(span.text for span in pieces) == "".join(texts)
-    characters = sum(len(span.text) for span in pieces)
+    parts = [span for index in range(len(texts)) for span in synthetic.spans(synthetic.TRAIN_SEED, index)]
+    assert "".join(span.text for span in parts) == "".join(texts)
+    characters = sum(len(span.text) for span in parts)
     for kind, least in (("recall", 0.09), ("copy", 0.045), ("count", 0.03)):
-        assert sum(len(span.text) for span in pieces if span.kind == kind) > least * characters
+        assert sum(len(span.text) for span in parts if span.kind == kind) > least * characters
 
 
 def test_every_word_is_one_token(tokenizer: Tokenizer, texts: list[str]) -> None:
-    found = {word for text in texts for word in re.findall(r" [A-Za-z]+", text)}
-    assert len(found) > 200
-    assert [word for word in found if len(tokenizer.encode(word).ids) != 1] == []
+    distinct = {word for text in texts for word in re.findall(r" [A-Za-z]+", text)}
+    assert len(distinct) > 200
+    assert [word for word in distinct if len(tokenizer.encode(word).ids) != 1] == []
 
 
 def test_the_demo_teachers_tokenizer_can_be_made_again(tokenizer: Tokenizer) -> None:

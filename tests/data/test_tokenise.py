@@ -66,15 +66,15 @@ def test_long_documents_are_tokenised_in_pieces_without_a_seam(name, text, reque
 def test_no_more_than_a_piece_is_given_to_the_tokenizer(byte_level, monkeypatch):
     monkeypatch.setattr(tokenise, "PIECE_CHARACTERS", 4_000)
     monkeypatch.setattr(tokenise, "OVERLAP_CHARACTERS", 512)
-    given: list[int] = []
+    lengths: list[int] = []
 
     class Watched:
         def encode_batch(self, input: list[str], *, add_special_tokens: bool) -> list:
-            given.extend(map(len, input))
+            lengths.extend(map(len, input))
             return byte_level.encode_batch(input, add_special_tokens=add_special_tokens)
 
     list(tokenised([LONG["tales"], "short"], Watched(), Framing()))
-    assert len(LONG["tales"]) > 20_000 and max(given) == 4_000
+    assert len(LONG["tales"]) > 20_000 and max(lengths) == 4_000
 
 
 @pytest.mark.parametrize("text", [f"It ends. {END}", f"{END} begins", f"a{END}b{END}", "<|im_start|>user"])
@@ -116,7 +116,7 @@ def test_the_bos_setting(llama_like, byte_level, bos, llama, gpt2, qwen):
     assert tokens.framing(run, wrapped(byte_level, bos_token=END, eos_token=END)).beginning == gpt2
     without = wrapped(byte_level, eos_token=END)
     if qwen is None:
-        with pytest.raises(ValueError, match=r"config.data.bos is true and the tokenizer has no token"):
+        with pytest.raises(ValueError, match=r"config\.data\.bos.* no token"):
             tokens.framing(run, without)
     else:
         assert tokens.framing(run, without).beginning == qwen

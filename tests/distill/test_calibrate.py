@@ -70,9 +70,9 @@ def test_statistics_are_those_of_a_loop_over_queries(seen, weights, batch):
                     p /= p.sum()
                     far.append((head, p @ np.maximum(t - np.array(late), 0.5)))
                     spread.append((head, -p @ np.log(p)))
-    for found, pairs in ((seen[0].look_back, far), (seen[0].entropy, spread), (seen[0].output_rms ** 2, squares)):
+    for statistic, pairs in ((seen[0].look_back, far), (seen[0].entropy, spread), (seen[0].output_rms ** 2, squares)):
         expected = [np.mean([x for h_, x in filter(None, pairs) if h_ == head]) for head in range(4)]
-        np.testing.assert_allclose(found[0], expected, rtol=1e-4)
+        np.testing.assert_allclose(statistic[0], expected, rtol=1e-4)
     x = h[ids > 0]
     normal = x.T @ x + 1e-2 * np.mean(np.square(x).sum(0)) * np.eye(32)
     np.testing.assert_allclose(seen[0].constant[0], np.linalg.solve(normal, x.sum(0)), rtol=1e-3, atol=1e-4)
@@ -101,8 +101,8 @@ def test_eight_devices_calibrate_as_one_does(weights, batch):
     expected = calibrated(GDN, teacher, jax.tree.map(jnp.copy, mixers), weights, batch)
     placed = jax.device_put(mixers, shardings(mesh, mixers, GDN))
     rows = sharding.place_rows(mesh, jax.tree.map(np.asarray, batch), 2)
-    found = calibrated(GDN, teacher, placed, jax.device_put(weights, shardings(mesh, weights, teacher)), rows, (), mesh)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-5), found, expected)
+    got = calibrated(GDN, teacher, placed, jax.device_put(weights, shardings(mesh, weights, teacher)), rows, (), mesh)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-5), got, expected)
 
 
 @pytest.mark.parametrize(

@@ -227,8 +227,8 @@ def test_moments_kept_in_bfloat16():
     kept = path_leaves(state)
     moments = {path.split("/")[-2]: leaf for path, leaf in kept.items() if path.endswith("head")}
     assert moments.keys() == {"mu", "nu"} and all(leaf.dtype == jnp.bfloat16 for leaf in moments.values())
-    for found, expected in ((moments["mu"], first), (moments["nu"], second), (updates["head"], wanted)):
-        error = np.asarray(found, np.float64) - expected
+    for got, expected in ((moments["mu"], first), (moments["nu"], second), (updates["head"], wanted)):
+        error = np.asarray(got, np.float64) - expected
         assert np.sqrt(np.mean(error**2) / np.mean(expected**2)) < 0.02
 
 

@@ -166,22 +166,23 @@ def header_bytes(rng: Rng, header: dict, data: bytes) -> bytes:
 
 def index(rng: Rng, place: Path) -> None:
     readers.write_model(place, files=3)
-    found = json.loads((place / INDEX).read_text())
-    weight_map, name = found["weight_map"], rng.choice(list(found["weight_map"]))
+    contents = json.loads((place / INDEX).read_text())
+    weight_map, name = contents["weight_map"], rng.choice(list(contents["weight_map"]))
     file = weight_map[name]
     (place.parent / file).write_bytes((place / file).read_bytes())
     action = rng.randrange(6)
     if action == 0:
         weight_map[name] = rng.choice(OUTSIDE).format(file)
     elif action == 1:
-        found["weight_map"] = {each: rng.choice(OUTSIDE[:4]).format(where) for each, where in weight_map.items()}
+        contents["weight_map"] = {each: rng.choice(OUTSIDE[:4]).format(where) for each, where in weight_map.items()}
     elif action == 2:
         weight_map[name] = rng.choice(JUNK)
     elif action == 3:
         (place / file).unlink()
     elif action == 4:
-        found["weight_map"] = rng.choice(
-            (*JUNK, {name: file}, weight_map | {"new": file}, weight_map | {"x": "y.safetensors"})
+        other = next(where for where in weight_map.values() if where != file)
+        contents["weight_map"] = rng.choice(
+            (*JUNK, {name: file}, weight_map | {name: other}, weight_map | {"x": "y.safetensors"})
         )
     else:
         text = (place / INDEX).read_bytes()
@@ -190,7 +191,7 @@ def index(rng: Rng, place: Path) -> None:
             rng.choice((broken, deep(rng).encode(), b"\xff" + text, b"9" * 5000, b"", text + b"}"))
         )
         return
-    (place / INDEX).write_text(json.dumps(found))
+    (place / INDEX).write_text(json.dumps(contents))
 
 
 SIZES = (
@@ -329,7 +330,7 @@ KINDS = {
     "safetensors: other names": Kind(weights_case(other_names), readers.read_weights),
     "safetensors: file's size": Kind(weights_case(size_of_file), readers.read_weights),
     "safetensors: header's bytes": Kind(weights_case(header_bytes), readers.read_weights, may_be_sound=True),
-    "index": Kind(index, readers.read_weights),
+    "index": Kind(index, readers.read_indexed),
     "config: values": Kind(config_value, readers.read_weights),
     "config: text": Kind(config_text, readers.read_weights),
     "config: any place": Kind(config_anywhere, readers.read_config_only, may_be_sound=True),

@@ -29,8 +29,8 @@ NUMBERS = (-(2**63), -1, 0, 1, 2, 3, 7, 8, 255, 2**16, 2**31, 2**32, 2**62, 2**6
 def words() -> list[str]:
     """The names in the readers' source: strings without a space."""
     nodes = [node for file in WORD_FILES for node in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8")))]
-    found = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    return sorted(word for word in found if 0 < len(word) < 30 and " " not in word)
+    strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return sorted(word for word in strings if 0 < len(word) < 30 and " " not in word)
 
 
 WORDS = words()

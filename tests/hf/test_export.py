@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ def test_model_card_of_a_run():
     assert "# RAD-RWKV6 student of Qwen/Qwen2.5-0.5B-Instruct" in card
     assert "3, of which number 2 is softmax attention" in card
     # Two recurrent layers of 4 heads of 8 x 8 float32 and the last inputs in bfloat16; one softmax layer, 2 kv heads.
-    assert "2.18 kB, whatever its length, and 64 B a token in softmax layers" in card
+    assert re.search(r"\b2\.18 kB\b.*\b64 B a token\b", card)
     # The tokens that were read, which fill whole batches, not those that were asked for.
     assert "| stage2 | everything, KL to the teacher | 1,001 | 512 | 96 | 1e-05 to 1e-05, 1e-05 to 1e-05 |" in card
     assert "| teacher | 1.0000 | 62.50% | | |" in card and "| student | 1.2500 | 50.00% | 0.1250 | 75.00% |" in card
@@ -151,7 +152,7 @@ def test_all_obstacles_are_named_before_anything_is_written(exported, tmp_path):
     (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"use_rope": True, "tie_word_embeddings": True}))
     (tmp_path / "a" / "model.safetensors").symlink_to(source / "model.safetensors")
     (tmp_path / "a" / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
-    with pytest.raises(ValueError, match=r"RoPE .*; a tied head .*; a tokenizer of type WordPiece") as raised:
+    with pytest.raises(ValueError, match=r"RoPE.*tied.*WordPiece") as raised:
         export_again(tmp_path / "a", tmp_path / "b", writer="llama.cpp")
     assert "\n" not in str(raised.value) and not (tmp_path / "b").exists()
 

@@ -56,12 +56,12 @@ def test_logits_in_bfloat16(export, name):
     assert relative_rms(torch_logits(model, tokens), expected) < 1.5 * ours < 0.1
 
 
-@pytest.mark.parametrize("pieces", [(1,) * 40, (1, 33, 1, 5), (17, 23)], ids=str)
+@pytest.mark.parametrize("chunks", [(1,) * 40, (1, 33, 1, 5), (17, 23)], ids=str)
 @pytest.mark.parametrize("name", SOME)
-def test_decoding_in_pieces_is_reading_at_once(export, name, pieces):
+def test_decoding_in_chunks_is_reading_at_once(export, name, chunks):
     model, tokens = export(name).model(), torch.as_tensor(ids(2, 40))
     cache, got = None, []
-    for part in tokens.split(pieces, dim=1):
+    for part in tokens.split(chunks, dim=1):
         with torch.no_grad():
             out = model(part, past_key_values=cache, use_cache=True)
         cache = out.past_key_values

@@ -137,13 +137,13 @@ def test_what_transformers_packs_is_told_apart(export):
     assert out.loss.item() == pytest.approx(sum(losses) / (sum(map(len, documents)) - 3), rel=1e-5)
 
 
-@pytest.mark.parametrize("pieces", [(40, 65), (35, 1, 1, 68)], ids=str)
+@pytest.mark.parametrize("chunks", [(40, 65), (35, 1, 1, 68)], ids=str)
 @pytest.mark.parametrize("name", SOME)
-def test_packed_rows_in_pieces_are_packed_rows_at_once(export, name, pieces):
-    """Documents that end where a piece does, go on in the next, or are a piece of one token."""
+def test_packed_rows_in_chunks_are_packed_rows_at_once(export, name, chunks):
+    """Documents that end where a chunk does, go on in the next, or are a chunk of one token."""
     model, (_, rows, positions) = export(name).model(), packed()
     cache, got = None, []
-    for part, at in zip(rows.split(pieces, 1), positions.split(pieces, 1), strict=True):
+    for part, at in zip(rows.split(chunks, 1), positions.split(chunks, 1), strict=True):
         with torch.no_grad():
             out = model(part, position_ids=at, past_key_values=cache, use_cache=True)
         cache = out.past_key_values

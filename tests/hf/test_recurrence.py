@@ -49,9 +49,9 @@ def token_loop(op: str, r, log_w, k, v, *rest):
 @pytest.mark.parametrize(("op", "decay"), [("wkv6", -5.0), ("wkv6", -0.01), ("wkv7", -0.6065), ("wkv7", -0.01)])
 @pytest.mark.parametrize("length", [1, 2, 32, 75])
 def test_recurrence_and_its_gradients(op, length, decay):
-    given = sequences(op, length, decay)
-    expected_in = [x.double().requires_grad_() for x in given]
-    got_in = [x.clone().requires_grad_() for x in given]
+    arguments = sequences(op, length, decay)
+    expected_in = [x.double().requires_grad_() for x in arguments]
+    got_in = [x.clone().requires_grad_() for x in arguments]
     expected, got = token_loop(op, *expected_in), getattr(operators()[op], op)(*got_in)
     for mine, theirs in zip(got, expected, strict=True):
         assert relative_rms(mine.detach(), theirs.detach()) < 2e-6
@@ -78,8 +78,8 @@ def test_flash_linear_attention_is_called_as_its_kernels_expect(op, monkeypatch)
     module = operators()[op]
     monkeypatch.setattr(module, kernel.__name__, lambda *args, **options: called.append(op) or kernel(*args, **options))
     monkeypatch.setattr(module, "on_gpu", lambda x: True)
-    given = sequences(op, 20, -0.5)
-    for got, expected in zip(getattr(module, op)(*given), token_loop(op, *given), strict=True):
+    arguments = sequences(op, 20, -0.5)
+    for got, expected in zip(getattr(module, op)(*arguments), token_loop(op, *arguments), strict=True):
         assert relative_rms(got, expected) < 1e-6
     assert called == [op]
 

@@ -13,8 +13,8 @@ import torch
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
+from pallas_kernels.context_parallel import over_shards
 from pallas_kernels.gdn import gdn, gdn_step
-from pallas_kernels.pieces import over_pieces
 from pallas_kernels.sharded import per_shard
 from pallas_kernels.testing import (
     TOLERANCE,
@@ -144,15 +144,15 @@ def test_equals_transformers(function):
     state = np.random.default_rng(1).standard_normal((2, 4, 32, 32)).astype(np.float32)
     # transformers scales the queries itself.
     scaled = inputs | {"q": inputs["q"] * np.float32(32**0.5)}
-    given = (torch.from_numpy(scaled[name]) for name in ("q", "k", "v", "log_g", "beta"))
+    arguments = (torch.from_numpy(scaled[name]) for name in ("q", "k", "v", "log_g", "beta"))
     reference = getattr(modeling_qwen3_5, function)
-    want, last = reference(*given, initial_state=torch.from_numpy(state), output_final_state=True)
+    want, last = reference(*arguments, initial_state=torch.from_numpy(state), output_final_state=True)
     out, final = jax.jit(gdn)(**inputs, initial_state=jnp.asarray(state))
     assert rms_ratio(out, want.numpy()) < TOLERANCE["float32"]
     assert rms_ratio(final, last.numpy()) < TOLERANCE["float32"]
 
 
-def test_whole_equals_pieces():
+def test_whole_equals_parts():
     """Two calls with the state carried over, cut off a chunk's edge."""
     inputs = {n: jnp.asarray(x) for n, x in gated_delta_inputs(2, 80, 1, 2, 16, 16).items()}
     op = jax.jit(lambda inputs, state: gdn(**inputs, initial_state=state))
@@ -180,8 +180,8 @@ def test_backward_keeps_no_per_token_states_and_no_copies_of_keys():
     inputs = {n: jnp.asarray(x) for n, x in gated_delta_inputs(1, length, 1, 4, 64, 64).items()}
     shapes = jax.eval_shape(lambda inputs: jax.vjp(lambda x: gdn(**x, chunk_size=size), inputs)[1], inputs)
     kept = sum(x.size for x in jax.tree.leaves(shapes))
-    given = sum(x.size for x in inputs.values())
-    assert given < kept <= given + (length // size + 2) * 4 * 64 * 64
+    inputs_size = sum(x.size for x in inputs.values())
+    assert inputs_size < kept <= inputs_size + (length // size + 2) * 4 * 64 * 64
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -201,10 +201,10 @@ def test_steps_are_the_whole(dtype):
     assert rms_ratio(state, want["final_state"]) < TOLERANCE["float32"]
 
 
-def test_pieces_over_devices_are_the_whole():
-    """Heads over the tensor axis, pieces of the sequence over the context axis; pieces are no whole chunks.
+def test_shards_over_devices_are_the_whole():
+    """Heads over the tensor axis, shards of the sequence over the context axis; shards are no whole chunks.
 
-    In one row the second segment begins inside a piece and ends in another, in the other there is none.
+    In one row the second segment begins inside a shard and ends in another, in the other there is none.
     """
     length = 20
     ids = np.ones((2, length), np.int32)
@@ -224,14 +224,14 @@ def test_pieces_over_devices_are_the_whole():
     arrays = (*(jnp.asarray(x) for x in inputs.values()), state)
     whole = functools.partial(op, implementation="reference")
     expected = jax.jit(jax.grad(functools.partial(loss, whole), tuple(range(6)), has_aux=True))(*arrays)
-    split = per_shard(op, ("sequence",) * 5 + ("state", "rows"), ("sequence", "state"), over_pieces(values=2))
+    split = per_shard(op, ("sequence",) * 5 + ("state", "rows"), ("sequence", "state"), over_shards(values=2))
     devices = np.array(jax.devices()[:8]).reshape(1, 1, 2, 4)
     mesh = Mesh(devices, ("data", "fsdp", "tensor", "context"), axis_types=(AxisType.Auto,) * 4)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        found = jax.jit(jax.grad(functools.partial(loss, split), tuple(range(6)), has_aux=True))(
+        gradients = jax.jit(jax.grad(functools.partial(loss, split), tuple(range(6)), has_aux=True))(
             *jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
         )
-    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
         assert rms_ratio(got, want) < 2e-6
 
 

@@ -24,12 +24,12 @@ def test_the_kernels_are_what_runs(operation):
 @pytest.mark.parametrize("operation", gpu_kernels.OPERATIONS)
 def test_recurrences(operation, dtype, size):
     for name in gpu_kernels.implementations():
-        found = gpu_kernels.errors(operation, name, dtype, size, length=150)
-        assert all(error < TOLERANCE[dtype] for error in found.values()), (name, found)
+        errors = gpu_kernels.errors(operation, name, dtype, size, length=150)
+        assert all(error < TOLERANCE[dtype] for error in errors.values()), (name, errors)
 
 
 @pytest.mark.parametrize("dtype", gpu_kernels.DTYPES)
 @pytest.mark.parametrize("loss", gpu_kernels.LOSSES)
 def test_losses(loss, dtype):
-    found = gpu_kernels.loss_errors(loss, dtype)
-    assert all(error < gpu_kernels.LOSS_TOLERANCE[dtype] for error in found.values()), found
+    errors = gpu_kernels.loss_errors(loss, dtype)
+    assert all(error < gpu_kernels.LOSS_TOLERANCE[dtype] for error in errors.values()), errors

@@ -331,9 +331,9 @@ def test_a_vocabulary_split_over_devices(data, loss):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         arguments = jax.device_put((data["hidden"], data["kernel"]), NamedSharding(mesh, PartitionSpec()))
         program = jax.jit(jax.value_and_grad(run, argnums=(0, 1))).lower(*arguments).compile()
-    value, found = program(*arguments)
+    value, split_gradients = program(*arguments)
     assert rms_ratio(value, want) < TOLERANCE["float32"]
-    for got, wanted in zip(found, gradients, strict=True):
+    for got, wanted in zip(split_gradients, gradients, strict=True):
         assert rms_ratio(got, wanted) < TOLERANCE["float32"]
     assert f"f32[16,{VOCAB}]" not in program.as_text()
 
@@ -341,8 +341,8 @@ def test_a_vocabulary_split_over_devices(data, loss):
 @pytest.mark.parametrize("loss", loss_forms.LOSSES)
 def test_the_form_measured_beside_it_is_the_same_loss(loss):
     size = loss_forms.Size(tokens=24, vocab=96, width=8, stored=4)
-    given = loss_forms.arguments(loss, size, jnp.float32)
-    sliced, plain = (loss_forms.value_and_gradients(loss, form)(given) for form in loss_forms.FORMS)
+    arguments = loss_forms.arguments(loss, size, jnp.float32)
+    sliced, plain = (loss_forms.value_and_gradients(loss, form)(arguments) for form in loss_forms.FORMS)
     for got, want in zip(jax.tree.leaves(sliced), jax.tree.leaves(plain), strict=True):
         assert rms_ratio(got, want) < TOLERANCE["float32_stress"]
 

@@ -138,8 +138,8 @@ def test_backward_keeps_no_per_token_states():
     inputs = {n: jnp.asarray(x) for n, x in gated_delta_inputs(1, 512, 1, 2, 64, 64).items()}
     shapes = jax.eval_shape(lambda inputs: jax.vjp(lambda x: gdn(**x, implementation="pallas_tpu"), inputs)[1], inputs)
     kept = sum(x.size for x in jax.tree.leaves(shapes))
-    given = sum(x.size for x in inputs.values())
-    assert given < kept <= given + (512 // pallas_tpu.DEFAULT_CHUNK_SIZE + 1) * 2 * 64 * 64
+    inputs_size = sum(x.size for x in inputs.values())
+    assert inputs_size < kept <= inputs_size + (512 // pallas_tpu.DEFAULT_CHUNK_SIZE + 1) * 2 * 64 * 64
 
 
 def test_memory(capfd):

@@ -144,19 +144,19 @@ def test_head_groups(heads, size, groups):
     assert pallas_tpu.head_groups(heads, size, size) == groups
 
 
-def test_whole_equals_pieces_and_segments_equal_sequences():
+def test_whole_equals_parts_and_segments_equal_sequences():
     inputs = {n: jnp.asarray(x) for n, x in recurrence_inputs("wkv6", 1, 128, 1, 64, 64).items()}
     zero = jnp.zeros((1, 1, 64, 64))
     operation = jax.jit(functools.partial(wkv6, implementation="pallas_tpu", chunk_size=32))
     out, state = operation(**inputs, initial_state=zero)
-    pieces = [{n: x[:, part] for n, x in inputs.items()} for part in (slice(64), slice(64, None))]
-    first, middle = operation(**pieces[0], initial_state=zero)
-    second, last = operation(**pieces[1], initial_state=middle)
+    parts = [{n: x[:, part] for n, x in inputs.items()} for part in (slice(64), slice(64, None))]
+    first, middle = operation(**parts[0], initial_state=zero)
+    second, last = operation(**parts[1], initial_state=middle)
     assert rms_ratio(jnp.concatenate([first, second], axis=1), out) < TOLERANCE["float32"]
     assert rms_ratio(last, state) < TOLERANCE["float32"]
     ids = jnp.where(jnp.arange(128) < 64, 5, 2)[None]
     out, state = operation(**inputs, initial_state=zero, segment_ids=ids)
-    alone, last = operation(**pieces[1], initial_state=zero)
+    alone, last = operation(**parts[1], initial_state=zero)
     assert rms_ratio(out, jnp.concatenate([first, alone], axis=1)) < TOLERANCE["float32"]
     assert rms_ratio(state, last) < TOLERANCE["float32"]
 
@@ -176,8 +176,8 @@ def test_backward_keeps_no_per_token_states():
     inputs = {n: jnp.asarray(x) for n, x in recurrence_inputs("wkv6", 1, 512, 1, 64, 64).items()}
     shapes = jax.eval_shape(lambda inputs: jax.vjp(lambda x: wkv6(**x, implementation="pallas_tpu"), inputs)[1], inputs)
     kept = sum(x.size for x in jax.tree.leaves(shapes))
-    given = sum(x.size for x in inputs.values())
-    assert given < kept <= given + (512 // pallas_tpu.DEFAULT_CHUNK_SIZE + 2) * 64 * 64
+    inputs_size = sum(x.size for x in inputs.values())
+    assert inputs_size < kept <= inputs_size + (512 // pallas_tpu.DEFAULT_CHUNK_SIZE + 2) * 64 * 64
 
 
 @pytest.mark.parametrize("races", [False, True], ids=["bounds", "races"])

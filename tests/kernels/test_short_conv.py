@@ -9,7 +9,7 @@ import pytest
 import torch
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels.gdn import conv_over_pieces, short_conv, short_conv_step
+from pallas_kernels.gdn import conv_over_shards, short_conv, short_conv_step
 from pallas_kernels.sharded import per_shard
 from pallas_kernels.testing import TOLERANCE, rms_ratio
 
@@ -28,20 +28,20 @@ def arrays(length: int = LENGTH) -> tuple[jax.Array, jax.Array, jax.Array]:
 def test_equals_torch():
     """Outputs and gradients of conv1d as transformers calls it, padded on the left and cut."""
     x, kernel, _ = arrays()
-    given = [torch.from_numpy(np.array(a)).requires_grad_() for a in (jnp.swapaxes(x, 1, 2), kernel.T)]
-    padded = torch.nn.functional.conv1d(given[0], given[1][:, None], padding=WIDTH - 1, groups=CHANNELS)
+    theirs = [torch.from_numpy(np.array(a)).requires_grad_() for a in (jnp.swapaxes(x, 1, 2), kernel.T)]
+    padded = torch.nn.functional.conv1d(theirs[0], theirs[1][:, None], padding=WIDTH - 1, groups=CHANNELS)
     want = torch.nn.functional.silu(padded[..., :LENGTH])
     want.square().sum().backward()
     out = short_conv(x, kernel)[0]
     d_x, d_kernel = jax.grad(lambda x, kernel: jnp.sum(short_conv(x, kernel)[0] ** 2), (0, 1))(x, kernel)
     assert rms_ratio(out, want.detach().numpy().swapaxes(1, 2)) < TOLERANCE["float32"]
-    assert rms_ratio(d_x, given[0].grad.numpy().swapaxes(1, 2)) < TOLERANCE["float32"]
-    assert rms_ratio(d_kernel, given[1].grad.numpy().T) < TOLERANCE["float32"]
+    assert rms_ratio(d_x, theirs[0].grad.numpy().swapaxes(1, 2)) < TOLERANCE["float32"]
+    assert rms_ratio(d_kernel, theirs[1].grad.numpy().T) < TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize("cut", [1, 7])
-def test_whole_equals_pieces(cut):
-    """A piece shorter than the taps' reach too."""
+def test_whole_equals_parts(cut):
+    """A part shorter than the taps' reach too."""
     x, kernel, start = arrays()
     out, state = short_conv(x, kernel, initial_state=start)
     first, middle = short_conv(x[:, :cut], kernel, initial_state=start)
@@ -58,8 +58,8 @@ def test_segments_equal_separate_sequences(length):
     before: jax.Array | None = start[:1]
     for begin, end in ((0, 5), (5, 7), (7, 16)):
         if begin < length:
-            piece = x[:1, begin : min(end, length)]
-            alone, last = short_conv(piece, kernel, initial_state=before)
+            part = x[:1, begin : min(end, length)]
+            alone, last = short_conv(part, kernel, initial_state=before)
             np.testing.assert_allclose(out[:1, begin:end], alone, rtol=1e-6, atol=1e-6)
             before = None
     np.testing.assert_array_equal(state[:1], last)
@@ -80,8 +80,8 @@ def test_steps_are_the_whole(dtype):
 
 
 @pytest.mark.parametrize(("segments", "length"), [(False, 16), (True, 16), (True, 8)])
-def test_pieces_over_devices_are_the_whole(segments, length):
-    """Channels over the tensor axis; of 8 tokens a piece has two, fewer than the taps reach back."""
+def test_shards_over_devices_are_the_whole(segments, length):
+    """Channels over the tensor axis; of 8 tokens a shard has two, fewer than the taps reach back."""
     x, kernel, start = arrays(length)
     ids = SEGMENTS[:, :length] if segments else None
     weights = jnp.cos(jnp.arange(start.size, dtype=jnp.float32)).reshape(start.shape)
@@ -94,12 +94,12 @@ def test_pieces_over_devices_are_the_whole(segments, length):
         return jnp.sum(out * jnp.cos(out)) + jnp.sum(final * weights), (out, final)
 
     kinds = ("sequence", "taps", "window", "rows")
-    split = per_shard(whole, kinds, ("sequence", "window"), conv_over_pieces)
+    split = per_shard(whole, kinds, ("sequence", "window"), conv_over_shards)
     devices = np.array(jax.devices()[:8]).reshape(1, 1, 2, 4)
     mesh = Mesh(devices, ("data", "fsdp", "tensor", "context"), axis_types=(AxisType.Auto,) * 4)
     expected = jax.grad(functools.partial(loss, whole), (0, 1, 2), has_aux=True)(x, kernel, start)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         run = jax.jit(jax.grad(functools.partial(loss, split), (0, 1, 2), has_aux=True))
-        found = run(*jax.device_put((x, kernel, start), NamedSharding(mesh, PartitionSpec())))
-    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        outputs = run(*jax.device_put((x, kernel, start), NamedSharding(mesh, PartitionSpec())))
+    for got, want in zip(jax.tree.leaves(outputs), jax.tree.leaves(expected), strict=True):
         assert rms_ratio(got, want) < TOLERANCE["float32"]

@@ -144,7 +144,7 @@ def errors_of(operation: str, case: str) -> dict[str, float]:
     return {name: rms_ratio(got[name], want[name]) for name in want}
 
 
-def pieces(operation: str) -> float:
+def parts(operation: str) -> float:
     """The largest difference between one call and two with the state carried over, cut off a chunk's edge."""
     inputs = {name: jnp.asarray(x) for name, x in inputs_of(operation, 1, 36, 1, 64, 64).items()}
     run = functools.partial(OPERATIONS[operation], implementation="triton_gpu")
@@ -198,8 +198,8 @@ def test_other_numbers(operation, case):
 
 @needs_triton
 @every_operation
-def test_whole_equals_pieces(operation):
-    assert interpreted(QUICK)[operation]["pieces"] < TOLERANCE["float32"]
+def test_whole_equals_parts(operation):
+    assert interpreted(QUICK)[operation]["parts"] < TOLERANCE["float32"]
 
 
 @needs_triton
@@ -328,12 +328,12 @@ def test_dispatch_takes_a_tpu_kernel_for_its_head_sizes(sizes, chosen, monkeypat
 if __name__ == "__main__":
     round_as_tensor_cores_do()
     with triton_call.running(interpret):
-        found = {
+        errors = {
             name: {
                 "errors": {case: errors_of(name, case) for case in sys.argv[1:]},
-                "pieces": pieces(name),
+                "parts": parts(name),
                 "permuted": permuted(name),
             }
             for name in OPERATIONS
         }
-    print(json.dumps(found))
+    print(json.dumps(errors))

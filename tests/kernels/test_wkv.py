@@ -189,7 +189,7 @@ def test_levels_cover_each_pair_once_with_its_own_decay(size):
 
 
 @every_case
-def test_whole_equals_pieces(operation, implementation):
+def test_whole_equals_parts(operation, implementation):
     """Two calls with the state carried over, cut at a chunk's edge and off it."""
     inputs = {n: jnp.asarray(x) for n, x in recurrence_inputs(operation, 2, 80, 2, 16, 16).items()}
     options = {"implementation": implementation}
@@ -233,8 +233,8 @@ def test_backward_keeps_no_per_token_states(operation):
     inputs = {n: jnp.asarray(x) for n, x in recurrence_inputs(operation, 1, length, 1, 64, 64).items()}
     _, pull = jax.vjp(lambda inputs: OPERATIONS[operation](**inputs, chunk_size=size), inputs)
     kept = sum(x.size for x in jax.tree.leaves(pull) if hasattr(x, "size"))
-    given = sum(x.size for x in inputs.values())
-    assert 0 < kept <= given + (length // size + 2) * 64 * 64
+    inputs_size = sum(x.size for x in inputs.values())
+    assert 0 < kept <= inputs_size + (length // size + 2) * 64 * 64
 
 
 @every_operation

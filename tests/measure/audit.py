@@ -44,15 +44,15 @@ def said(metadata: importlib.metadata.PackageMetadata) -> str:
 
 def families(expression: str) -> list[str]:
     """The names in KNOWN of all licences in the expression. Raises ValueError for one that is not there."""
-    found = []
+    known = []
     for part in re.split(r" (?:AND|OR|WITH) ", expression):
         names = [name for name, pattern in KNOWN.items() if re.fullmatch(pattern, part)]
         if not names:
             raise ValueError(
                 f"the licence is {part!r}; expected one of {', '.join(KNOWN)}. Read it before it is added."
             )
-        found += names[:1]
-    return found
+        known += names[:1]
+    return known
 
 
 def pinned(path: pathlib.Path) -> dict[str, str]:
@@ -116,12 +116,12 @@ def main() -> int:
     here = "py311.txt" if sys.version_info < (3, 12) else "py312.txt"
     parser.add_argument("--pins", type=pathlib.Path, default=ROOT / "constraints" / here)
     parser.add_argument("--advisories", type=pathlib.Path)
-    given = parser.parse_args()
-    packages, wrong = audit(given.pins)
+    args = parser.parse_args()
+    packages, wrong = audit(args.pins)
     for family, names in sorted(packages.items(), key=lambda item: -len(item[1])):
         print(f"{family} ({len(names)}): {', '.join(sorted(names, key=str.lower))}")
-    if given.advisories:
-        read, against = advisories(given.pins, given.advisories)
+    if args.advisories:
+        read, against = advisories(args.pins, args.advisories)
         wrong += against
         print(f"advisories: {read} of the pinned packages in the clone, {len(against)} of the pinned versions")
     print("\n".join(wrong) or "nothing else.")

@@ -60,7 +60,7 @@ def measured(job, teacher, held_out, steps: dict) -> list[float]:
     if run.student.init == "calibrated":
         mixers = _calibrated(job, mixers, teacher)
     student = whole_student(job.student, teacher, mixers)
-    found = [float(kl(student, teacher, held_out))]
+    losses = [float(kl(student, teacher, held_out))]
     for name in run.stages:
         plan = StagePlan(programs, name, plain, job.teacher)
         trained, frozen = split_params(student, plan.trains)
@@ -71,16 +71,16 @@ def measured(job, teacher, held_out, steps: dict) -> list[float]:
         for _ in range(run.stage(name).steps):
             state, _ = steps[name](state, {} if name == "stage1" else frozen, teacher, next(batches))
         student = merge_params(state.params, frozen)
-        found.append(float(kl(student, teacher, held_out)))
-    return found
+        losses.append(float(kl(student, teacher, held_out)))
+    return losses
 
 
 def settings_of(text: str) -> dict:
     settings = dict(part.split("=") for part in filter(None, text.split(",")))
-    found = {name: value if name == "kv_heads" else _number(value) for name, value in settings.items()}
-    if "calibrate" in found:
-        found |= {"init": "calibrated", "calibrate": tuple(settings["calibrate"].split("+"))}
-    return found
+    options = {name: value if name == "kv_heads" else _number(value) for name, value in settings.items()}
+    if "calibrate" in options:
+        options |= {"init": "calibrated", "calibrate": tuple(settings["calibrate"].split("+"))}
+    return options
 
 
 def _number(text: str):

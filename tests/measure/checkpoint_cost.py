@@ -29,14 +29,14 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--directory", type=pathlib.Path)
-    given = parser.parse_args()
+    args = parser.parse_args()
     arrays, width = 8, 1024
-    rows = given.megabytes * 10**6 // (4 * width * arrays)
+    rows = args.megabytes * 10**6 // (4 * width * arrays)
     state = {f"w{i}": jax.random.normal(jax.random.key(i), (rows, width), jnp.float32) for i in range(arrays)}
-    root = pathlib.Path(tempfile.mkdtemp(prefix="checkpoint-cost-", dir=given.directory))
+    root = pathlib.Path(tempfile.mkdtemp(prefix="checkpoint-cost-", dir=args.directory))
     times: dict[str, list[float]] = {"sums": [], "save": [], "restore": []}
     array_sums(state)
-    for step in range(1, given.repeats + 1):
+    for step in range(1, args.repeats + 1):
         with Checkpoints(root, keep=1) as checkpoints:
             times["sums"].append(seconds(lambda: array_sums(state)))
             write = {"data_state": {}, "meta": {}, "wait": True}
@@ -44,7 +44,7 @@ def main() -> None:
             times["restore"].append(seconds(lambda s=step, c=checkpoints: c.restore(s, state)))
     shutil.rmtree(root)
     middle = {name: statistics.median(values) for name, values in times.items()}
-    print(f"{given.megabytes} MB: checksums take {middle['sums'] / middle['save']:.3f} of a save", end=" and ")
+    print(f"{args.megabytes} MB: checksums take {middle['sums'] / middle['save']:.3f} of a save", end=" and ")
     print(f"{middle['sums'] / middle['restore']:.3f} of a restore, both of which contain them once")
 
 

@@ -40,7 +40,7 @@ CONFIG = {
 
 
 def make(directory: Path, layers: int) -> None:
-    """A checkpoint of these dimensions in one file, written piece by piece."""
+    """A checkpoint of these dimensions in one file, written tensor by tensor."""
     from radlads_jax.porting.hf_config import model_config_from_hf
     from radlads_jax.porting.names import disk_tensors
 
@@ -111,13 +111,13 @@ def load_as_host(directory: Path, host: int, port: int) -> dict[str, float]:
     placed = shardings(mesh, abstract_params(cfg), cfg)
     usage = Usage()
     params = load_params(directory, cfg, dtype="bfloat16", shardings=placed)
-    found = usage.report()
+    report = usage.report()
     held = sum(part.data.nbytes for leaf in jax.tree.leaves(params) for part in leaf.addressable_shards)
     (part,) = params["stacks"][0]["mlp"]["up"]["kernel"].addressable_shards
     whole = read_header(directory / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].open().T
     if np.asarray(part.data[0]).tobytes() != whole[part.index[1:]].tobytes():
         raise RuntimeError("a host was given other numbers than the file holds")
-    return found | {"held": held}
+    return report | {"held": held}
 
 
 def load_whole(directory: Path, dtype: str) -> dict[str, float]:
@@ -179,20 +179,20 @@ def compare(directory: Path, layers: int, dtype: str) -> None:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     hosts = [start(directory, "host", "--host", str(i), "--port", str(port)) for i in range(HOSTS)]
-    one = [finish(process) for process in hosts][HOST]
-    share, extra = one["bytes"] / (size / HOSTS), one["peak"] - one["held"]
-    print(f"host {HOST} of {HOSTS}: {one['bytes'] / 1e6:.0f} MB from the disk, {share:.3f} of its share")
-    print(f"    memory beside its {one['held'] / 1e6:.0f} MB of parameters: {extra / 1e6:.0f} MB")
+    usage = [finish(process) for process in hosts][HOST]
+    share, extra = usage["bytes"] / (size / HOSTS), usage["peak"] - usage["held"]
+    print(f"host {HOST} of {HOSTS}: {usage['bytes'] / 1e6:.0f} MB from the disk, {share:.3f} of its share")
+    print(f"    memory beside its {usage['held'] / 1e6:.0f} MB of parameters: {extra / 1e6:.0f} MB")
     turns: dict[str, list[dict[str, float]]] = {"whole": [], "transformers": []}
     for _ in range(3):
-        for role, found in turns.items():
-            found.append(finish(start(directory, role, "--dtype", dtype)))
-    middle = {role: sorted(found, key=lambda f: f["seconds"])[1] for role, found in turns.items()}
-    for role, found in middle.items():
-        extra = found["peak"] - found["held"]
+        for role, runs in turns.items():
+            runs.append(finish(start(directory, role, "--dtype", dtype)))
+    middle = {role: sorted(runs, key=lambda f: f["seconds"])[1] for role, runs in turns.items()}
+    for role, usage in middle.items():
+        extra = usage["peak"] - usage["held"]
         print(
-            f"{role}: {found['seconds']:.1f} s, peak {found['peak'] / 1e9:.2f} GB, {extra / 1e9:.2f} GB beside its "
-            f"{found['held'] / 1e9:.2f} GB of parameters (medians of three turns)"
+            f"{role}: {usage['seconds']:.1f} s, peak {usage['peak'] / 1e9:.2f} GB, {extra / 1e9:.2f} GB beside its "
+            f"{usage['held'] / 1e9:.2f} GB of parameters (medians of three turns)"
         )
     ours, theirs = middle["whole"], middle["transformers"]
     time_ratio, peak_ratio = (ours[key] / theirs[key] for key in ("seconds", "peak"))

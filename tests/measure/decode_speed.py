@@ -138,8 +138,8 @@ def main() -> None:
     for context in contexts:
         line = f"{context:8} {(best := speeds[f'ours {context}']):8.1f}"
         for other in ("exported", "theirs"):
-            found = [speed for name, speed in speeds.items() if name.split()[:2] == [other, str(context)]]
-            line += f" {max(found):8.1f} {best / max(found):6.2f}" if found else ""
+            beside = [speed for name, speed in speeds.items() if name.split()[:2] == [other, str(context)]]
+            line += f" {max(beside):8.1f} {best / max(beside):6.2f}" if beside else ""
         print(line)
 
 

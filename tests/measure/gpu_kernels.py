@@ -98,10 +98,10 @@ def errors(operation: str, implementation: str, dtype: str, size: int, length: i
 
 def loss_errors(loss: str, dtype: str) -> dict[str, float]:
     """Of value and gradients of the sliced loss, to the plain formula in float64."""
-    given = loss_forms.arguments(loss, LOSS_SIZE, jnp.dtype(dtype))
-    value, (d_hidden, d_kernel) = jax.jit(loss_forms.value_and_gradients(loss, "sliced"))(given)
+    arguments = loss_forms.arguments(loss, LOSS_SIZE, jnp.dtype(dtype))
+    value, (d_hidden, d_kernel) = jax.jit(loss_forms.value_and_gradients(loss, "sliced"))(arguments)
     # The kernels are rounded to the hidden states' dtype before they are multiplied.
-    rounded = {name: jnp.asarray(x, dtype) if "kernel" in name else x for name, x in given.items()}
+    rounded = {name: jnp.asarray(x, dtype) if "kernel" in name else x for name, x in arguments.items()}
     x = {name: np.asarray(array, np.int64 if name == "targets" else np.float64) for name, array in rounded.items()}
 
     def log_probs(hidden: np.ndarray, kernel: np.ndarray) -> np.ndarray:
@@ -126,12 +126,12 @@ def _row(*cells: object) -> None:
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
-def _error_row(name: str, implementation: str, dtype: str, size: int, found: dict[str, float], most: float) -> bool:
-    gradients = {name: value for name, value in found.items() if name.startswith("d_")}
+def _error_row(name: str, implementation: str, dtype: str, size: int, errors: dict[str, float], most: float) -> bool:
+    gradients = {name: value for name, value in errors.items() if name.startswith("d_")}
     worst = max(gradients, key=lambda name: gradients[name])
     # A NaN is above every tolerance.
-    fails = not all(value < most for value in found.values())
-    rest = [f"{value:.1e}" for name, value in found.items() if name not in gradients]
+    fails = not all(value < most for value in errors.values())
+    rest = [f"{value:.1e}" for name, value in errors.items() if name not in gradients]
     said = f"above {most:g}" if fails else f"below {most:g}"
     _row(name, implementation, dtype, size, *rest, *["-"] * (2 - len(rest)), f"{gradients[worst]:.1e} {worst}", said)
     return fails
@@ -146,12 +146,12 @@ def print_errors(sizes: list[int], length: int) -> bool:
         for dtype in DTYPES:
             for size in sizes:
                 for name in implementations():
-                    found = errors(operation, name, dtype, size, length)
-                    failed |= _error_row(operation, name, dtype, size, found, TOLERANCE[dtype])
+                    row = errors(operation, name, dtype, size, length)
+                    failed |= _error_row(operation, name, dtype, size, row, TOLERANCE[dtype])
     for loss in LOSSES:
         for dtype in DTYPES:
-            found = loss_errors(loss, dtype)
-            failed |= _error_row(loss, "sliced", dtype, LOSS_SIZE.width, found, LOSS_TOLERANCE[dtype])
+            row = loss_errors(loss, dtype)
+            failed |= _error_row(loss, "sliced", dtype, LOSS_SIZE.width, row, LOSS_TOLERANCE[dtype])
     return failed
 
 
@@ -176,9 +176,9 @@ def our_times(operation: str, implementation: str, inputs: dict[str, jax.Array],
         (out, state), pull = jax.vjp(forward, inputs)
         return out, pull((jnp.ones_like(out), jnp.ones_like(state)))
 
-    one, two = jax.jit(forward), jax.jit(both)
-    wait = jax.block_until_ready
-    return _milliseconds(lambda: one(inputs), wait, repeats), _milliseconds(lambda: two(inputs), wait, repeats)
+    programs = jax.jit(forward), jax.jit(both)
+    times = [_milliseconds(lambda run=run: run(inputs), jax.block_until_ready, repeats) for run in programs]
+    return times[0], times[1]
 
 
 def fla_functions() -> dict[str, tuple[str, Callable[[dict[str, Any]], Any]]]:

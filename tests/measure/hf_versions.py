@@ -126,15 +126,15 @@ def main() -> int:
     parser.add_argument("--versions", nargs="+", default=VERSIONS)
     parser.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()) / "hf_versions")
     parser.add_argument("--here", action="store_true", help="check with this interpreter and print JSON")
-    given = parser.parse_args()
-    if given.here:
-        print(json.dumps(run_checks(given.export)))
+    args = parser.parse_args()
+    if args.here:
+        print(json.dumps(run_checks(args.export)))
         return 0
     failed = 0
     print(f"{'transformers':14}" + "".join(f"{name:12}" for name in CHECKS))
-    for version in given.versions:
-        python = environment(given.environments, version)
-        command = [python, __file__, str(given.export.resolve()), "--here"]
+    for version in args.versions:
+        python = environment(args.environments, version)
+        command = [python, __file__, str(args.export.resolve()), "--here"]
         # The code of the export is imported from a cache, which keeps what another version made.
         with tempfile.TemporaryDirectory() as cache:
             done = subprocess.run(

@@ -111,8 +111,8 @@ class Attempt:
     @property
     def phase(self) -> str:
         """The part of the run it had come to, by what it had said."""
-        found = re.findall("|".join(map(re.escape, PHASES)), self.text)
-        return PHASES[found[-1]] if found else "import and data"
+        phases = re.findall("|".join(map(re.escape, PHASES)), self.text)
+        return PHASES[phases[-1]] if phases else "import and data"
 
 
 class Starter:
@@ -182,8 +182,8 @@ class Starter:
 
 def leftovers(workdir: pathlib.Path) -> set[str]:
     """What a write left unfinished; what lies in such a directory goes with it."""
-    found = {path.relative_to(workdir) for pattern in UNFINISHED for path in workdir.glob(pattern)}
-    return {str(path) for path in found if not found & set(path.parents)}
+    unfinished = {path.relative_to(workdir) for pattern in UNFINISHED for path in workdir.glob(pattern)}
+    return {str(path) for path in unfinished if not unfinished & set(path.parents)}
 
 
 def result(workdir: pathlib.Path, steps: dict[str, int] = STEPS) -> dict[str, Any]:
@@ -193,23 +193,23 @@ def result(workdir: pathlib.Path, steps: dict[str, int] = STEPS) -> dict[str, An
     summary = json.loads((workdir / "summary.json").read_text())
     for line in summary["stages"]:
         line["seconds"] = line["tokens_per_second"] = line["peak_bytes"] = None
-    found: dict[str, Any] = {"summary": summary, "samples": (workdir / "samples.md").read_bytes()}
-    found["export"] = {path.name: path.read_bytes() for path in sorted((workdir / "export").iterdir())}
+    left: dict[str, Any] = {"summary": summary, "samples": (workdir / "samples.md").read_bytes()}
+    left["export"] = {path.name: path.read_bytes() for path in sorted((workdir / "export").iterdir())}
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    found["metrics"] = [{k: v for k, v in line.items() if k != "time"} for line in lines]
+    left["metrics"] = [{k: v for k, v in line.items() if k != "time"} for line in lines]
     for name, count in steps.items():
         with Checkpoints(workdir / "checkpoints" / name) as checkpoints:
             state, data_state, _ = checkpoints.restore(count, checkpoints.shapes(count))
-        found[f"{name}'s state"] = {path: bytes(memoryview(array)) for path, array in state.items()}
-        found[f"{name}'s place in the data"] = data_state
-    return found
+        left[f"{name}'s state"] = {path: bytes(memoryview(array)) for path, array in state.items()}
+        left[f"{name}'s place in the data"] = data_state
+    return left
 
 
 def problems(workdir: pathlib.Path, expected: dict[str, Any], steps: dict[str, int] = STEPS) -> list[str]:
     """What of a finished run is not as it should be."""
-    found = result(workdir, steps)
-    wrong = [f"{name} differs" for name, value in expected.items() if found[name] != value]
-    places = [(line["stage"], line["step"]) for line in found["metrics"]]
+    left = result(workdir, steps)
+    wrong = [f"{name} differs" for name, value in expected.items() if left[name] != value]
+    places = [(line["stage"], line["step"]) for line in left["metrics"]]
     if places != [(name, step + 1) for name, count in steps.items() for step in range(count)]:
         wrong.append(f"metrics.jsonl has the steps {places}")
     if not (workdir / "report" / "index.html").exists():
@@ -267,25 +267,25 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--directory", type=pathlib.Path)
-    given = parser.parse_args()
-    steps = SHORT if given.short else STEPS
-    if given.short:
-        given.kills, given.fresh = min(given.kills, 5), 0.0
-    signals = "INT,INT" if given.signal == "INTINT" else given.signal
-    if given.signal == "HUP":
+    args = parser.parse_args()
+    steps = SHORT if args.short else STEPS
+    if args.short:
+        args.kills, args.fresh = min(args.kills, 5), 0.0
+    signals = "INT,INT" if args.signal == "INTINT" else args.signal
+    if args.signal == "HUP":
         # Started by nohup, this process ignores it, and all that it starts would.
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    rng = random.Random(given.seed)
+    rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="killed-") as temporary, contextlib.ExitStack() as stack:
-        root = given.directory or pathlib.Path(temporary)
+        root = args.directory or pathlib.Path(temporary)
         teacher = save_teacher(root / "teacher")
-        starter = stack.enter_context(Starter(root / "cache", processes.xla_flags() if given.short else ""))
-        undisturbed = [root / "first"] if given.short else [root / "first", root / "second"]
+        starter = stack.enter_context(Starter(root / "cache", processes.xla_flags() if args.short else ""))
+        undisturbed = [root / "first"] if args.short else [root / "first", root / "second"]
         for workdir in undisturbed:
             # A directory of an earlier trial has these already.
             if not (workdir / "summary.json").exists():
-                words = flags(teacher, workdir, given.mixer, steps)
-                whole = starter.attempt(words, workdir, Moment(), "KILL", fresh=given.fresh > 0)
+                words = flags(teacher, workdir, args.mixer, steps)
+                whole = starter.attempt(words, workdir, Moment(), "KILL", fresh=args.fresh > 0)
                 assert whole.code == 0, whole.text
                 (workdir / "seconds").write_text(str(whole.seconds))
         seconds = float((undisturbed[-1] / "seconds").read_text())
@@ -300,25 +300,25 @@ def main() -> int:
             metrics = workdir / "metrics.jsonl"
             done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
             left = max(1 - done / sum(steps.values()), 0.1)
-            if not given.short and rng.random() < 0.5:
+            if not args.short and rng.random() < 0.5:
                 return Moment(seconds=rng.uniform(0, seconds * left))
             return Moment(operation=rng.randint(1, round(operations * left)))
 
         ended: list[Attempt] = []
         runs = 0
-        while len(ended) < given.kills and not wrong:
+        while len(ended) < args.kills and not wrong:
             runs, workdir = runs + 1, root / f"run{runs}"
-            words = flags(teacher, workdir, given.mixer, steps)
-            kills = min(given.kills - len(ended), rng.randint(4, 12))
+            words = flags(teacher, workdir, args.mixer, steps)
+            kills = min(args.kills - len(ended), rng.randint(4, 12))
 
             def start(moment: Moment, words: list[str] = words, workdir: pathlib.Path = workdir) -> Attempt:
-                return starter.attempt(words, workdir, moment, signals, fresh=rng.random() < given.fresh)
+                return starter.attempt(words, workdir, moment, signals, fresh=rng.random() < args.fresh)
 
             more, wrong = trial(start, workdir, moment, kills, may_end_so(signals))
             ended += more
             wrong = wrong or problems(workdir, expected, steps)
             print(f"run {runs}: ended {len(more)} times, {wrong or 'the same result'}", flush=True)
-        tell(ended, given.signal)
+        tell(ended, args.signal)
     print("\n".join(wrong) or f"{len(ended)} times ended in {runs} runs: nothing lost, nothing twice.")
     return 1 if wrong else 0
 
@@ -332,7 +332,8 @@ def tell(ended: list[Attempt], name: str) -> None:
         print(phase.ljust(20), str(counted.total()).rjust(5), *(str(counted[code]).rjust(9) for code in codes))
     before = [re.findall(r"before operation \d+: (.*)", done.text) for done in ended]
     print(f"{sum(map(bool, before))} of them right before an operation on a file: ")
-    for operation, times in collections.Counter(_kind(found[0]) for found in before if found).most_common():
+    kinds = collections.Counter(_kind(operations[0]) for operations in before if operations)
+    for operation, times in kinds.most_common():
         print("  ", times, operation)
     if waits := [done.taken for done in ended if done.taken]:
         print(f"from signal to end: median {sorted(waits)[len(waits) // 2]:.2f} s, longest {max(waits):.2f} s")

@@ -110,9 +110,9 @@ def environment(parent: Path, name: str) -> Path:
     steps = [["install", "--quiet", "--upgrade", *engine.packages]]
     steps += [["uninstall", "--quiet", "--yes", *engine.without]] if engine.without else []
     for step in steps:
-        found = subprocess.run([python, "-m", "pip", *step], capture_output=True, text=True)
-        if found.returncode:
-            raise Refused(f"not installed: {_last_line(found.stderr)}")
+        ended = subprocess.run([python, "-m", "pip", *step], capture_output=True, text=True)
+        if ended.returncode:
+            raise Refused(f"not installed: {_last_line(ended.stderr)}")
     if engine.customize:
         (library / "sitecustomize.py").write_text(engine.customize)
     done.write_text(json.dumps(engine.packages))
@@ -129,11 +129,11 @@ def program(python: Path, name: str, request: dict[str, Any], timeout: float) ->
         asked.write_text(json.dumps(request))
         command = [python, PROGRAMS, name, asked, result]
         try:
-            found = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=_surroundings())
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=_surroundings())
         except subprocess.TimeoutExpired as error:
             raise Refused(f"no answer within {timeout:g} s") from error
-        if found.returncode:
-            raise Refused(_last_line(found.stderr) or f"ended with {found.returncode}")
+        if done.returncode:
+            raise Refused(_last_line(done.stderr) or f"ended with {done.returncode}")
         return dict(np.load(result))
 
 
@@ -199,8 +199,8 @@ def in_engine(name: str, python: Path, directory: Path, label: str, args: argpar
             known = program(python, "convert", request, args.timeout)["tokenizer"]
             note = "" if known.size else " (tokenizer unknown to the converter)"
         for which in ENGINES[name].programs:
-            found = program(python, which, request, args.timeout)
-            error, read = relative_rms(found["logits"], logits), until(found["text"].tolist(), args.ends)
+            answer = program(python, which, request, args.timeout)
+            error, read = relative_rms(answer["logits"], logits), until(answer["text"].tolist(), args.ends)
             failed = which not in IN_BFLOAT16 and (error > TOLERANCE or read != text)
             rows.append(Row(which, label + note, f"{error:.1e}", compared(read, text), failed=failed))
         if args.chat and name != "transformers":

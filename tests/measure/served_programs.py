@@ -142,5 +142,5 @@ PROGRAMS = {
 
 if __name__ == "__main__":
     program, request, result = sys.argv[1:]
-    found = PROGRAMS[program](json.loads(Path(request).read_text()))
-    np.savez(result, **found)
+    arrays = PROGRAMS[program](json.loads(Path(request).read_text()))
+    np.savez(result, **arrays)

@@ -125,9 +125,9 @@ def watch(minutes: float, directory: Path) -> tuple[list[Sample], list[int]]:
             time.sleep(SAMPLE_SECONDS)
             if process.poll() is not None:
                 raise RuntimeError(f"the run ended with {process.returncode}: {(directory / 'log.txt').read_text()}")
-            found = sample(life, began, process.pid, run)
-            if found is not None and any(step > (ends[-1] if ends else 0) for step in found.steps):
-                samples.append(found)
+            taken = sample(life, began, process.pid, run)
+            if taken is not None and any(step > (ends[-1] if ends else 0) for step in taken.steps):
+                samples.append(taken)
                 born = born or time.monotonic()
         process.send_signal(signal.SIGTERM)
         if process.wait(timeout=300) != 128 + signal.SIGTERM:

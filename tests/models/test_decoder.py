@@ -78,11 +78,11 @@ def test_prefill_equals_decode(model):
     rows = tokens(2, 12)
     whole, whole_state = hidden_of(cfg, params, rows, state=init_state(cfg, 2, 24))
     plain, _ = hidden_of(cfg, params, rows)
-    pieces, state = [], init_state(cfg, 2, 24)
-    for piece in jnp.split(rows, [7, 8, 9, 10, 11], axis=1):
-        hidden, state = hidden_of(cfg, params, piece, state=state)
-        pieces.append(hidden)
-    assert relative(jnp.concatenate(pieces, axis=1), plain) < 2e-6
+    chunks, state = [], init_state(cfg, 2, 24)
+    for chunk in jnp.split(rows, [7, 8, 9, 10, 11], axis=1):
+        hidden, state = hidden_of(cfg, params, chunk, state=state)
+        chunks.append(hidden)
+    assert relative(jnp.concatenate(chunks, axis=1), plain) < 2e-6
     assert relative(whole, plain) < 2e-6
     for name, value in path_leaves(whole_state).items():
         np.testing.assert_allclose(path_leaves(state)[name], value, rtol=2e-4, atol=2e-5, err_msg=name)

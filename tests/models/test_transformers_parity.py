@@ -105,8 +105,8 @@ def test_a_hybrid_decodes_as_transformers_reads_whole(reference):
     if cfg.recurrent_mixer is None:
         pytest.skip("softmax layers alone: test_decoder")
     decoder, state, parts = bind(cfg, load_params(directory, cfg)), init_state(cfg, 2, 150), []
-    step = jax.jit(lambda piece, state: decoder.hidden(piece, state=state))
-    for piece in np.split(jnp.asarray(tokens), [147, 148, 149], axis=1):
-        hidden, state = step(piece, state)
+    step = jax.jit(lambda chunk, state: decoder.hidden(chunk, state=state))
+    for chunk in np.split(jnp.asarray(tokens), [147, 148, 149], axis=1):
+        hidden, state = step(chunk, state)
         parts.append(decoder.logits(hidden))
     assert relative_rms(np.concatenate(parts, axis=1), expected) < 1e-5

@@ -83,16 +83,16 @@ def test_a_window_as_long_as_the_row_is_the_teachers_attention():
 
 
 @pytest.mark.parametrize(("sinks", "window"), [(4, 64), (6, 2)])
-def test_decoding_in_pieces_is_the_prefill(sinks, window):
-    """Pieces of one token, of some, and of more than a block; sequences whose segments end within them and between."""
+def test_decoding_in_chunks_is_the_prefill(sinks, window):
+    """Chunks of one token, of some, and of more than a block; sequences whose segments end within them and between."""
     cfg = student_of(TEACHER, "window", (1,), sinks=sinks, window=window)
     params = random_params(cfg)
     read = jax.jit(lambda *a: bind(cfg, params).hidden(a[0], segment_ids=a[1], positions=a[2], state=a[3]))
     rows = [jnp.asarray(x) for x in packed(210, seed=1)]
     whole, _ = read(*rows, None)
     state, parts = init_state(cfg, 3, 210), []
-    for piece in zip(*(jnp.split(x, [1, 2, 3, 139], axis=1) for x in rows), strict=True):
-        part, state = read(*piece, state)
+    for chunk in zip(*(jnp.split(x, [1, 2, 3, 139], axis=1) for x in rows), strict=True):
+        part, state = read(*chunk, state)
         parts.append(part)
     assert rms_ratio(jnp.concatenate(parts, axis=1), whole) < 1e-6
     kept = state["stacks"][0]

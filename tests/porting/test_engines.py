@@ -141,10 +141,10 @@ def job_of(student: ModelConfig, engine: str) -> Job:
     ],
 )
 def test_what_an_engine_can_not_load_is_said_before_the_run(student, engine, problem):
-    found = preflight.export_format(job_of(student, engine))
-    assert (problem in found.problem) if problem else not found.problem
+    finding = preflight.export_format(job_of(student, engine))
+    assert (problem in finding.problem) if problem else not finding.problem
     if not engine:
-        assert "vllm" in found.found and "mlx does not: softmax layers [0, 3]" in found.found
+        assert "vllm" in finding.result and "mlx does not: softmax layers [0, 3]" in finding.result
 
 
 def test_a_run_for_an_engine_that_reads_no_such_student_ends_before_it_begins(monkeypatch):

@@ -53,7 +53,7 @@ def test_a_head_of_its_own_in_a_tied_model_is_refused(models, tmp_path, random_c
             tensors[HEAD] = np.concatenate([tensors[HEAD], tensors[HEAD][:2]])
 
     resave(tmp_path / "a model", add_head)
-    with pytest.raises(ValueError, match=r"tie_word_embeddings true.*lm_head\.weight.*model\.embed_tokens") as raised:
+    with pytest.raises(ValueError, match=rf"tie_word_embeddings.*{HEAD}.*{EMBEDDING}") as raised:
         loaded(tmp_path / "a model")
     if change != "a longer matrix":
         run_advice(str(raised.value))
@@ -82,7 +82,7 @@ def test_a_tied_model_whose_config_does_not_say_so(models, tmp_path, random_chec
     config = read_config(tmp_path / "m")
     del config["tie_word_embeddings"]
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"missing: lm_head\.weight.*tie_word_embeddings true") as raised:
+    with pytest.raises(ValueError, match=rf"missing.*{HEAD}.*tie_word_embeddings") as raised:
         loaded(tmp_path / "m")
     run_advice(str(raised.value))
     same(loaded(tmp_path / "m"), expected)
@@ -169,7 +169,7 @@ def test_of_two_files_with_a_tensor_the_index_says_which(models, tmp_path, rando
 def test_a_needed_tensor_that_its_shard_lacks_is_named_with_the_shard(models, tmp_path, random_checkpoint):
     random_checkpoint(tmp_path / "m", models["qwen2"], files=2)
     resave(tmp_path / "m", lambda t: t.pop("model.norm.weight"), "model-00002-of-00002.safetensors")
-    with pytest.raises(ValueError, match=r"missing: model\.norm\.weight.*not in model-00002-of-00002\.safetensors"):
+    with pytest.raises(ValueError, match=r"missing.*model\.norm\.weight.*00002-of-00002"):
         loaded(tmp_path / "m")
 
 
@@ -180,7 +180,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 30874
 def test_a_git_lfs_pointer_is_called_one(models, tmp_path, random_checkpoint, name):
     random_checkpoint(tmp_path / "m", models["qwen2"])
     (tmp_path / "m" / name).write_text(POINTER)
-    with pytest.raises(ValueError, match=rf"{name} is a git-lfs pointer.*3087467144 bytes.*git -C \S*/m lfs pull"):
+    with pytest.raises(ValueError, match=rf"{name}.*git-lfs.*3087467144.*git -C \S*/m lfs pull"):
         loaded(tmp_path / "m")
 
 

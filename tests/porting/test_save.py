@@ -144,9 +144,9 @@ def test_only_the_listed_files_of_the_teacher_are_copied(small, tmp_path):
 
 def test_generation_config_given_or_from_the_base(small, tmp_path):
     params, cfg, options = small
-    given = {"temperature": 0.5}
-    save_params(params, cfg, tmp_path / "b", tokenizer_from=tmp_path / "teacher", generation_config=given, **options)
-    assert json.loads((tmp_path / "b" / "generation_config.json").read_text()) == given
+    config = {"temperature": 0.5}
+    save_params(params, cfg, tmp_path / "b", tokenizer_from=tmp_path / "teacher", generation_config=config, **options)
+    assert json.loads((tmp_path / "b" / "generation_config.json").read_text()) == config
     options["base_config"] |= {"bos_token_id": 0, "eos_token_id": [1, 2], "pad_token_id": None}
     save_params(params, cfg, tmp_path / "c", **options)
     written = json.loads((tmp_path / "c" / "generation_config.json").read_text())
@@ -264,9 +264,9 @@ def test_the_teachers_own_directory_is_not_replaced(small, tmp_path):
     ],
 )
 def test_wrong_options_are_refused(small, tmp_path, options, named):
-    params, cfg, given = small
+    params, cfg, usual = small
     with pytest.raises(ValueError, match=named):
-        save_params(params, cfg, tmp_path / "b", **(given | options))
+        save_params(params, cfg, tmp_path / "b", **(usual | options))
     assert names(tmp_path) == {"teacher"}
 
 

@@ -11,7 +11,7 @@ from radlads_jax.porting.families.family import Family, attention_bias
 
 NAME = "qwen3_5_text"
 # A model with images, and what some engines know the language model by.
-NESTED = "qwen3_5"
+_NESTED = "qwen3_5"
 MIXER = "gdn"
 _LAYER_TYPES = {"linear_attention": MIXER, "full_attention": SOFTMAX}
 _DEFAULT_INTERVAL = 4
@@ -20,7 +20,7 @@ _DEFAULT_PARTIAL = 0.25
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config of the language model, where it lies in one of a model with images; else config itself."""
-    if config.get("model_type") != NESTED:
+    if config.get("model_type") != _NESTED:
         return config
     inner = config.get("text_config")
     # The outer object says how both are tied, unless the inner one does.
@@ -31,7 +31,7 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 def nested(config: dict[str, Any]) -> dict[str, Any]:
     """The config of a model with images, without them, that holds this one of a language model."""
     outer = ("architectures", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-    return {name: config[name] for name in outer if name in config} | {"model_type": NESTED, "text_config": config}
+    return {name: config[name] for name in outer if name in config} | {"model_type": _NESTED, "text_config": config}
 
 
 def _biases(keys: ConfigKeys) -> tuple[bool, bool]:

@@ -6,12 +6,12 @@ from radlads_jax.porting.writers import huggingface, llama_cpp, qwen3_5
 from radlads_jax.porting.writers.writer import Writer
 
 WRITERS: dict[str, Writer] = {writer.name: writer for writer in (huggingface.WRITER, llama_cpp.WRITER, qwen3_5.WRITER)}
-HUGGINGFACE = huggingface.WRITER.name
+_HUGGINGFACE = huggingface.WRITER.name
 
 
 def default_format(cfg: ModelConfig) -> str:
     """The name of the format that a model of these dimensions is exported in where none is asked for."""
-    return HUGGINGFACE if cfg.recurrent_mixer is None else MIXERS[cfg.recurrent_mixer].export_format
+    return _HUGGINGFACE if cfg.recurrent_mixer is None else MIXERS[cfg.recurrent_mixer].export_format
 
 
 def writer_for(cfg: ModelConfig, wanted: str | None = None) -> Writer:

@@ -98,8 +98,8 @@ def how_to_use(read_by: Mapping[str, list[str]]) -> str:
 
 
 def _reasons(name: str, engine: Engine, written: ModelConfig, nested: bool) -> list[str]:
-    if found := engine.obstacles(written):
-        return found
+    if obstacles := engine.obstacles(written):
+        return obstacles
     other_config = engine.nested is not None and engine.nested != nested
     other_biases = engine.o_bias is not None and written.qkv_bias and engine.o_bias != written.o_bias
     return [f"another form (--for={name})"] if other_config or other_biases else []

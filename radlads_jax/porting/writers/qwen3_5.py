@@ -29,7 +29,7 @@ from radlads_jax.porting.writers.fetching import planned_tensors
 from radlads_jax.porting.writers.writer import Writer
 from radlads_jax.system.storage import AnyPath
 
-Fetch = Callable[[str], np.ndarray]
+_Fetch = Callable[[str], np.ndarray]
 _TEACHERS = ("qwen2", "qwen3", "llama", "mistral")
 
 
@@ -49,7 +49,7 @@ def _form_for(engine: engines.Engine) -> _Form:
     return _Form(_USUAL.nested if engine.nested is None else engine.nested, engine.o_bias)
 
 
-def native(cfg: ModelConfig, form: _Form = _USUAL) -> ModelConfig:
+def _native(cfg: ModelConfig, form: _Form = _USUAL) -> ModelConfig:
     """The Qwen3.5 model that computes what cfg does."""
     if cfg.family == qwen3_5.NAME:
         return cfg if form.o_bias is None else dataclasses.replace(cfg, o_bias=cfg.qkv_bias and form.o_bias)
@@ -72,8 +72,8 @@ def native(cfg: ModelConfig, form: _Form = _USUAL) -> ModelConfig:
 def _obstacles(cfg: ModelConfig, directory: AnyPath | None, engine: engines.Engine | None = None) -> list[str]:
     """What the format has no place for; of an engine, also what it does not load."""
     del directory
-    found = _without_place(cfg)
-    return found if found or engine is None else engine.obstacles(native(cfg, _form_for(engine)))
+    obstacles = _without_place(cfg)
+    return obstacles if obstacles or engine is None else engine.obstacles(_native(cfg, _form_for(engine)))
 
 
 def _without_place(cfg: ModelConfig) -> list[str]:
@@ -91,7 +91,7 @@ def _without_place(cfg: ModelConfig) -> list[str]:
 
 def _tensors(flat: dict[ParamPath, Any], cfg: ModelConfig, dtype: str | None, form: _Form) -> list[PlannedTensor]:
     if cfg.family == qwen3_5.NAME:
-        return _with_biases(planned_tensors(flat, cfg, dtype), native(cfg, form))
+        return _with_biases(planned_tensors(flat, cfg, dtype), _native(cfg, form))
     # Worked on in float32, which holds every bfloat16; a tensor that is not changed comes out as it went in.
     stored = {tensor.name: tensor for tensor in planned_tensors(flat, cfg, "float32")}
     disk_dtype = np.dtype(jnp.dtype(dtype or flat["embed", "embedding"].dtype))
@@ -100,9 +100,9 @@ def _tensors(flat: dict[ParamPath, Any], cfg: ModelConfig, dtype: str | None, fo
         return stored[name].fetch()
 
     def planned(name: str, shape: tuple[int, ...]) -> PlannedTensor:
-        return PlannedTensor(name, shape, disk_dtype, lambda: converted(name, shape, cfg, fetch).astype(disk_dtype))
+        return PlannedTensor(name, shape, disk_dtype, lambda: _converted(name, shape, cfg, fetch).astype(disk_dtype))
 
-    return [planned(name, location.disk_shape) for name, location in disk_tensors(native(cfg, form)).items()]
+    return [planned(name, location.disk_shape) for name, location in disk_tensors(_native(cfg, form)).items()]
 
 
 def _with_biases(tensors: list[PlannedTensor], written: ModelConfig) -> list[PlannedTensor]:
@@ -121,7 +121,7 @@ def _with_biases(tensors: list[PlannedTensor], written: ModelConfig) -> list[Pla
     return [stored.get(name) or zeros(name, location.disk_shape) for name, location in wanted.items()]
 
 
-def converted(name: str, shape: tuple[int, ...], cfg: ModelConfig, fetch: Fetch) -> np.ndarray:
+def _converted(name: str, shape: tuple[int, ...], cfg: ModelConfig, fetch: _Fetch) -> np.ndarray:
     """The tensor of that name in Qwen3.5's format, float32, of the student's by their names."""
     prefix, _, part = name.partition("linear_attn.")
     if part:
@@ -138,7 +138,7 @@ def converted(name: str, shape: tuple[int, ...], cfg: ModelConfig, fetch: Fetch)
     return array if norm is None else array * zero_centred.powers(fetch(norm))
 
 
-def _recurrent(prefix: str, part: str, cfg: ModelConfig, fetch: Fetch) -> np.ndarray:
+def _recurrent(prefix: str, part: str, cfg: ModelConfig, fetch: _Fetch) -> np.ndarray:
     sources = {"in_proj_qkv.weight": "{}_proj.weight", "conv1d.weight": "conv_{}.weight"}
     if part not in sources:
         return fetch(prefix + part)
@@ -152,7 +152,7 @@ def _cloned(rows: np.ndarray, cfg: ModelConfig) -> np.ndarray:
     return np.repeat(heads, cfg.num_heads // cfg.num_kv_heads, axis=0).reshape(-1, *rows.shape[1:])
 
 
-def _softmax(name: str, shape: tuple[int, ...], cfg: ModelConfig, fetch: Fetch) -> np.ndarray:
+def _softmax(name: str, shape: tuple[int, ...], cfg: ModelConfig, fetch: _Fetch) -> np.ndarray:
     which, kind = name.split(".")[-2:]
     if which in ("q_norm", "k_norm"):
         return zero_centred.stored(fetch(name), split=False) if cfg.qk_norm else padded_heads.norm(cfg.head_dim)
@@ -176,7 +176,7 @@ def _with_gate(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _config(cfg: ModelConfig, base: dict[str, Any], form: _Form) -> dict[str, Any]:
-    config = hf_config_from_model(native(cfg, form), qwen3_5.text_config(base))
+    config = hf_config_from_model(_native(cfg, form), qwen3_5.text_config(base))
     # vLLM's name of it; without it there is no bias, and no word of that.
     config |= {"qkv_bias": True} if config["attention_bias"] else {}
     return qwen3_5.nested(config) if form.nested else config
@@ -184,14 +184,14 @@ def _config(cfg: ModelConfig, base: dict[str, Any], form: _Form) -> dict[str, An
 
 def _writer(form: _Form, engine: engines.Engine | None = None, forms: dict[str, Writer] | None = None) -> Writer:
     def readers(cfg: ModelConfig) -> dict[str, list[str]]:
-        return engines.readers(native(cfg, form), nested=form.nested)
+        return engines.readers(_native(cfg, form), nested=form.nested)
 
     return Writer(
         "qwen3_5",
         functools.partial(_tensors, form=form),
         functools.partial(_config, form=form),
         obstacles=functools.partial(_obstacles, engine=engine),
-        written=functools.partial(native, form=form),
+        written=functools.partial(_native, form=form),
         expected=f"softmax layers of {', '.join(_TEACHERS)} and mixers of the kind {qwen3_5.MIXER}",
         use=lambda cfg: engines.how_to_use(readers(cfg)),
         readers=readers,
@@ -199,4 +199,4 @@ def _writer(form: _Form, engine: engines.Engine | None = None, forms: dict[str, 
     )
 
 
-WRITER = _writer(_USUAL, forms={name: _writer(_form_for(one), one) for name, one in engines.ENGINES.items()})
+WRITER = _writer(_USUAL, forms={name: _writer(_form_for(engine), engine) for name, engine in engines.ENGINES.items()})

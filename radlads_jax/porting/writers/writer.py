@@ -11,7 +11,7 @@ from radlads_jax.porting.safetensors_write import PlannedTensor
 from radlads_jax.system.storage import AnyPath
 
 
-def nothing(cfg: ModelConfig, directory: AnyPath | None) -> list[str]:
+def _nothing(cfg: ModelConfig, directory: AnyPath | None) -> list[str]:
     """No obstacle."""
     del cfg, directory
     return []
@@ -34,7 +34,7 @@ class Writer:
     tensors: Callable[[dict[ParamPath, Any], ModelConfig, str | None], list[PlannedTensor]]
     config: Callable[[ModelConfig, dict[str, Any]], dict[str, Any]]
     files: Callable[[ModelConfig], list[Path]] = lambda cfg: []
-    obstacles: Callable[[ModelConfig, AnyPath | None], list[str]] = nothing
+    obstacles: Callable[[ModelConfig, AnyPath | None], list[str]] = _nothing
     expected: str = "any model"
     written: Callable[[ModelConfig], ModelConfig] = lambda cfg: cfg
     use: Callable[[ModelConfig], str] = lambda cfg: ""

@@ -1,4 +1,4 @@
-"""A recurrence over pieces of a sequence on several devices is the recurrence over the whole sequence."""
+"""A recurrence over shards of a sequence on several devices is the recurrence over the whole sequence."""
 
 import functools
 
@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from pallas_kernels.pieces import over_pieces
+from pallas_kernels.context_parallel import over_shards
 from pallas_kernels.sharded import per_shard
 from pallas_kernels.wkv6 import wkv6
 from pallas_kernels.wkv7 import wkv7
 
 BATCH, HEADS, SIZE = 2, 2, 8
-# Of 4 pieces; 20 is cut into pieces that are no whole chunks.
+# Of 4 shards; 20 is cut into shards that are no whole chunks.
 LENGTHS = (64, 20)
 
 
@@ -46,7 +46,7 @@ def inputs(name: str, length: int) -> list[jax.Array]:
 
 
 def segments_of(length: int, case: str) -> jax.Array | None:
-    """Row 0 in several segments; "seam": the second begins where a piece does; "inside": it does not; row 1 in one."""
+    """Row 0 in several segments; "seam": the second begins where a shard does; "inside": it does not; row 1 in one."""
     if case == "none":
         return None
     begin = length // 4 if case == "seam" else length // 4 + 3
@@ -58,10 +58,10 @@ def segments_of(length: int, case: str) -> jax.Array | None:
 @pytest.mark.parametrize("case", ["none", "seam", "inside"])
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_pieces_are_the_whole(name: str, length: int, case: str) -> None:
+def test_shards_are_the_whole(name: str, length: int, case: str) -> None:
     op, count = OPERATIONS[name]
     mesh, segments = mesh_of((2, 1, 1, 4)), segments_of(length, case)
-    split = per_shard(op, ("sequence",) * count + ("state", "rows"), ("sequence", "state"), over_pieces)
+    split = per_shard(op, ("sequence",) * count + ("state", "rows"), ("sequence", "state"), over_shards)
     *sequences, state = inputs(name, length)
     weights = [
         jnp.asarray(np.random.default_rng(1).standard_normal(x.shape), jnp.float32) for x in (sequences[3], state)
@@ -75,10 +75,10 @@ def test_pieces_are_the_whole(name: str, length: int, case: str) -> None:
     reference = functools.partial(op, implementation="reference")
     expected = jax.grad(functools.partial(loss, reference), differentiated, has_aux=True)(*sequences, state)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        found = jax.jit(jax.grad(functools.partial(loss, split), differentiated, has_aux=True))(
+        gradients = jax.jit(jax.grad(functools.partial(loss, split), differentiated, has_aux=True))(
             *jax.device_put((*sequences, state), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
         )
-    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
         error = np.linalg.norm(np.float64(got) - np.float64(want)) / np.linalg.norm(np.float64(want))
         assert error < 2e-6
 
@@ -87,7 +87,7 @@ def test_no_device_waits_for_another() -> None:
     """The compiled program exchanges maps of states, a gather, and hands no state from device to device."""
     op, count = OPERATIONS["wkv7"]
     mesh = mesh_of((1, 1, 1, 8))
-    split = per_shard(op, ("sequence",) * count + ("state", "rows"), ("sequence", "state"), over_pieces)
+    split = per_shard(op, ("sequence",) * count + ("state", "rows"), ("sequence", "state"), over_shards)
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "context"))
     *sequences, _ = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in inputs("wkv7", 64))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

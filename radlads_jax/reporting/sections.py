@@ -227,6 +227,10 @@ def recipe(run: RunLog) -> str:
     data, given = run.config.get("data") or {}, run.config.get("student") or {}
     chosen = dataclasses.asdict(Student())
     switches = {k: v for k, v in given.items() if v not in ("", [], None, chosen.get(k)) and k != "mixer"}
+    if run.chosen_layers:
+        switches["attention_layers"] = (
+            f"{', '.join(map(str, run.chosen_layers))} ({_plain(switches['attention_layers'])})"
+        )
     apart = "see each other" if data.get("cross_document") else "are kept apart"
     lines = [
         ("teacher", teacher),

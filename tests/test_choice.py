@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import tiny_run
 from untrained import TEACHER, random_params, save_teacher, save_tokenizer
 
 from radlads_jax import config
-from radlads_jax.config import Export, RunConfig, Student, validate
+from radlads_jax.config import RunConfig, Student, validate
 from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.evaluation import choice
 from radlads_jax.evaluation.choice import Sizes, choose_layers, unevenness
@@ -184,16 +183,6 @@ def _run_settings(more):
     return chosen_settings
 
 
-def test_an_engine_that_wants_an_interval_is_told_before_the_choice():
-    def found(to_choose):
-        run = RunConfig(student=Student(mixer="gdn", attention_layers=("auto:1",)), export=Export(engine="mlx"))
-        job = types.SimpleNamespace(run=run, student=make_student_config(TEACHER, run), to_choose=to_choose)
-        return preflight.export_format(job)
-
-    assert "softmax layers [0], which are not those with" in found(1).found + found(1).problem
-    assert "softmax layers" not in found(0).found + found(0).problem
-
-
 STEPS = {"stage1": 1}
 
 
@@ -209,6 +198,15 @@ def _job(workdir, settings):
     values = config.defaults()
     values.update_from_flattened_dict(settings)
     return make_job(config.validate(values), workdir)
+
+
+def test_an_engine_that_wants_an_interval_is_told_before_the_choice(run_of, tmp_path):
+    job = _job(tmp_path, run_of[1] | {"student.mixer": "gdn", "export.engine": "mlx"})
+    said = preflight.export_format(job)
+    assert "softmax layers [0], which are not those with" in said.found + said.problem
+    # The evenly spaced ones, which are counted until then, would do.
+    said = preflight.export_format(dataclasses.replace(job, to_choose=0))
+    assert "softmax layers" not in said.found + said.problem
 
 
 def test_a_run_chooses_once_and_goes_on_with_what_it_chose(run_of):

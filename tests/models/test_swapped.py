@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 from untrained import TEACHER, random_params
 
@@ -90,7 +91,7 @@ def products(jaxpr, times: int = 1) -> int:
     total = 0
     for equation in jaxpr.eqns:
         inside = times * equation.params.get("length", 1) if equation.primitive.name == "scan" else times
-        total += sum(products(inner, inside) for inner in jax.core.jaxprs_in_params(equation.params))
+        total += sum(products(inner, inside) for inner in jaxprs_in_params(equation.params))
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left, out = (v.aval.shape for v in (equation.invars[0], equation.outvars[0]))

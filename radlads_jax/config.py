@@ -33,6 +33,8 @@ _INITS = ("published", "calibrated")
 _DTYPES = ("float32", "bfloat16")
 _OPTIMIZERS = ("adam", "adafactor")
 WARMUP = 50
+# Of the softmax layers: so many are to be chosen.
+AUTO = re.compile(r"auto:(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """mixer: "rad_rwkv6", "rad_rwkv7", "gdn", "window" or "attention" (no conversion). attention_layers keep softmax.
+    """mixer: "rad_rwkv6", "rad_rwkv7", "gdn", "window" or "attention" (no conversion). attention_layers keep softmax;
+    ("auto:N",) chooses N of them by the teacher's forward passes (evaluation/choice.py).
     attention_every: N keeps every N-th layer, those with (i + 1) % N == 0, in place of attention_layers; 0 = off.
 
     use_rope, token_shift, group_norm, balance_state: None = the mixer's published choice; gate: "" = the same, else
@@ -59,7 +62,7 @@ class Student:
     """
 
     mixer: str = "rad_rwkv7"
-    attention_layers: tuple[int, ...] = ()
+    attention_layers: tuple[int | str, ...] = ()
     attention_every: int = bounded(0, least=0)
     use_rope: bool | None = None
     token_shift: bool | None = None
@@ -379,11 +382,14 @@ def _check_student(student: Student) -> None:
             "config.student.group_norm and config.student.balance_state are both true; expected one of them, because "
             "either alone bounds the mixer's output. Set the other to false."
         )
-    if student.attention_every and student.attention_layers:
+    kept = student.attention_layers
+    chosen = len(kept) == 1 and AUTO.fullmatch(str(kept[0])) is not None
+    wrong = None if chosen else next((layer for layer in kept if isinstance(layer, str)), None)
+    require(wrong is None, "config.student.attention_layers", wrong, "int, as in 3,7,11, or auto:N alone")
+    if student.attention_every and kept:
         raise ValueError(
-            f"config.student.attention_every is {student.attention_every} and config.student.attention_layers "
-            f"{student.attention_layers}; expected one of them, for both say which layers stay softmax attention. "
-            "Leave one out."
+            f"config.student.attention_every is {student.attention_every} and config.student.attention_layers {kept}; "
+            "expected one of them, for both say which layers stay softmax attention. Leave one out."
         )
 
 

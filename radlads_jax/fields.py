@@ -147,7 +147,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
         if isinstance(value, str) or not isinstance(value, tuple | list):
-            raise ValueError(f"{where} is {value!r}; expected a tuple of {item.__name__}.")
+            raise ValueError(f"{where} is {value!r}; expected a tuple of {set_type(item).__name__}.")
         # What "--config.name=" comes as.
         if list(value) == [""]:
             return ()
@@ -156,6 +156,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return dict(value)
     if value is None and types.NoneType in typing.get_args(hint):
         return None
+    # One of several types.
+    if isinstance(hint, types.UnionType) and type(value) in typing.get_args(hint):
+        return value
     hint = set_type(hint)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -62,7 +62,8 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
         return refuse(error)
     # Imported late: the models and their compiler take seconds that a typo should not.
     try:
-        from radlads_jax.run import preflight
+        from radlads_jax.evaluation.choice import choose_for_run, table
+        from radlads_jax.run import choosing, preflight
         from radlads_jax.run.job import make_job
         from radlads_jax.run.train import Interrupted, TooManyNonFinite, convert
         from radlads_jax.system import backend, hosts, process_memory
@@ -88,6 +89,7 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
                 if hosts.is_first():
                     settings_lib.remember_config(workdir, settings)
 
+            job, teacher = choosing.decide(job, teacher, choose_for_run, table)
             convert(job, teacher, begun)
     except Interrupted as stop:
         Console(stderr=True).print(str(stop), style="yellow", markup=False, emoji=False, soft_wrap=True)

@@ -44,6 +44,9 @@ def main(argv: list[str]) -> int:
         overrides = _parse_prices(_PRICE.value)
         prepare_environment()
         planner = make_planner(run, overrides, _results_file())
+        if (kept := run.student.attention_layers) and isinstance(kept[0], str):
+            note = f"The run chooses its softmax layers ({kept[0]}); planned with as many, evenly spaced."
+            Console(stderr=True).print(note, markup=False, soft_wrap=True)
         automatic = _TOPOLOGY.value == "auto"
         result = planner.auto() if automatic else planner.topology(_TOPOLOGY.value)
     except ValueError as error:

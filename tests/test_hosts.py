@@ -23,6 +23,7 @@ hosts.start(**eval(sys.argv[1]))
 seen = multihost_utils.process_allgather(jax.numpy.int32(10 + jax.process_index()))
 print(jax.process_index(), jax.process_count(), jax.device_count(), seen.tolist())
 print(hosts.agreed(jax.process_index() + 5), hosts.is_first())
+print(hosts.said_by_first(["{layers: ü}", "another, and longer"][jax.process_index()]))
 try:
     hosts.require_same({"config.seed": 1, "config.stage1.lr": jax.process_index()})
 except ValueError as error:
@@ -78,7 +79,7 @@ def test_a_task_of_a_slurm_step_and_a_process_by_flags_join() -> None:
     printed = join([{"distributed": "auto"}, flags], [step, {}])
     for i, text in enumerate(printed):
         assert f"{i} 2 4 [10, 11]\n" in text
-        assert f"6 {i == 0}\n" in text
+        assert f"6 {i == 0}\n{{layers: ü}}\n" in text
         assert re.search(r"process 1 .*config\.stage1\.lr\b.*\b1\b.*process 0 .*\b0\b", text)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from radlads_jax.config import RunConfig, Student
+from radlads_jax.config import AUTO, RunConfig, Student
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.models.config import SOFTMAX, ModelConfig
 from radlads_jax.models.mixers import MIXERS, mixer_spec
@@ -17,6 +17,7 @@ _VALUES = (*_RANKS, "gate", "kv_heads", "shortest_half_life", "longest_half_life
 def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
     """The student's dimensions. Raises ValueError for switches that contradict each other or the mixer."""
     chosen, spec = run.student, mixer_spec(run.student.mixer)
+    check_number(chosen, teacher)
     if chosen.mixer == SOFTMAX:
         needing = [name for name in run.stages if STAGES[name].needs_teacher]
         if needing:
@@ -53,10 +54,35 @@ def _check_calibration(spec: MixerSpec, student: Student) -> None:
         )
 
 
+def layers_to_choose(student: Student) -> int:
+    """How many softmax layers the run chooses by itself; 0 where they are given, or none is kept."""
+    named = AUTO.fullmatch(str(student.attention_layers[0])) if student.attention_layers else None
+    return int(named[1]) if named else 0
+
+
+def check_number(student: Student, teacher: ModelConfig) -> None:
+    """Raises ValueError for a number of softmax layers to choose that the teacher or the mixer has no choice of."""
+    count, given = layers_to_choose(student), f"config.student.attention_layers is 'auto:{layers_to_choose(student)}'"
+    if not student.attention_layers or not isinstance(student.attention_layers[0], str):
+        return
+    if student.mixer == SOFTMAX:
+        raise ValueError(
+            f"{given}, but config.student.mixer is 'attention', which keeps softmax in all layers; expected a mixer to "
+            "convert the others to. Leave attention_layers out, or choose another mixer."
+        )
+    if not 1 <= count < teacher.num_layers:
+        raise ValueError(
+            f"{given} for a teacher of {teacher.num_layers} layers; expected auto:1 to auto:{teacher.num_layers - 1}, "
+            "which leaves a layer to keep and one to convert. Change the number."
+        )
+
+
 def _kept(student: Student, teacher: ModelConfig) -> tuple[int, ...]:
-    """The layers that stay softmax attention."""
+    """The layers that stay softmax attention; of those that are to be chosen as many, evenly spaced."""
+    if count := layers_to_choose(student):
+        return tuple((i + 1) * teacher.num_layers // count - 1 for i in range(count))
     if not student.attention_every:
-        return student.attention_layers
+        return tuple(layer for layer in student.attention_layers if isinstance(layer, int))
     return tuple(range(student.attention_every - 1, teacher.num_layers, student.attention_every))
 
 

@@ -133,6 +133,11 @@ class _Stack(NamedTuple):
         """The first layer, whole on every device. layers: instead of the stack's own."""
         return self._whole(jax.tree.map(lambda param: param[0], self.layers if layers is None else layers))
 
+    def layer(self, index: Int[Array, ""]) -> Layer:
+        """The stack's layer of this number, counted from its first one, whole on every device."""
+        one = jax.tree.map(lambda param: jax.lax.dynamic_index_in_dim(param, index, keepdims=False), self.layers)
+        return self._whole(one)
+
     def scan(
         self, visit: Callable[..., tuple[Array, Any]], x: Array, inputs: Any = None, *, remat: str = "none"
     ) -> tuple[Array, Any]:

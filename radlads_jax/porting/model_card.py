@@ -105,7 +105,7 @@ def _recipe(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
     lines = [
         "## Recipe",
         "",
-        f"Text: {text}. Compute dtype: {run['dtype']}; seed {run['seed']}.",
+        f"Text: {text}. Compute dtype: {run['dtype']}; seed {run['seed']}." + _how_chosen(run.get("student", {})),
         "",
         "| stage | trains | tokens | rows of | rows a step | learning rate, mixers' |",
         "|---|---|---|---|---|---|",
@@ -119,6 +119,13 @@ def _recipe(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
         sizes = f"{stage['seq_len']:,} | {stage['batch_size']:,}"
         lines.append(f"| {name} | {trains} | {tokens:,} | {sizes} | {', '.join(rates)} |")
     return "\n".join(lines)
+
+
+def _how_chosen(student: Mapping[str, Any]) -> str:
+    asked = next((str(layer) for layer in student.get("attention_layers", ())), "")
+    if not asked.startswith("auto:"):
+        return ""
+    return f" The softmax layers were chosen by forward passes of the teacher, on text and recall prompts ({asked})."
 
 
 def _scores(summary: Mapping[str, Any]) -> str:

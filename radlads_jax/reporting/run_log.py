@@ -116,19 +116,24 @@ class StageLog:
 
 @dataclasses.dataclass(frozen=True)
 class RunLog:
-    """A run as its work directory tells it; config, summary and evaluation are empty where their files are missing."""
+    """A run as its work directory tells it; config, summary and evaluation are empty where their files are missing.
+
+    chosen_layers: the softmax layers, where the run chose them itself.
+    """
 
     workdir: AnyPath
     config: dict[str, Any]
     summary: dict[str, Any]
     stages: tuple[StageLog, ...]
     evaluation: dict[str, Any]
+    chosen_layers: tuple[int, ...] = ()
 
     @property
     def recurrent_layers(self) -> list[int]:
         """The layer that each alignment error belongs to: all but those that stay softmax attention."""
         student = self.config.get("student") or {}
-        kept, every = set(student.get("attention_layers") or ()), student.get("attention_every")
+        asked, every = student.get("attention_layers") or (), student.get("attention_every")
+        kept = set(self.chosen_layers or (layer for layer in asked if isinstance(layer, int)))
         count = max((len(stage.layers()) for stage in self.stages), default=0)
         if every:
             return [layer for layer in range(2 * count + 1) if (layer + 1) % every][:count]
@@ -158,7 +163,15 @@ def read_run(workdir: str | os.PathLike) -> RunLog:
         StageLog(name, tuple(r for r in records if r["stage"] == name), config.get(name) or {}, every) for name in names
     ]
     evaluation = _object(directory / "evaluation.json") or _object(directory / "export" / "evaluation.json")
-    return RunLog(directory, config, summary, tuple(stages), evaluation)
+    return RunLog(directory, config, summary, tuple(stages), evaluation, _chosen(directory, config))
+
+
+def _chosen(directory: AnyPath, config: dict[str, Any]) -> tuple[int, ...]:
+    """What choice.json holds, where the run was to choose."""
+    asked = (config.get("student") or {}).get("attention_layers") or ()
+    if not any(isinstance(layer, str) for layer in asked):
+        return ()
+    return tuple(i for i in _object(directory / "choice.json").get("layers") or () if isinstance(i, int))
 
 
 def _object(path: AnyPath) -> dict[str, Any]:

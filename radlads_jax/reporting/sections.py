@@ -227,6 +227,10 @@ def _recipe(run: RunLog) -> str:
     data, student_config = run.config.get("data") or {}, run.config.get("student") or {}
     chosen = dataclasses.asdict(Student())
     switches = {k: v for k, v in student_config.items() if v not in ("", [], None, chosen.get(k)) and k != "mixer"}
+    if run.chosen_layers:
+        switches["attention_layers"] = (
+            f"{', '.join(map(str, run.chosen_layers))} ({_plain(switches['attention_layers'])})"
+        )
     apart = "see each other" if data.get("cross_document") else "are kept apart"
     lines = [
         ("teacher", teacher),

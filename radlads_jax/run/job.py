@@ -12,7 +12,7 @@ from radlads_jax.data import binidx, pipeline, prepare, synthetic
 from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill.program import StagePlan, check_trainable
 from radlads_jax.distill.stages import STAGES
-from radlads_jax.distill.student_config import make_student_config
+from radlads_jax.distill.student_config import layers_to_choose, make_student_config
 from radlads_jax.models import sharding
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import Params, abstract_params, init_params
@@ -24,7 +24,7 @@ from radlads_jax.porting.hub import check_tokenizer, load_tokenizer, resolve_mod
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.model_tensors import model_tensors
 from radlads_jax.porting.tokenizer_files import check_exportable
-from radlads_jax.run import fingerprint
+from radlads_jax.run import chosen, fingerprint
 from radlads_jax.run.settings import names_others
 from radlads_jax.run.tokens import Tokens, find_tokens
 from radlads_jax.system import hosts
@@ -39,6 +39,8 @@ class Job:
 
     source: the teacher's directory, None where the run starts from fresh weights. base_config: its config.json.
     teacher: the teacher's dimensions, its stacks cut at the student's boundaries. eval_tokens: held out at the end.
+    to_choose: how many softmax layers are still to be chosen; the student then has as many, evenly spaced, and the
+    teacher is in one piece (run/choosing.py).
     mesh: the devices the run is spread over, None for one. beginning: ids that documents begin with. depends: what a
     continuation has to find again, by contents.
     """
@@ -56,9 +58,16 @@ class Job:
     mesh: Mesh | None = None
     beginning: tuple[int, ...] = ()
     depends: dict[str, Any] = dataclasses.field(default_factory=dict)
+    to_choose: int = 0
 
     def stage_plan(self, name: str) -> StagePlan:
         return StagePlan(self.run, name, self.student, self.teacher, self.mesh)
+
+    def with_layers(self, layers: tuple[int, ...]) -> "Job":
+        """The job whose student keeps these softmax layers, in place of those that were to be chosen."""
+        student = make_student_config(self.teacher, chosen.with_layers(self.run, layers))
+        check_trainable(self.run, student)
+        return dataclasses.replace(self, student=student, teacher=self.teacher.as_teacher_of(student), to_choose=0)
 
     def load_teacher(self, dtype: str) -> Params:
         """The teacher's parameters, from its files or, for a run from scratch, fresh ones; born where they lie."""
@@ -105,6 +114,11 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
             "(tie_word_embeddings is not true in its config.json): the export would be another model. Expected retie "
             "for tied teachers alone. Leave config.export.retie out."
         )
+    if source is None and layers_to_choose(run.student):
+        raise ValueError(
+            f"config.student.attention_layers is {run.student.attention_layers[0]!r} for a run from fresh weights, "
+            "whose teacher can tell nothing of its layers; expected config.teacher.path. Name the layers instead."
+        )
     student = make_student_config(original, run)
     check_trainable(run, student)
     with hosts.first_alone("data"):
@@ -118,7 +132,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     depends = _depends(source, base_config, tokenizer, tokens)
     if not fingerprint.is_finished(workdir) or names_others(workdir, run):
         _require_same(workdir, depends)
-    return Job(
+    job = Job(
         run,
         workdir,
         source,
@@ -133,6 +147,10 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
         tokens.beginning,
         depends,
     )
+    if not (count := layers_to_choose(run.student)):
+        return job
+    layers = chosen.read(workdir, count, original.num_layers, depends)
+    return job.with_layers(layers) if layers else dataclasses.replace(job, teacher=original, to_choose=count)
 
 
 def _depends(source: AnyPath | None, base_config: dict[str, Any], tokenizer: Any, tokens: Tokens) -> dict[str, Any]:

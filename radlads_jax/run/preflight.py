@@ -18,7 +18,9 @@ from pallas_kernels import dispatch
 from radlads_jax.data import pipeline
 from radlads_jax.data.tokenise import prompt_beginning
 from radlads_jax.distill.program import abstract_state
-from radlads_jax.models import sharding
+from radlads_jax.distill.student_config import layers_to_choose
+from radlads_jax.models import ModelConfig, sharding
+from radlads_jax.models.config import SOFTMAX
 from radlads_jax.models.decoder import Params
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.porting.hub import load_tokenizer
@@ -59,6 +61,7 @@ def check(job: Job, *, force: bool = False, whole: bool = False) -> Params | Non
         findings = [disk(job)]
     else:
         findings = [disk(job), data(job), _Finding("rates", rates.described(map(job.stage_plan, job.run.stages)))]
+        findings += [layers(job)] if layers_to_choose(job.run.student) else []
         findings += [tokenizer(job), _checkpoints(job), export_format(job)]
         if job.source is not None and job.student.recurrent_mixer:
             teacher = job.load_teacher(job.run.teacher.dtype)
@@ -109,10 +112,25 @@ def disk(job: Job) -> _Finding:
     )
 
 
+def layers(job: Job) -> _Finding:
+    """The softmax layers that are chosen, or how many of them will be."""
+    if not job.to_choose:
+        return _Finding("layers", f"softmax attention in {_kept(job.student)}, as chosen when the run began")
+    said = f"{job.to_choose} of {job.teacher.num_layers} will be chosen to stay softmax attention"
+    return _Finding("layers", f"{said}; sizes are those of as many, evenly spaced: {_kept(job.student)}")
+
+
+def _kept(student: ModelConfig) -> str:
+    return ", ".join(str(i) for i, mixer in enumerate(student.layer_mixers) if mixer == SOFTMAX)
+
+
 def export_format(job: Job) -> _Finding:
     """The format that the student will be exported in, whether it has a place for all of it, and what loads it."""
     form = writer_for(job.student, job.run.export.engine)
     retied = dataclasses.replace(job.student, tie_embeddings=job.student.tie_embeddings or job.run.export.retie)
+    if job.to_choose:
+        # Layers that are chosen follow no interval, nor do the first ones.
+        retied = _with_first_layers(retied, job.to_choose)
     if not (obstacles := form.obstacles(retied, None)):
         return _Finding("export", f"as {form.name}{_read_by(form.readers(retied))}")
     return _Finding(
@@ -121,6 +139,12 @@ def export_format(job: Job) -> _Finding:
         f"the student will be exported as {form.name}, which has no place for {'; '.join(obstacles)}; expected "
         f"{form.expected}. Choose another teacher or config.student.mixer.",
     )
+
+
+def _with_first_layers(student: ModelConfig, count: int) -> ModelConfig:
+    recurrent = student.recurrent_mixer
+    assert recurrent is not None  # else there is nothing to choose
+    return dataclasses.replace(student, stacks=((SOFTMAX, count), (recurrent, student.num_layers - count)))
 
 
 def _read_by(readers: Mapping[str, list[str]]) -> str:

@@ -103,6 +103,11 @@ def convert(job: Job, teacher: Params | None = None, begun: Callable[[], None] =
     teacher: its weights in the dtype it is run in, where they are loaded already. begun: called when nothing of the
     settings can be refused any more: a step has been computed, or none is left to do; by every process.
     """
+    if job.to_choose:
+        raise ValueError(
+            f"config.student.attention_layers is 'auto:{job.to_choose}', and nothing has chosen them; expected a job "
+            "of radlads_jax.run.choosing.decide. Run it before."
+        )
     ending.check(job)
     if (summary := ending.finished(job)) is not None:
         begun()

@@ -1,0 +1,91 @@
+"""Which layers of a teacher a hybrid student should keep as softmax attention, by forward passes alone.
+
+python -m radlads_jax.choose --model TEACHER --keep N [--data TEXT] [--out DIR]
+
+Prints every layer's figures; --out gets choice.json and a picture, choice.svg. In a run the same is
+--config.student.attention_layers=auto:N.
+"""
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+from absl import flags
+from rich.console import Console
+
+from radlads_jax.decoding.loaded import DTYPES, load_model, read_model_config
+from radlads_jax.evaluation import probes
+from radlads_jax.evaluation.choice import Sizes, choose_layers, said, table
+from radlads_jax.evaluation.swaps import Batch
+from radlads_jax.models.window import WindowOptions
+from radlads_jax.reporting.bars import layers_picture
+from radlads_jax.system import command, storage
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The command line."""
+    usual, window = Sizes(), WindowOptions()
+    put: Any = {"flag_values": values}
+    flags.DEFINE_string("model", None, "The teacher's directory, or a hub id.", **put)
+    flags.DEFINE_integer("keep", None, "How many layers stay softmax attention.", **put)
+    flags.DEFINE_string("data", None, "A text file for the KL. Default: made-up tales.", **put)
+    flags.DEFINE_string("out", None, "A directory for choice.json and choice.svg.", **put)
+    flags.DEFINE_integer("prompts", usual.prompts, "Of each kind: passkey, multi-key needle, recall.", **put)
+    flags.DEFINE_integer("texts", usual.texts, "Rows of text.", **put)
+    flags.DEFINE_integer("tokens", usual.tokens, "Of each prompt and row.", **put)
+    flags.DEFINE_integer("sinks", window.sinks, "Keys at the beginning that a window sees.", **put)
+    flags.DEFINE_integer("window", window.window, "The latest keys that it sees.", **put)
+    flags.DEFINE_integer("seed", usual.seed, "Of prompts, rows and bootstrap.", lower_bound=0, **put)
+    flags.DEFINE_integer("batch_size", usual.batch_size, "Rows that are read at once.", **put)
+    flags.DEFINE_enum("dtype", None, DTYPES, "Default: bfloat16, on a CPU float32.", **put)
+
+
+def main(values: flags.FlagValues) -> None:
+    """Raises ValueError for settings that are wrong, before the weights are read."""
+    if values.model is None or values.keep is None:
+        raise ValueError(
+            "expected --model DIR and --keep N, e.g. --model HuggingFaceTB/SmolLM2-135M-Instruct --keep 7."
+        )
+    sizes = Sizes(values.prompts, values.texts, values.tokens, values.batch_size, values.seed)
+    options = WindowOptions(values.sinks, values.window)
+    cfg = read_model_config(values.model)
+    if cfg.recurrent_mixer is not None or not 1 <= values.keep < cfg.num_layers:
+        kind = f"has layers of {cfg.recurrent_mixer} itself" if cfg.recurrent_mixer else f"has {cfg.num_layers} layers"
+        raise ValueError(
+            f"--keep is {values.keep} and --model {kind}; expected a model of softmax attention alone, and 1 to "
+            f"{cfg.num_layers - 1} of them to keep. Change --keep or --model."
+        )
+    out = storage.as_path(values.out) if values.out else None
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    model = load_model(values.model, dtype=values.dtype)
+    batch = text_batch(model.tokenizer, sizes, storage.as_path(values.data) if values.data else None)
+    begun = time.monotonic()
+    found = choose_layers(model.cfg, model.params, model.tokenizer, [batch], values.keep, options=options, sizes=sizes)
+    seconds = time.monotonic() - begun
+    console = Console()
+    console.print(table(found))
+    console.print(f"{said(found)}. {found['passes']:,} passes of {sizes.batch_size} rows in {seconds:,.0f} s.")
+    if out is not None:
+        storage.write_text(out / "choice.json", json.dumps(found, indent=1) + "\n")
+        storage.write_text(out / "choice.svg", layers_picture(found["single"], found["layers"]))
+
+
+def text_batch(tokenizer: Any, sizes: Sizes, file: storage.AnyPath | None) -> Batch:
+    """Rows of one piece of the file's text, from a place that the seed draws, or of made-up tales."""
+    text, length = probes.Text(tokenizer, sizes.seed), sizes.texts * sizes.tokens
+    try:
+        ids = probes.document(text, length, file).ids
+    except ValueError as error:
+        raise ValueError(
+            f"--data {file} holds too little text for {sizes.texts} rows of {sizes.tokens} tokens; expected {length:,} "
+            "tokens. Give a longer text, or lower --texts or --tokens."
+        ) from error
+    rows = np.asarray(ids, np.int32).reshape(sizes.texts, sizes.tokens)
+    positions = np.broadcast_to(np.arange(sizes.tokens, dtype=np.int32), rows.shape)
+    return {"tokens": rows, "segment_ids": np.ones_like(rows), "positions": positions}
+
+
+if __name__ == "__main__":
+    command.run(define_flags, main)

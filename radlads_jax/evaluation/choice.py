@@ -1,0 +1,261 @@
+"""Which of a teacher's layers stay softmax attention: those without which answers are lost, by forward passes alone.
+
+    score_i = z(change of KL on text) + 2 z(change of the answers' NLL)               z over the layers in question
+
+The first half of N by single swaps, the windows of one layer at a time; the last half greedily, windows everywhere but
+in the layers that are kept, by what keeping one more gives back. Layers within two standard errors (bootstrap over
+prompts and rows) of the best tie: the one that leaves the kept ones more evenly spaced is taken. The mixer is `window`,
+so that nothing has to be trained. Source: HALO (arXiv 2601.22156), with a synthetic recall loss for its tasks.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from radlads_jax.evaluation import probes
+from radlads_jax.evaluation.swaps import Batch, Measured, Rows, Swaps, prompt_rows, text_rows
+from radlads_jax.models import ModelConfig
+from radlads_jax.models.decoder import Params
+from radlads_jax.models.window import WindowOptions
+
+KINDS = ("passkey", "multi_key", "recall")
+TOKENS = 512
+# Weight of the answers beside that of text.
+_RECALL = 2.0
+_DRAWS = 1000
+_TIE = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is read: so many prompts of each kind and rows of text, of `tokens` tokens each, drawn by `seed`."""
+
+    prompts: int = 16
+    texts: int = 8
+    tokens: int = TOKENS
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("prompts", "texts", "tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1. Change --{name}.")
+
+
+class _Pick(NamedTuple):
+    """One step's choice. tied: the layers that were as good, the chosen one among them."""
+
+    layer: int
+    score: float
+    tied: list[int]
+
+
+def prompts(tokenizer: Any, sizes: Sizes) -> list[probes.Example]:
+    """sizes.prompts of every kind, kind after kind. Raises ValueError for a length in which one has no room."""
+    text = probes.Text(tokenizer, sizes.seed)
+    try:
+        examples = [probes.PROBES[kind](text, sizes.tokens) for kind in KINDS for _ in range(sizes.prompts)]
+        longest = max(len(example.ids) for example in examples)
+    except ValueError as error:
+        raise _no_room(sizes.tokens) from error
+    if longest > sizes.tokens:
+        raise _no_room(sizes.tokens)
+    return examples
+
+
+def _no_room(tokens: int) -> ValueError:
+    return ValueError(
+        f"softmax layers are chosen by prompts of {tokens} tokens, in which {', '.join(KINDS)} have no room with this "
+        f"tokenizer; expected more, usually {TOKENS}. Take a teacher with a longer context, or name the layers "
+        "(config.student.attention_layers)."
+    )
+
+
+def choose_layers(
+    cfg: ModelConfig,
+    params: Params,
+    tokenizer: Any,
+    texts: Sequence[Batch],
+    keep: int,
+    *,
+    options: WindowOptions | None = None,
+    sizes: Sizes | None = None,
+    mesh: Mesh | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """The `keep` layers of a softmax teacher that a student keeps, and the figures that choice.json holds.
+
+    texts: batches of rows, arrays [B, T], the same in every process; the first sizes.texts rows are read. The same seed
+    chooses the same layers. Raises ValueError for a number of layers that leaves none to choose or to convert.
+    """
+    if not 1 <= keep < cfg.num_layers:
+        raise ValueError(
+            f"{keep} softmax layers are to be chosen of {cfg.num_layers}; expected 1 to {cfg.num_layers - 1}. Change "
+            "auto:N of config.student.attention_layers, or --keep."
+        )
+    options, sizes = options or WindowOptions(), sizes or Sizes()
+    rows = _rows(tokenizer, texts, sizes)
+    singly = (keep + 1) // 2
+    columns = (TextColumn("choosing softmax layers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+        task = progress.add_task("", total=_passes(rows, cfg.num_layers, keep, singly))
+        swaps = Swaps(cfg, params, rows, options, mesh=mesh, step=lambda: progress.advance(task))
+        found = _choose(swaps, cfg.num_layers, keep, singly, sizes)
+        found["passes"] = int(progress.tasks[0].completed)
+    asked = {"kinds": list(KINDS), "of each": sizes.prompts, "tokens": sizes.tokens, "seed": sizes.seed}
+    return found | {"prompts": asked, "text_rows": rows.num_texts, "window": dataclasses.asdict(options)}
+
+
+def choose_for_run(
+    cfg: ModelConfig,
+    params: Params,
+    tokenizer: Any,
+    texts: Sequence[Batch],
+    keep: int,
+    *,
+    seed: int,
+    batch_size: int,
+    **more: Any,
+) -> dict[str, Any]:
+    """`choose_layers` with the usual sizes, of rows no longer than the teacher reads."""
+    tokens = min(TOKENS, cfg.max_position_embeddings)
+    sizes = Sizes(tokens=tokens, batch_size=batch_size, seed=seed % 2**32)
+    return choose_layers(cfg, params, tokenizer, texts, keep, sizes=sizes, **more)
+
+
+def _rows(tokenizer: Any, texts: Sequence[Batch], sizes: Sizes) -> Rows:
+    of_text, num_texts = text_rows(texts, sizes.texts, sizes.batch_size, sizes.tokens)
+    of_prompts, num_prompts = prompt_rows(prompts(tokenizer, sizes), sizes.batch_size, sizes.tokens)
+    return Rows(of_text, of_prompts, num_texts, num_prompts)
+
+
+def _passes(rows: Rows, layers: int, keep: int, singly: int) -> int:
+    """Of batches: the teacher's own on text, every layer's window, then each candidate of each greedy step."""
+    greedy = sum(1 + layers - kept for kept in range(singly, keep))
+    each = 1 + layers + (greedy or 1) + 1
+    return len(rows.texts) + each * (len(rows.texts) + len(rows.prompts))
+
+
+def _choose(swaps: Swaps, layers: int, keep: int, singly: int, sizes: Sizes) -> dict[str, Any]:
+    everywhere = range(layers)
+    teacher, alone = swaps.flipped(np.zeros(layers, bool), everywhere)
+    draws = _Draws(len(teacher.kl), len(teacher.nll), sizes.prompts, sizes.seed)
+    harm = [_difference(swapped, teacher) for swapped in alone]
+    scores = draws.scores(harm)
+    kept: list[int] = []
+    order = []
+    for _ in range(singly):
+        pick = _best(scores, everywhere, kept, layers)
+        kept.append(pick.layer)
+        order.append(_step("single", pick))
+    left = teacher
+    while len(kept) < keep:
+        windowed = ~np.isin(np.arange(layers), kept)
+        candidates = [i for i in everywhere if i not in kept]
+        before, after = swaps.flipped(windowed, candidates)
+        pick = _best(draws.scores([_difference(before, one) for one in after]), candidates, kept, layers)
+        left = after[candidates.index(pick.layer)]
+        kept.append(pick.layer)
+        order.append(_step("greedy", pick) | {"kl": float(left.kl.mean()), "nll": float(left.nll.mean())})
+    nowhere, _ = swaps.flipped(np.ones(layers, bool), ())
+    if keep == singly:
+        left, _ = swaps.flipped(~np.isin(np.arange(layers), kept), ())
+    return {
+        "layers": sorted(kept),
+        "of": layers,
+        "order": order,
+        "single": [
+            {"layer": i, "kl": float(h.kl.mean()), "nll": float(h.nll.mean()), "score": float(scores[0, i])}
+            for i, h in enumerate(harm)
+        ],
+        "teacher": _means(teacher),
+        "windows everywhere": _means(nowhere),
+        "windows but there": _means(left),
+    }
+
+
+def _step(by: str, pick: _Pick) -> dict[str, Any]:
+    return {"layer": pick.layer, "by": by, "score": pick.score, "tied": pick.tied}
+
+
+def _means(measured: Measured) -> dict[str, float]:
+    return {name: float(values.mean()) for name, values in measured._asdict().items()}
+
+
+def _difference(a: Measured, b: Measured) -> Measured:
+    return Measured(a.kl - b.kl, a.nll - b.nll, a.right - b.right)
+
+
+class _Draws:
+    """Bootstrap draws of text rows, and of prompts within their kinds; the first one is everything as it is."""
+
+    def __init__(self, num_texts: int, num_prompts: int, of_kind: int, seed: int):
+        rng = np.random.default_rng(seed)
+        self.texts = _drawn(rng, num_texts, num_texts)
+        self.prompts = _drawn(rng, num_prompts, of_kind)
+
+    def scores(self, changes: Sequence[Measured]) -> Float[np.ndarray, "draws C"]:
+        """Every candidate's score in every draw."""
+        kl, nll = (np.stack([getattr(change, name) for change in changes], axis=1) for name in ("kl", "nll"))
+        return _z(kl[self.texts].mean(1)) + _RECALL * _z(nll[self.prompts].mean(1))
+
+
+def _drawn(rng: np.random.Generator, count: int, together: int) -> Int[np.ndarray, "draws N"]:
+    whole = np.arange(count)
+    drawn = whole // together * together + rng.integers(0, together, (_DRAWS, count))
+    return np.concatenate([whole[None], drawn])
+
+
+def _z(values: Float[np.ndarray, "draws C"]) -> Float[np.ndarray, "draws C"]:
+    """Of each draw over the candidates; 0 where all are the same."""
+    spread = values.std(axis=1, keepdims=True)
+    return (values - values.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1)
+
+
+def _best(scores: np.ndarray, candidates: Sequence[int], kept: Sequence[int], layers: int) -> _Pick:
+    """Of the candidates (a column of the scores each) that are not kept yet: the best, or of those that tie with it the
+    one that leaves the kept layers most even; then the better, then the first."""
+    places = [place for place, layer in enumerate(candidates) if layer not in kept]
+    best = max(places, key=lambda place: scores[0, place])
+    behind = scores[:, [best]] - scores[:, places]
+    # Where every draw says the same, rounding is no difference.
+    tied_with = behind[0] <= np.maximum(_TIE * behind[1:].std(axis=0), 1e-9)
+    tied = [place for place, ties in zip(places, tied_with, strict=True) if ties]
+    chosen = min(tied, key=lambda place: (unevenness([*kept, candidates[place]], layers), -scores[0, place]))
+    return _Pick(candidates[chosen], float(scores[0, chosen]), [candidates[place] for place in tied])
+
+
+def unevenness(kept: Sequence[int], layers: int) -> int:
+    """The sum of squared distances from kept layer to kept layer, the model's two ends among them."""
+    return int((np.diff([-1, *sorted(kept), layers]) ** 2).sum())
+
+
+def table(found: Mapping[str, Any]) -> Table:
+    """Every layer's figures, and how the kept ones were chosen, for a terminal."""
+    title = f"Windows of {found['window']['sinks']} + {found['window']['window']} keys in one layer at a time"
+    shown = Table(title=title, title_justify="left")
+    for column in ("layer", "KL", "change of NLL", "score", "kept", "in place of"):
+        shown.add_column(column, justify="left" if column in ("kept", "in place of") else "right")
+    how = {step["layer"]: (place, step) for place, step in enumerate(found["order"], 1)}
+    for line in found["single"]:
+        place, step = how.get(line["layer"], (0, {}))
+        said = f"{place}, {step['by']}" if step else ""
+        others = ", ".join(str(i) for i in step.get("tied", ()) if i != line["layer"])
+        figures = (f"{line['kl']:.4f}", f"{line['nll']:+.4f}", f"{line['score']:+.2f}")
+        shown.add_row(str(line["layer"]), *figures, said, others)
+    return shown
+
+
+def said(found: Mapping[str, Any]) -> str:
+    """The choice in one line."""
+    names = {"teacher": "whole teacher", "windows everywhere": "none kept", "windows but there": "these"}
+    figures = ", ".join(f"{name} {found[key]['nll']:.3f}" for key, name in names.items())
+    layers = ",".join(map(str, found["layers"]))
+    return f"softmax layers {layers} of {found['of']}; NLL of the answers with windows elsewhere: {figures}"

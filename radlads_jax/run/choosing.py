@@ -1,0 +1,66 @@
+"""Chooses a run's softmax layers, once, from its own held-out text and its teacher, before the student is made."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from radlads_jax.data import pipeline
+from radlads_jax.models.decoder import Params
+from radlads_jax.models.mixers import mixer_spec
+from radlads_jax.models.window import SPEC as WINDOW
+from radlads_jax.run import chosen
+from radlads_jax.run.display import say, show
+from radlads_jax.run.job import Job
+from radlads_jax.system import hosts
+
+
+def decide(
+    job: Job, teacher: Params | None, choose: Callable[..., dict[str, Any]], table: Callable[[dict[str, Any]], Any]
+) -> tuple[Job, Params | None]:
+    """The job with its softmax layers chosen, and the teacher's weights as far as they still fit it.
+
+    choose: evaluation.choice.choose_layers; table: what shows its figures. Every process takes part in the passes, the
+    first one's choice is that of all.
+    """
+    if not job.to_choose:
+        return job, teacher
+    say(f"choosing {job.to_choose} of {job.teacher.num_layers} softmax layers by forward passes of the teacher")
+    weights = job.load_teacher(job.run.teacher.dtype) if teacher is None else teacher
+    options = mixer_spec(WINDOW.name).choose(job.teacher.hidden_size, **_window(job))
+    length = job.eval_tokens // job.run.data.eval_rows
+    if length <= options.sinks + options.window:
+        say(f"held-out rows of {length} tokens are no longer than the window: recall alone tells the layers apart")
+    found = choose(
+        job.teacher,
+        weights,
+        job.tokenizer,
+        _texts(job),
+        job.to_choose,
+        options=options,
+        seed=job.run.seed,
+        batch_size=job.run.train.eval_batch_size,
+        mesh=job.mesh,
+        quiet=not hosts.is_first(),
+    )
+    found = json.loads(hosts.said_by_first(json.dumps(found)))
+    show(table(found))
+    chosen.write(job.workdir, found, job.to_choose, job.depends)
+    # Its stacks are cut at other layers from here on: it is loaded again.
+    return job.with_layers(tuple(found["layers"])), None
+
+
+def _window(job: Job) -> dict[str, Any]:
+    """The window's options, where the student has it itself."""
+    return dict(job.run.student.options) if job.run.student.mixer == WINDOW.name else {}
+
+
+def _texts(job: Job) -> list[Any]:
+    """The held-out rows, all of them in every process."""
+    data, rows = job.run.data, job.run.train.eval_batch_size
+    return pipeline.make_eval_batches(
+        job.token_file,
+        seq_len=job.eval_tokens // data.eval_rows,
+        batch_size=rows,
+        eval_tokens=job.eval_tokens,
+        cross_document=data.cross_document,
+    )

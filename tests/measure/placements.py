@@ -1,0 +1,83 @@
+"""What a teacher answers with windows in all layers but a few: chosen ones, every n-th, drawn ones; nothing trained.
+
+python tests/measure/placements.py --model TEACHER --data TEXT --choice choice.json [--random 3] [--every 4]
+    [--lengths 512 1024] [--prompts 32] [--kinds passkey multi_key recall]
+
+A line for each placement and length: share of right answers (teacher-forced) with its 95% interval, the answers' NLL
+with its standard error, KL on text. The prompts are others than those of the choice (another seed).
+"""
+
+import argparse
+import json
+import pathlib
+
+import numpy as np
+
+from radlads_jax import choose
+from radlads_jax.decoding.loaded import load_model
+from radlads_jax.evaluation import choice
+from radlads_jax.evaluation.choice import Sizes
+from radlads_jax.evaluation.probe_scores import wilson
+from radlads_jax.evaluation.swaps import Rows, Swaps, prompt_rows, text_rows
+from radlads_jax.models.window import WindowOptions
+from radlads_jax.system import storage
+
+SEED = 1000
+
+
+def placements(layers: int, chosen: list[int], every: int, random: int, count: int) -> dict[str, list[int]]:
+    """Kept layers by name; the drawn ones are as many as `count`."""
+    rng = np.random.default_rng(SEED)
+    drawn = {f"drawn {i + 1}": sorted(rng.permutation(layers)[:count].tolist()) for i in range(random)}
+    named = {
+        "all (the teacher)": list(range(layers)),
+        "none": [],
+        f"every {every}th": list(range(layers))[every - 1 :: every],
+    }
+    return ({"chosen": chosen} if chosen else {}) | named | drawn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--choice", type=pathlib.Path)
+    parser.add_argument("--only", nargs="*", help="names of placements; default: all")
+    parser.add_argument("--random", type=int, default=3)
+    parser.add_argument("--every", type=int, default=4)
+    parser.add_argument("--count", type=int, default=7)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--texts", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--kinds", nargs="+", default=list(choice.KINDS))
+    args = parser.parse_args()
+    model = load_model(args.model, dtype="float32")
+    chosen = json.loads(args.choice.read_text())["layers"] if args.choice else []
+    layers = model.cfg.num_layers
+    named = placements(layers, chosen, args.every, args.random, len(chosen) or args.count)
+    choice.KINDS = tuple(args.kinds)
+    for length in args.lengths:
+        sizes = Sizes(args.prompts, args.texts, length, args.batch, SEED)
+        texts, num_texts = text_rows(
+            [choose.text_batch(model.tokenizer, sizes, storage.as_path(args.data))], args.texts, args.batch, length
+        )
+        prompts, num_prompts = prompt_rows(choice.prompts(model.tokenizer, sizes), args.batch, length)
+        swaps = Swaps(model.cfg, model.params, Rows(texts, prompts, num_texts, num_prompts), WindowOptions())
+        for name in args.only or named:
+            found, _ = swaps.flipped(~np.isin(np.arange(layers), named[name]), ())
+            of_kind = [line(kind, found, i * args.prompts, args.prompts) for i, kind in enumerate(args.kinds)]
+            kl = f"KL {found.kl.mean():.3f} ({found.kl.std(ddof=1) / len(found.kl) ** 0.5:.3f})"
+            print(f"{length} {name} {named[name]}: {'; '.join(of_kind)}; {kl}", flush=True)
+
+
+def line(kind: str, found, first: int, count: int) -> str:
+    """One kind of prompt: right answers with their interval, NLL with its standard error."""
+    nll, right = (values[first : first + count] for values in (found.nll, found.right))
+    low, high = wilson(float(right.mean()), count)
+    error = nll.std(ddof=1) / count**0.5
+    return f"{kind} {right.mean():.0%} ({low:.0%} to {high:.0%}), NLL {nll.mean():.3f} ({error:.3f})"
+
+
+if __name__ == "__main__":
+    main()

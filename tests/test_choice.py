@@ -211,10 +211,11 @@ def test_an_engine_that_wants_an_interval_is_told_before_the_choice(run_of, tmp_
 
 def test_a_run_chooses_once_and_goes_on_with_what_it_chose(run_of):
     workdir, settings = run_of
-    asked = []
+    asked, read = [], []
 
     def choose(cfg, params, tokenizer, texts, keep, **more):
-        asked.append((cfg.stacks, keep, sum(len(batch["tokens"]) for batch in texts), more["seed"]))
+        asked.append((cfg.stacks, keep, more["seed"]))
+        read.extend(texts)
         return {"layers": [0]}
 
     job = _job(workdir, settings)
@@ -225,7 +226,9 @@ def test_a_run_chooses_once_and_goes_on_with_what_it_chose(run_of):
     with pytest.raises(ValueError, match="nothing has chosen them"):
         train.convert(job)
     decided, teacher = choosing.decide(job, None, choose, str)
-    assert teacher is None and asked == [((("attention", 2),), 1, 32, 0)]
+    assert teacher is None and asked == [((("attention", 2),), 1, 0)]
+    # What the first stage reads first, and nothing of what is held out.
+    np.testing.assert_array_equal(read[0]["tokens"][: tiny_run.ROWS], next(job.batches("stage1"))["tokens"])
     assert decided.student.layer_mixers == ("attention", "window") and decided.to_choose == 0
     assert decided.teacher.stacks == (("attention", 1), ("attention", 1))
     assert decided.run.settings()["student"]["attention_layers"] == ("auto:1",)

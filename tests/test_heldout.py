@@ -42,7 +42,7 @@ def test_a_run_scores_its_exported_weights(tmp_path, monkeypatch):
         scored.append((cfg, student))
         raise RuntimeError("far enough")
 
-    monkeypatch.setattr(ending, "export", lambda *_: None)
+    monkeypatch.setattr(ending, "_export", lambda *_: None)
     monkeypatch.setattr(ending, "write_report", lambda *_, **__: None)
     monkeypatch.setattr(heldout, "evaluate_job", evaluate)
     params = random_params(job.student)

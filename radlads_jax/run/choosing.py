@@ -1,10 +1,11 @@
-"""Chooses a run's softmax layers, once, from its own held-out text and its teacher, before the student is made."""
+"""Chooses a run's softmax layers, once, from its own text and its teacher, before the student is made."""
 
 import json
 from collections.abc import Callable
 from typing import Any
 
 from radlads_jax.data import pipeline
+from radlads_jax.distill.stages import STAGES
 from radlads_jax.models.decoder import Params
 from radlads_jax.models.mixers import mixer_spec
 from radlads_jax.models.window import SPEC as WINDOW
@@ -12,6 +13,9 @@ from radlads_jax.run import chosen
 from radlads_jax.run.display import say, show
 from radlads_jax.run.job import Job
 from radlads_jax.system import hosts
+
+# At most as many are read (evaluation.choice.Sizes).
+_ROWS = 8
 
 
 def decide(
@@ -27,9 +31,9 @@ def decide(
     say(f"choosing {job.to_choose} of {job.teacher.num_layers} softmax layers by forward passes of the teacher")
     weights = job.load_teacher(job.run.teacher.dtype) if teacher is None else teacher
     options = mixer_spec(WINDOW.name).choose(job.teacher.hidden_size, **_window(job))
-    length = job.eval_tokens // job.run.data.eval_rows
+    length = job.run.stage(job.run.stages[0]).seq_len
     if length <= options.sinks + options.window:
-        say(f"held-out rows of {length} tokens are no longer than the window: recall alone tells the layers apart")
+        say(f"rows of {length} tokens are no longer than the window: recall alone tells the layers apart")
     found = choose(
         job.teacher,
         weights,
@@ -55,12 +59,18 @@ def _window(job: Job) -> dict[str, Any]:
 
 
 def _texts(job: Job) -> list[Any]:
-    """The held-out rows, all of them in every process."""
-    data, rows = job.run.data, job.run.train.eval_batch_size
-    return pipeline.make_eval_batches(
+    """The first rows that the first stage trains on, all of them in every process.
+
+    No held-out ones: these judge afterwards what was chosen.
+    """
+    name = job.run.stages[0]
+    seq_len = job.run.stage(name).seq_len
+    batches = pipeline.make_train_iterator(
         job.token_file,
-        seq_len=job.eval_tokens // data.eval_rows,
-        batch_size=rows,
+        seq_len=seq_len,
+        batch_size=max(1, min(_ROWS, pipeline.rows_available(job.token_file, seq_len, job.eval_tokens))),
+        seed=STAGES[name].order_seed(job.run.seed),
         eval_tokens=job.eval_tokens,
-        cross_document=data.cross_document,
+        cross_document=job.run.data.cross_document,
     )
+    return [next(batches)]

@@ -1,5 +1,6 @@
 """How the tests' processes are set up, this one and those that they start."""
 
+import importlib.metadata
 import os
 import pathlib
 
@@ -7,11 +8,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # For programs that run for milliseconds and take seconds to compile: without LLVM's passes over machine code, MLIR's
 # over every fusion, and a cut into parts for more cores they take a third of the time, and are several times slower.
-_XLA_FLAGS = {
-    "--xla_backend_optimization_level": "0",
-    "--xla_cpu_use_fusion_emitters": "false",
-    "--xla_cpu_parallel_codegen_split_count": "1",
-}
+_XLA_FLAGS = {"--xla_backend_optimization_level": "0", "--xla_cpu_parallel_codegen_split_count": "1"}
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # Newer ones have no such flag, and end a process that sets it.
+    _XLA_FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
 _DEVICES = "--xla_force_host_platform_device_count"
 
 

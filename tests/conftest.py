@@ -25,6 +25,5 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
-# A worker holds millions of objects (programs, traces) for its whole life; Python's collector would go through them for
-# an eighth of the time.
+# A worker holds millions of objects (programs, traces) for its whole life, and Python's collector goes through them.
 gc.set_threshold(100_000, 20, 20)

@@ -164,7 +164,7 @@ class Optim:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Train:
+class Train:
     """Steps between log lines, between checkpoints, checkpoints kept; non-finite steps in a row that end the run.
 
     slice_tokens: tokens whose logits are held at once in the loss (0 = chosen by the kernel). wandb_project: "" = none.
@@ -219,7 +219,7 @@ class RunConfig:
     student: Student = Student()
     data: Data = Data()
     optim: Optim = Optim()
-    train: _Train = _Train()
+    train: Train = Train()
     mesh: Mesh = Mesh()
     export: Export = Export()
     pretrain: StageConfig = StageConfig(tokens=20_000_000, lr=3e-3, lr_final=1e-4, mixer_lr=3e-3, mixer_lr_final=1e-4)

@@ -104,10 +104,10 @@ class Decoder(nnx.Module):
             stack_states.append(stack_state)
         return sharding.whole_rows(self.norm(x)), None if state is None else state | {"stacks": stack_states}
 
-    def walk(self) -> Iterator["_Stack"]:
+    def walk(self) -> Iterator["Stack"]:
         """The layers, stack after stack, from the first on."""
         for start, (mixer, n), layers in zip(self.cfg.stack_starts, self.cfg.stacks, self.stacks, strict=True):
-            yield _Stack(self.cfg, mixer, start, n, layers)
+            yield Stack(self.cfg, mixer, start, n, layers)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """hidden times the head (the embedding where they are tied), accumulated and returned in float32."""
@@ -120,7 +120,7 @@ class Decoder(nnx.Module):
         return (self.embed.embedding[...], "vd") if self.cfg.tie_embeddings else (self.head.kernel[...], "dv")
 
 
-class _Stack(NamedTuple):
+class Stack(NamedTuple):
     """`num_layers` layers in a row that have one mixer, from layer `start` on; `layers` has them along axis 0."""
 
     cfg: ModelConfig

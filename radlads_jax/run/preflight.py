@@ -39,7 +39,7 @@ from radlads_jax.system.untrusted import brief, listed
 _NEAR_CHANCE = 0.85
 
 
-class _Finding(NamedTuple):
+class Finding(NamedTuple):
     """What one check found. problem: why the run should not begin, and what to change; "" where all is well."""
 
     name: str
@@ -60,7 +60,7 @@ def check(job: Job, *, force: bool = False, whole: bool = False) -> Params | Non
     if begun and not whole:
         findings = [disk(job)]
     else:
-        findings = [disk(job), data(job), _Finding("rates", rates.described(map(job.stage_plan, job.run.stages)))]
+        findings = [disk(job), data(job), Finding("rates", rates.described(map(job.stage_plan, job.run.stages)))]
         findings += [layers(job)] if layers_to_choose(job.run.student) else []
         findings += [tokenizer(job), _checkpoints(job), export_format(job)]
         if job.source is not None and job.student.recurrent_mixer:
@@ -76,7 +76,7 @@ def check(job: Job, *, force: bool = False, whole: bool = False) -> Params | Non
     return teacher
 
 
-def disk(job: Job) -> _Finding:
+def disk(job: Job) -> Finding:
     """What checkpoints and export will take at most, by their shapes, beside the disk's free space."""
     directory, run = epath.Path(job.workdir), job.run
     largest = left = 0
@@ -99,11 +99,11 @@ def disk(job: Job) -> _Finding:
         left += sum(_bytes(location.disk_shape, run.export.dtype) for location in tensors)
     free = free_bytes(job.workdir)
     if free is None:
-        return _Finding("disk", f"at most {shown_bytes(left)} to write; how much a bucket has left is not known")
+        return Finding("disk", f"at most {shown_bytes(left)} to write; how much a bucket has left is not known")
     result = f"at most {shown_bytes(left)} of checkpoints and export to write, {shown_bytes(free)} free"
     if left <= free:
-        return _Finding("disk", result)
-    return _Finding(
+        return Finding("disk", result)
+    return Finding(
         "disk",
         result,
         f"the run will write up to {shown_bytes(left)} below {job.workdir}, where {shown_bytes(free)} are free; "
@@ -112,19 +112,19 @@ def disk(job: Job) -> _Finding:
     )
 
 
-def layers(job: Job) -> _Finding:
+def layers(job: Job) -> Finding:
     """The softmax layers that are chosen, or how many of them will be."""
     if not job.to_choose:
-        return _Finding("layers", f"softmax attention in {_kept(job.student)}, as chosen when the run began")
+        return Finding("layers", f"softmax attention in {_kept(job.student)}, as chosen when the run began")
     said = f"{job.to_choose} of {job.teacher.num_layers} will be chosen to stay softmax attention"
-    return _Finding("layers", f"{said}; sizes are those of as many, evenly spaced: {_kept(job.student)}")
+    return Finding("layers", f"{said}; sizes are those of as many, evenly spaced: {_kept(job.student)}")
 
 
 def _kept(student: ModelConfig) -> str:
     return ", ".join(str(i) for i, mixer in enumerate(student.layer_mixers) if mixer == SOFTMAX)
 
 
-def export_format(job: Job) -> _Finding:
+def export_format(job: Job) -> Finding:
     """The format that the student will be exported in, whether it has a place for all of it, and what loads it."""
     form = writer_for(job.student, job.run.export.engine)
     retied = dataclasses.replace(job.student, tie_embeddings=job.student.tie_embeddings or job.run.export.retie)
@@ -132,8 +132,8 @@ def export_format(job: Job) -> _Finding:
         # Layers that are chosen follow no interval, nor do the first ones.
         retied = _with_first_layers(retied, job.to_choose)
     if not (obstacles := form.obstacles(retied, None)):
-        return _Finding("export", f"as {form.name}{_read_by(form.readers(retied))}")
-    return _Finding(
+        return Finding("export", f"as {form.name}{_read_by(form.readers(retied))}")
+    return Finding(
         "export",
         f"{form.name} has no place for {'; '.join(obstacles)}",
         f"the student will be exported as {form.name}, which has no place for {'; '.join(obstacles)}; expected "
@@ -153,7 +153,7 @@ def _read_by(readers: Mapping[str, list[str]]) -> str:
     return "; ".join([f", which {' and '.join(loading)} load", *others]) if readers else ""
 
 
-def data(job: Job) -> _Finding:
+def data(job: Job) -> Finding:
     """How often every stage goes through the data."""
     shares = []
     for name in job.run.stages:
@@ -164,10 +164,10 @@ def data(job: Job) -> _Finding:
         shares.append(f"{name} reads {f'{share:.0%} of them' if share <= 1 else f'them {share:.1f} times'}")
     count = job.token_file.num_tokens - job.eval_tokens
     read = f"{count:,} tokens besides {job.eval_tokens:,} held out, of {described(job.token_file, job.depends['data'])}"
-    return _Finding("data", f"{read}; {', '.join(shares)}")
+    return Finding("data", f"{read}; {', '.join(shares)}")
 
 
-def tokenizer(job: Job) -> _Finding:
+def tokenizer(job: Job) -> Finding:
     """Whether the data's tokenizer numbers tokens as the teacher's own does, where the teacher has another."""
     vocab, end = job.tokenizer.get_vocab(), job.tokenizer.eos_token
     ends = "are not ended" if end is None else f"end with {brief(end)} ({job.tokenizer.eos_token_id})"
@@ -179,8 +179,8 @@ def tokenizer(job: Job) -> _Finding:
     own = _own_vocabulary(job)
     moved = [token for token, number in vocab.items() if own.get(token, number) != number]
     if not moved:
-        return _Finding("tokenizer", result)
-    return _Finding(
+        return Finding("tokenizer", result)
+    return Finding(
         "tokenizer",
         result,
         f"the tokenizer in {job.tokenizer_dir} gives {len(moved):,} tokens other ids than that of the teacher in "
@@ -198,7 +198,7 @@ def _own_vocabulary(job: Job) -> dict[str, int]:
         return {}
 
 
-def _checkpoints(job: Job) -> _Finding:
+def _checkpoints(job: Job) -> Finding:
     """Saves and restores a small checkpoint in the work directory, its array split over all devices.
 
     Raises ValueError where the hosts do not share the directory, or the numbers come back changed.
@@ -227,7 +227,7 @@ def _checkpoints(job: Job) -> _Finding:
             f"a checkpoint saved in {job.workdir} was restored with other numbers; expected the same bits. Do not "
             "trust this disk: choose another --workdir."
         )
-    return _Finding("checkpoints", "a small one was saved and restored")
+    return Finding("checkpoints", "a small one was saved and restored")
 
 
 def _round_trip(job: Job, place: epath.Path) -> bool:
@@ -243,7 +243,7 @@ def _round_trip(job: Job, place: epath.Path) -> bool:
     return bool(hosts.fetched(jax.jit(jnp.array_equal)(numbers, restored["numbers"])))
 
 
-def _teacher_loss(job: Job, teacher: Params) -> _Finding:
+def _teacher_loss(job: Job, teacher: Params) -> Finding:
     """The teacher's loss per token on the first rows of the first batch; a problem where it is that of chance."""
     run, rows = job.run, job.run.train.eval_batch_size
     batch = next(job.batches(run.stages[0], rows))
@@ -251,8 +251,8 @@ def _teacher_loss(job: Job, teacher: Params) -> _Finding:
     loss, chance = measured["student"]["loss"], math.log(job.teacher.vocab_size)
     result = f"loss {loss:.3f} on the first {measured['tokens']:,} tokens; that of chance is {chance:.3f}"
     if loss < _NEAR_CHANCE * chance:
-        return _Finding("teacher", result)
-    return _Finding(
+        return Finding("teacher", result)
+    return Finding(
         "teacher",
         result,
         f"the teacher {job.source} has a loss of {loss:.3f} on the first {measured['tokens']:,} tokens, where guessing "
@@ -262,7 +262,7 @@ def _teacher_loss(job: Job, teacher: Params) -> _Finding:
     )
 
 
-def _kernels(job: Job) -> _Finding:
+def _kernels(job: Job) -> Finding:
     """The devices, how the run is spread over them, and which implementation of the recurrence they get."""
     sizes = {} if job.mesh is None else {axis: size for axis, size in job.mesh.shape.items() if size > 1}
     used = "one device" if job.mesh is None else " x ".join(f"{axis} {size}" for axis, size in sizes.items())
@@ -273,10 +273,10 @@ def _kernels(job: Job) -> _Finding:
         run = dispatch.choose(operator.name, operator.implementations, None, head_sizes)
         name = next(name for name, function in operator.implementations.items() if function is run)
         result = f"{operator.name} runs as {name} on {result}"
-    return _Finding("kernels", result)
+    return Finding("kernels", result)
 
 
-def _print(findings: list[_Finding]) -> None:
+def _print(findings: list[Finding]) -> None:
     console = Console()
     console.print("[bold]before the run[/bold]")
     for name, result, problem in findings:

@@ -62,14 +62,14 @@ def main(values: flags.FlagValues) -> None:
     model = load_model(values.model, dtype=values.dtype)
     batch = text_batch(model.tokenizer, sizes, storage.as_path(values.data) if values.data else None)
     begun = time.monotonic()
-    found = choose_layers(model.cfg, model.params, model.tokenizer, [batch], values.keep, options=options, sizes=sizes)
+    choice = choose_layers(model.cfg, model.params, model.tokenizer, [batch], values.keep, options=options, sizes=sizes)
     seconds = time.monotonic() - begun
     console = Console()
-    console.print(table(found))
-    console.print(f"{said(found)}. {found['passes']:,} passes of {sizes.batch_size} rows in {seconds:,.0f} s.")
+    console.print(table(choice))
+    console.print(f"{said(choice)}. {choice['passes']:,} passes of {sizes.batch_size} rows in {seconds:,.0f} s.")
     if out is not None:
-        storage.write_text(out / "choice.json", json.dumps(found, indent=1) + "\n")
-        storage.write_text(out / "choice.svg", layers_picture(found["single"], found["layers"]))
+        storage.write_text(out / "choice.json", json.dumps(choice, indent=1) + "\n")
+        storage.write_text(out / "choice.svg", layers_picture(choice["single"], choice["layers"]))
 
 
 def text_batch(tokenizer: Any, sizes: Sizes, file: storage.AnyPath | None) -> Batch:

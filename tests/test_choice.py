@@ -135,7 +135,7 @@ def test_a_number_that_leaves_nothing_to_choose_is_refused(keep, tokenizer):
 
 def test_prompts_without_room_are_refused(tokenizer):
     with pytest.raises(ValueError, match=r"prompts of 20 tokens.*expected more"):
-        choice.prompts(tokenizer, Sizes(tokens=20))
+        choice.prompts(tokenizer, Sizes(tokens=20), choice.KINDS)
 
 
 def test_the_picture_has_two_bars_a_layer_and_the_kept_ones_in_another_colour():

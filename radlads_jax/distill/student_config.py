@@ -55,24 +55,24 @@ def _check_calibration(spec: MixerSpec, student: Student) -> None:
 
 
 def layers_to_choose(student: Student) -> int:
-    """How many softmax layers the run chooses by itself; 0 where they are given, or none is kept."""
+    """How many softmax layers the run chooses by itself; 0 where they are asked, or none is kept."""
     named = AUTO.fullmatch(str(student.attention_layers[0])) if student.attention_layers else None
     return int(named[1]) if named else 0
 
 
 def check_number(student: Student, teacher: ModelConfig) -> None:
     """Raises ValueError for a number of softmax layers to choose that the teacher or the mixer has no choice of."""
-    count, given = layers_to_choose(student), f"config.student.attention_layers is 'auto:{layers_to_choose(student)}'"
+    count, asked = layers_to_choose(student), f"config.student.attention_layers is 'auto:{layers_to_choose(student)}'"
     if not student.attention_layers or not isinstance(student.attention_layers[0], str):
         return
     if student.mixer == SOFTMAX:
         raise ValueError(
-            f"{given}, but config.student.mixer is 'attention', which keeps softmax in all layers; expected a mixer to "
+            f"{asked}, but config.student.mixer is 'attention', which keeps softmax in all layers; expected a mixer to "
             "convert the others to. Leave attention_layers out, or choose another mixer."
         )
     if not 1 <= count < teacher.num_layers:
         raise ValueError(
-            f"{given} for a teacher of {teacher.num_layers} layers; expected auto:1 to auto:{teacher.num_layers - 1}, "
+            f"{asked} for a teacher of {teacher.num_layers} layers; expected auto:1 to auto:{teacher.num_layers - 1}, "
             "which leaves a layer to keep and one to convert. Change the number."
         )
 

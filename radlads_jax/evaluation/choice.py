@@ -57,22 +57,25 @@ class _Pick(NamedTuple):
     tied: list[int]
 
 
-def prompts(tokenizer: Any, sizes: Sizes) -> list[probes.Example]:
-    """sizes.prompts of every kind, kind after kind. Raises ValueError for a length in which one has no room."""
+def prompts(tokenizer: Any, sizes: Sizes, kinds: Sequence[str]) -> list[probes.Example]:
+    """sizes.prompts of each kind (a name of probes.PROBES), kind after kind.
+
+    Raises ValueError for a length in which one has no room.
+    """
     text = probes.Text(tokenizer, sizes.seed)
     try:
-        examples = [probes.PROBES[kind](text, sizes.tokens) for kind in KINDS for _ in range(sizes.prompts)]
+        examples = [probes.PROBES[kind](text, sizes.tokens) for kind in kinds for _ in range(sizes.prompts)]
         longest = max(len(example.ids) for example in examples)
     except ValueError as error:
-        raise _no_room(sizes.tokens) from error
+        raise _no_room(sizes.tokens, kinds) from error
     if longest > sizes.tokens:
-        raise _no_room(sizes.tokens)
+        raise _no_room(sizes.tokens, kinds)
     return examples
 
 
-def _no_room(tokens: int) -> ValueError:
+def _no_room(tokens: int, kinds: Sequence[str]) -> ValueError:
     return ValueError(
-        f"softmax layers are chosen by prompts of {tokens} tokens, in which {', '.join(KINDS)} have no room with this "
+        f"softmax layers are chosen by prompts of {tokens} tokens, in which {', '.join(kinds)} have no room with this "
         f"tokenizer; expected more, usually {TOKENS}. Take a teacher with a longer context, or name the layers "
         "(config.student.attention_layers)."
     )
@@ -107,10 +110,10 @@ def choose_layers(
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
         task = progress.add_task("", total=_passes(rows, cfg.num_layers, keep, singly))
         swaps = Swaps(cfg, params, rows, options, mesh=mesh, step=lambda: progress.advance(task))
-        found = _choose(swaps, cfg.num_layers, keep, singly, sizes)
-        found["passes"] = int(progress.tasks[0].completed)
+        choice = _choose(swaps, cfg.num_layers, keep, singly, sizes)
+        choice["passes"] = int(progress.tasks[0].completed)
     asked = {"kinds": list(KINDS), "of each": sizes.prompts, "tokens": sizes.tokens, "seed": sizes.seed}
-    return found | {"prompts": asked, "text_rows": rows.num_texts, "window": dataclasses.asdict(options)}
+    return choice | {"prompts": asked, "text_rows": rows.num_texts, "window": dataclasses.asdict(options)}
 
 
 def choose_for_run(
@@ -132,7 +135,7 @@ def choose_for_run(
 
 def _rows(tokenizer: Any, texts: Sequence[Batch], sizes: Sizes) -> Rows:
     of_text, num_texts = text_rows(texts, sizes.texts, sizes.batch_size, sizes.tokens)
-    of_prompts, num_prompts = prompt_rows(prompts(tokenizer, sizes), sizes.batch_size, sizes.tokens)
+    of_prompts, num_prompts = prompt_rows(prompts(tokenizer, sizes, KINDS), sizes.batch_size, sizes.tokens)
     return Rows(of_text, of_prompts, num_texts, num_prompts)
 
 
@@ -160,7 +163,7 @@ def _choose(swaps: Swaps, layers: int, keep: int, singly: int, sizes: Sizes) -> 
         windowed = ~np.isin(np.arange(layers), kept)
         candidates = [i for i in everywhere if i not in kept]
         before, after = swaps.flipped(windowed, candidates)
-        pick = _best(draws.scores([_difference(before, one) for one in after]), candidates, kept, layers)
+        pick = _best(draws.scores([_difference(before, swapped) for swapped in after]), candidates, kept, layers)
         left = after[candidates.index(pick.layer)]
         kept.append(pick.layer)
         order.append(_step("greedy", pick) | {"kl": float(left.kl.mean()), "nll": float(left.nll.mean())})
@@ -237,14 +240,14 @@ def unevenness(kept: Sequence[int], layers: int) -> int:
     return int((np.diff([-1, *sorted(kept), layers]) ** 2).sum())
 
 
-def table(found: Mapping[str, Any]) -> Table:
+def table(choice: Mapping[str, Any]) -> Table:
     """Every layer's figures, and how the kept ones were chosen, for a terminal."""
-    title = f"Windows of {found['window']['sinks']} + {found['window']['window']} keys in one layer at a time"
+    title = f"Windows of {choice['window']['sinks']} + {choice['window']['window']} keys in one layer at a time"
     shown = Table(title=title, title_justify="left")
     for column in ("layer", "KL", "change of NLL", "score", "kept", "in place of"):
         shown.add_column(column, justify="left" if column in ("kept", "in place of") else "right")
-    how = {step["layer"]: (place, step) for place, step in enumerate(found["order"], 1)}
-    for line in found["single"]:
+    how = {step["layer"]: (place, step) for place, step in enumerate(choice["order"], 1)}
+    for line in choice["single"]:
         place, step = how.get(line["layer"], (0, {}))
         said = f"{place}, {step['by']}" if step else ""
         others = ", ".join(str(i) for i in step.get("tied", ()) if i != line["layer"])
@@ -253,9 +256,9 @@ def table(found: Mapping[str, Any]) -> Table:
     return shown
 
 
-def said(found: Mapping[str, Any]) -> str:
+def said(choice: Mapping[str, Any]) -> str:
     """The choice in one line."""
     names = {"teacher": "whole teacher", "windows everywhere": "none kept", "windows but there": "these"}
-    figures = ", ".join(f"{name} {found[key]['nll']:.3f}" for key, name in names.items())
-    layers = ",".join(map(str, found["layers"]))
-    return f"softmax layers {layers} of {found['of']}; NLL of the answers with windows elsewhere: {figures}"
+    figures = ", ".join(f"{name} {choice[key]['nll']:.3f}" for key, name in names.items())
+    layers = ",".join(map(str, choice["layers"]))
+    return f"softmax layers {layers} of {choice['of']}; NLL of the answers with windows elsewhere: {figures}"

@@ -124,12 +124,12 @@ class Swaps:
 
     def _batch(self, batch, windowed, layers, text: int | None) -> Float[np.ndarray, "C *of_row B"]:
         """One batch's losses by row: with the windows as they are, then with each of the layers changed."""
-        found = self._pass(_inputs, batch, windowed)
-        losses = [self._losses(found.hidden, batch, text)]
+        inputs = self._pass(_inputs, batch, windowed)
+        losses = [self._losses(inputs.hidden, batch, text)]
         for layer in layers:
             other = windowed.copy()
             other[layer] = ~other[layer]
-            losses.append(self._losses(self._pass(_from, batch, other, found.layers, np.int32(layer)), batch, text))
+            losses.append(self._losses(self._pass(_from, batch, other, inputs.layers, np.int32(layer)), batch, text))
         return np.stack(losses)
 
     def _losses(self, hidden: Array, batch, text: int | None) -> np.ndarray:

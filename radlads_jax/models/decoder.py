@@ -135,8 +135,8 @@ class Stack(NamedTuple):
 
     def layer(self, index: Int[Array, ""]) -> Layer:
         """The stack's layer of this number, counted from its first one, whole on every device."""
-        one = jax.tree.map(lambda param: jax.lax.dynamic_index_in_dim(param, index, keepdims=False), self.layers)
-        return self._whole(one)
+        layer = jax.tree.map(lambda param: jax.lax.dynamic_index_in_dim(param, index, keepdims=False), self.layers)
+        return self._whole(layer)
 
     def scan(
         self, visit: Callable[..., tuple[Array, Any]], x: Array, inputs: Any = None, *, remat: str = "none"

@@ -39,7 +39,7 @@ def layer_inputs(
     positions: Int[Array, "B T"],
 ) -> Inputs:
     """One forward pass of the softmax model, with windows in the layers that are True."""
-    context, masks = _told(decoder, options, tokens, segment_ids, positions)
+    context, masks = _context_and_masks(decoder, options, tokens, segment_ids, positions)
 
     def visit(x, layer, layer_id, _):
         return _layer(context, masks, x, layer, windowed[layer_id]), x
@@ -62,7 +62,7 @@ def hidden_from(
     positions: Int[Array, "B T"],
 ) -> Float[Array, "B T D"]:
     """The normed hidden states of a pass that differs from the one of `inputs` in layer `first` and after it alone."""
-    context, masks = _told(decoder, options, tokens, segment_ids, positions)
+    context, masks = _context_and_masks(decoder, options, tokens, segment_ids, positions)
     x = jax.lax.dynamic_index_in_dim(inputs, first, keepdims=False)
     for stack in decoder.walk():
 
@@ -73,7 +73,7 @@ def hidden_from(
     return sharding.whole_rows(decoder.norm(x))
 
 
-def _told(decoder: Decoder, options: WindowOptions, tokens: Array, segment_ids: Array, positions: Array):
+def _context_and_masks(decoder: Decoder, options: WindowOptions, tokens: Array, segment_ids: Array, positions: Array):
     context, _ = make_context(decoder.cfg, tokens, segment_ids, positions, None)
     assert context.starts is not None  # there are segments
     return context, _masks(segment_ids, context.starts, options)

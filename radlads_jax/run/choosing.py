@@ -34,7 +34,7 @@ def decide(
     length = job.run.stage(job.run.stages[0]).seq_len
     if length <= options.sinks + options.window:
         say(f"rows of {length} tokens are no longer than the window: recall alone tells the layers apart")
-    found = choose(
+    choice = choose(
         job.teacher,
         weights,
         job.tokenizer,
@@ -46,11 +46,11 @@ def decide(
         mesh=job.mesh,
         quiet=not hosts.is_first(),
     )
-    found = json.loads(hosts.said_by_first(json.dumps(found)))
-    show(table(found))
-    chosen.write(job.workdir, found, job.to_choose, job.depends)
+    choice = json.loads(hosts.said_by_first(json.dumps(choice)))
+    show(table(choice))
+    chosen.write(job.workdir, choice, job.to_choose, job.depends)
     # Its stacks are cut at other layers from here on: it is loaded again.
-    return job.with_layers(tuple(found["layers"])), None
+    return job.with_layers(tuple(choice["layers"])), None
 
 
 def _window(job: Job) -> dict[str, Any]:

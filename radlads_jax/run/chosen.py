@@ -38,15 +38,15 @@ def read(workdir: AnyPath, count: int, num_layers: int, depends: Mapping[str, An
                 "expected it, as its weights fit no others. Restore it, or choose another --workdir."
             )
         return ()
-    found = parse_json(storage.read_text(path), path, "Restore it, or choose another --workdir.")
-    layers = found.get("layers") if isinstance(found, dict) else None
+    choice = parse_json(storage.read_text(path), path, "Restore it, or choose another --workdir.")
+    layers = choice.get("layers") if isinstance(choice, dict) else None
     sound = isinstance(layers, list) and all(type(i) is int and 0 <= i < num_layers for i in layers)
     if not sound or layers != sorted(set(layers or ())):
         raise ValueError(
             f"{path}: layers is {brief(repr(layers))}; expected different layer numbers from 0 to {num_layers - 1}, "
             "rising. Restore it, or choose another --workdir."
         )
-    if len(layers) == count and (begun or found.get("of run") == _identity(count, depends)):
+    if len(layers) == count and (begun or choice.get("of run") == _identity(count, depends)):
         return tuple(layers)
     if begun:
         raise ValueError(
@@ -56,11 +56,11 @@ def read(workdir: AnyPath, count: int, num_layers: int, depends: Mapping[str, An
     return ()
 
 
-def write(workdir: AnyPath, found: Mapping[str, Any], count: int, depends: Mapping[str, Any]) -> None:
+def write(workdir: AnyPath, choice: Mapping[str, Any], count: int, depends: Mapping[str, Any]) -> None:
     """Writes DIR/choice.json whole or not at all; the first host does."""
     if hosts.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**found, "of run": _identity(count, depends)}, indent=1)
+        text = json.dumps({**choice, "of run": _identity(count, depends)}, indent=1)
         storage.write_text(workdir / FILE, text + "\n")
     hosts.barrier()
 

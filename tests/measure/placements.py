@@ -56,24 +56,23 @@ def main() -> None:
     chosen = json.loads(args.choice.read_text())["layers"] if args.choice else []
     layers = model.cfg.num_layers
     named = placements(layers, chosen, args.every, args.random, len(chosen) or args.count)
-    choice.KINDS = tuple(args.kinds)
     for length in args.lengths:
         sizes = Sizes(args.prompts, args.texts, length, args.batch, SEED)
         texts, num_texts = text_rows(
             [choose.text_batch(model.tokenizer, sizes, storage.as_path(args.data))], args.texts, args.batch, length
         )
-        prompts, num_prompts = prompt_rows(choice.prompts(model.tokenizer, sizes), args.batch, length)
+        prompts, num_prompts = prompt_rows(choice.prompts(model.tokenizer, sizes, args.kinds), args.batch, length)
         swaps = Swaps(model.cfg, model.params, Rows(texts, prompts, num_texts, num_prompts), WindowOptions())
         for name in args.only or named:
-            found, _ = swaps.flipped(~np.isin(np.arange(layers), named[name]), ())
-            of_kind = [line(kind, found, i * args.prompts, args.prompts) for i, kind in enumerate(args.kinds)]
-            kl = f"KL {found.kl.mean():.3f} ({found.kl.std(ddof=1) / len(found.kl) ** 0.5:.3f})"
+            measured, _ = swaps.flipped(~np.isin(np.arange(layers), named[name]), ())
+            of_kind = [line(kind, measured, i * args.prompts, args.prompts) for i, kind in enumerate(args.kinds)]
+            kl = f"KL {measured.kl.mean():.3f} ({measured.kl.std(ddof=1) / len(measured.kl) ** 0.5:.3f})"
             print(f"{length} {name} {named[name]}: {'; '.join(of_kind)}; {kl}", flush=True)
 
 
-def line(kind: str, found, first: int, count: int) -> str:
+def line(kind: str, measured, first: int, count: int) -> str:
     """One kind of prompt: right answers with their interval, NLL with its standard error."""
-    nll, right = (values[first : first + count] for values in (found.nll, found.right))
+    nll, right = (values[first : first + count] for values in (measured.nll, measured.right))
     low, high = wilson(float(right.mean()), count)
     error = nll.std(ddof=1) / count**0.5
     return f"{kind} {right.mean():.0%} ({low:.0%} to {high:.0%}), NLL {nll.mean():.3f} ({error:.3f})"

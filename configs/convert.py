@@ -23,6 +23,7 @@ What one needs, each as --config.<name>=<value> (radlads_jax/config.py has them 
                              data.streaming), binidx (the prefix of .bin and .idx, or what radlads_jax.prepare made
                              of a text beforehand), synthetic
                              any of these paths, the teacher's and --workdir may be gs:// URLs (the extra gcs)
+    data.chats               conversations in .jsonl for stage2c, which adds what a chat model says to what it writes
     stages                   once for each: --config.stages=stage1 --config.stages=stage2 --config.stages=stage3
     <stage>.tokens, .seq_len, .batch_size, .accumulate (parts of a batch, for memory), .lr and .mixer_lr,
                              .warmup_steps (default: a twentieth of the stage's steps, at most 50)

@@ -17,16 +17,17 @@ from radlads_jax.fields import (
     bounded,
     build,
     check_bounds,
+    check_regex,
     follow,
-    nearest,
     parse,
     require,
     set_type,
     type_of,
     with_placeholders,
 )
+from radlads_jax.fields import parse_arg as parse_arg  # what config files take from here
 
-STAGE_NAMES = ("pretrain", "stage1", "stage2", "stage2a", "stage3")
+STAGE_NAMES = ("pretrain", "stage1", "stage2", "stage2a", "stage2c", "stage3")
 _SOURCES = ("synthetic", "text", "jsonl", "parquet", "hf", "binidx")
 _GATES = ("none", "full", "low_rank")
 _INITS = ("published", "calibrated")
@@ -96,6 +97,8 @@ class Data:
     documents, seed: how many the synthetic source makes, and which. separator: "\\n" is read as a new line.
     bos: whether documents begin with the tokenizer's BOS; None = as the tokenizer begins a prompt.
     special_tokens: a special token's name in the text is that token; else it is text.
+    chats, messages_field, replay: of stage2c. A .jsonl file or directory of conversations, the field with a line's
+    messages, and which share of a batch's rows is of the text instead.
     """
 
     source: str = bounded("text", one_of=_SOURCES)
@@ -114,6 +117,9 @@ class Data:
     eval_rows: int = bounded(64, least=1)
     documents: int = bounded(20000, least=1)
     seed: int = 0
+    chats: str = ""
+    messages_field: str = "messages"
+    replay: float = bounded(0.0, least=0, below=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +241,7 @@ class RunConfig:
         decay_begin=0.833,
         decay_end=0.875,
     )
+    stage2c: StageConfig = StageConfig(tokens=8_000_000, seq_len=2048, batch_size=4)
     stage3: StageConfig = StageConfig(tokens=100_000_000, seq_len=16384, batch_size=96)
     added: dict[str, StageConfig] = dataclasses.field(default_factory=dict)
 
@@ -289,17 +296,6 @@ def _fitting_warmup(tokens: int, seq_len: int, batch_size: int) -> int:
     return fitting_warmup(-(-tokens // max(seq_len * batch_size, 1)))
 
 
-def parse_arg(arg: str | None, **known: Any) -> ConfigDict:
-    """Reads "name=value,name=value" (the part behind the colon in --config file.py:arg) with `known` as defaults."""
-    values = dict(known)
-    for part in filter(None, (arg or "").split(",")):
-        key, _, text = part.partition("=")
-        if key not in known:
-            raise ValueError(f"the config's argument {key!r} is not known{nearest(key, known)}")
-        values[key] = parse(text, type(known[key]), f"the config's argument {key}")
-    return ConfigDict(values)
-
-
 def check_override(path: str, text: str | None) -> None:
     """Raises ValueError for what stands behind "--config.": a path to no field, or a number or flag that is none.
 
@@ -340,6 +336,7 @@ def validate(config: ConfigDict) -> RunConfig:
     has_data = bool(run.data.path) or run.data.source == "synthetic"
     example = f"the path of the {run.data.source} data, e.g. --config.data.path=PATH"
     require(has_data, "config.data.path", run.data.path, example)
+    _check_chats(run)
     fsdp = run.mesh.fsdp
     require(fsdp == -1 or fsdp >= 1, "config.mesh.fsdp", fsdp, "at least 1, or -1 for all devices")
     shard = run.export.max_shard_gb
@@ -363,7 +360,17 @@ def _check_stage(where: str, stage: StageConfig, shards: int) -> None:
         f"0 <= decay_begin < decay_end <= 1 (decay_end is {stage.decay_end})",
     )
     for pattern in stage.freeze:
-        _check_regex(f"{where}.freeze", pattern)
+        check_regex(f"{where}.freeze", pattern)
+
+
+def _check_chats(run: RunConfig) -> None:
+    wanted, chats, replay = "stage2c" in run.stages, run.data.chats, run.data.replay * run.stage2c.batch_size
+    require(not wanted or bool(chats), "config.data.chats", chats, "the path of conversations in .jsonl, for stage2c")
+    require(wanted or not chats, "config.data.chats", chats, "nothing, for config.stages has no stage2c to read it")
+    require(wanted or not replay, "config.data.replay", run.data.replay, "0, for config.stages has no stage2c")
+    whole = not replay or 1 <= round(replay) < run.stage2c.batch_size
+    rows = f"a share that leaves whole rows of both, of config.stage2c.batch_size={run.stage2c.batch_size}, or 0"
+    require(whole, "config.data.replay", run.data.replay, rows)
 
 
 def _check_teacher(teacher: Teacher) -> None:
@@ -391,10 +398,3 @@ def _check_student(student: Student) -> None:
             f"config.student.attention_every is {student.attention_every} and config.student.attention_layers {kept}; "
             "expected one of them, for both say which layers stay softmax attention. Leave one out."
         )
-
-
-def _check_regex(field: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{field} holds {pattern!r}, which is no regular expression ({error}).") from error

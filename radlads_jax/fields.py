@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -108,6 +109,14 @@ def require(fine: bool, field: str, got: Any, expected: str) -> None:
         raise ValueError(f"{field} is {got!r}; expected {expected}.")
 
 
+def check_regex(field: str, pattern: str) -> None:
+    """Raises ValueError for what is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{field} holds {pattern!r}, which is no regular expression ({error}).") from error
+
+
 def type_of(cls: type, name: str, where: str) -> Any:
     """The type of a group's field. Raises ValueError naming the nearest for one that it lacks."""
     hints = typing.get_type_hints(cls)
@@ -137,6 +146,17 @@ def parse(text: str, kind: type, where: str) -> Any:
     except ValueError as error:
         expected = "a whole number such as 200000" if kind is int else "a number such as 1e-5"
         raise ValueError(f"{where} is {text!r}; expected {expected}.") from error
+
+
+def parse_arg(arg: str | None, **known: Any) -> ConfigDict:
+    """Reads "name=value,name=value" (the part behind the colon in --config file.py:arg) with `known` as defaults."""
+    values = dict(known)
+    for part in filter(None, (arg or "").split(",")):
+        key, _, text = part.partition("=")
+        if key not in known:
+            raise ValueError(f"the config's argument {key!r} is not known{nearest(key, known)}")
+        values[key] = parse(text, type(known[key]), f"the config's argument {key}")
+    return ConfigDict(values)
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -3,15 +3,25 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
 
 from radlads_jax.data.binidx import TokenFile
-from radlads_jax.data.packing import Batch, PackedRows, check_seq_len, eval_rows, train_rows
+from radlads_jax.data.packing import Batch, check_seq_len, eval_rows, train_rows
 
 _ENDLESS = 1 << 48
 _PREFETCHED_BATCHES = 8
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Rows by their numbers, as PackedRows has them."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, indices: np.ndarray) -> Batch: ...
 
 
 def rows_available(token_file: TokenFile, seq_len: int, eval_tokens: int = 0) -> int:
@@ -71,12 +81,38 @@ def make_train_iterator(
         raise ValueError(
             f"got start_step={start_step}; expected 0 to {length}, the batches in {num_epochs} epochs; check the step."
         )
-    batches = grain.MapDataset.source(_ShuffledBatches(rows, batch_size, seed, share, length))
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
-    iterator = iter(batches.to_iter_dataset(options))
+    iterator = _iterator(_ShuffledBatches(rows, batch_size, seed, share, length))
     if start_step:
         iterator.set_state({"next_index": start_step})
     return iterator
+
+
+def make_mixed_iterator(
+    first: Rows, second: Rows, *, first_rows: int, batch_size: int, seed: int, rows_of_batch: np.ndarray | None = None
+) -> grain.DatasetIterator:
+    """Endless batches whose first `first_rows` rows are of the one kind and the others of the other.
+
+    Each kind is shuffled as in make_train_iterator, whose state and rows_of_batch these have too. Rows of both are of
+    the same length. Raises ValueError where a kind has fewer rows than a batch takes of it.
+    """
+    share = _share(batch_size, rows_of_batch)
+    kinds = ((first, 0, first_rows), (second, first_rows, batch_size - first_rows))
+    parts = []
+    for rows, begin, count in kinds:
+        if len(rows) < count:
+            raise ValueError(
+                f"got {len(rows)} rows where a batch takes {count} of their kind; expected at least as many; bring "
+                "more data, or lower seq_len or batch_size."
+            )
+        own = share[(share >= begin) & (share < begin + count)]
+        if own.size:
+            parts.append((np.isin(share, own), _ShuffledBatches(rows, count, seed, own - begin, _ENDLESS)))
+    return _iterator(_MixedBatches(tuple(parts)))
+
+
+def _iterator(batches: "_ShuffledBatches | _MixedBatches") -> grain.DatasetIterator:
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
+    return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
 
 
 def make_eval_batches(
@@ -125,7 +161,7 @@ def _share(batch_size: int, rows_of_batch: np.ndarray | None) -> np.ndarray:
 class _ShuffledBatches:
     """Batch number s, for any s: what Grain reads from."""
 
-    rows: PackedRows
+    rows: Rows
     batch_size: int
     seed: int
     share: np.ndarray
@@ -145,6 +181,27 @@ class _ShuffledBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[step] for step in range(len(self)))
+
+
+@dataclass(frozen=True)
+class _MixedBatches:
+    """Batch number s of several kinds. parts: which of the wanted rows, bool [rows], are of which."""
+
+    parts: tuple[tuple[np.ndarray, _ShuffledBatches], ...]
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, step: int) -> Batch:
+        batches = [(wanted, part[step]) for wanted, part in self.parts]
+        return {key: self._placed([(wanted, batch[key]) for wanted, batch in batches]) for key in batches[0][1]}
+
+    @staticmethod
+    def _placed(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        whole = np.empty((len(parts[0][0]), *parts[0][1].shape[1:]), parts[0][1].dtype)
+        for wanted, rows in parts:
+            whole[wanted] = rows
+        return whole
 
 
 @functools.lru_cache(maxsize=4)

@@ -56,11 +56,11 @@ def prepare(
         raise ValueError(f"got max_tokens={max_tokens}; expected at least 1, or None for all; change it.")
     made_from = _recipe(source, tokenizer_fingerprint or tokenizer_hash(tokenizer), vocab_size, framing, max_tokens)
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    there = _made_before(as_path(cache_dir), digest)
+    there = made_before(as_path(cache_dir), digest)
     if there is not None:
         return open_token_file(there)
     prefix = as_path(cache_dir) / f"{_readable(source)}-{digest}"
-    with TokenFileWriter(prefix, vocab_size) as writer, _progress_bar(progress) as bar:
+    with TokenFileWriter(prefix, vocab_size) as writer, progress_bar(progress) as bar:
         task = bar.add_task(f"tokenising {source.path}", total=max_tokens, completed=writer.num_tokens)
         # A writer that goes on behind another has its first documents already.
         texts = itertools.islice(documents(source), writer.num_documents, None)
@@ -73,8 +73,7 @@ def prepare(
                 f"{source.path} has no text in it; expected at least one document that is not empty; check the "
                 "path and text_field."
             )
-    write_text(_beside(prefix), json.dumps(made_from | {"left_out": files_left_out(source)}, indent=1) + "\n")
-    _remove_unfinished(prefix)
+    publish_recipe(prefix, made_from | {"left_out": files_left_out(source)})
     return open_token_file(prefix)
 
 
@@ -104,11 +103,17 @@ def made_from(token_file: TokenFile) -> dict[str, Any]:
     return said
 
 
+def publish_recipe(prefix: AnyPath, recipe: dict[str, Any]) -> None:
+    """Writes what a token file was made from beside it, and removes what was begun of others there."""
+    write_text(_beside(prefix), json.dumps(recipe, indent=1) + "\n")
+    _remove_unfinished(prefix)
+
+
 def _beside(prefix: AnyPath) -> AnyPath:
     return prefix.with_name(f"{prefix.name}.json")
 
 
-def _made_before(directory: AnyPath, digest: str) -> AnyPath | None:
+def made_before(directory: AnyPath, digest: str) -> AnyPath | None:
     """The token file of that digest, whatever its source was called."""
     names = children(directory) if directory.is_dir() else {}
     return next((directory / n.removesuffix(".idx") for n in sorted(names) if n.endswith(f"-{digest}.idx")), None)
@@ -137,7 +142,8 @@ def _readable(source: Source) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(source.path).name)
 
 
-def _progress_bar(show: bool | None) -> Progress:
+def progress_bar(show: bool | None) -> Progress:
+    """The bar of a tokenisation; None shows it on a terminal."""
     show = sys.stderr.isatty() if show is None else show
     columns = (
         SpinnerColumn(),

@@ -211,12 +211,17 @@ def _split(file: TextIOBase, separator: str) -> Iterator[str]:
 
 
 def _read_jsonl(source: Source) -> Iterator[str]:
+    return (_text_of(record, source, where) for record, where in json_records(source))
+
+
+def json_records(source: Source) -> Iterator[tuple[dict[str, Any], str]]:
+    """(object, where it stands) for every line of a source's .jsonl files."""
     for path in _files(source):
         try:
             with open_text(path, unpack=path.name.endswith(".gz")) as file:
                 for number, line in enumerate(iter(lambda: file.readline(_LINE_CHARACTERS), ""), 1):
                     if line.strip():
-                        yield _text_of(_parse(line, f"{path}, line {number}"), source, f"{path}, line {number}")
+                        yield _parse(line, f"{path}, line {number}"), f"{path}, line {number}"
         except UnicodeDecodeError as error:
             raise _not_utf8(path, error) from error
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:

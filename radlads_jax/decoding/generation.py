@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from radlads_jax.decoding.chat_template import check_text
+from radlads_jax.data.chat_template import check_text
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.decoding.loop import BLOCK, Sequences, decode, empty_sequences, left_padded, prefill
 from radlads_jax.decoding.sampling import GREEDY, Sampling

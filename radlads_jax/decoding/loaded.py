@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from radlads_jax.decoding.chat_template import Message, chat_text, check_text
+from radlads_jax.data.chat_template import Message, chat_text, check_text
 from radlads_jax.decoding.loop import unrolled
 from radlads_jax.models import ModelConfig, init_state
 from radlads_jax.models.config import SOFTMAX

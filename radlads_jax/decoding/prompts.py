@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from radlads_jax.decoding.chat_template import Message
+from radlads_jax.data.chat_template import Message
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.system import storage
 from radlads_jax.system.untrusted import listed, parse_json

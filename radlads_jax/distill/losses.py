@@ -37,6 +37,34 @@ def kl_loss(
 ) -> LossSums:
     """Sum over tokens of KL(teacher || student) at temperature 1; padding does not count."""
     counted = (batch["segment_ids"] > 0).astype(jnp.float32)
+    return _kl_sums(student_cfg, teacher_cfg, student, teacher, batch, counted, remat, slice_tokens)
+
+
+def answers_kl_loss(
+    student_cfg: ModelConfig,
+    teacher_cfg: ModelConfig,
+    student: Params,
+    teacher: Params,
+    batch: Batch,
+    *,
+    remat: str,
+    slice_tokens: int | None = None,
+) -> LossSums:
+    """`kl_loss` over those tokens alone whose next one is a target (loss_mask)."""
+    counted = batch["loss_mask"]
+    return _kl_sums(student_cfg, teacher_cfg, student, teacher, batch, counted, remat, slice_tokens)
+
+
+def _kl_sums(
+    student_cfg: ModelConfig,
+    teacher_cfg: ModelConfig,
+    student: Params,
+    teacher: Params,
+    batch: Batch,
+    counted: Float[Array, "B T"],
+    remat: str,
+    slice_tokens: int | None,
+) -> LossSums:
     frozen = bind(teacher_cfg, teacher)
     target = jax.lax.stop_gradient(read_rows(frozen, batch))
     decoder = bind(student_cfg, student)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from radlads_jax.distill.align import align_loss
-from radlads_jax.distill.losses import LossSums, cross_entropy_loss, kl_loss
+from radlads_jax.distill.losses import LossSums, answers_kl_loss, cross_entropy_loss, kl_loss
 from radlads_jax.models.config import ModelConfig
 
 _MIXER_PATH = re.compile(r"stacks/(\d+)/mixer/")
@@ -23,6 +23,7 @@ class Stage(NamedTuple):
     whole_student: False where the loss reads the trainable parameters alone and the rest is the teacher's, whose layers
     it runs beside them.
     loss, trains: what the loss is and what trains, as the report and the model card say it.
+    reads_chats: its rows are of config.data.chats.
     """
 
     id: int
@@ -32,6 +33,7 @@ class Stage(NamedTuple):
     whole_student: bool
     loss: str
     trains: str = "everything"
+    reads_chats: bool = False
 
     def order_seed(self, seed: int) -> int:
         """What the order of the stage's rows is drawn from, in a run with this seed."""
@@ -65,6 +67,15 @@ STAGES: dict[str, Stage] = {
     ),
     "stage2": Stage(2, kl_loss, everything, needs_teacher=True, whole_student=True, loss=_TO_TEACHER),
     "stage2a": Stage(3, kl_loss, everything, needs_teacher=True, whole_student=True, loss=_TO_TEACHER),
+    "stage2c": Stage(
+        200_003,
+        answers_kl_loss,
+        everything,
+        needs_teacher=True,
+        whole_student=True,
+        loss="KL to the teacher where the assistant speaks",
+        reads_chats=True,
+    ),
     "stage3": Stage(4, cross_entropy_loss, everything, needs_teacher=False, whole_student=True, loss=_NEXT_TOKEN),
 }
 

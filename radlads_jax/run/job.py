@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from radlads_jax.config import RunConfig
-from radlads_jax.data import binidx, pipeline, prepare, synthetic
+from radlads_jax.data import binidx, chats, packing, pipeline, prepare, synthetic
 from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill.program import StagePlan, check_trainable
 from radlads_jax.distill.stages import STAGES
@@ -26,7 +26,7 @@ from radlads_jax.porting.model_tensors import model_tensors
 from radlads_jax.porting.tokenizer_files import check_exportable
 from radlads_jax.run import chosen, fingerprint
 from radlads_jax.run.settings import names_others
-from radlads_jax.run.tokens import Tokens, find_tokens
+from radlads_jax.run.tokens import Tokens, find_chats, find_tokens
 from radlads_jax.system import hosts
 from radlads_jax.system.storage import AnyPath, as_path
 
@@ -42,7 +42,7 @@ class Job:
     to_choose: how many softmax layers are still to be chosen; the student then has as many, evenly spaced, and the
     teacher is in one piece (run/choosing.py).
     mesh: the devices the run is spread over, None for one. beginning: ids that documents begin with. depends: what a
-    continuation has to find again, by contents.
+    continuation has to find again, by contents. chats: the conversations that stage2c reads.
     """
 
     run: RunConfig
@@ -59,6 +59,7 @@ class Job:
     beginning: tuple[int, ...] = ()
     depends: dict[str, Any] = dataclasses.field(default_factory=dict)
     to_choose: int = 0
+    chats: binidx.TokenFile | None = None
 
     def stage_plan(self, name: str) -> StagePlan:
         return StagePlan(self.run, name, self.student, self.teacher, self.mesh)
@@ -82,6 +83,22 @@ class Job:
         """A stage's batches, of `rows` rows (default: the recipe's); each stage has an order of its own."""
         recipe = self.run.stage(name)
         rows = rows or recipe.batch_size
+        if STAGES[name].reads_chats:
+            assert self.chats is not None
+            text = packing.train_rows(
+                self.token_file,
+                recipe.seq_len,
+                eval_tokens=self.eval_tokens,
+                cross_document=self.run.data.cross_document,
+            )
+            return pipeline.make_mixed_iterator(
+                chats.chat_rows(self.chats, recipe.seq_len),
+                text,
+                first_rows=rows - round(self.run.data.replay * rows),
+                batch_size=rows,
+                seed=STAGES[name].order_seed(self.run.seed),
+                rows_of_batch=sharding.own_rows(self.mesh, rows),
+            )
         return pipeline.make_train_iterator(
             self.token_file,
             seq_len=recipe.seq_len,
@@ -127,9 +144,12 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
         check_tokenizer(tokenizer, student)
         check_exportable(tokenizer_dir)
         tokens = find_tokens(run, workdir, tokenizer, student.vocab_size)
+        chat_file = find_chats(run, workdir, tokenizer, student.vocab_size)
     eval_tokens = run.data.eval_rows * (run.stage(run.stages[0]).seq_len if run.stages else _EVAL_SEQ_LEN)
-    _check_rows(run, tokens.file, eval_tokens)
+    _check_rows(run, tokens.file, chat_file, eval_tokens)
     depends = _depends(source, base_config, tokenizer, tokens)
+    if chat_file is not None:
+        depends["chats"] = {"token_file": chat_file.prefix.name, "tokens": fingerprint.of_tokens(chat_file)}
     if not fingerprint.is_finished(workdir) or names_others(workdir, run):
         _require_same(workdir, depends)
     job = Job(
@@ -146,6 +166,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
         mesh,
         tokens.beginning,
         depends,
+        chats=chat_file,
     )
     if not (count := layers_to_choose(run.student)):
         return job
@@ -178,20 +199,30 @@ def _comparable(depends: dict[str, Any]) -> dict[str, Any]:
     """What a continuation has to have the same of; of the data, of which more is known, the tokens and documents."""
     parts = {part: depends[part] for part in ("teacher", "tokenizer") if part in depends}
     data = depends.get("data", {})
-    return parts | {part: data[part] for part in ("tokens", "documents") if part in data}
+    parts |= {part: data[part] for part in ("tokens", "documents") if part in data}
+    return parts | {"chats": depends["chats"]["tokens"]} if "chats" in depends else parts
 
 
-def _check_rows(run: RunConfig, token_file: binidx.TokenFile, eval_tokens: int) -> None:
+def _check_rows(
+    run: RunConfig, token_file: binidx.TokenFile, chat_file: binidx.TokenFile | None, eval_tokens: int
+) -> None:
     """Raises ValueError where a stage, even the last one, could not fill a single batch."""
     for name in run.stages:
         stage = run.stage(name)
-        rows = pipeline.rows_available(token_file, stage.seq_len, eval_tokens)
-        if rows < stage.batch_size:
-            raise ValueError(
-                f"the data makes {rows} rows of {stage.seq_len} tokens for {name} ({token_file.num_tokens:,} tokens, "
-                f"{eval_tokens:,} of them held out); expected at least one batch of {stage.batch_size} rows. Bring "
-                f"more text, or lower config.{name}.batch_size, config.{name}.seq_len or config.data.eval_rows."
-            )
+        kinds = {"data": (token_file, stage.batch_size)}
+        if STAGES[name].reads_chats:
+            assert chat_file is not None
+            replayed = round(run.data.replay * stage.batch_size)
+            kinds = {"data": (token_file, replayed), "conversations": (chat_file, stage.batch_size - replayed)}
+        for what, (file, wanted) in kinds.items():
+            held_out = 0 if file is chat_file else eval_tokens
+            rows = pipeline.rows_available(file, stage.seq_len, held_out)
+            if rows < wanted:
+                raise ValueError(
+                    f"the {what} make {rows} rows of {stage.seq_len} tokens for {name} ({file.num_tokens:,} tokens, "
+                    f"{held_out:,} of them held out); expected at least the {wanted} of a batch. Bring more text, or "
+                    f"lower config.{name}.batch_size, config.{name}.seq_len or config.data.eval_rows."
+                )
 
 
 def _tokenizer_dir(run: RunConfig, workdir: AnyPath, source: AnyPath | None) -> AnyPath:

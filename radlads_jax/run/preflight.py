@@ -18,6 +18,7 @@ from pallas_kernels import dispatch
 from radlads_jax.data import pipeline
 from radlads_jax.data.tokenise import prompt_beginning
 from radlads_jax.distill.program import abstract_state
+from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.student_config import layers_to_choose
 from radlads_jax.models import ModelConfig, sharding
 from radlads_jax.models.config import SOFTMAX
@@ -29,7 +30,7 @@ from radlads_jax.porting.writers import writer_for
 from radlads_jax.run import ending, heldout, rates
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.job import Job
-from radlads_jax.run.tokens import described
+from radlads_jax.run.tokens import described, described_chats
 from radlads_jax.system import hosts
 from radlads_jax.system.space import free_bytes, shown_bytes
 from radlads_jax.system.untrusted import brief, listed
@@ -158,13 +159,26 @@ def data(job: Job) -> Finding:
     shares = []
     for name in job.run.stages:
         stage = job.run.stage(name)
-        share = pipeline.repeats(
-            job.token_file, stage.seq_len, stage.steps * stage.batch_size * stage.seq_len, job.eval_tokens
-        )
+        tokens = stage.steps * stage.batch_size * stage.seq_len
+        if STAGES[name].reads_chats:
+            shares.append(_conversations(job, name, tokens))
+            continue
+        share = pipeline.repeats(job.token_file, stage.seq_len, tokens, job.eval_tokens)
         shares.append(f"{name} reads {f'{share:.0%} of them' if share <= 1 else f'them {share:.1f} times'}")
     count = job.token_file.num_tokens - job.eval_tokens
     read = f"{count:,} tokens besides {job.eval_tokens:,} held out, of {described(job.token_file, job.depends['data'])}"
     return Finding("data", f"{read}; {', '.join(shares)}")
+
+
+def _conversations(job: Job, name: str, tokens: int) -> str:
+    """What a stage of so many tokens reads of the conversations, and beside them."""
+    assert job.chats is not None
+    rows = job.run.stage(name).batch_size
+    replayed = round(job.run.data.replay * rows) / rows
+    share = pipeline.repeats(job.chats, job.run.stage(name).seq_len, round(tokens * (1 - replayed)))
+    beside = f", beside {replayed:.0%} of its rows of text" if replayed else ""
+    often = f"{share:.0%} of" if share <= 1 else f"{share:.1f} times"
+    return f"{name} reads {often} {described_chats(job.chats)}{beside}"
 
 
 def tokenizer(job: Job) -> Finding:

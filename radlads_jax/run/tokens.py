@@ -8,7 +8,7 @@ import numpy as np
 from absl import logging
 
 from radlads_jax.config import RunConfig
-from radlads_jax.data import binidx, prepare, sources
+from radlads_jax.data import binidx, chats, prepare, sources
 from radlads_jax.data.tokenise import Framing, prompt_beginning
 from radlads_jax.porting.hub import files_without_weights, load_tokenizer
 from radlads_jax.run import fingerprint
@@ -92,6 +92,25 @@ def _tokenise(
         framing=around or framing(run, tokenizer),
         max_tokens=limit,
     )
+
+
+def find_chats(run: RunConfig, workdir: AnyPath, tokenizer: Any, vocab_size: int) -> binidx.TokenFile | None:
+    """The tokens of config.data.chats, None where it names none; those in data/ where the conversations are gone."""
+    if not run.data.chats:
+        return None
+    begun = fingerprint.read(workdir).get("chats")
+    if begun and not as_path(run.data.chats).exists():
+        kept = workdir / "data" / begun["token_file"]
+        logging.warning("%s is not there; the run goes on with its tokens in %s", run.data.chats, kept)
+        return binidx.open_token_file(kept)
+    field, directory = run.data.messages_field, workdir / "data"
+    return chats.prepare_chats(run.data.chats, field, tokenizer, directory, vocab_size=vocab_size)
+
+
+def described_chats(file: binidx.TokenFile) -> str:
+    """How many conversations, and how much of them the assistant says."""
+    share = chats.answered_tokens(file) / file.num_tokens
+    return f"{file.num_documents:,} conversations of {file.num_tokens:,} tokens, {share:.0%} of them the assistant's"
 
 
 def prepare_tokens(run: RunConfig, output: AnyPath) -> Tokens:

@@ -37,8 +37,8 @@ def chat_text(
             f"the tokenizer of {directory} has no chat template, so its model was not made for chats; expected one. "
             "Give a --prompt to continue instead."
         )
-    text = _rendered(tokenizer, messages, tools, directory)
-    if tools and text == _rendered(tokenizer, messages, None, directory):
+    text = rendered(tokenizer, messages, tools, directory)
+    if tools and text == rendered(tokenizer, messages, None, directory):
         raise ValueError(
             f'got {len(tools)} "tools", of which the chat template of {directory} writes nothing; expected a model '
             'that was made for tools. Leave "tools" out.'
@@ -46,23 +46,32 @@ def chat_text(
     return text
 
 
-def _rendered(
-    tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, directory: Any
+def rendered(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]] | None,
+    where: Any,
+    *,
+    begins_answer: bool = True,
 ) -> str:
+    """What the template makes of messages: with an answer begun behind them, or without.
+
+    where: what an error says that they are of, the model's directory or a line of data.
+    """
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=True
+            list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=begins_answer
         )
     except _TEMPLATE_ERRORS as error:
         reason = brief(str(error) or type(error).__name__, 400)
         roles = ", ".join(brief(message.get("role")) for message in messages)
         raise ValueError(
-            f"the chat template of {directory} refuses messages of the roles {brief(roles)}: {reason}; expected what "
+            f"the chat template of {where} refuses messages of the roles {brief(roles)}: {reason}; expected what "
             "it was made for. Change the messages (--system gives the first one), or correct the template."
         ) from error
     if not isinstance(text, str):
         raise ValueError(
-            f"the chat template of {directory} gives a {type(text).__name__}; expected text. Correct the template."
+            f"the chat template of {where} gives a {type(text).__name__}; expected text. Correct the template."
         )
     return text
 

@@ -1,0 +1,162 @@
+"""Conversations to train on: a model's own chat template around them, and which of their tokens are the assistant's.
+
+A line of a .jsonl file is an object with a list of messages, {"role": ..., "content": ...} each. Templates rarely say
+themselves which part of their text the assistant writes, so that is found as a model meets it: what the template gives
+for the messages up to an answer, beyond what it gives for the messages before it with the answer begun.
+
+In a token file of conversations a token is id * 2 + 1 where the assistant says it, and id * 2 elsewhere: in one file,
+the two can not part.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from radlads_jax.data.binidx import TokenFile, TokenFileWriter, open_token_file
+from radlads_jax.data.chat_template import Message, rendered
+from radlads_jax.data.packing import Batch, PackedRows
+from radlads_jax.data.prepare import made_before, progress_bar, publish_recipe, tokenizer_hash
+from radlads_jax.data.sources import Source, fingerprint, json_records
+from radlads_jax.system.storage import AnyPath
+from radlads_jax.system.untrusted import brief, listed
+
+_ASSISTANT = "assistant"
+
+
+class _Training(NamedTuple):
+    """A text, and the spans of characters in it that the assistant writes."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatRows:
+    """PackedRows of a token file of conversations: loss_mask is 1 where the next token is the assistant's."""
+
+    packed: PackedRows
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def rows(self, indices: np.ndarray) -> Batch:
+        """As PackedRows.rows."""
+        batch = self.packed.rows(indices)
+        ids, said = np.divmod(batch["tokens"], 2)
+        mask = batch["loss_mask"].copy()
+        mask[:, :-1] *= said[:, 1:]
+        return batch | {"tokens": ids.astype(np.int32), "loss_mask": mask}
+
+
+def chat_rows(file: TokenFile, seq_len: int) -> ChatRows:
+    """All whole rows of a token file that `prepare_chats` made."""
+    return ChatRows(PackedRows(file, seq_len))
+
+
+def answered_tokens(file: TokenFile) -> int:
+    """How many tokens of the file are the assistant's."""
+    return int(np.count_nonzero(file.tokens % 2))
+
+
+def prepare_chats(path: str, messages_field: str, tokenizer: Any, cache_dir: AnyPath, *, vocab_size: int) -> TokenFile:
+    """Tokenises the conversations of a .jsonl file, or of a directory of them, into a token file below `cache_dir`.
+
+    One that was made before of the same conversations with the same tokenizer and template is opened.
+    tokenizer: transformers' own. Raises ValueError for a line that holds no conversation (with its number), for a
+    template that refuses it, and where no assistant says anything.
+    """
+    source = Source(path, kind="jsonl", text_field=messages_field)
+    recipe = {
+        "chats": fingerprint(source),
+        "tokenizer": tokenizer_hash(tokenizer.backend_tokenizer),
+        "template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+        "vocab_size": vocab_size,
+    }
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    if there := made_before(cache_dir, digest):
+        return open_token_file(there)
+    prefix = cache_dir / f"chats-{digest}"
+    with TokenFileWriter(prefix, 2 * vocab_size) as writer, progress_bar(None) as bar:
+        task = bar.add_task(f"tokenising {path}", total=None, completed=writer.num_tokens)
+        documents = _documents(source, tokenizer, path)
+        for ids in itertools.islice(documents, writer.num_documents, None):
+            writer.add(ids)
+            bar.update(task, completed=writer.num_tokens)
+        if writer.num_documents == 0:
+            raise ValueError(
+                f"{path} has no conversation in which the assistant says something; expected lines with "
+                f'{messages_field!r}: [{{"role": "user", "content": ...}}, {{"role": "assistant", "content": ...}}]. '
+                "Check config.data.chats."
+            )
+    publish_recipe(prefix, recipe)
+    return open_token_file(prefix)
+
+
+def _documents(source: Source, tokenizer: Any, directory: str) -> Iterator[np.ndarray]:
+    """Each conversation's tokens, with what the assistant says marked."""
+    for record, where in json_records(source):
+        for training in trainings(tokenizer, _messages(record, source.text_field, where), where):
+            yield _marked(training, tokenizer)
+
+
+def _messages(record: dict[str, Any], field: str, where: str) -> list[Message]:
+    if field not in record:
+        raise ValueError(
+            f"{where} has no {field!r}; expected one of what it has: {listed(list(record))}. Set "
+            "config.data.messages_field, or mend the line."
+        )
+    messages = record[field]
+    whole = isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
+    if not whole or not messages:
+        raise ValueError(
+            f"{where} has {brief(messages)} in {field!r}; expected a list of messages, each an object with a role and "
+            "a content. Mend the line."
+        )
+    return messages
+
+
+def trainings(tokenizer: Any, messages: Sequence[Message], where: str) -> list[_Training]:
+    """What a conversation gives to train on, as a model meets it that answers it turn by turn.
+
+    One text with all answers where the template writes each turn in the same way whatever follows; where it does not,
+    as those do that leave out what was thought before, a text for every answer. None where the assistant says nothing.
+    """
+    # What the assistant says before anybody has spoken is no answer.
+    turns = [i for i, message in enumerate(messages) if i and message["role"] == _ASSISTANT]
+    each = [_answer(tokenizer, messages[: i + 1], where) for i in turns]
+    if each and all(each[-1].text.startswith(one.text) for one in each[:-1]):
+        return [_Training(each[-1].text, tuple(span for one in each for span in one.spans))]
+    return each
+
+
+def _answer(tokenizer: Any, messages: Sequence[Message], where: str) -> _Training:
+    """The text up to the last message, which is the assistant's."""
+    before = rendered(tokenizer, messages[:-1], None, where)
+    text = rendered(tokenizer, messages, None, where, begins_answer=False).rstrip()
+    if not text.startswith(before):
+        begins = len(_common(text, before))
+        raise ValueError(
+            f"the chat template writes {brief(before[begins:])} before an answer that it is asked for and "
+            f"{brief(text[begins:][: len(before) - begins + 20])} before the one of {where}; expected the same, or "
+            "what is learnt is not what is asked. Correct the template, or leave the line out."
+        )
+    return _Training(text, ((len(before), len(text)),))
+
+
+def _common(a: str, b: str) -> str:
+    return "".join(x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def _marked(training: _Training, tokenizer: Any) -> np.ndarray:
+    """id * 2 + whether the assistant says it, int64 [length]; a token belongs to where it begins."""
+    (encoding,) = tokenizer.backend_tokenizer.encode_batch([training.text], add_special_tokens=False)
+    begins = np.array([offset[0] for offset in encoding.offsets], np.int64)
+    said = np.zeros(len(begins), bool)
+    for first, last in training.spans:
+        said |= (begins >= first) & (begins < last)
+    return np.array(encoding.ids, np.int64) * 2 + said

@@ -270,7 +270,7 @@ def main() -> int:
     args = parser.parse_args()
     steps = SHORT if args.short else STEPS
     if args.short:
-        args.kills, args.fresh = min(args.kills, 5), 0.0
+        args.kills, args.fresh = min(args.kills, 3), 0.0
     signals = "INT,INT" if args.signal == "INTINT" else args.signal
     if args.signal == "HUP":
         # Started by nohup, this process ignores it, and all that it starts would.

@@ -274,10 +274,10 @@ def _kernels(job: Job) -> Finding:
     sizes = {} if job.mesh is None else {axis: size for axis, size in job.mesh.shape.items() if size > 1}
     used = "one device" if job.mesh is None else " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     result = f"{used} of {jax.device_count()} ({jax.devices()[0].device_kind})"
-    operator = MIXERS[job.student.recurrent_mixer].operator if job.student.recurrent_mixer else None
-    if operator is not None:
+    mixer = job.student.recurrent_mixer or SOFTMAX
+    if (operator := MIXERS[mixer].operator) is not None:
         # A recurrence's state stands first, [B, H, K, V].
-        state = next(iter(mixer_state(job.student, job.student.recurrent_mixer).values()))
+        state = next(iter(mixer_state(job.student, mixer).values()))
         head_sizes = state.shape[-2:]
         run = dispatch.choose(operator.name, operator.implementations, None, head_sizes)
         name = next(name for name, function in operator.implementations.items() if function is run)

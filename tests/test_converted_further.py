@@ -1,6 +1,7 @@
 """A teacher with Gated DeltaNet layers of its own: they stay as they are, and its softmax layers become such layers."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +114,10 @@ def run(tmp_path_factory):
     """(teacher's directory, the run's, its summary): one step of stage 1, calibrated."""
     parent = tmp_path_factory.mktemp("further")
     teacher = save_teacher(parent, OWN)
+    keys = read_config(teacher)
+    # As a published model has it, whose further layers are passed over.
+    keys["text_config"]["mtp_num_hidden_layers"] = 1
+    (teacher / "config.json").write_text(json.dumps(keys))
     settings = tiny_run.settings(teacher, "gdn", {"stage1": 1}) | {"student.attention_layers": (2,)}
     summary = tiny_run.convert(parent / "run", settings | {"student.init": "calibrated", "student.conv_qk": 0.1})
     return teacher, parent / "run", summary
@@ -133,6 +138,7 @@ def test_the_export_is_read_and_the_report_names_the_layer(run):
     _, workdir, summary = run
     keys = read_config(workdir / "export")
     assert keys["text_config"]["layer_types"] == ["linear_attention"] * 2 + ["full_attention"]
+    assert "mtp_num_hidden_layers" not in keys["text_config"]
     cfg = model_config_from_hf(keys)
     assert cfg.mixer == GdnOptions(2, 4, 8, 8) and cfg.copied == () and cfg.stacks == (("gdn", 2), ("attention", 1))
     got = logits(cfg, load_params(workdir / "export", cfg))
@@ -276,6 +282,8 @@ def test_softmax_layers_of_other_sizes_or_gates_are_refused():
     with pytest.raises(ValueError, match=r"3 value heads of 8 channels, which 2 softmax heads of 16 .*fresh_qkvo"):
         student(other)
     assert student(other, fresh_qkvo=True).converted_layers == (1, 2)
+    with pytest.raises(ValueError, match="2 value heads of 8 channels, which 2 softmax heads of 16"):
+        student(dataclasses.replace(OWN, mixer=GdnOptions(2, 2, 8, 8)))
     gated = dataclasses.replace(OWN, stacks=(("attention", 2),), mixer=None)
     for mixer in ("gdn", "rad_rwkv7", "rad_rwkv6"):
         with pytest.raises(ValueError, match="output gate"):

@@ -30,9 +30,9 @@ def obstacles(cfg: ModelConfig) -> list[str]:
     if not options.fused:
         return ["an output gate in each softmax head, and no gdn layer that tells the format's sizes"] * cfg.output_gate
     of_head, left = divmod(options.value_heads, cfg.num_heads)
-    # Without norms of q and k in its own family, a teacher has heads of twice the size here, the second half zeros.
-    fits = not left and of_head * options.value_size in (cfg.head_dim, cfg.rotary_size)
-    if fits and options.key_size <= cfg.head_dim:
+    # Exported from a family without norms of q and k, heads are of twice the size, the second half of v and o zeros.
+    whole = cfg.rotary_size if cfg.qkv_bias and options.value_heads == cfg.num_heads else cfg.head_dim
+    if not left and of_head * options.value_size in (whole, cfg.head_dim) and options.key_size <= cfg.head_dim:
         return []
     own = f"{options.key_heads} key heads of {options.key_size} and {options.value_heads} value heads of "
     return [f"{own}{options.value_size} channels, which {cfg.num_heads} softmax heads of {cfg.head_dim} do not make"]

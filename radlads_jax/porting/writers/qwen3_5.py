@@ -180,7 +180,9 @@ def _with_gate(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _config(cfg: ModelConfig, base: dict[str, Any], form: _Form) -> dict[str, Any]:
-    config = hf_config_from_model(_native(cfg, form), qwen3_5.text_config(base))
+    # Of the layers that foretell further tokens no tensor is written (Family.left_out).
+    base = {key: value for key, value in qwen3_5.text_config(base).items() if not key.startswith("mtp_")}
+    config = hf_config_from_model(_native(cfg, form), base)
     # vLLM's name of it; without it there is no bias, and no word of that.
     config |= {"qkv_bias": True} if config["attention_bias"] else {}
     return qwen3_5.nested(config) if form.nested else config

@@ -1,4 +1,4 @@
-"""Stage 1: every recurrent mixer learns its attention layer's output, all layers in one pass (RADLADS section 2)."""
+"""Stage 1: every new mixer learns its attention layer's output, all layers in one pass (RADLADS section 2)."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from radlads_jax.distill.losses import Batch, LossSums
 from radlads_jax.models import sharding
 from radlads_jax.models.attention import Context
-from radlads_jax.models.config import SOFTMAX, ModelConfig
+from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import Layer, Params, bind, make_context, rematted
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.placement import gathered
@@ -30,9 +30,10 @@ def align_loss(
 ) -> LossSums:
     """Sum over tokens of mean over layers of D^-1/2 |attention(x) - mixer(x)|_2, both after the output projection.
 
-    student: {"stacks": {i: {"mixer": ...}}} of the recurrent stacks alone. teacher: whole, in stacks cut at the
-    student's boundaries; its residual stream feeds every mixer, so no gradient runs between layers but the value
-    residual's. Padding (segment 0) does not count. Extras: "layer_loss" [recurrent layers].
+    student: {"stacks": {i: {"mixer": ...}}} of the converted stacks alone: layers that stay as they are, softmax or
+    recurrent, have no part in it. teacher: whole, in stacks cut at the student's boundaries; its residual stream feeds
+    every mixer, so no gradient runs between layers but the value residual's. Padding (segment 0) does not count.
+    Extras: "layer_loss" [converted layers].
     """
     del slice_tokens  # there are no logits here
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
@@ -42,7 +43,7 @@ def align_loss(
     x = decoder.embed(tokens)
     layer_sums = []
     for i, (stack, (mixer, _)) in enumerate(zip(decoder.walk(), student_cfg.stacks, strict=True)):
-        if mixer == SOFTMAX:
+        if not student_cfg.is_converted(i):
             x, _ = stack.scan(functools.partial(_teacher_layer, context), x)
             continue
         mixers = _Mixers(student_cfg, mixer, mixer_structure(student_cfg, mixer))

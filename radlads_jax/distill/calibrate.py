@@ -41,7 +41,7 @@ def calibrated(
     parts: Sequence[str] = (),
     mesh: Mesh | None = None,
 ) -> Params:
-    """`mixers`, as `init_mixers` makes them, with these parts (all by default) of every recurrent stack calibrated.
+    """`mixers`, as `init_mixers` makes them, with these parts (all by default) of every converted stack calibrated.
 
     weights: the teacher's, whose stacks are cut at the student's boundaries. batch: as a training step reads it.
     """
@@ -64,20 +64,20 @@ def calibrated(
 def statistics(
     student: ModelConfig, teacher: ModelConfig, weights: Params, batch: Mapping[str, Any]
 ) -> dict[int, TeacherStatistics]:
-    """Of the layers of every recurrent stack, by the stack's number."""
+    """Of the layers of every converted stack, by the stack's number."""
     tokens, segment_ids, positions = (batch[name][:, :_MOST_TOKENS] for name in ("tokens", "segment_ids", "positions"))
     decoder = bind(teacher, weights)
     context, _ = make_context(teacher, tokens, segment_ids, positions, None)
     x, by_stack = decoder.embed(tokens), {}
 
-    def visit(recurrent: bool, x: Array, layer: Layer, layer_id: Array, _: None) -> tuple[Array, Any]:
+    def visit(converted: bool, x: Array, layer: Layer, layer_id: Array, _: None) -> tuple[Array, Any]:
         h = layer.mixer_input(x)
         out = sharding.residual(layer.mixer(h, context, layer_id, None)[0])
-        seen = _of_layer(layer.mixer, h, context, segment_ids, positions) if recurrent else None
+        seen = _of_layer(layer.mixer, h, context, segment_ids, positions) if converted else None
         return layer.after_mixer(x, out), seen
 
     for i, stack in enumerate(decoder.walk()):
-        x, seen = stack.scan(functools.partial(visit, student.is_recurrent(i)), x)
+        x, seen = stack.scan(functools.partial(visit, student.is_converted(i)), x)
         if seen is not None:
             by_stack[i] = seen
     return by_stack

@@ -41,8 +41,9 @@ class Stage(NamedTuple):
 
 
 def is_recurrent_mixer(path: str, cfg: ModelConfig) -> bool:
+    """Whether the parameter is of the mixer of a layer that is converted."""
     match = _MIXER_PATH.match(path)
-    return match is not None and cfg.is_recurrent(int(match[1]))
+    return match is not None and cfg.is_converted(int(match[1]))
 
 
 def everything(path: str, cfg: ModelConfig) -> bool:

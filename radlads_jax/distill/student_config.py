@@ -17,6 +17,7 @@ _VALUES = (*_RANKS, "gate", "kv_heads", "shortest_half_life", "longest_half_life
 def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
     """The student's dimensions. Raises ValueError for switches that contradict each other or the mixer."""
     chosen, spec = run.student, mixer_spec(run.student.mixer)
+    _check_own_layers(chosen, teacher)
     check_number(chosen, teacher)
     if chosen.mixer == SOFTMAX:
         needing = [name for name in run.stages if STAGES[name].needs_teacher]
@@ -27,15 +28,54 @@ def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
                 "stage3 alone."
             )
         return dataclasses.replace(teacher, dtype=run.dtype, param_dtype="float32")
-    options = _options(spec, chosen, teacher.hidden_size)
+    options = _options(spec, chosen, teacher)
     _check_calibration(spec, chosen)
     student = teacher.as_student(chosen.mixer, options, _kept(chosen, teacher))
-    if student.recurrent_mixer is None:
+    if not student.converted_layers:
+        softmax = teacher.layer_mixers.count(SOFTMAX)
         raise ValueError(
-            f"config.student.attention_layers or attention_every names all {teacher.num_layers} layers, which leaves "
-            "nothing to convert; expected at least one layer left out. Name fewer, or set attention_every to 2 or more."
+            f"config.student.attention_layers or attention_every names all {softmax} layers of softmax attention, "
+            "which leaves nothing to convert; expected one of them left out. Name fewer, or raise attention_every."
         )
+    _check_start(spec, chosen, student)
     return dataclasses.replace(student, dtype=run.dtype, param_dtype="float32")
+
+
+def _check_own_layers(student: Student, teacher: ModelConfig) -> None:
+    """Raises ValueError for what can not be where the teacher has recurrent layers itself, which the student keeps."""
+    own = teacher.recurrent_mixer
+    if own is None:
+        return
+    if student.mixer != own:
+        raise ValueError(
+            f"config.student.mixer is {student.mixer!r} for a teacher with layers of {own} itself, which stay as they "
+            f"are; expected {own!r}, for a model has softmax attention and one other mixer. Change it, or point "
+            "config.teacher.path at the softmax model that the teacher was made from."
+        )
+    if student.kv_heads or "kv_heads" in student.options:
+        raise ValueError(
+            f"config.student.kv_heads is {student.kv_heads or student.options['kv_heads']!r} for a teacher with layers "
+            f"of {own} itself; expected none, for the converted layers have the heads of those. Leave it out."
+        )
+    if layers_to_choose(student):
+        raise ValueError(
+            f"config.student.attention_layers is {student.attention_layers[0]!r} for a teacher with layers of {own} "
+            "itself; expected layers by their numbers, for only a teacher of softmax attention alone tells which of "
+            "its layers are needed. Name them, or set config.student.attention_every."
+        )
+
+
+def _check_start(spec: MixerSpec, chosen: Student, student: ModelConfig) -> None:
+    """Raises ValueError where the mixer can not begin from the teacher's softmax layers as it is asked to."""
+    if chosen.fresh_qkvo and chosen.init != "calibrated":
+        return
+    if obstacles := spec.obstacles(student):
+        raise ValueError(
+            f"the mixer {spec.name} can not begin from softmax layers as the teacher's, which has "
+            f"{'; '.join(obstacles)}; expected what the mixer has a place for. Choose another teacher or "
+            "config.student.mixer, or let q, k, v and o begin anew (config.student.fresh_qkvo=true, with "
+            "config.student.init=published)."
+        )
 
 
 def _check_calibration(spec: MixerSpec, student: Student) -> None:
@@ -86,12 +126,16 @@ def _kept(student: Student, teacher: ModelConfig) -> tuple[int, ...]:
     return tuple(range(student.attention_every - 1, teacher.num_layers, student.attention_every))
 
 
-def _options(spec: MixerSpec, student: Student, hidden_size: int) -> Any:
-    """The mixer's options: what the config's fields choose of them."""
+def _options(spec: MixerSpec, student: Student, teacher: ModelConfig) -> Any:
+    """The mixer's options: what the config's fields choose of them, and the sizes of the teacher's own such layers."""
     switches = {f: getattr(student, f) for f in ("use_rope", "token_shift", "group_norm", "balance_state")}
     if switches["group_norm"] and switches["balance_state"] is None:
         switches["balance_state"] = False
     chosen = switches | {f: getattr(student, f) or None for f in _VALUES} | student.options
     # A mixer without a switch has it turned off.
     options = spec.choices()
-    return spec.choose(hidden_size, **{f: value for f, value in chosen.items() if f in options or value is not False})
+    return spec.choose(
+        teacher.hidden_size,
+        teacher.mixer,
+        **{f: value for f, value in chosen.items() if f in options or value is not False},
+    )

@@ -30,6 +30,7 @@ class ModelConfig:
     zero_centred_norms: a norm multiplies by 1 + its scale. output_gate: of softmax layers, whose q gives every head's
     query and gate. rotary_size: how many of a head's channels RoPE turns, the first ones; None: all.
     mixer: the recurrent mixers' options (MixerSpec.options); None where every layer is softmax attention.
+    copied: of a student, the stacks whose recurrent layers are its teacher's own, not converted ones.
     dtype: of activations and matmuls ("float32" or "bfloat16"); norms, softmax and recurrence stay float32.
     """
 
@@ -53,6 +54,8 @@ class ModelConfig:
     rotary_size: int | None = None
     tie_embeddings: bool = False
     mixer: Any = None
+    # Not shown: the stacks of both models tell it, and plans are kept under what is.
+    copied: tuple[int, ...] = dataclasses.field(default=(), repr=False)
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -75,9 +78,17 @@ class ModelConfig:
         """The layer whose values are the value residual's v_first; num_layers where there is none."""
         return next((i for i, m in enumerate(self.layer_mixers) if m != SOFTMAX), self.num_layers)
 
-    def is_recurrent(self, stack: int) -> bool:
-        """Whether the layers of this stack are converted, and not softmax attention."""
-        return self.stacks[stack][0] != SOFTMAX
+    def is_converted(self, stack: int) -> bool:
+        """Whether the layers of this stack are a student's converted ones: neither softmax attention nor copied."""
+        return self.stacks[stack][0] != SOFTMAX and stack not in self.copied
+
+    @property
+    def converted_layers(self) -> tuple[int, ...]:
+        """The numbers of a student's converted layers."""
+        runs = zip(self.stack_starts, self.stacks, strict=True)
+        return tuple(
+            i for s, (start, (_, n)) in enumerate(runs) if self.is_converted(s) for i in range(start, start + n)
+        )
 
     @property
     def recurrent_mixer(self) -> str | None:
@@ -87,18 +98,38 @@ class ModelConfig:
     def as_student(self, mixer: str, options: Any, attention_layers: tuple[int, ...] = ()) -> "ModelConfig":
         """The student of this teacher: `mixer` everywhere but in attention_layers (layer numbers); heads untied.
 
-        options: of the mixer. Raises ValueError for layer numbers outside the model.
+        options: of the mixer. A teacher's own recurrent layers, which have this mixer, are copied. Raises ValueError
+        for layer numbers outside the model, or of layers that are not softmax attention in the teacher.
         """
         outside = [i for i in attention_layers if not 0 <= i < self.num_layers]
         if outside:
             raise ValueError(
                 f"student.attention_layers holds {outside}, but the teacher's layers are 0 to {self.num_layers - 1}."
             )
-        names = [SOFTMAX if i in attention_layers else mixer for i in range(self.num_layers)]
-        stacks = tuple((name, len(list(run))) for name, run in itertools.groupby(names))
-        options = options if any(n != SOFTMAX for n in names) else None
-        return dataclasses.replace(self, stacks=stacks, mixer=options, tie_embeddings=False)
+        self._require_softmax(attention_layers)
+        assert self.recurrent_mixer in (None, mixer), "one model has one recurrent mixer"
+        pairs = [(SOFTMAX if i in attention_layers else mixer, own) for i, own in enumerate(self.layer_mixers)]
+        runs = [(pair, len(list(run))) for pair, run in itertools.groupby(pairs)]
+        return dataclasses.replace(
+            self,
+            stacks=tuple((name, n) for (name, _), n in runs),
+            mixer=options if any(name != SOFTMAX for name, _ in pairs) else None,
+            copied=tuple(i for i, ((_, own), _) in enumerate(runs) if own != SOFTMAX),
+            tie_embeddings=False,
+        )
+
+    def _require_softmax(self, layers: tuple[int, ...]) -> None:
+        softmax = [i for i, own in enumerate(self.layer_mixers) if own == SOFTMAX]
+        if others := [i for i in layers if i not in softmax]:
+            raise ValueError(
+                f"softmax attention is to stay in the layers {', '.join(map(str, layers))}, but the teacher has it in "
+                f"{', '.join(map(str, softmax)) or 'none'} alone; layer {others[0]} is {self.layer_mixers[others[0]]} "
+                "already, which is copied as it is. Expected layers out of these, or none: change "
+                "config.student.attention_layers or config.student.attention_every."
+            )
 
     def as_teacher_of(self, student: "ModelConfig") -> "ModelConfig":
-        """This softmax model cut into stacks at the student's boundaries, so that both are scanned side by side."""
-        return dataclasses.replace(self, stacks=tuple((SOFTMAX, n) for _, n in student.stacks))
+        """This model cut into stacks at the student's boundaries too, so that both are scanned side by side."""
+        of_student = (stack for stack, (_, n) in enumerate(student.stacks) for _ in range(n))
+        runs = itertools.groupby(zip(self.layer_mixers, of_student, strict=False), key=lambda pair: pair)
+        return dataclasses.replace(self, stacks=tuple((own, len(list(run))) for (own, _), run in runs))

@@ -7,7 +7,8 @@
 
 A student's k and v have its teacher's kv heads, and every one serves its query heads (a Qwen3.5 checkpoint holds them
 cloned); with kv_heads "cloned" every query head begins with a copy and trains its own. The format has neither biases
-nor norms of q and k, nor RoPE: a teacher's are left out.
+nor norms of q and k, nor RoPE: a teacher's are left out. Of a teacher that has such layers itself, the student's others
+have their sizes (models/gdn_start.py).
 Source: Gated Delta Networks (arXiv 2412.06464); transformers' qwen3_5.
 """
 
@@ -24,6 +25,7 @@ from pallas_kernels.context_parallel import over_shards
 from pallas_kernels.gdn import conv_over_shards, gdn, gdn_step, short_conv
 from pallas_kernels.gdn.api import IMPLEMENTATIONS
 from pallas_kernels.sharded import ROWS, constrain, per_shard
+from radlads_jax.models import gdn_start
 from radlads_jax.models.attention import Context
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import RMSNorm, linear, repeat_kv, split_heads
@@ -31,7 +33,6 @@ from radlads_jax.models.spec import (
     MixerSpec,
     Operator,
     StateArray,
-    TeacherStatistics,
     Tensor,
     linear_tensors,
     of_checkpoint,
@@ -262,6 +263,11 @@ def _state(cfg: ModelConfig, batch: int, max_length: int) -> dict[str, StateArra
     return {"gdn": StateArray((batch, heads, parts[0].size, value_size), axes=(ROWS, "tensor")), **windows}
 
 
+def _columns(cfg: ModelConfig) -> int:
+    heads, size = _value_heads(cfg)
+    return heads * size
+
+
 def _flops(cfg: ModelConfig, seq_len: int) -> float:
     """Decay, what the key finds, outer product, output: 7 K V a head; four taps a channel."""
     del seq_len
@@ -270,48 +276,13 @@ def _flops(cfg: ModelConfig, seq_len: int) -> float:
     return 7.0 * heads * parts[0].size * value_size + 2.0 * CONV_WIDTH * sum(part.channels for part in parts)
 
 
-# SiLU of it is 1.
-_SILU_OF_ONE = 1.278465
-# exp(log_g) halves in no less than a seventh of a token and in no more than 693.
-_RATES = (1e-3, 5.0)
-_BETAS = (0.3, 0.4)
-
-
-def _decay_of_look_back(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
-    """Each head's half-life is its query head's mean look-back, whatever the token: W_a stays 0."""
-    rate = jnp.clip(math.log(2) / seen.look_back, *_RATES)
-    dtype = mixer["dt_bias"].dtype
-    return {"dt_bias": jnp.log(jnp.expm1(rate)).astype(dtype), "a_log": jnp.zeros_like(mixer["a_log"])}
-
-
-def _open_gate(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
-    """SiLU(x W_z) about 1, as nearly as a map without bias has it."""
-    kernel = mixer["z"]["kernel"]
-    constant = jnp.broadcast_to(_SILU_OF_ONE * seen.constant[..., None], kernel.shape)
-    return {"z": {"kernel": constant.astype(kernel.dtype)}}
-
-
-def _beta_of_entropy(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
-    """beta from 0.3 for the layer's head of the most entropy to 0.7 for that of the least."""
-    low, high = (end(seen.entropy, axis=-1, keepdims=True) for end in (jnp.min, jnp.max))
-    beta = _BETAS[0] + _BETAS[1] * (high - seen.entropy) / jnp.maximum(high - low, 1e-6)
-    kernel = mixer["b"]["kernel"]
-    return {"b": {"kernel": (seen.constant[..., None] * jnp.log(beta / (1 - beta))[:, None]).astype(kernel.dtype)}}
-
-
-def _output_of_rms(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
-    """o reads every head's output, of RMS 1 behind the norm and an open gate, as large as attention's was."""
-    kernel = mixer["o"]["kernel"]
-    scale = jnp.repeat(seen.output_rms, kernel.shape[1] // cfg.num_heads, axis=-1)
-    return {"o": {"kernel": (kernel * scale[..., None]).astype(kernel.dtype)}}
-
-
 def _left_out(cfg: ModelConfig) -> list[str]:
     """What a teacher of these dimensions has and the mixer has no place for."""
     present = {
         "biases of q, k and v": cfg.qkv_bias,
         "the bias of o": cfg.o_bias,
         "norms of q and k": cfg.qk_norm,
+        "gates of the heads' outputs": cfg.output_gate,
         "RoPE": True,
     }
     return [name for name, is_there in present.items() if is_there]
@@ -341,11 +312,14 @@ SPEC = MixerSpec(
     disk_prefix="linear_attn",
     export_format="qwen3_5",
     calibrations={
-        "decay": _decay_of_look_back,
-        "beta": _beta_of_entropy,
-        "gate": _open_gate,
-        "output": _output_of_rms,
+        "decay": gdn_start.decay_of_look_back,
+        "beta": gdn_start.beta_of_entropy,
+        "gate": gdn_start.open_gate,
+        "output": gdn_start.output_of_rms,
     },
     calibrated=("decay", "beta", "gate", "output"),
+    columns=_columns,
+    obstacles=gdn_start.obstacles,
+    adopt=gdn_start.adopt,
     facts=_facts,
 )

@@ -110,11 +110,15 @@ class MixerSpec:
     published ones; None where there are none to choose. It is found as cfg.mixer.
     tensors(cfg), state(cfg, batch, max_length): its parameters and its decoding state, by name.
     flops(cfg, seq_len): of a token's forward pass through scores or states, beside the matrices.
-    bytes_per_column: that a step's backward pass holds for each token and column of r (planning.memory).
+    bytes_per_column: that a step's backward pass holds for each token and column of r (planning.memory); columns(cfg):
+    how many those are.
     shares_values: later layers read the first one's values (`first_values`).
     calibrations: by name, what of a stack's fresh parameters may begin as its teacher's statistics say: (cfg,
     parameters with the stack's axis, statistics) -> those that change. calibrated: those that
     config.student.init=calibrated takes unless told which.
+    obstacles(cfg): why it can not begin from a teacher's softmax layers of these dimensions, by what these have.
+    adopt(cfg, parameters of a stack of them) -> those of its own that are made of theirs, where it has not q, k, v, o
+    and the norms of q and k by these names and in these shapes.
     facts(cfg): further lines of the model card.
     disk_prefix: what its tensors' names on disk begin with, behind the layer's.
     export_format: the one of porting.writers that a run exports its student in.
@@ -133,13 +137,17 @@ class MixerSpec:
     shares_values: bool = False
     calibrations: Mapping[str, Calibration] = dataclasses.field(default_factory=dict)
     calibrated: tuple[str, ...] = ()
+    columns: Callable[[ModelConfig], int] = lambda cfg: cfg.num_heads * cfg.head_dim
+    obstacles: Callable[[ModelConfig], list[str]] = lambda cfg: ["an output gate in each head"] * cfg.output_gate
+    adopt: Callable[[ModelConfig, dict[str, Any]], dict[str, Any]] = lambda cfg, attention: {}
     facts: Callable[[ModelConfig], dict[str, str]] = lambda cfg: {}
     disk_prefix: str = "self_attn"
     export_format: str = "huggingface"
 
-    def choose(self, hidden_size: int, **chosen: Any) -> Any:
+    def choose(self, hidden_size: int, of: Any = None, **chosen: Any) -> Any:
         """The mixer's options: the published ones for this width, but for what is chosen (and not None).
 
+        of: those of layers that the teacher has of this mixer, whose sizes the others take.
         Raises ValueError for what is none of its options, is none of a user's, or has another type.
         """
         chosen = {name: value for name, value in chosen.items() if value is not None}
@@ -152,7 +160,13 @@ class MixerSpec:
                 f"{shown} can not be chosen for the mixer {self.name}; expected options out of "
                 f"{', '.join(fields) or 'none'}. Leave it out, or choose another config.student.mixer."
             )
-        return dataclasses.replace(self.options.for_width(hidden_size), **typed(self.options, chosen, "config.student"))
+        options = dataclasses.replace(
+            self.options.for_width(hidden_size), **typed(self.options, chosen, "config.student")
+        )
+        if of is None:
+            return options
+        sizes = {field.name for field in dataclasses.fields(of)} - set(self.choices())
+        return dataclasses.replace(options, **{name: getattr(of, name) for name in sizes})
 
     def choices(self) -> list[str]:
         """The options that a user may choose."""

@@ -220,6 +220,7 @@ SPEC = MixerSpec(
     flops=_flops,
     # As softmax attention's: what a block keeps for its backward pass is as long as the keys are.
     bytes_per_column=32,
+    obstacles=lambda cfg: [],
     published=PublishedFormat("windowqwen2", "WindowQwen2ForCausalLM", _read, _write),
     facts=lambda cfg: {"keys in sight": f"the first {cfg.mixer.sinks} and the latest {cfg.mixer.window}"},
 )

@@ -31,7 +31,7 @@ ASSUMPTIONS_UNCOMPILED = (
 
 
 def matmul_weights(cfg: ModelConfig, *, mixers_of: ModelConfig | None = None) -> int:
-    """Elements of all matrices that a token is multiplied with; of the recurrent mixers alone with `mixers_of`."""
+    """Elements of all matrices that a token is multiplied with; of the converted layers alone with `mixers_of`."""
     total = 0
     for path, leaf in path_leaves(abstract_params(cfg)).items():
         if mixers_of is not None and not is_recurrent_mixer(path, mixers_of):
@@ -44,7 +44,7 @@ def matmul_weights(cfg: ModelConfig, *, mixers_of: ModelConfig | None = None) ->
 
 
 def first_matrices(cfg: ModelConfig) -> int:
-    """Elements of the recurrent mixers' matrices that what a mixer reads is multiplied with."""
+    """Elements of the converted layers' matrices that what a mixer reads is multiplied with."""
     return sum(
         leaf.size
         for path, leaf in path_leaves(abstract_params(cfg)).items()
@@ -52,12 +52,12 @@ def first_matrices(cfg: ModelConfig) -> int:
     )
 
 
-def mixing_flops(cfg: ModelConfig, seq_len: int, *, recurrent_only: bool = False) -> float:
-    """Of a token's forward pass through scores or states."""
+def mixing_flops(cfg: ModelConfig, seq_len: int, *, converted_only: bool = False) -> float:
+    """Of a token's forward pass through scores or states; converted_only: of the layers that a student converts."""
     return sum(
         n * MIXERS[mixer].flops(cfg, seq_len)
         for stack, (mixer, n) in enumerate(cfg.stacks)
-        if cfg.is_recurrent(stack) or not recurrent_only
+        if cfg.is_converted(stack) or not converted_only
     )
 
 
@@ -70,7 +70,7 @@ def model_flops(student: ModelConfig, teacher: ModelConfig, name: str, seq_len: 
     head = 2.0 * teacher.vocab_size * teacher.hidden_size
     whole_teacher = 2.0 * matmul_weights(teacher) + mixing_flops(teacher, seq_len)
     if not STAGES[name].whole_student:
-        mixers = 2.0 * matmul_weights(student, mixers_of=student) + mixing_flops(student, seq_len, recurrent_only=True)
+        mixers = 2.0 * matmul_weights(student, mixers_of=student) + mixing_flops(student, seq_len, converted_only=True)
         return whole_teacher - head + (4 if remat else 3) * mixers - 2.0 * first_matrices(student)
     own = 2.0 * matmul_weights(student) + mixing_flops(student, seq_len)
     again = own - head if remat else 0.0

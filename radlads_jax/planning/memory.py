@@ -40,17 +40,18 @@ def temporary_bytes(
     rows_split = axes["data"] * axes["fsdp"]
     parts_of_batch = batch_parts(recipe, mesh)
     tokens = recipe.batch_size // parts_of_batch * recipe.seq_len / (rows_split * axes["context"])
-    kept = tokens / axes["tensor"] * student.num_layers * 2
-    columns = student.num_heads * student.head_dim / axes["tensor"]
+    kept = tokens / axes["tensor"] * 2
+    columns = spec.columns(student) / axes["tensor"]
     mixer = spec.bytes_per_column * columns
     mlp = _MLP_BYTES * student.intermediate_size / axes["tensor"]
     layer = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(student)["stacks"])) / student.num_layers
     parts = {"gradients": float(gradients) * (2 if parts_of_batch > 1 else 1)}
     if whole_student:
-        parts["layers' inputs"] = kept * student.hidden_size
+        parts["layers' inputs"] = kept * student.num_layers * student.hidden_size
         parts["last hidden states"] = 3 * 2 * tokens * student.hidden_size
     else:
-        parts["mixers' inputs and targets"] = kept * student.hidden_size * (axes["tensor"] + 1)
+        layers = len(student.converted_layers)
+        parts["mixers' inputs and targets"] = kept * layers * student.hidden_size * (axes["tensor"] + 1)
     if spec.shares_values:
         # The first layer's values, for all the others, and their gradient.
         parts["value residual"] = 2 * 2 * tokens * columns

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ def _description(cfg: ModelConfig, base: str) -> str:
     state = (cfg.num_layers - len(softmax)) * _state_bytes(in_bfloat16, spec.name)
     facts = {
         "layers": f"{cfg.num_layers}" + (f", of which {_numbers(softmax)} softmax attention" if softmax else ""),
+        **({"layers converted, beside the teacher's own": _listed(cfg.converted_layers)} if cfg.copied else {}),
         "width, heads, kv heads, head size": f"{cfg.hidden_size}, {cfg.num_heads}, {cfg.num_kv_heads}, {cfg.head_dim}",
         **spec.facts(cfg),
         "state of a sequence": f"{shown_bytes(state)}, whatever its length"
@@ -154,4 +155,8 @@ def _state_bytes(cfg: ModelConfig, mixer: str) -> int:
 
 
 def _numbers(layers: list[int]) -> str:
-    return f"number {layers[0]} is" if len(layers) == 1 else f"numbers {', '.join(map(str, layers))} are"
+    return f"number {layers[0]} is" if len(layers) == 1 else f"numbers {_listed(layers)} are"
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))

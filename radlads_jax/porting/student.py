@@ -8,61 +8,72 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.table import Table
 
-from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.config import SOFTMAX, ModelConfig
 from radlads_jax.models.decoder import Params, init_params
+from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.placement import shardings
 from radlads_jax.models.tree import merge_params, path_leaves, split_params
 
 _COPIED_PROJECTIONS = ("q", "k", "v", "o", "q_norm", "k_norm")
+# Drawn anew by fresh_qkvo, as far as a mixer has them: qkv are three of them in one matrix.
+_REFRESHED = ("q", "k", "v", "qkv", "o")
 
 
 def init_mixers(
     cfg: ModelConfig, teacher: Params, seed: int, *, fresh_qkvo: bool = False, mesh: Mesh | None = None
 ) -> Params:
-    """{"stacks": {i: {"mixer": ...}}} of the recurrent stacks, in cfg.param_dtype.
+    """{"stacks": {i: {"mixer": ...}}} of the converted stacks, in cfg.param_dtype.
 
     q, k, v, o, their biases and norms are the teacher's (whose stacks are cut at the student's boundaries); with
     fresh_qkvo q, k, v and o are uniform in +-0.5 D^-1/2 and o is zero, the paper's ablation. A mixer with a k and v for
-    every query head gets its kv head's copy. All else is new, a
+    every query head gets its kv head's copy, one of other sizes what it adopts (MixerSpec.adopt). All else is new, a
     function of the seed alone, and lies on `mesh` as the copies of a teacher on the same mesh do.
     """
-    new = _init_recurrent(cfg, mesh)(seed)
+    new = _init_converted(cfg, mesh)(seed)
     for i, stack in new["stacks"].items():
-        source = {} if fresh_qkvo else teacher["stacks"][i]["mixer"]
-        for name in _COPIED_PROJECTIONS:
-            if name in source and name in stack["mixer"]:
-                # A copy even where the dtype is the same: training donates the student's buffers, never the teacher's.
-                # Of them only what the mixer has: one without biases leaves the teacher's out.
-                own = {leaf: source[name][leaf] for leaf in stack["mixer"][name]}
-                stack["mixer"][name] = jax.tree.map(functools.partial(_copied, cfg), own, stack["mixer"][name])
+        # A copy even where the dtype is the same: training donates the student's buffers, never the teacher's.
+        for name, own in ({} if fresh_qkvo else _inherited(cfg, teacher["stacks"][i]["mixer"], stack["mixer"])).items():
+            stack["mixer"][name] = jax.tree.map(functools.partial(_copied, cfg), own, stack["mixer"][name])
         if fresh_qkvo:
             _refresh(cfg, stack["mixer"], jax.random.fold_in(jax.random.key(seed), i), mesh)
     return new
 
 
+def _inherited(cfg: ModelConfig, attention: Params, mixer: Params) -> Params:
+    """What of a stack's mixer is the teacher's attention's, or made of it, by name.
+
+    Only what the mixer has: one without biases leaves the teacher's out.
+    """
+    adopted = MIXERS[cfg.recurrent_mixer or SOFTMAX].adopt(cfg, attention)
+    by_name = [n for n in _COPIED_PROJECTIONS if n in attention and n in mixer and n not in adopted]
+    return {name: {leaf: attention[name][leaf] for leaf in mixer[name]} for name in by_name} | adopted
+
+
 def _copied(cfg: ModelConfig, x: jax.Array, new: jax.Array) -> jax.Array:
     """The teacher's x in the place of a new parameter, which may have its heads several times."""
     if x.shape == new.shape:
-        return jnp.array(x, cfg.param_dtype)
+        copy = jnp.array(x, cfg.param_dtype)
+        return copy if copy.sharding == new.sharding else jax.device_put(copy, new.sharding)
     by_head = x.reshape(*x.shape[:-1], -1, cfg.head_dim)
     cloned = jnp.repeat(by_head, new.shape[-1] // x.shape[-1], axis=-2).reshape(new.shape)
     return jax.device_put(cloned.astype(cfg.param_dtype), new.sharding)
 
 
 @functools.cache
-def _init_recurrent(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[int], Params]:
-    """seed -> the mixers of the recurrent stacks; under jit, so that what is not returned is not computed."""
+def _init_converted(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[int], Params]:
+    """seed -> the mixers of the converted stacks; under jit, so that what is not returned is not computed."""
 
     def init(seed: jax.Array) -> Params:
         stacks = init_params(cfg, jax.random.key(seed))["stacks"]
-        return {"stacks": {i: {"mixer": stacks[i]["mixer"]} for i in range(len(cfg.stacks)) if cfg.is_recurrent(i)}}
+        return {"stacks": {i: {"mixer": stacks[i]["mixer"]} for i in range(len(cfg.stacks)) if cfg.is_converted(i)}}
 
     return jax.jit(init, out_shardings=shardings(mesh, jax.eval_shape(init, 0), cfg))
 
 
 def _refresh(cfg: ModelConfig, mixer: Params, key: jax.Array, mesh: Mesh | None) -> None:
     bound = 0.5 * cfg.hidden_size**-0.5
-    for name, name_key in zip("qkvo", jax.random.split(key, 4), strict=True):
+    names = [name for name in _REFRESHED if name in mixer]
+    for name, name_key in zip(names, jax.random.split(key, len(names)), strict=True):
         kernel = mixer[name]["kernel"]
         mixer[name] = jax.tree.map(jnp.zeros_like, mixer[name])
         if name != "o":
@@ -73,30 +84,48 @@ def _refresh(cfg: ModelConfig, mixer: Params, key: jax.Array, mesh: Mesh | None)
 
 def whole_student(cfg: ModelConfig, base: Params, mixers: Params) -> Params:
     """The student's full tree: `base`, a teacher's in the student's dtype, with these mixers and a head of its own."""
-    kept, _ = split_params(base, lambda path: path not in path_leaves(mixers) and not _in_recurrent_mixer(cfg, path))
+    kept, _ = split_params(base, lambda path: path not in path_leaves(mixers) and not _in_converted_mixer(cfg, path))
     student = merge_params(kept, mixers)
     if "head" not in student and not cfg.tie_embeddings:
         student["head"] = {"kernel": base["embed"]["embedding"].T}
     return student
 
 
-def _in_recurrent_mixer(cfg: ModelConfig, path: str) -> bool:
+def _in_converted_mixer(cfg: ModelConfig, path: str) -> bool:
     parts = path.split("/")
-    return parts[0] == "stacks" and parts[2] == "mixer" and cfg.is_recurrent(int(parts[1]))
+    return parts[0] == "stacks" and parts[2] == "mixer" and cfg.is_converted(int(parts[1]))
+
+
+def _attention_paths(cfg: ModelConfig, student: Params, teacher: Params) -> set[str]:
+    """The paths of what the converted layers' mixers have of the teacher's attention."""
+    paths: set[str] = set()
+    for i, stack in student["stacks"].items():
+        if cfg.is_converted(i):
+            of_stack = functools.partial(_inherited, cfg)
+            inherited = jax.eval_shape(of_stack, teacher["stacks"][i]["mixer"], stack["mixer"])
+            paths |= {f"stacks/{i}/mixer/{path}" for path in path_leaves(inherited)}
+    return paths
+
+
+def _adopts_queries_alone(cfg: ModelConfig, student: Params) -> bool:
+    """Whether the teacher's heads have gates, for which a converted layer's mixer has no place."""
+    return cfg.output_gate and any(
+        cfg.is_converted(i) and "q" not in stack["mixer"] for i, stack in student["stacks"].items()
+    )
 
 
 def transfer_table(cfg: ModelConfig, student: Params, teacher: Params, *, fresh_qkvo: bool = False) -> Table:
     """A line per parameter of the student: shape, and whether it is the teacher's or new."""
-    teacher_paths = path_leaves(teacher)
+    teacher_paths, of_attention = path_leaves(teacher), _attention_paths(cfg, student, teacher)
     table = Table(title="Stage 0: what the student starts from", title_justify="left")
     for column in ("parameter", "shape", "from"):
         table.add_column(column)
     copied = new = 0
     for path, leaf in path_leaves(student).items():
-        in_mixer = _in_recurrent_mixer(cfg, path)
-        from_teacher = path in teacher_paths and not (
-            in_mixer and (fresh_qkvo or path.split("/")[3] not in _COPIED_PROJECTIONS)
-        )
+        if _in_converted_mixer(cfg, path):
+            from_teacher = path in of_attention and not fresh_qkvo
+        else:
+            from_teacher = path in teacher_paths
         source = "teacher" if from_teacher else "teacher (embedding)" if path == "head/kernel" else "new"
         copied, new = (copied + leaf.size, new) if source != "new" else (copied, new + leaf.size)
         table.add_row(path, " x ".join(map(str, leaf.shape)), source)
@@ -104,8 +133,10 @@ def transfer_table(cfg: ModelConfig, student: Params, teacher: Params, *, fresh_
         {
             "/".join(path.split("/")[3:])
             for path in teacher_paths.keys() - path_leaves(student).keys()
-            if _in_recurrent_mixer(cfg, path)
+            # Matrices that are not there by their names are part of what the mixer adopts.
+            if _in_converted_mixer(cfg, path) and not path.endswith("kernel")
         }
+        | ({"the heads' gates"} if _adopts_queries_alone(cfg, student) else set())
     )
     left_out = f"; of the teacher's attention left out: {', '.join(dropped)}" if dropped and not fresh_qkvo else ""
     table.caption = f"{copied:,} values copied, {new:,} new{left_out}"

@@ -118,7 +118,8 @@ class StageLog:
 class RunLog:
     """A run as its work directory tells it; config, summary and evaluation are empty where their files are missing.
 
-    chosen_layers: the softmax layers, where the run chose them itself.
+    chosen_layers: the softmax layers, where the run chose them itself. converted_layers: those that it converts, where
+    the teacher has recurrent ones itself.
     """
 
     workdir: AnyPath
@@ -127,10 +128,13 @@ class RunLog:
     stages: tuple[StageLog, ...]
     evaluation: dict[str, Any]
     chosen_layers: tuple[int, ...] = ()
+    converted_layers: tuple[int, ...] = ()
 
     @property
     def recurrent_layers(self) -> list[int]:
-        """The layer that each alignment error belongs to: all but those that stay softmax attention."""
+        """The layer that each alignment error belongs to: all but those that stay as they are."""
+        if self.converted_layers:
+            return list(self.converted_layers)
         student = self.config.get("student") or {}
         asked, every = student.get("attention_layers") or (), student.get("attention_every")
         kept = set(self.chosen_layers or (layer for layer in asked if isinstance(layer, int)))
@@ -163,7 +167,8 @@ def read_run(workdir: str | os.PathLike) -> RunLog:
         StageLog(name, tuple(r for r in records if r["stage"] == name), config.get(name) or {}, every) for name in names
     ]
     evaluation = _object(directory / "evaluation.json") or _object(directory / "export" / "evaluation.json")
-    return RunLog(directory, config, summary, tuple(stages), evaluation, _chosen(directory, config))
+    converted = _numbers(_object(directory / "fingerprint.json").get("converted"))
+    return RunLog(directory, config, summary, tuple(stages), evaluation, _chosen(directory, config), converted)
 
 
 def _chosen(directory: AnyPath, config: dict[str, Any]) -> tuple[int, ...]:
@@ -171,7 +176,11 @@ def _chosen(directory: AnyPath, config: dict[str, Any]) -> tuple[int, ...]:
     asked = (config.get("student") or {}).get("attention_layers") or ()
     if not any(isinstance(layer, str) for layer in asked):
         return ()
-    return tuple(i for i in _object(directory / "choice.json").get("layers") or () if isinstance(i, int))
+    return _numbers(_object(directory / "choice.json").get("layers"))
+
+
+def _numbers(layers: Any) -> tuple[int, ...]:
+    return tuple(i for i in layers or () if isinstance(i, int))
 
 
 def _object(path: AnyPath) -> dict[str, Any]:

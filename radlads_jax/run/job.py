@@ -19,6 +19,7 @@ from radlads_jax.models.decoder import Params, abstract_params, init_params
 from radlads_jax.models.mixers import mixer_spec
 from radlads_jax.models.placement import shardings
 from radlads_jax.porting.config_keys import read_config
+from radlads_jax.porting.families import FAMILIES
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.hub import check_tokenizer, load_tokenizer, resolve_model_dir
 from radlads_jax.porting.load import load_params
@@ -117,10 +118,11 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     source = resolve_model_dir(run.teacher.path, run.teacher.revision or None) if run.teacher.path else None
     base_config = read_config(source) if source else dict(run.teacher.scratch)
     original = dataclasses.replace(model_config_from_hf(base_config), dtype=run.teacher.dtype)
-    if original.recurrent_mixer is not None:
+    if original.recurrent_mixer not in (None, FAMILIES[original.family].recurrent):
         raise ValueError(
             f"the teacher {run.teacher.path} is a {original.recurrent_mixer} student already; expected a model of "
-            "softmax attention. Point config.teacher.path at the model it was made from."
+            "softmax attention, or of a family with recurrent layers of its own. Point config.teacher.path at the "
+            "model it was made from."
         )
     if source is not None:
         # Only headers are read here: a damaged file shows now, not after the data has been tokenised.
@@ -150,6 +152,9 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     depends = _depends(source, base_config, tokenizer, tokens)
     if chat_file is not None:
         depends["chats"] = {"token_file": chat_file.prefix.name, "tokens": fingerprint.of_tokens(chat_file)}
+    if student.copied:
+        # Which layers an alignment error is of does not follow from the settings alone.
+        depends["converted"] = list(student.converted_layers)
     if not fingerprint.is_finished(workdir) or names_others(workdir, run):
         _require_same(workdir, depends)
     job = Job(

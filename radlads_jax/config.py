@@ -17,6 +17,7 @@ from radlads_jax.fields import (
     bounded,
     build,
     check_bounds,
+    check_regex,
     follow,
     nearest,
     parse,
@@ -39,11 +40,17 @@ AUTO = re.compile(r"auto:(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """path: a Hugging Face directory or hub id; or "" to start from fresh weights of the dimensions in `scratch`."""
+    """path: a Hugging Face directory or hub id; or "" to start from fresh weights of the dimensions in `scratch`.
+
+    logits: a directory of `python -m radlads_jax.store_logits`, which stage 2 reads in the teacher's place; "" = none.
+    top_k: how many of the likeliest tokens it holds at each place.
+    """
 
     path: str = ""
     revision: str = ""
     dtype: str = bounded("bfloat16", one_of=_DTYPES)
+    logits: str = ""
+    top_k: int = bounded(64, least=1)
     scratch: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -363,7 +370,7 @@ def _check_stage(where: str, stage: StageConfig, shards: int) -> None:
         f"0 <= decay_begin < decay_end <= 1 (decay_end is {stage.decay_end})",
     )
     for pattern in stage.freeze:
-        _check_regex(f"{where}.freeze", pattern)
+        check_regex(f"{where}.freeze", pattern)
 
 
 def _check_teacher(teacher: Teacher) -> None:
@@ -391,10 +398,3 @@ def _check_student(student: Student) -> None:
             f"config.student.attention_every is {student.attention_every} and config.student.attention_layers {kept}; "
             "expected one of them, for both say which layers stay softmax attention. Leave one out."
         )
-
-
-def _check_regex(field: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{field} holds {pattern!r}, which is no regular expression ({error}).") from error

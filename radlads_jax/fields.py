@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -171,3 +172,11 @@ def nearest(name: str, known: Any) -> str:
     """The end of a message about a name that is not known."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known)}."
+
+
+def check_regex(field: str, pattern: str) -> None:
+    """Raises ValueError for a pattern that is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{field} holds {pattern!r}, which is no regular expression ({error}).") from error

@@ -34,6 +34,7 @@ _ADVICE = {
     "tokenizer": "put its own tokenizer back (config.data.tokenizer, or the teacher's)",
     "data": "put the text back as it was (config.data.path; of a hub dataset set config.data.revision), or take "
     "it away: the tokens in data/ are all that is read",
+    "logits": "put the stored logits back that it began with (config.teacher.logits)",
     "frozen": "go on with the versions of jax and radlads_jax that began it",
 }
 

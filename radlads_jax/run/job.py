@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from radlads_jax.config import RunConfig
 from radlads_jax.data import binidx, pipeline, prepare, synthetic
+from radlads_jax.data.stored_logits import StoredLogits
 from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill.program import StagePlan, check_trainable
 from radlads_jax.distill.stages import STAGES
@@ -24,7 +25,7 @@ from radlads_jax.porting.hub import check_tokenizer, load_tokenizer, resolve_mod
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.model_tensors import model_tensors
 from radlads_jax.porting.tokenizer_files import check_exportable
-from radlads_jax.run import chosen, fingerprint
+from radlads_jax.run import chosen, fingerprint, teacher_logits
 from radlads_jax.run.settings import names_others
 from radlads_jax.run.tokens import Tokens, find_tokens
 from radlads_jax.system import hosts
@@ -42,7 +43,7 @@ class Job:
     to_choose: how many softmax layers are still to be chosen; the student then has as many, evenly spaced, and the
     teacher is in one piece (run/choosing.py).
     mesh: the devices the run is spread over, None for one. beginning: ids that documents begin with. depends: what a
-    continuation has to find again, by contents.
+    continuation has to find again, by contents. logits: the teacher's stored ones, which stages read that can.
     """
 
     run: RunConfig
@@ -59,6 +60,7 @@ class Job:
     beginning: tuple[int, ...] = ()
     depends: dict[str, Any] = dataclasses.field(default_factory=dict)
     to_choose: int = 0
+    logits: StoredLogits | None = None
 
     def stage_plan(self, name: str) -> StagePlan:
         return StagePlan(self.run, name, self.student, self.teacher, self.mesh)
@@ -90,6 +92,7 @@ class Job:
             eval_tokens=self.eval_tokens,
             cross_document=self.run.data.cross_document,
             rows_of_batch=sharding.own_rows(self.mesh, rows),
+            beside=self.logits.rows if self.logits is not None and self.stage_plan(name).reads_logits else None,
         )
 
 
@@ -130,6 +133,10 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     eval_tokens = run.data.eval_rows * (run.stage(run.stages[0]).seq_len if run.stages else _EVAL_SEQ_LEN)
     _check_rows(run, tokens.file, eval_tokens)
     depends = _depends(source, base_config, tokenizer, tokens)
+    logits = None
+    if run.teacher.logits:
+        logits = teacher_logits.find(run, depends, tokens.file, eval_tokens, original.vocab_size)
+    depends["logits"] = teacher_logits.identity(logits)
     if not fingerprint.is_finished(workdir) or names_others(workdir, run):
         _require_same(workdir, depends)
     job = Job(
@@ -146,6 +153,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
         mesh,
         tokens.beginning,
         depends,
+        logits=logits,
     )
     if not (count := layers_to_choose(run.student)):
         return job
@@ -176,7 +184,7 @@ def _require_same(workdir: AnyPath, depends: dict[str, Any]) -> None:
 
 def _comparable(depends: dict[str, Any]) -> dict[str, Any]:
     """What a continuation has to have the same of; of the data, of which more is known, the tokens and documents."""
-    parts = {part: depends[part] for part in ("teacher", "tokenizer") if part in depends}
+    parts = {part: depends[part] for part in ("teacher", "tokenizer", "logits") if part in depends}
     data = depends.get("data", {})
     return parts | {part: data[part] for part in ("tokens", "documents") if part in data}
 

@@ -69,7 +69,7 @@ def main(values: flags.FlagValues) -> None:
     console.print(f"{said(choice)}. {choice['passes']:,} passes of {sizes.batch_size} rows in {seconds:,.0f} s.")
     if out is not None:
         storage.write_text(out / "choice.json", json.dumps(choice, indent=1) + "\n")
-        storage.write_text(out / "choice.svg", layers_picture(choice["single"], choice["layers"]))
+        storage.write_text(out / "choice.svg", layers_picture(choice["single"], choice["layers"], choice["warning"]))
 
 
 def text_batch(tokenizer: Any, sizes: Sizes, file: storage.AnyPath | None) -> Batch:

@@ -40,11 +40,17 @@ AUTO = re.compile(r"auto:(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """path: a Hugging Face directory or hub id; or "" to start from fresh weights of the dimensions in `scratch`."""
+    """path: a Hugging Face directory or hub id; or "" to start from fresh weights of the dimensions in `scratch`.
+
+    logits: a directory of `python -m radlads_jax.store_logits`, which stage 2 reads in the teacher's place; "" = none.
+    top_k: how many of the likeliest tokens it holds at each place.
+    """
 
     path: str = ""
     revision: str = ""
     dtype: str = bounded("bfloat16", one_of=_DTYPES)
+    logits: str = ""
+    top_k: int = bounded(64, least=1)
     scratch: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -234,12 +240,7 @@ class RunConfig:
     )
     stage2: StageConfig = StageConfig(tokens=500_000_000, batch_size=96)
     stage2a: StageConfig = StageConfig(
-        tokens=600_000_000,
-        seq_len=4096,
-        batch_size=32,
-        mixer_lr=1e-4,
-        decay_begin=0.833,
-        decay_end=0.875,
+        tokens=600_000_000, seq_len=4096, batch_size=32, mixer_lr=1e-4, decay_begin=0.833, decay_end=0.875
     )
     stage2c: StageConfig = StageConfig(tokens=8_000_000, seq_len=2048, batch_size=4)
     stage3: StageConfig = StageConfig(tokens=100_000_000, seq_len=16384, batch_size=96)
@@ -364,13 +365,10 @@ def _check_stage(where: str, stage: StageConfig, shards: int) -> None:
 
 
 def _check_chats(run: RunConfig) -> None:
-    wanted, chats, replay = "stage2c" in run.stages, run.data.chats, run.data.replay * run.stage2c.batch_size
-    require(not wanted or bool(chats), "config.data.chats", chats, "the path of conversations in .jsonl, for stage2c")
-    require(wanted or not chats, "config.data.chats", chats, "nothing, for config.stages has no stage2c to read it")
-    require(wanted or not replay, "config.data.replay", run.data.replay, "0, for config.stages has no stage2c")
-    whole = not replay or 1 <= round(replay) < run.stage2c.batch_size
-    rows = f"a share that leaves whole rows of both, of config.stage2c.batch_size={run.stage2c.batch_size}, or 0"
-    require(whole, "config.data.replay", run.data.replay, rows)
+    wanted, data = "stage2c" in run.stages, run.data
+    example = "the path of conversations in .jsonl where config.stages has stage2c, and nothing elsewhere"
+    require(wanted == bool(data.chats), "config.data.chats", data.chats, example)
+    require(wanted or not data.replay, "config.data.replay", data.replay, "0, for config.stages has no stage2c")
 
 
 def _check_teacher(teacher: Teacher) -> None:

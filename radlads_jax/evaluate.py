@@ -1,7 +1,7 @@
 """Scores of a student beside its teacher: lm-eval's tasks, the paper's suite among them, and long-context probes.
 
 python -m radlads_jax.evaluate --model DIR [--teacher DIR [--control]] [--tasks radlads|recall|name,...|file.yaml]
-                               [--limit N] [--probes]
+                               [--limit N] [--probes] [--completions N]
 
 Writes evaluation.json and evaluation.md into --output or else beside the model; a run's report draws the probes.
 """
@@ -14,7 +14,13 @@ from typing import Any
 from absl import flags
 
 from radlads_jax.decoding.loaded import DTYPES
-from radlads_jax.evaluation.model_scores import check_models, evaluate_models, output_directory, wants_probes
+from radlads_jax.evaluation.model_scores import (
+    check_models,
+    completion_sizes,
+    evaluate_models,
+    output_directory,
+    wants_probes,
+)
 from radlads_jax.evaluation.probe_scores import DEFAULT_SAMPLES
 from radlads_jax.evaluation.probes import DEFAULT_LENGTHS
 from radlads_jax.evaluation.table import as_markdown
@@ -41,8 +47,12 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("probe_lengths", [str(n) for n in DEFAULT_LENGTHS], "Their contexts, in tokens.", **put)
     samples = "How many of each probe and length up to 4096; fewer of longer ones, at least 8 of them."
     flags.DEFINE_integer("probe_samples", DEFAULT_SAMPLES, samples, **put)
-    flags.DEFINE_string("probe_text", None, "A text file for the loss by position. Default: made-up tales.", **put)
-    flags.DEFINE_integer("seed", 0, "Of the probes.", lower_bound=0, **put)
+    text = "A text file for the loss by position and for --completions. Default: made-up tales."
+    flags.DEFINE_string("probe_text", None, text, **put)
+    compared = "KL to the teacher on what it says after so many prompts, and on the text itself."
+    flags.DEFINE_integer("completions", 0, compared, lower_bound=0, **put)
+    flags.DEFINE_float("completion_temperature", 0.0, "What it says is drawn at; 0: its likeliest tokens.", **put)
+    flags.DEFINE_integer("seed", 0, "Of the probes and completions.", lower_bound=0, **put)
     flags.DEFINE_integer("batch_size", 8, "Rows that are read at once.", **put)
     flags.DEFINE_string("output", None, "Where the results go. Default: the --model's directory.", **put)
     flags.DEFINE_enum("dtype", None, DTYPES, "Default: bfloat16, on a CPU float32.", **put)
@@ -52,8 +62,8 @@ def main(values: flags.FlagValues) -> None:
     """Raises ValueError for settings that are wrong or contradict each other."""
     if values.model is None:
         raise ValueError("expected --model DIR, the directory of a student or of its run.")
-    if not (values.tasks or values.probes):
-        raise ValueError(f"expected --tasks, e.g. --tasks={SUITE_NAME}, or --probes.")
+    if not (values.tasks or values.probes or values.completions):
+        raise ValueError(f"expected --tasks, e.g. --tasks={SUITE_NAME}, --probes or --completions.")
     wrong = [n for n in values.probe_lengths if not n.isdigit() or int(n) < 1]
     if wrong:
         raise ValueError(f"--probe_lengths has {', '.join(wrong)}; expected numbers of tokens, e.g. 512,4096.")
@@ -62,6 +72,8 @@ def main(values: flags.FlagValues) -> None:
             raise ValueError(f"{name} is {getattr(values, name)}; expected at least 1. Change --{name}.")
     if values.control and values.teacher is None:
         raise ValueError("--control is made of the teacher's weights; expected --teacher DIR beside it.")
+    if values.completions and values.teacher is None:
+        raise ValueError("--completions are the teacher's own; expected --teacher DIR beside it.")
     directory = output_directory(values.model, values.output)
     if not values.trust_task_code:
         check_task_code(expand_tasks(values.tasks))
@@ -70,7 +82,7 @@ def main(values: flags.FlagValues) -> None:
     tasks = load_tasks(names) if names else {}
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     by_role = evaluate_models(tasks, values)
-    cfg, scores, _ = by_role["student"]
+    cfg, scores = by_role["student"].cfg, by_role["student"].scores
     result = {"model": values.model, "teacher": values.teacher, "limit": values.limit, "dtype": cfg.dtype}
     teacher, control = (by_role[role].scores if role in by_role else None for role in ("teacher", "control"))
     result |= compare(cfg, scores, teacher, control)
@@ -78,6 +90,9 @@ def main(values: flags.FlagValues) -> None:
         result["control"] = dataclasses.asdict(by_role["control"].cfg.mixer)
     if wants_probes(values):
         result["probes"] = {role: measured.probes for role, measured in by_role.items()}
+    if values.completions:
+        kl = {role: measured.kl for role, measured in by_role.items() if measured.kl}
+        result["kl"] = {"sizes": dataclasses.asdict(completion_sizes(values)), "models": kl}
     page = as_markdown(result)
     storage.write_text(directory / "evaluation.json", json.dumps(result, indent=2) + "\n")
     storage.write_text(directory / "evaluation.md", page)

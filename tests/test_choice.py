@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from absl import flags
 from untrained import TEACHER, random_params, save_teacher, save_tokenizer
 
-from radlads_jax import config
+from radlads_jax import choose, config
 from radlads_jax.config import RunConfig, Student, validate
 from radlads_jax.distill.student_config import make_student_config
-from radlads_jax.evaluation import choice
+from radlads_jax.evaluation import choice, floor
 from radlads_jax.evaluation.choice import Sizes, choose_layers, unevenness
 from radlads_jax.evaluation.probes import Example
 from radlads_jax.evaluation.swaps import Measured, Rows, Swaps, prompt_rows
@@ -110,7 +111,7 @@ def _nll(logits, token):
 
 
 def test_a_tie_goes_to_even_spacing_and_a_clear_lead_does_not():
-    draws = choice._Draws(4, 12, 12, 0)
+    draws = choice._Draws(4, np.ones(12, bool), 12, 0)
     # The first layer's windows cost one prompt much and another nearly as much less; the others' cost nothing.
     noise = np.tile([3.0, -2.9], 6)
 
@@ -136,6 +137,53 @@ def test_a_number_that_leaves_nothing_to_choose_is_refused(keep, tokenizer):
 def test_prompts_without_room_are_refused(tokenizer):
     with pytest.raises(ValueError, match=r"prompts of 20 tokens.*expected more"):
         choice.prompts(tokenizer, Sizes(tokens=20), choice.KINDS)
+
+
+def test_a_kind_that_the_teacher_can_not_answer_does_not_count():
+    # One in ten by lot, and as many right; then all right, none likely; then none right, all far likelier than a guess.
+    examples = [Example([1, 2, 3], 2, 0.1)] * 30
+    right = np.concatenate([np.arange(10) == 0, np.ones(10), np.zeros(10)])
+    nll = np.concatenate([np.full(10, 9.6), np.full(10, 9.6), np.full(10, 0.9)])
+    kinds = floor.of_kinds(("low", "right", "likely"), examples, Measured(np.zeros(2), nll, right), 896)
+    assert [kind["at the floor"] for kind in kinds] == [True, False, False]
+    assert kinds[0]["guess"] == pytest.approx(np.log(10)) and kinds[0]["chance"] == 0.1
+    said = floor.warning({"recall": kinds})
+    assert "low 10% right (chance 10%)" in said and "likely" not in said and "attention_every" not in said
+    counted = floor.counted(kinds, 30)
+    changes = [Measured(np.full(2, float(i)), np.where(counted, 0.0, 99.0 * (i == 0)), right) for i in range(3)]
+    # What the teacher can not answer would have chosen the first; by all three kinds at the floor the text decides.
+    for of in (counted, np.zeros(30, bool)):
+        np.testing.assert_allclose(choice._Draws(2, of, 10, 0).scores(changes)[0], [-1.224745, 0, 1.224745], rtol=1e-5)
+
+
+def test_the_command_chooses_writes_and_says_where_a_teacher_is_at_chance(tmp_path, capsys):
+    teacher = save_teacher(tmp_path, dataclasses.replace(CFG, max_position_embeddings=512))
+    (tmp_path / "text.txt").write_text("A king lived in the wood. " * 200)
+    values = flags.FlagValues()
+    choose.define_flags(values)
+    sizes = ["--prompts=2", "--texts=2", "--tokens=448", "--window=8", "--batch_size=2"]
+    values(["choose", f"--model={teacher}", "--keep=1", f"--data={tmp_path / 'text.txt'}", f"--out={tmp_path}", *sizes])
+    choose.main(values)
+    found = json.loads((tmp_path / "choice.json").read_text())
+    assert found["layers"] == [found["order"][0]["layer"]] and found["window"] == {"sinks": 4, "window": 8}
+    # Of random weights nothing else can be.
+    assert [kind["at the floor"] for kind in found["recall"]] == [True] * 3
+    printed = " ".join(capsys.readouterr().out.split())
+    picture = (tmp_path / "choice.svg").read_text()
+    for said in (found["warning"], printed, picture):
+        assert "at chance in all of the prompts" in said and "attention_every" in said
+    assert f"softmax layers {found['layers'][0]} of 4" in printed
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"), [("--keep=4", "1 to 3 of them"), ("--prompts=0", "prompts is 0"), ("--tokens=40", "no room")]
+)
+def test_the_command_refuses(flag, words, tmp_path, monkeypatch):
+    values = flags.FlagValues()
+    choose.define_flags(values)
+    values(["choose", f"--model={save_teacher(tmp_path, CFG)}", "--keep=1", flag])
+    with pytest.raises(ValueError, match=words):
+        choose.main(values)
 
 
 def test_the_picture_has_two_bars_a_layer_and_the_kept_ones_in_another_colour():
@@ -241,6 +289,19 @@ def test_a_run_chooses_once_and_goes_on_with_what_it_chose(run_of):
     assert exported["attention_layers"] == [0] and summary["stages"][0]["steps"] == 1
     card = (workdir / "export" / "README.md").read_text()
     assert "number 0 is softmax attention" in card and "chosen by forward passes of the teacher" in card
+
+
+def test_every_host_goes_on_with_the_first_ones_choice(run_of, tmp_path, monkeypatch):
+    said = []
+
+    def first(text):
+        said.append(json.loads(text)["layers"])
+        return json.dumps({"layers": [1]})
+
+    monkeypatch.setattr(choosing.hosts, "said_by_first", first)
+    decided, _ = choosing.decide(_job(tmp_path, run_of[1]), None, lambda *rest, **more: {"layers": [0]}, str)
+    assert said == [[0]] and decided.student.layer_mixers == ("window", "attention")
+    assert json.loads((tmp_path / chosen.FILE).read_text())["layers"] == [1]
 
 
 def test_a_choice_that_is_gone_or_wrong_is_refused_once_the_run_has_begun(run_of):

@@ -91,8 +91,8 @@ def test_suite_stands_for_the_papers_tasks():
 
 
 def result_of(score: float, metric: str = "acc", chance: float | None = 0.25) -> dict:
-    numbers = {"score": score, "stderr": 0.01, "chance": chance, "documents": 40, "metrics": {metric: score}}
-    return {"metric": metric} | numbers
+    numbers = {"score": score, "stderr": 0.01, "chance": chance, "always": 0.26, "documents": 40}
+    return {"metric": metric, "metrics": {metric: score}} | numbers
 
 
 def test_comparison_and_its_page():
@@ -106,12 +106,12 @@ def test_comparison_and_its_page():
     assert result["tasks"]["text"]["relative"] is None
     assert result["mean_relative"] == pytest.approx((0.7 + 1.25) / 2)
     page = table.as_markdown({"model": "S", "teacher": "T", "limit": 40.0} | result)
-    assert "| arc_easy | acc | 40 | 25.0 | 75.0 ± 1.0 | 60.0 ± 1.0 | 70.0 | 81.5 | 81.7 | 100.4 |" in page
-    assert "| text | word_perplexity | 40 |  | 17.12 | 17.12 |  |  |  |  |" in page
+    assert "| arc_easy | acc | 40 | 25.0 | 26.0 | 75.0 ± 1.0 | 60.0 ± 1.0 | 70.0 | 81.5 | 81.7 | 100.4 |" in page
+    assert "| text | word_perplexity | 40 |  | 26.0 | 17.12 | 17.12 |  |  |  |  |" in page
     assert "Mean relative score: 97.5" in page and "first 40 documents" in page
     beside = suite.compare(student, scores, teacher, {"arc_easy": result_of(0.3), "lambada_openai": result_of(0.1)})
     page = table.as_markdown({"model": "S", "teacher": "T", "control": {"sinks": 4, "window": 64}} | beside)
-    assert "| arc_easy | acc | 40 | 25.0 | 75.0 ± 1.0 | 30.0 ± 1.0 | 60.0 ± 1.0 | 70.0 |" in page
+    assert "| arc_easy | acc | 40 | 25.0 | 26.0 | 75.0 ± 1.0 | 30.0 ± 1.0 | 60.0 ± 1.0 | 70.0 |" in page
     assert "the first 4 and the latest 64 keys" in page
     alone = suite.compare(STUDENT, scores, None)
     assert alone["mean_relative"] is None and "published" not in alone["tasks"]["arc_easy"]
@@ -323,6 +323,9 @@ def test_command_line(directories, task_files, tmp_path, capsys):
     assert result["tasks"]["local_words"]["chance"] == 0.0
     student, teacher = (choices[role]["score"] for role in ("student", "teacher"))
     assert choices["relative"] == paper.relative_score(student, teacher, choices["chance"])
+    # Of labels 0, 1, 2, 0, 1, 2; words have no letters to be stuck on.
+    assert choices["always"] == pytest.approx(1 / 3) and choices["student"]["options"] is None
+    assert result["tasks"]["local_words"]["always"] is None
 
 
 @needs_lm_eval

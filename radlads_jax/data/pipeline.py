@@ -1,7 +1,7 @@
 """Batches: for every (token file, seq_len, batch_size, seed, step) exactly one, on any number of processes."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -48,6 +48,7 @@ def make_train_iterator(
     num_epochs: int | None = None,
     start_step: int = 0,
     rows_of_batch: np.ndarray | None = None,
+    beside: Callable[[np.ndarray], Batch] | None = None,
 ) -> grain.DatasetIterator:
     """Batches of shuffled rows, dicts of [rows, seq_len] arrays as PackedRows describes them.
 
@@ -62,6 +63,7 @@ def make_train_iterator(
         vocab_size: if given, every token id is checked against it.
         num_epochs: None repeats without end.
         start_step: the number of the first batch.
+        beside: what else there is of rows, by their numbers; it is put into their batch.
 
     Raises:
         ValueError: a size that is not positive, too little data for one batch, a token id outside the vocabulary.
@@ -81,7 +83,7 @@ def make_train_iterator(
         raise ValueError(
             f"got start_step={start_step}; expected 0 to {length}, the batches in {num_epochs} epochs; check the step."
         )
-    iterator = _iterator(_ShuffledBatches(rows, batch_size, seed, share, length))
+    iterator = _iterator(_ShuffledBatches(rows, batch_size, seed, share, length, beside))
     if start_step:
         iterator.set_state({"next_index": start_step})
     return iterator
@@ -166,6 +168,7 @@ class _ShuffledBatches:
     seed: int
     share: np.ndarray
     length: int
+    beside: Callable[[np.ndarray], Batch] | None = None
 
     def __len__(self) -> int:
         return self.length
@@ -177,7 +180,7 @@ class _ShuffledBatches:
         for epoch in np.unique(epochs):
             here = epochs == epoch
             order[here] = epoch_order(self.seed, int(epoch), len(self.rows))[places[here]]
-        return self.rows.rows(order)
+        return self.rows.rows(order) | (self.beside(order) if self.beside is not None else {})
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[step] for step in range(len(self)))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.linear_loss import linear_cross_entropy, linear_kl
+from pallas_kernels.linear_loss import linear_cross_entropy, linear_kl, linear_topk_kl
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import Decoder, Params, bind
 
@@ -79,6 +79,41 @@ def _kl_sums(
         counted.reshape(-1),
         kernel_layout=layout,
         teacher_kernel_layout=teacher_layout,
+        slice_tokens=slice_tokens,
+    )
+    return LossSums(loss, counted.sum(), {})
+
+
+def stored_kl_loss(
+    student_cfg: ModelConfig,
+    teacher_cfg: ModelConfig,
+    student: Params,
+    teacher: Params | None,
+    batch: Batch,
+    *,
+    remat: str,
+    slice_tokens: int | None = None,
+) -> LossSums:
+    """`kl_loss` of a teacher of whom the batch has the k likeliest tokens: of these and of all others as one.
+
+    sum over tokens of sum_k p log(p / q) + (1 - P) log((1 - P) / (1 - Q)), P and Q the k's probability together; never
+    more than the whole KL. batch: with teacher_log_probs and teacher_indices, [B, T, k].
+    """
+    del teacher_cfg, teacher
+    counted = (batch["segment_ids"] > 0).astype(jnp.float32)
+    decoder = bind(student_cfg, student)
+    hidden = read_rows(decoder, batch, remat=remat)
+    kernel, layout = decoder.head_kernel()
+    log_probs, indices = (
+        batch[name].reshape(-1, batch[name].shape[-1]) for name in ("teacher_log_probs", "teacher_indices")
+    )
+    loss = linear_topk_kl(
+        hidden,
+        kernel.astype(hidden.dtype),
+        log_probs,
+        indices,
+        counted.reshape(-1),
+        kernel_layout=layout,
         slice_tokens=slice_tokens,
     )
     return LossSums(loss, counted.sum(), {})

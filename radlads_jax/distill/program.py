@@ -41,6 +41,9 @@ _NAMED_PATHS = 3
 _BATCH_DTYPES = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "loss_mask": jnp.float32}
 
 
+_STORED_DTYPES = {"teacher_indices": jnp.int32, "teacher_log_probs": jnp.float32}
+
+
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
     """One stage of a run: its name, the models it is about, and what it is spread over (None: one device)."""
@@ -58,6 +61,16 @@ class StagePlan:
     @property
     def recipe(self) -> StageConfig:
         return self.run.stage(self.name)
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether the teacher's stored logits stand in its place."""
+        return bool(self.run.teacher.logits) and self.stage.stored_loss_fn is not None
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the teacher itself is run."""
+        return self.stage.needs_teacher and not self.reads_logits
 
     def on_one_device(self) -> "StagePlan":
         return dataclasses.replace(self, mesh=None)
@@ -142,9 +155,11 @@ def make_step(plan: StagePlan) -> Any:
     """
     student, mesh = plan.student, plan.mesh
     assert not isinstance(mesh, AbstractMesh), "a step is compiled for devices"
+    stage_loss = plan.stage.stored_loss_fn if plan.reads_logits else plan.stage.loss_fn
+    assert stage_loss is not None
 
     def loss_fn(params: Params, teacher_params: Params | None, batch: dict[str, jax.Array]) -> LossSums:
-        return plan.stage.loss_fn(
+        return stage_loss(
             student,
             plan.teacher,
             params,
@@ -177,7 +192,7 @@ def abstract_arguments(plan: StagePlan) -> tuple:
     """What `make_step`'s step takes, as shapes with their shardings; the teacher in the dtype it is run in."""
     state, (_, frozen) = abstract_state(plan), abstract_student(plan)
     weights = None
-    if plan.stage.needs_teacher:
+    if plan.needs_weights:
         dtype = plan.run.teacher.dtype
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract_params(plan.teacher))
         weights = placement.abstract(plan.mesh, shapes, plan.teacher)
@@ -185,4 +200,7 @@ def abstract_arguments(plan: StagePlan) -> tuple:
     placed = sharding.rows_sharding(plan.mesh, plan.recipe.batch_size)
     shape = (plan.recipe.batch_size, plan.recipe.seq_len)
     batch = {k: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for k, dtype in _BATCH_DTYPES.items()}
+    if plan.reads_logits:
+        wide = (*shape, plan.run.teacher.top_k)
+        batch |= {k: jax.ShapeDtypeStruct(wide, dtype, sharding=placed) for k, dtype in _STORED_DTYPES.items()}
     return state, frozen, weights, batch

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from radlads_jax.distill.align import align_loss
-from radlads_jax.distill.losses import LossSums, answers_kl_loss, cross_entropy_loss, kl_loss
+from radlads_jax.distill.losses import LossSums, answers_kl_loss, cross_entropy_loss, kl_loss, stored_kl_loss
 from radlads_jax.models.config import ModelConfig
 
 _MIXER_PATH = re.compile(r"stacks/(\d+)/mixer/")
@@ -22,6 +22,7 @@ class Stage(NamedTuple):
     trainable(path, student_cfg): whether the parameter trains in this stage (before the recipe's own `freeze`).
     whole_student: False where the loss reads the trainable parameters alone and the rest is the teacher's, whose layers
     it runs beside them.
+    stored_loss_fn: loss_fn where the batch has the teacher's stored logits; None where the teacher itself is needed.
     loss, trains: what the loss is and what trains, as the report and the model card say it.
     reads_chats: its rows are of config.data.chats.
     """
@@ -33,6 +34,7 @@ class Stage(NamedTuple):
     whole_student: bool
     loss: str
     trains: str = "everything"
+    stored_loss_fn: Callable[..., LossSums] | None = None
     reads_chats: bool = False
 
     def order_seed(self, seed: int) -> int:
@@ -54,6 +56,19 @@ def everything(path: str, cfg: ModelConfig) -> bool:
 _TO_TEACHER = "KL to the teacher"
 _NEXT_TOKEN = "next-token cross-entropy"
 
+
+def _to_teacher(number: int) -> Stage:
+    return Stage(
+        number,
+        kl_loss,
+        everything,
+        needs_teacher=True,
+        whole_student=True,
+        loss=_TO_TEACHER,
+        stored_loss_fn=stored_kl_loss,
+    )
+
+
 # By the name that a config gives them. A new one is its file and its line here.
 STAGES: dict[str, Stage] = {
     "pretrain": Stage(0, cross_entropy_loss, everything, needs_teacher=False, whole_student=True, loss=_NEXT_TOKEN),
@@ -66,8 +81,8 @@ STAGES: dict[str, Stage] = {
         loss="distance to attention's outputs",
         trains="the mixers",
     ),
-    "stage2": Stage(2, kl_loss, everything, needs_teacher=True, whole_student=True, loss=_TO_TEACHER),
-    "stage2a": Stage(3, kl_loss, everything, needs_teacher=True, whole_student=True, loss=_TO_TEACHER),
+    "stage2": _to_teacher(2),
+    "stage2a": _to_teacher(3),
     "stage2c": Stage(
         200_003,
         answers_kl_loss,

@@ -5,7 +5,8 @@
 The first half of N by single swaps, the windows of one layer at a time; the last half greedily, windows everywhere but
 in the layers that are kept, by what keeping one more gives back. Layers within two standard errors (bootstrap over
 prompts and rows) of the best tie: the one that leaves the kept ones more evenly spaced is taken. The mixer is `window`,
-so that nothing has to be trained. Source: HALO (arXiv 2601.22156), with a synthetic recall loss for its tasks.
+so that nothing has to be trained. Prompts that the teacher itself can not answer do not count (floor.py). Source: HALO
+(arXiv 2601.22156), with a synthetic recall loss for its tasks.
 """
 
 import dataclasses
@@ -14,12 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from radlads_jax.evaluation import probes
+from radlads_jax.evaluation import floor, probes
 from radlads_jax.evaluation.swaps import Batch, Measured, Rows, Swaps, prompt_rows, text_rows
 from radlads_jax.models import ModelConfig
 from radlads_jax.models.decoder import Params
@@ -104,16 +106,18 @@ def choose_layers(
             "auto:N of config.student.attention_layers, or --keep."
         )
     options, sizes = options or WindowOptions(), sizes or Sizes()
-    rows = _rows(tokenizer, texts, sizes)
+    examples = prompts(tokenizer, sizes, KINDS)
+    rows = _rows(examples, texts, sizes)
     singly = (keep + 1) // 2
     columns = (TextColumn("choosing softmax layers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
         task = progress.add_task("", total=_passes(rows, cfg.num_layers, keep, singly))
         swaps = Swaps(cfg, params, rows, options, mesh=mesh, step=lambda: progress.advance(task))
-        choice = _choose(swaps, cfg.num_layers, keep, singly, sizes)
+        choice = _choose(swaps, examples, keep, singly, sizes)
         choice["passes"] = int(progress.tasks[0].completed)
     asked = {"kinds": list(KINDS), "of each": sizes.prompts, "tokens": sizes.tokens, "seed": sizes.seed}
-    return choice | {"prompts": asked, "text_rows": rows.num_texts, "window": dataclasses.asdict(options)}
+    choice |= {"prompts": asked, "text_rows": rows.num_texts, "window": dataclasses.asdict(options)}
+    return choice | {"warning": floor.warning(choice)}
 
 
 def choose_for_run(
@@ -133,9 +137,9 @@ def choose_for_run(
     return choose_layers(cfg, params, tokenizer, texts, keep, sizes=sizes, **more)
 
 
-def _rows(tokenizer: Any, texts: Sequence[Batch], sizes: Sizes) -> Rows:
+def _rows(examples: Sequence[probes.Example], texts: Sequence[Batch], sizes: Sizes) -> Rows:
     of_text, num_texts = text_rows(texts, sizes.texts, sizes.batch_size, sizes.tokens)
-    of_prompts, num_prompts = prompt_rows(prompts(tokenizer, sizes, KINDS), sizes.batch_size, sizes.tokens)
+    of_prompts, num_prompts = prompt_rows(examples, sizes.batch_size, sizes.tokens)
     return Rows(of_text, of_prompts, num_texts, num_prompts)
 
 
@@ -146,10 +150,12 @@ def _passes(rows: Rows, layers: int, keep: int, singly: int) -> int:
     return len(rows.texts) + each * (len(rows.texts) + len(rows.prompts))
 
 
-def _choose(swaps: Swaps, layers: int, keep: int, singly: int, sizes: Sizes) -> dict[str, Any]:
+def _choose(swaps: Swaps, examples: Sequence[probes.Example], keep: int, singly: int, sizes: Sizes) -> dict[str, Any]:
+    layers = swaps.cfg.num_layers
     everywhere = range(layers)
     teacher, alone = swaps.flipped(np.zeros(layers, bool), everywhere)
-    draws = _Draws(len(teacher.kl), len(teacher.nll), sizes.prompts, sizes.seed)
+    recall = floor.of_kinds(KINDS, examples, teacher, swaps.cfg.vocab_size)
+    draws = _Draws(len(teacher.kl), floor.counted(recall, len(examples)), sizes.prompts, sizes.seed)
     harm = [_difference(swapped, teacher) for swapped in alone]
     scores = draws.scores(harm)
     kept: list[int] = []
@@ -178,6 +184,7 @@ def _choose(swaps: Swaps, layers: int, keep: int, singly: int, sizes: Sizes) -> 
             {"layer": i, "kl": float(h.kl.mean()), "nll": float(h.nll.mean()), "score": float(scores[0, i])}
             for i, h in enumerate(harm)
         ],
+        "recall": recall,
         "teacher": _means(teacher),
         "windows everywhere": _means(nowhere),
         "windows but there": _means(left),
@@ -197,17 +204,21 @@ def _difference(a: Measured, b: Measured) -> Measured:
 
 
 class _Draws:
-    """Bootstrap draws of text rows, and of prompts within their kinds; the first one is everything as it is."""
+    """Bootstrap draws of text rows, and of prompts within their kinds; the first one is everything as it is.
 
-    def __init__(self, num_texts: int, num_prompts: int, of_kind: int, seed: int):
+    counted: which prompts are; without any the text alone makes the scores.
+    """
+
+    def __init__(self, num_texts: int, counted: Bool[np.ndarray, " P"], of_kind: int, seed: int):
         rng = np.random.default_rng(seed)
         self.texts = _drawn(rng, num_texts, num_texts)
-        self.prompts = _drawn(rng, num_prompts, of_kind)
+        self.prompts = _drawn(rng, len(counted), of_kind)[:, counted]
 
     def scores(self, changes: Sequence[Measured]) -> Float[np.ndarray, "draws C"]:
         """Every candidate's score in every draw."""
         kl, nll = (np.stack([getattr(change, name) for change in changes], axis=1) for name in ("kl", "nll"))
-        return _z(kl[self.texts].mean(1)) + _RECALL * _z(nll[self.prompts].mean(1))
+        of_text = _z(kl[self.texts].mean(1))
+        return of_text + _RECALL * _z(nll[self.prompts].mean(1)) if self.prompts.size else of_text
 
 
 def _drawn(rng: np.random.Generator, count: int, together: int) -> Int[np.ndarray, "draws N"]:
@@ -243,7 +254,8 @@ def unevenness(kept: Sequence[int], layers: int) -> int:
 def table(choice: Mapping[str, Any]) -> Table:
     """Every layer's figures, and how the kept ones were chosen, for a terminal."""
     title = f"Windows of {choice['window']['sinks']} + {choice['window']['window']} keys in one layer at a time"
-    shown = Table(title=title, title_justify="left")
+    caption = Text(choice["warning"], style="yellow") if choice["warning"] else None
+    shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for column in ("layer", "KL", "change of NLL", "score", "kept", "in place of"):
         shown.add_column(column, justify="left" if column in ("kept", "in place of") else "right")
     how = {step["layer"]: (place, step) for place, step in enumerate(choice["order"], 1)}

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from radlads_jax.decoding.loaded import Model, load_model, model_directory, read_model_config
+from radlads_jax.evaluation import completions
 from radlads_jax.evaluation.control import check_control, control_of
 from radlads_jax.evaluation.probe_scores import run_probes
 from radlads_jax.evaluation.probes import check_lengths
@@ -15,11 +16,12 @@ from radlads_jax.system import storage
 
 
 class _Measured(NamedTuple):
-    """Of one model: its config, its scores in the tasks and its probes."""
+    """Of one model: its config, its scores in the tasks, its probes, and its KL to the teacher."""
 
     cfg: ModelConfig
     scores: dict[str, Any]
     probes: dict[str, Any]
+    kl: dict[str, Any]
 
 
 def output_directory(model: str, output: str | None) -> storage.AnyPath:
@@ -39,10 +41,18 @@ def wants_probes(values: flags.FlagValues) -> bool:
 def check_models(values: flags.FlagValues) -> None:
     """Raises ValueError for what would stop the evaluation later: the probes' lengths, and a control that is none."""
     if wants_probes(values):
-        text_file = storage.as_path(values.probe_text) if values.probe_text and values.probes else None
+        text_file = _text_file(values) if values.probes else None
         check_lengths(load_tokenizer(model_directory(values.model)), _lengths(values), text_file)
     if values.control:
         check_control(read_model_config(values.teacher), read_model_config(values.model))
+    if values.completions:
+        sizes = completion_sizes(values)
+        completions.check_sizes(sizes, read_model_config(values.teacher), read_model_config(values.model))
+
+
+def completion_sizes(values: flags.FlagValues) -> completions.Sizes:
+    """Raises ValueError for sizes that are none."""
+    return completions.sizes_of(values.completions, values.completion_temperature, values.seed, values.batch_size)
 
 
 def evaluate_models(tasks: dict[str, Any], values: flags.FlagValues) -> dict[str, _Measured]:
@@ -50,18 +60,36 @@ def evaluate_models(tasks: dict[str, Any], values: flags.FlagValues) -> dict[str
 
     The teacher leaves memory before the student comes; its control has no weights of its own.
     """
-    of_teacher = {} if values.teacher is None else _of_teacher(tasks, values)
-    return of_teacher | {"student": _measured("student", load_model(values.model, dtype=values.dtype), tasks, values)}
+    measured: dict[str, _Measured] = {}
+    kept = None if values.teacher is None else _measure_teacher(measured, tasks, values)
+    measured["student"] = _measured("student", load_model(values.model, dtype=values.dtype), tasks, values, kept)
+    return measured
 
 
-def _of_teacher(tasks: dict[str, Any], values: flags.FlagValues) -> dict[str, _Measured]:
+def _measure_teacher(
+    measured: dict[str, _Measured], tasks: dict[str, Any], values: flags.FlagValues
+) -> completions.Reference | None:
+    """Puts what is found of the teacher and its control there; returns what the student is compared with."""
     student = read_model_config(values.model) if values.control else None
     teacher = load_model(values.teacher, dtype=values.dtype, beside=student)
-    models = {"teacher": teacher} | ({"control": control_of(teacher, student)} if student is not None else {})
-    return {role: _measured(role, model, tasks, values) for role, model in models.items()}
+    measured["teacher"] = _measured("teacher", teacher, tasks, values)
+    kept = completions.reference(teacher, completion_sizes(values), _text_file(values)) if values.completions else None
+    if student is not None:
+        measured["control"] = _measured("control", control_of(teacher, student), tasks, values, kept)
+    return kept
 
 
-def _measured(role: str, model: Model, tasks: dict[str, Any], values: flags.FlagValues) -> _Measured:
+def _text_file(values: flags.FlagValues) -> storage.AnyPath | None:
+    return storage.as_path(values.probe_text) if values.probe_text else None
+
+
+def _measured(
+    role: str,
+    model: Model,
+    tasks: dict[str, Any],
+    values: flags.FlagValues,
+    teacher: completions.Reference | None = None,
+) -> _Measured:
     scores = run_tasks(model, tasks, batch_size=values.batch_size, limit=values.limit, num_fewshot=values.num_fewshot)
     probes: dict[str, Any] = {}
     if wants_probes(values):
@@ -71,11 +99,16 @@ def _measured(role: str, model: Model, tasks: dict[str, Any], values: flags.Flag
             samples=values.probe_samples,
             seed=values.seed,
             batch_size=values.batch_size,
-            text_file=storage.as_path(values.probe_text) if values.probe_text else None,
+            text_file=_text_file(values),
             by_position=values.probes,
             log=lambda line: console.print(f"{role}: {line}"),
         )
-    return _Measured(model.cfg, scores, probes)
+    kl: dict[str, Any] = {}
+    if teacher is not None:
+        kl = completions.measure(model, teacher)
+        said = (f"KL on {name} {means['kl']:.4f}" for name, means in kl.items())
+        console.print(f"{role}: {', '.join(said)}")
+    return _Measured(model.cfg, scores, probes, kl)
 
 
 def _lengths(values: flags.FlagValues) -> list[int]:

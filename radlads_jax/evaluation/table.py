@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from radlads_jax.evaluation import completions, rotation
 from radlads_jax.evaluation.paper import relative_score
 
 # A task's score is the first of these that it has.
@@ -20,6 +21,8 @@ def as_markdown(result: dict[str, Any]) -> str:
         lines += ["", f"The first {result['limit']:g} documents of every task."]
     if result.get("tasks"):
         lines += ["", *_task_table(result)]
+    if kl := result.get("kl"):
+        lines += ["", "## KL to the teacher", "", *completions.table(kl["models"], completions.Sizes(**kl["sizes"]))]
     if result.get("probes"):
         lines += ["", "## Long-context probes", "", *_probe_table(result["probes"])]
     return "\n".join(lines) + "\n"
@@ -28,11 +31,17 @@ def as_markdown(result: dict[str, Any]) -> str:
 def _task_table(result: dict[str, Any]) -> list[str]:
     published = result.get("published_model")
     roles = ["teacher", *(["control"] if result.get("control") else []), "student"]
-    head = ["task", "metric", "documents", "chance", *roles, "relative"]
+    head = ["task", "metric", "documents", "chance", "always one option", *roles, "relative"]
     head += [f"{published}'s teacher", published, "relative"] if published else []
     rows = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     for task, line in result["tasks"].items():
-        row = [task, str(line["metric"]), str(line["student"]["documents"]), shown(line["chance"])]
+        row = [
+            task,
+            str(line["metric"]),
+            str(line["student"]["documents"]),
+            shown(line["chance"]),
+            shown(line["always"]),
+        ]
         row += [*(_with_error(line.get(role)) for role in roles), shown(line.get("relative"))]
         if published:
             row += [shown(line.get("published", {}).get(key)) for key in ("teacher", "student", "relative")]
@@ -40,8 +49,12 @@ def _task_table(result: dict[str, Any]) -> list[str]:
     lines = [f"| {' | '.join(row)} |" for row in rows]
     if result.get("mean_relative") is not None:
         lines += ["", f"Mean relative score: {shown(result['mean_relative'])}"]
-    note = "Relative is (student - chance) / (teacher - chance). Scores in percent, with standard errors."
-    return [*lines, "", note]
+    note = (
+        "Relative is (student - chance) / (teacher - chance). Scores in percent, with standard errors; always one "
+        "option is what the best constant answer scores."
+    )
+    stuck = [line for warning in rotation.warnings(result["tasks"], roles) for line in ("", f"**{warning}**")]
+    return [*lines, *stuck, "", note]
 
 
 def _probe_table(probes: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from radlads_jax.decoding.loaded import Model
+from radlads_jax.evaluation import rotation
 from radlads_jax.evaluation.paper import SUITE, published_scores, relative_score
 from radlads_jax.evaluation.table import METRICS, shown
 from radlads_jax.models import ModelConfig
@@ -87,10 +88,12 @@ def run_tasks(
     limit: float | None = None,
     num_fewshot: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """{task: {"metric", "score", "stderr", "chance", "documents", "metrics": {name: value}}} of one model.
+    """{task: {"metric", "score", "stderr", "chance", "always", "documents", "metrics": {name: value}, "options"}} of
+    one model.
 
     tasks: as `load_tasks` gives them; a group such as mmlu has one entry. limit: documents of every task, below 1 their
-    share. chance: the score of answers drawn by lot, None where there is none, as for perplexities.
+    share. chance: the score of answers drawn by lot, always: of always the same option, None where there is none, as
+    for perplexities. options: of a choice by letters, whether the model is stuck on one (rotation.py).
     """
     results: dict[str, dict[str, Any]] = {}
     if not tasks:
@@ -108,7 +111,11 @@ def run_tasks(
             adapter, tasks=wanted, limit=limit, num_fewshot=num_fewshot, bootstrap_iters=0, task_manager=manager
         )
         for task, scores in _topmost(evaluated).items():
-            results[task] = _summary(task, scores, evaluated)
+            leaves = _leaves(evaluated, task)
+            results[task] = _summary(task, scores, evaluated, leaves)
+            results[task]["options"] = _options(
+                adapter, [(loaded["tasks"][leaf], evaluated["samples"][leaf]) for leaf in leaves]
+            )
             line = f"{model.directory.name}: {task} {results[task]['metric']} {shown(results[task]['score'])}"
             console.print(line, markup=False)
     return results
@@ -128,13 +135,19 @@ def _leaves(evaluated: dict[str, Any], task: str) -> list[str]:
     return [leaf for part in parts for leaf in _leaves(evaluated, part)] if parts else [task]
 
 
-def _summary(task: str, scores: dict[str, Any], evaluated: dict[str, Any]) -> dict[str, Any]:
+def _options(adapter: Any, parts: list[tuple[Any, list[dict[str, Any]]]]) -> dict[str, Any] | None:
+    """The most stuck of a group's parts."""
+    checks = [each for task, samples in parts if (each := rotation.check(adapter, task, samples)) is not None]
+    return max(checks, key=lambda each: each["share"], default=None)
+
+
+def _summary(task: str, scores: dict[str, Any], evaluated: dict[str, Any], leaves: list[str]) -> dict[str, Any]:
     # Keys are "metric,filter".
     metrics = {key.split(",")[0]: value for key, value in scores.items() if isinstance(value, int | float)}
     metrics = {key: value for key, value in metrics.items() if key != "sample_len" and not key.endswith("_stderr")}
     metric = SUITE[task].metric if task in SUITE else next((m for m in METRICS if m in metrics), None)
     metric = metric if metric in metrics else next(iter(metrics), "")
-    samples = {leaf: evaluated["samples"][leaf] for leaf in _leaves(evaluated, task)}
+    samples = {leaf: evaluated["samples"][leaf] for leaf in leaves}
     single = [sample.get(metric) for leaf in samples.values() for sample in leaf]
     chance = SUITE[task].chance if task in SUITE else _chance(evaluated, samples) if metric in METRICS else None
     return {
@@ -142,6 +155,7 @@ def _summary(task: str, scores: dict[str, Any], evaluated: dict[str, Any]) -> di
         "score": metrics.get(metric),
         "stderr": _standard_error(single) if metric in METRICS else None,
         "chance": chance,
+        "always": _always(evaluated, samples) if metric in METRICS else None,
         "documents": len(single),
         "metrics": metrics,
     }
@@ -163,13 +177,28 @@ def _chance(evaluated: dict[str, Any], samples: dict[str, list[dict[str, Any]]])
     return sum(shares) / len(shares) if shares else None
 
 
+def _always(evaluated: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) -> float | None:
+    """The score of always the same option, in a group the mean of its parts'; None where a part has no options."""
+    scores = [
+        rotation.best_constant(documents)
+        if evaluated["configs"][task].get("output_type") == "multiple_choice"
+        else None
+        for task, documents in samples.items()
+    ]
+    pairs = zip(scores, map(len, samples.values()), strict=True)
+    weighted = [(score, count) for score, count in pairs if score is not None]
+    if not weighted or len(weighted) < len(scores):
+        return None
+    return sum(score * count for score, count in weighted) / sum(count for _, count in weighted)
+
+
 def compare(
     cfg: ModelConfig,
     student: dict[str, Any],
     teacher: dict[str, Any] | None,
     control: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """{"tasks": {task: {"metric", "chance", "student", "teacher", "control", "relative", "published"}}, ...}.
+    """{"tasks": {task: {"metric", "chance", "always", "student", "teacher", "control", "relative", "published"}}, ...}.
 
     relative: (student - chance) / (teacher - chance); published: the paper's scores of its student of this shape.
     Beside the tasks stand "mean_relative" and "published_model".
@@ -177,7 +206,7 @@ def compare(
     name, published = published_scores(cfg) or (None, {})
     tasks = {}
     for task, result in student.items():
-        line = {"metric": result["metric"], "chance": result["chance"], "student": result}
+        line = {name: result.get(name) for name in ("metric", "chance", "always")} | {"student": result}
         other = (teacher or {}).get(task)
         if other is not None:
             line["teacher"] = other

@@ -61,11 +61,14 @@ def mixing_flops(cfg: ModelConfig, seq_len: int, *, converted_only: bool = False
     )
 
 
-def model_flops(student: ModelConfig, teacher: ModelConfig, name: str, seq_len: int, *, remat: bool = False) -> float:
+def model_flops(
+    student: ModelConfig, teacher: ModelConfig, name: str, seq_len: int, *, remat: bool = False, stored: bool = False
+) -> float:
     """Of a token in a stage's training step: what trains forward and (twice that) backward, its teacher forward.
 
     A stage that runs mixers beside the teacher's layers has no use for the gradient of what a mixer reads. remat: with
-    the layers' one forward pass that is computed again, but for the head: its loss keeps what it needs.
+    the layers' one forward pass that is computed again, but for the head: its loss keeps what it needs. stored: the
+    teacher's logits are read, not computed.
     """
     head = 2.0 * teacher.vocab_size * teacher.hidden_size
     whole_teacher = 2.0 * matmul_weights(teacher) + mixing_flops(teacher, seq_len)
@@ -74,7 +77,7 @@ def model_flops(student: ModelConfig, teacher: ModelConfig, name: str, seq_len: 
         return whole_teacher - head + (4 if remat else 3) * mixers - 2.0 * first_matrices(student)
     own = 2.0 * matmul_weights(student) + mixing_flops(student, seq_len)
     again = own - head if remat else 0.0
-    return 3 * own + again + (whole_teacher if STAGES[name].needs_teacher else 0.0)
+    return 3 * own + again + (whole_teacher if STAGES[name].needs_teacher and not stored else 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

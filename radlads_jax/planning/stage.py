@@ -30,8 +30,9 @@ def by_arithmetic(plan: StagePlan) -> dict[str, Any]:
     assert mesh is not None
     state, frozen, weights, _ = abstract_arguments(plan)
     tokens = recipe.batch_size * recipe.seq_len
+    models = (plan.student, plan.teacher, plan.name, recipe.seq_len)
     flops = {
-        key: tokens * cost.model_flops(plan.student, plan.teacher, plan.name, recipe.seq_len, remat=remat) / mesh.size
+        key: tokens * cost.model_flops(*models, remat=remat, stored=plan.reads_logits) / mesh.size
         for key, remat in (("model_flops", False), ("ideal_flops", True))
     }
     held = {

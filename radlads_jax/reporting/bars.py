@@ -1,26 +1,42 @@
 """Bars of every layer's figures as an SVG file of its own, for a choice of softmax layers."""
 
+import html
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 _WIDTH, _HEIGHT, _LEFT, _TITLE = 16, 140, 12, 34
+_LEAST_WIDTH, _LINE, _LETTER = 320, 12, 5
 _COLORS = {True: "#c2410c", False: "#64748b"}
 
 
-def layers_picture(lines: Sequence[Mapping[str, Any]], kept: Collection[int]) -> str:
-    """A bar for each layer's "kl", and below for its "nll", those of the kept layers in another colour."""
+def layers_picture(lines: Sequence[Mapping[str, Any]], kept: Collection[int], note: str = "") -> str:
+    """A bar for each layer's "kl", and below for its "nll", those of the kept layers in another colour.
+
+    note: what has to be known of the figures, in words; it stands below them.
+    """
     panels = (("kl", "KL on text, window in this layer alone"), ("nll", "change of the answers' NLL"))
-    width, height = 2 * _LEFT + _WIDTH * len(lines), len(panels) * (_HEIGHT + _TITLE) + 24
+    width, bottom = max(2 * _LEFT + _WIDTH * len(lines), _LEAST_WIDTH), len(panels) * (_HEIGHT + _TITLE) + 14
+    said = _note(note, width, bottom)
+    height = bottom + 10 + _LINE * len(said)
     drawn = [part for i, (name, title) in enumerate(panels) for part in _panel(lines, kept, name, title, i)]
     numbers = [
-        f'<text x="{_LEFT + _WIDTH * (i + 0.5):.1f}" y="{height - 10}" text-anchor="middle">{line["layer"]}</text>'
+        f'<text x="{_LEFT + _WIDTH * (i + 0.5):.1f}" y="{bottom}" text-anchor="middle">{line["layer"]}</text>'
         for i, line in enumerate(lines)
     ]
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {max(width, 320)} {height}" width="{max(width, 320)}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" font-family="sans-serif" font-size="9" role="img" aria-label="softmax layers">'
-        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(drawn)}{"".join(numbers)}</svg>\n'
+        f'<rect width="100%" height="100%" fill="#fff"/>{"".join([*drawn, *numbers, *said])}</svg>\n'
     )
+
+
+def _note(note: str, width: int, top: int) -> list[str]:
+    rows = textwrap.wrap(note, (width - 2 * _LEFT) // _LETTER)
+    return [
+        f'<text x="{_LEFT}" y="{top + _LINE * i}" fill="{_COLORS[True]}">{html.escape(row)}</text>'
+        for i, row in enumerate(rows, 1)
+    ]
 
 
 def _panel(lines: Sequence[Mapping[str, Any]], kept: Collection[int], name: str, title: str, place: int) -> list[str]:

@@ -35,6 +35,7 @@ _ADVICE = {
     "data": "put the text back as it was (config.data.path; of a hub dataset set config.data.revision), or take "
     "it away: the tokens in data/ are all that is read",
     "chats": "put the conversations back as they were (config.data.chats), or take them away",
+    "logits": "put the stored logits back that it began with (config.teacher.logits)",
     "frozen": "go on with the versions of jax and radlads_jax that began it",
 }
 

@@ -9,10 +9,12 @@ from jax.sharding import Mesh
 
 from radlads_jax.config import RunConfig
 from radlads_jax.data import binidx, chats, packing, pipeline, prepare, synthetic
+from radlads_jax.data.stored_logits import StoredLogits
 from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill.program import StagePlan, check_trainable
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.student_config import layers_to_choose, make_student_config
+from radlads_jax.fields import require
 from radlads_jax.models import sharding
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import Params, abstract_params, init_params
@@ -25,7 +27,7 @@ from radlads_jax.porting.hub import check_tokenizer, load_tokenizer, resolve_mod
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.model_tensors import model_tensors
 from radlads_jax.porting.tokenizer_files import check_exportable
-from radlads_jax.run import chosen, fingerprint
+from radlads_jax.run import chosen, fingerprint, teacher_logits
 from radlads_jax.run.settings import names_others
 from radlads_jax.run.tokens import Tokens, find_chats, find_tokens
 from radlads_jax.system import hosts
@@ -43,7 +45,8 @@ class Job:
     to_choose: how many softmax layers are still to be chosen; the student then has as many, evenly spaced, and the
     teacher is in one piece (run/choosing.py).
     mesh: the devices the run is spread over, None for one. beginning: ids that documents begin with. depends: what a
-    continuation has to find again, by contents. chats: the conversations that stage2c reads.
+    continuation has to find again, by contents. chats: the conversations that stage2c reads. logits: the teacher's
+    stored ones, which stages read that can.
     """
 
     run: RunConfig
@@ -61,6 +64,7 @@ class Job:
     depends: dict[str, Any] = dataclasses.field(default_factory=dict)
     to_choose: int = 0
     chats: binidx.TokenFile | None = None
+    logits: StoredLogits | None = None
 
     def stage_plan(self, name: str) -> StagePlan:
         return StagePlan(self.run, name, self.student, self.teacher, self.mesh)
@@ -108,6 +112,7 @@ class Job:
             eval_tokens=self.eval_tokens,
             cross_document=self.run.data.cross_document,
             rows_of_batch=sharding.own_rows(self.mesh, rows),
+            beside=self.logits.rows if self.logits is not None and self.stage_plan(name).reads_logits else None,
         )
 
 
@@ -155,6 +160,10 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     if student.copied:
         # Which layers an alignment error is of does not follow from the settings alone.
         depends["converted"] = list(student.converted_layers)
+    logits = None
+    if run.teacher.logits:
+        logits = teacher_logits.find(run, depends, tokens.file, eval_tokens, original.vocab_size)
+    depends["logits"] = teacher_logits.identity(logits)
     if not fingerprint.is_finished(workdir) or names_others(workdir, run):
         _require_same(workdir, depends)
     job = Job(
@@ -172,6 +181,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
         tokens.beginning,
         depends,
         chats=chat_file,
+        logits=logits,
     )
     if not (count := layers_to_choose(run.student)):
         return job
@@ -202,7 +212,7 @@ def _require_same(workdir: AnyPath, depends: dict[str, Any]) -> None:
 
 def _comparable(depends: dict[str, Any]) -> dict[str, Any]:
     """What a continuation has to have the same of; of the data, of which more is known, the tokens and documents."""
-    parts = {part: depends[part] for part in ("teacher", "tokenizer") if part in depends}
+    parts = {part: depends[part] for part in ("teacher", "tokenizer", "logits") if part in depends}
     data = depends.get("data", {})
     parts |= {part: data[part] for part in ("tokens", "documents") if part in data}
     return parts | {"chats": depends["chats"]["tokens"]} if "chats" in depends else parts
@@ -218,6 +228,9 @@ def _check_rows(
         if STAGES[name].reads_chats:
             assert chat_file is not None
             replayed = round(run.data.replay * stage.batch_size)
+            rows = f"a share that leaves whole rows of both in config.{name}.batch_size={stage.batch_size}, or 0"
+            is_whole = not run.data.replay or 0 < replayed < stage.batch_size
+            require(is_whole, "config.data.replay", run.data.replay, rows)
             kinds = {"data": (token_file, replayed), "conversations": (chat_file, stage.batch_size - replayed)}
         for what, (file, wanted) in kinds.items():
             held_out = 0 if file is chat_file else eval_tokens

@@ -64,6 +64,7 @@ def check(job: Job, *, force: bool = False, whole: bool = False) -> Params | Non
         findings = [disk(job)]
     else:
         findings = [disk(job), data(job), Finding("rates", rates.described(map(job.stage_plan, job.run.stages)))]
+        findings += [stored_logits(job)] if job.logits is not None else []
         findings += [layers(job)] if layers_to_choose(job.run.student) or job.student.copied else []
         findings += [tokenizer(job), _checkpoints(job), export_format(job)]
         if job.source is not None and job.student.recurrent_mixer:
@@ -113,6 +114,19 @@ def disk(job: Job) -> Finding:
         "expected room for all of it. Free some, choose a --workdir on a larger disk, or lower "
         "config.train.keep_checkpoints.",
     )
+
+
+def stored_logits(job: Job) -> Finding:
+    """Which stages read the teacher's stored logits, and when its weights are in memory all the same."""
+    assert job.logits is not None
+    plans = [job.stage_plan(name) for name in job.run.stages]
+    reading = " and ".join(plan.name for plan in plans if plan.reads_logits)
+    size, vocab = shown_bytes(job.logits.num_bytes), f"{job.teacher.vocab_size:,}"
+    said = f"{reading} read{'s' if ' and ' not in reading else ''} the top {job.logits.top_k} of {vocab} tokens "
+    said += f"({size}), without the teacher's weights, which are held at the start and for the scores at the end"
+    live = [plan.name for plan in plans if plan.needs_weights]
+    why = " and by ".join(f"{name} (its loss is the {STAGES[name].loss}, of which nothing is stored)" for name in live)
+    return Finding("logits", said + (f", and by {why}" if live else ""))
 
 
 def layers(job: Job) -> Finding:

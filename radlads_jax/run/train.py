@@ -26,6 +26,7 @@ from radlads_jax.run.checkpoint_sums import DamagedCheckpoint
 from radlads_jax.run.display import say, show
 from radlads_jax.run.job import Job
 from radlads_jax.run.metrics import MetricsLogger, is_spike, peak_bytes
+from radlads_jax.run.teacher_weights import TeacherWeights
 from radlads_jax.run.wandb_curves import WandbCurves
 from radlads_jax.system import hosts, storage
 from radlads_jax.system.stopping import stop_signals
@@ -113,24 +114,24 @@ def convert(job: Job, teacher: Params | None = None, begun: Callable[[], None] =
         begun()
         return ending.go_on(job, summary)
     fingerprint.remember(job.workdir, job.depends)
-    if teacher is None and job.student.recurrent_mixer:
-        teacher = job.load_teacher(job.run.teacher.dtype)
+    weights = TeacherWeights(job, teacher)
+    del teacher
     project, settings = job.run.train.wandb_project, job.run.settings()
     wandb = WandbCurves(job.workdir, project, settings) if project and hosts.is_first() else None
     with MetricsLogger(job.workdir, wandb=wandb) as logger, stop_signals() as stopping:
-        stages, student = _train_all(_Run(job, teacher, logger, stopping, begun))
+        stages, student = _train_all(_Run(job, weights, logger, stopping, begun))
         begun()
         if signum := hosts.agreed(stopping() or 0):
             raise Interrupted(signum, "the end of the last stage")
-    return ending.finish(job, student, teacher, stages)
+    return ending.finish(job, student, weights.held(), stages)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What all stages of a run share. teacher: its weights, None where no stage has one."""
+    """What all stages of a run share."""
 
     job: Job
-    teacher: Params | None
+    teacher: TeacherWeights
     logger: MetricsLogger
     stopping: Callable[[], int | None]
     begun: Callable[[], None]
@@ -151,7 +152,7 @@ def _train_all(run: _Run) -> tuple[list[dict[str, Any]], Params]:
     while True:
         try:
             stages = [_run_stage(run, name) for name in names]
-            return stages, student_after(run.job, names, run.teacher, whole=True)
+            return stages, student_after(run.job, names, run.teacher.held(), whole=True)
         except DamagedCheckpoint as error:
             # It has been set aside, once and no more: its stage goes on from the one before, to the same bits, and
             # later stages stand.
@@ -202,8 +203,8 @@ class _StageRun:
     def train(self, start: int, saved: _Resume | None) -> None:
         """Steps start + 1 to the recipe's last."""
         state, frozen = self._begin(saved)
-        teacher = self.run.teacher if self.plan.stage.needs_teacher else None
-        flops = model_flops(self.job.student, self.job.teacher, self.name, self.recipe.seq_len)
+        teacher, stored = self.run.teacher.for_stage(self.plan), self.plan.reads_logits
+        flops = model_flops(self.job.student, self.job.teacher, self.name, self.recipe.seq_len, stored=stored)
         self.run.logger.begin(
             self.name, start, self.recipe.steps, tokens_per_step=self.tokens_per_step, flops_per_token=flops
         )
@@ -235,11 +236,12 @@ class _StageRun:
 
     def _begin(self, saved: _Resume | None) -> tuple[TrainState, Params]:
         """The state to go on with, and the parameters that the stage reads and does not train."""
-        job, name, teacher = self.job, self.name, self.run.teacher
+        job, name = self.job, self.name
         if saved is not None:
             assert saved.state is not None
             self.batches.set_state(saved.data_state)
-            return saved.state, _frozen_params(job, name, teacher)
+            return saved.state, _frozen_params(job, name, self.run.teacher)
+        teacher = self.run.teacher.held()
         student = _student_before(job, name, teacher)
         if name == job.run.stages[0] and teacher is not None:
             show(transfer_table(job.student, student, teacher, fresh_qkvo=job.run.student.fresh_qkvo))
@@ -318,11 +320,11 @@ def _summary_line(job: Job, name: str, meta: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _frozen_params(job: Job, name: str, teacher: Params | None) -> Params:
+def _frozen_params(job: Job, name: str, teacher: TeacherWeights) -> Params:
     """The student's parameters that the stage reads and does not train; nothing is built where there are none."""
     if not job.run.stage(name).freeze:
         return {}
-    return split_params(_student_before(job, name, teacher), job.stage_plan(name).trains)[1]
+    return split_params(_student_before(job, name, teacher.held()), job.stage_plan(name).trains)[1]
 
 
 def _student_before(job: Job, name: str, teacher: Params | None) -> Params:

@@ -177,6 +177,8 @@ def test_a_run_learns_from_conversations_and_goes_on(tmp_path, capsys):
     summary = tiny_run.convert(tmp_path / "run", settings)
     assert [stage["name"] for stage in summary["stages"]] == ["stage2c"]
     assert len(read_metrics(tmp_path / "run")) == 3
+    with pytest.raises(ValueError, match=r"config\.data\.replay.*whole rows"):
+        tiny_run.convert(tmp_path / "other", settings | {"data.replay": 0.01})
     write(tmp_path / "talks.jsonl", [TALK[:2]] * 80)
     (tmp_path / "run" / "summary.json").unlink()
     with pytest.raises(ValueError, match=r"chats.*config\.data\.chats"):
@@ -189,7 +191,6 @@ def test_a_run_learns_from_conversations_and_goes_on(tmp_path, capsys):
         ({"stages": ("stage2c",)}, "config.data.chats"),
         ({"data.chats": "talks.jsonl"}, "config.data.chats"),
         ({"data.replay": 0.5}, "config.data.replay"),
-        ({"stages": ("stage2c",), "data.chats": "talks.jsonl", "data.replay": 0.01}, "config.data.replay"),
     ],
 )
 def test_settings_that_do_nothing_are_refused(tmp_path, settings, field):

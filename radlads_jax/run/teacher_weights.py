@@ -1,0 +1,31 @@
+"""The teacher's weights over a run: when they are loaded, and when they leave memory."""
+
+import jax
+
+from radlads_jax.distill.program import StagePlan
+from radlads_jax.models.decoder import Params
+from radlads_jax.run.job import Job
+
+
+class TeacherWeights:
+    """The teacher's weights, from when they are first asked for; those of a job with stored logits are given up too."""
+
+    def __init__(self, job: Job, params: Params | None):
+        self.job, self._params = job, params
+
+    def held(self) -> Params | None:
+        """None where the student has no teacher."""
+        if self._params is None and self.job.student.recurrent_mixer:
+            self._params = self.job.load_teacher(self.job.run.teacher.dtype)
+        return self._params
+
+    def for_stage(self, plan: StagePlan) -> Params | None:
+        """What the stage's step reads. Where that is the stored logits, no weights are left in memory."""
+        if plan.needs_weights:
+            return self.held()
+        if self.job.logits is not None and self._params is not None:
+            # Whoever handed them over holds them still.
+            for leaf in jax.tree.leaves(self._params):
+                leaf.delete()
+            self._params = None
+        return None

@@ -1,0 +1,82 @@
+"""Writes what a teacher says of a run's tokens, once, so that stage 2 of any student reads it in the teacher's place.
+
+python -m radlads_jax.store_logits --config configs/convert.py --config.teacher.path=Qwen/Qwen2.5-7B-Instruct
+    --config.data.source=binidx --config.data.path=tokens/ --output logits/ [--config.teacher.top_k=64]
+
+With the same config, --config.teacher.logits=logits/ then trains stage 2 without the teacher's weights. Stopped, the
+same command goes on. --output may be in a bucket; over several hosts every one is started with the same command.
+"""
+
+import dataclasses
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+
+from radlads_jax import config as config_lib
+from radlads_jax.system import storage
+from radlads_jax.system.command import explain, parse_flags, refuse
+from radlads_jax.system.stopping import leave_on_signals
+
+_PRECISIONS = ("float16", "float32")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The command line, but for --config."""
+    put = {"flag_values": values}
+    flags.DEFINE_string("output", None, "A directory, or one in a bucket, for logits.json and rows-*.bin.", **put)
+    flags.DEFINE_enum("precision", "float16", _PRECISIONS, "Of the stored log-probabilities.", **put)
+    flags.DEFINE_enum("distributed", "off", ["off", "auto"], "As of radlads_jax.launch.", **put)
+    flags.DEFINE_string("coordinator", None, "As of radlads_jax.launch.", **put)
+    flags.DEFINE_integer("num_processes", None, "As of radlads_jax.launch.", **put)
+    flags.DEFINE_integer("process_id", None, "As of radlads_jax.launch.", **put)
+
+
+def main(values: flags.FlagValues) -> int:
+    """Returns the exit code: 0 stored, now or before; 1 refused or failed."""
+    try:
+        chosen = values["config"].value
+        if chosen is None or values.output is None:
+            raise ValueError(
+                "expected --config FILE and --output DIR, e.g. --config configs/convert.py --output logits/."
+            )
+        run, output = config_lib.validate(chosen), storage.as_path(values.output)
+        storage.require_writable(output)
+        # Imported late: the models and their compiler take seconds that a typo should not.
+        from radlads_jax.run import settings, storing
+        from radlads_jax.run.job import make_job
+        from radlads_jax.system import hosts
+        from radlads_jax.system.workdir import held
+
+        hosts.start(values.distributed, values.coordinator, values.num_processes, values.process_id)
+        hosts.require_same(settings.flat_settings(chosen.to_dict()))
+        run = settings.with_whole_paths(run)
+        with held(output):
+            job = make_job(dataclasses.replace(run, teacher=dataclasses.replace(run.teacher, logits="")), output)
+            stored = storing.store(job, output, values.precision)
+    except OSError as error:
+        return refuse(explain(error))
+    except (NotImplementedError, *storage.access_errors()) as error:
+        return refuse(error)
+    if hosts.is_first():
+        Console(soft_wrap=True, highlight=False).print(
+            f"the top {stored.top_k} tokens of {stored.num_rows:,} rows are in {output}. A run reads them with "
+            f"--config.teacher.logits={output} --config.teacher.top_k={stored.top_k}.",
+            markup=False,
+        )
+    return 0
+
+
+def _main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        return refuse(f"got the argument {argv[1]!r}; expected flags alone. Write it as --name=value.")
+    return main(flags.FLAGS)
+
+
+if __name__ == "__main__":
+    # Defined here: another module of this process may have flags of these names.
+    config_flags.DEFINE_config_file("config", None, "The run's own, e.g. configs/convert.py.")
+    define_flags(flags.FLAGS)
+    leave_on_signals()
+    app.run(lambda argv: sys.exit(_main(argv)), flags_parser=parse_flags)

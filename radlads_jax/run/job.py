@@ -8,7 +8,8 @@ import jax
 from jax.sharding import Mesh
 
 from radlads_jax.config import RunConfig
-from radlads_jax.data import binidx, chats, packing, pipeline, prepare, synthetic
+from radlads_jax.data import binidx, packing, pipeline, prepare, synthetic
+from radlads_jax.data.chats import chat_rows
 from radlads_jax.data.stored_logits import StoredLogits
 from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill.program import StagePlan, check_trainable
@@ -97,7 +98,7 @@ class Job:
                 cross_document=self.run.data.cross_document,
             )
             return pipeline.make_mixed_iterator(
-                chats.chat_rows(self.chats, recipe.seq_len),
+                chat_rows(self.chats, recipe.seq_len),
                 text,
                 first_rows=rows - round(self.run.data.replay * rows),
                 batch_size=rows,
@@ -214,8 +215,8 @@ def _comparable(depends: dict[str, Any]) -> dict[str, Any]:
     """What a continuation has to have the same of; of the data, of which more is known, the tokens and documents."""
     parts = {part: depends[part] for part in ("teacher", "tokenizer", "logits") if part in depends}
     data = depends.get("data", {})
-    parts |= {part: data[part] for part in ("tokens", "documents") if part in data}
-    return parts | {"chats": depends["chats"]["tokens"]} if "chats" in depends else parts
+    chats = {"chats": depends["chats"]["tokens"]} if "chats" in depends else {}
+    return parts | {part: data[part] for part in ("tokens", "documents") if part in data} | chats
 
 
 def _check_rows(
@@ -228,9 +229,9 @@ def _check_rows(
         if STAGES[name].reads_chats:
             assert chat_file is not None
             replayed = round(run.data.replay * stage.batch_size)
-            rows = f"a share that leaves whole rows of both in config.{name}.batch_size={stage.batch_size}, or 0"
+            whole = f"a share that leaves whole rows of both in config.{name}.batch_size={stage.batch_size}, or 0"
             is_whole = not run.data.replay or 0 < replayed < stage.batch_size
-            require(is_whole, "config.data.replay", run.data.replay, rows)
+            require(is_whole, "config.data.replay", run.data.replay, whole)
             kinds = {"data": (token_file, replayed), "conversations": (chat_file, stage.batch_size - replayed)}
         for what, (file, wanted) in kinds.items():
             held_out = 0 if file is chat_file else eval_tokens

@@ -9,6 +9,7 @@ same command goes on. --output may be in a bucket; over several hosts every one 
 
 import dataclasses
 import sys
+from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -24,7 +25,7 @@ _PRECISIONS = ("float16", "float32")
 
 def define_flags(values: flags.FlagValues) -> None:
     """The command line, but for --config."""
-    put = {"flag_values": values}
+    put: Any = {"flag_values": values}
     flags.DEFINE_string("output", None, "A directory, or one in a bucket, for logits.json and rows-*.bin.", **put)
     flags.DEFINE_enum("precision", "float16", _PRECISIONS, "Of the stored log-probabilities.", **put)
     flags.DEFINE_enum("distributed", "off", ["off", "auto"], "As of radlads_jax.launch.", **put)
@@ -57,7 +58,9 @@ def main(values: flags.FlagValues) -> int:
             stored = storing.store(job, output, values.precision)
     except OSError as error:
         return refuse(explain(error))
-    except (NotImplementedError, *storage.access_errors()) as error:
+    except NotImplementedError as error:
+        return refuse(error)
+    except storage.access_errors() as error:
         return refuse(error)
     if hosts.is_first():
         Console(soft_wrap=True, highlight=False).print(

@@ -28,29 +28,41 @@ def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
             )
         return dataclasses.replace(teacher, dtype=run.dtype, param_dtype="float32")
     options = _options(spec, chosen, teacher.hidden_size)
-    _check_calibration(spec, chosen)
     student = teacher.as_student(chosen.mixer, options, _kept(chosen, teacher))
     if student.recurrent_mixer is None:
         raise ValueError(
             f"config.student.attention_layers or attention_every names all {teacher.num_layers} layers, which leaves "
             "nothing to convert; expected at least one layer left out. Name fewer, or set attention_every to 2 or more."
         )
+    _check_calibration(student, chosen)
     return dataclasses.replace(student, dtype=run.dtype, param_dtype="float32")
 
 
-def _check_calibration(spec: MixerSpec, student: Student) -> None:
-    """Raises ValueError where the mixer has nothing to calibrate, or not what is asked for."""
-    known = ", ".join(spec.calibrations) or "none"
-    if student.init == "calibrated" and not spec.calibrations:
+def _check_calibration(student: ModelConfig, chosen: Student) -> None:
+    """Raises ValueError where the mixer has nothing to calibrate, not what is asked for, or not so."""
+    known = mixer_spec(chosen.mixer).calibrations(student)
+    if chosen.init == "calibrated" and not known:
         raise ValueError(
-            f"config.student.init is 'calibrated', but nothing of the mixer {spec.name} can be; expected 'published'. "
-            "Leave it out, or choose another config.student.mixer."
+            f"config.student.init is 'calibrated', but nothing of the mixer {chosen.mixer} can be; expected "
+            "'published'. Leave it out, or choose another config.student.mixer."
         )
-    unknown = [name for name in student.calibrate if name not in spec.calibrations]
-    if unknown or (student.calibrate and student.init != "calibrated"):
+    unknown = [name for name in chosen.calibrate if name not in known]
+    if unknown or (chosen.calibrate and chosen.init != "calibrated"):
         raise ValueError(
-            f"config.student.calibrate is {student.calibrate} with config.student.init {student.init!r} and the mixer "
-            f"{spec.name}; expected parts out of {known}, and init 'calibrated'. Correct the one that is wrong."
+            f"config.student.calibrate is {chosen.calibrate} with config.student.init {chosen.init!r}, the mixer "
+            f"{chosen.mixer} and its options {student.mixer}; expected parts out of {', '.join(known) or 'none'}, and "
+            "init 'calibrated'. Correct the one that is wrong."
+        )
+    for name in chosen.calibrate:
+        if (needed := known[name].needs) and not set(needed) & set(chosen.calibrate):
+            raise ValueError(
+                f"config.student.calibrate is {chosen.calibrate}, where {name!r} begins far from its teacher without "
+                f"{' or '.join(needed)}; expected one of them beside it. Add it, or leave {name!r} out."
+            )
+    if chosen.init == "calibrated" and chosen.fresh_qkvo:
+        raise ValueError(
+            "config.student.init is 'calibrated' and config.student.fresh_qkvo is true; expected the teacher's q, k, v "
+            "and o, which its attention's statistics are of. Turn one of them off."
         )
 
 

@@ -24,10 +24,12 @@ from pallas_kernels.context_parallel import over_shards
 from pallas_kernels.gdn import conv_over_shards, gdn, gdn_step, short_conv
 from pallas_kernels.gdn.api import IMPLEMENTATIONS
 from pallas_kernels.sharded import ROWS, constrain, per_shard
+from radlads_jax.models import starts
 from radlads_jax.models.attention import Context
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import RMSNorm, linear, repeat_kv, split_heads
 from radlads_jax.models.spec import (
+    Calibration,
     MixerSpec,
     Operator,
     StateArray,
@@ -274,7 +276,6 @@ def _flops(cfg: ModelConfig, seq_len: int) -> float:
 _SILU_OF_ONE = 1.278465
 # exp(log_g) halves in no less than a seventh of a token and in no more than 693.
 _RATES = (1e-3, 5.0)
-_BETAS = (0.3, 0.4)
 
 
 def _decay_of_look_back(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
@@ -292,11 +293,9 @@ def _open_gate(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics)
 
 
 def _beta_of_entropy(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
-    """beta from 0.3 for the layer's head of the most entropy to 0.7 for that of the least."""
-    low, high = (end(seen.entropy, axis=-1, keepdims=True) for end in (jnp.min, jnp.max))
-    beta = _BETAS[0] + _BETAS[1] * (high - seen.entropy) / jnp.maximum(high - low, 1e-6)
-    kernel = mixer["b"]["kernel"]
-    return {"b": {"kernel": (seen.constant[..., None] * jnp.log(beta / (1 - beta))[:, None]).astype(kernel.dtype)}}
+    """beta as `starts.removal_of_entropy`."""
+    kernel, beta = mixer["b"]["kernel"], jax.scipy.special.logit(starts.removal_of_entropy(seen.entropy))
+    return {"b": {"kernel": (seen.constant[..., None] * beta[:, None]).astype(kernel.dtype)}}
 
 
 def _output_of_rms(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
@@ -340,11 +339,11 @@ SPEC = MixerSpec(
     bytes_per_column=56,
     disk_prefix="linear_attn",
     export_format="qwen3_5",
-    calibrations={
-        "decay": _decay_of_look_back,
-        "beta": _beta_of_entropy,
-        "gate": _open_gate,
-        "output": _output_of_rms,
+    calibrations=lambda cfg: {
+        "decay": Calibration(_decay_of_look_back),
+        "beta": Calibration(_beta_of_entropy),
+        "gate": Calibration(_open_gate),
+        "output": Calibration(_output_of_rms),
     },
     calibrated=("decay", "beta", "gate", "output"),
     facts=_facts,

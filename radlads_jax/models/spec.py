@@ -98,7 +98,30 @@ class TeacherStatistics(NamedTuple):
     constant: Float[Array, "L D"]
 
 
-Calibration = Callable[[ModelConfig, dict[str, Any], TeacherStatistics], dict[str, Any]]
+class LayerOutputs(NamedTuple):
+    """What one layer's attention and its mixer give for the same inputs, float32.
+
+    attention, mixer: what o reads, heads side by side; target: attention's o of it, without the bias; counted: 1, or 0
+    for padding.
+    """
+
+    attention: Float[Array, "B T d"]
+    mixer: Float[Array, "B T d"]
+    target: Float[Array, "B T D"]
+    counted: Float[Array, "B T"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """One part of a mixer's start by its teacher: (cfg, fresh parameters, what was seen) -> those that change.
+
+    of_attention: of a stack's parameters, with its axis, and TeacherStatistics. of_outputs: of one layer's and its
+    LayerOutputs, when all parts of the first kind are there. needs: parts of which one has to come with it.
+    """
+
+    of_attention: Callable[[ModelConfig, dict[str, Any], TeacherStatistics], dict[str, Any]] | None = None
+    of_outputs: Callable[[ModelConfig, dict[str, Any], LayerOutputs], dict[str, Any]] | None = None
+    needs: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +135,8 @@ class MixerSpec:
     flops(cfg, seq_len): of a token's forward pass through scores or states, beside the matrices.
     bytes_per_column: that a step's backward pass holds for each token and column of r (planning.memory).
     shares_values: later layers read the first one's values (`first_values`).
-    calibrations: by name, what of a stack's fresh parameters may begin as its teacher's statistics say: (cfg,
-    parameters with the stack's axis, statistics) -> those that change. calibrated: those that
-    config.student.init=calibrated takes unless told which.
+    calibrations(cfg): by name, the parts that may begin as the teacher says. calibrated: those that
+    config.student.init=calibrated takes, as far as they are there, unless told which.
     facts(cfg): further lines of the model card.
     disk_prefix: what its tensors' names on disk begin with, behind the layer's.
     export_format: the one of porting.writers that a run exports its student in.
@@ -131,7 +153,7 @@ class MixerSpec:
     operator: Operator | None = None
     published: PublishedFormat | None = None
     shares_values: bool = False
-    calibrations: Mapping[str, Calibration] = dataclasses.field(default_factory=dict)
+    calibrations: Callable[[ModelConfig], Mapping[str, Calibration]] = lambda cfg: {}
     calibrated: tuple[str, ...] = ()
     facts: Callable[[ModelConfig], dict[str, str]] = lambda cfg: {}
     disk_prefix: str = "self_attn"

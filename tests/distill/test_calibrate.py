@@ -108,7 +108,13 @@ def test_eight_devices_calibrate_as_one_does(weights, batch):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"mixer": "rad_rwkv6", "init": "calibrated"}, ["config.student.init", "rad_rwkv6"]),
+        ({"mixer": "window", "init": "calibrated"}, ["config.student.init", "window"]),
+        ({"mixer": "rad_rwkv7", "init": "calibrated", "calibrate": ("gate",)}, ["'gate'", "output or projection"]),
+        (
+            {"mixer": "rad_rwkv6", "init": "calibrated", "calibrate": ("gate", "output")},
+            ["config.student.calibrate", "gate='full'", "decay, output, projection"],
+        ),
+        ({"mixer": "gdn", "init": "calibrated", "fresh_qkvo": True}, ["config.student.init", "fresh_qkvo"]),
         ({"mixer": "gdn", "calibrate": ("decay",)}, ["config.student.calibrate", "'published'"]),
         ({"mixer": "gdn", "init": "calibrated", "calibrate": ("decays",)}, ["decays", "decay, beta"]),
     ],

@@ -75,6 +75,18 @@ def measured(job, teacher, held_out, steps: dict) -> list[float]:
     return losses
 
 
+def default_variants(mixer: str) -> list[str]:
+    """The published start, each part (with the first of those it can not be without), the mixer's choice, and that with
+    each of the parts that it leaves out."""
+    with tempfile.TemporaryDirectory() as workdir:
+        student = job_of(mixer, 1, 0, {}, workdir).student
+    spec, known = MIXERS[mixer], MIXERS[mixer].calibrations(student)
+    chosen = [name for name in spec.calibrated if name in known]
+    groups = [[name, *part.needs[:1]] for name, part in known.items()] + [chosen]
+    groups += [[*chosen, name] for name in known if name not in chosen]
+    return ["published=", *("{0}=calibrate={0}".format("+".join(group)) for group in groups)]
+
+
 def settings_of(text: str) -> dict:
     settings = dict(part.split("=") for part in filter(None, text.split(",")))
     options = {name: value if name == "kv_heads" else _number(value) for name, value in settings.items()}
@@ -97,9 +109,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--variant", action="append", default=[])
     arguments = parser.parse_args()
-    parts = [f"{name}=calibrate={name}" for name in MIXERS[arguments.mixer].calibrations]
-    everything = "all=calibrate=" + "+".join(MIXERS[arguments.mixer].calibrations)
-    variants = dict(text.split("=", 1) for text in arguments.variant or ["published=", *parts, everything])
+    variants = dict(text.split("=", 1) for text in arguments.variant or default_variants(arguments.mixer))
     print(
         f"KL at the start, after {arguments.steps} steps of stage 1, after as many of stage 2, for each seed",
         flush=True,
@@ -113,7 +123,7 @@ def main() -> None:
                 teacher = job.load_teacher("float32")
                 held_out = next(job_of(arguments.mixer, 8, 99, {}, workdir).batches("stage2", HELD_OUT))
                 line.append("  ".join(f"{kl:.4f}" for kl in measured(job, teacher, held_out, steps)))
-            print(f"{name:24s} {'   |   '.join(line)}", flush=True)
+            print(f"{name:44s} {'   |   '.join(line)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ SPEC = MixerSpec(
     flops=lambda cfg, seq_len: 5.0 * cfg.head_dim * cfg.num_heads * cfg.head_dim,
     bytes_per_column=44,
     calibrations=_calibrations,
-    calibrated=("decay", "gate", "output"),
+    calibrated=("decay", "gate", "projection"),
     published=PublishedFormat(
         "rwkv6qwen2",
         "RWKV6Qwen2ForCausalLM",

@@ -246,7 +246,7 @@ SPEC = MixerSpec(
     bytes_per_column=56,
     shares_values=True,
     calibrations=_calibrations,
-    calibrated=("decay", "iclr", "value", "gate", "output"),
+    calibrated=("decay", "iclr", "value", "gate", "projection"),
     published=PublishedFormat(
         "rwkv7qwen2",
         "RWKV7Qwen2ForCausalLM",

@@ -56,8 +56,8 @@ def _check_calibration(student: ModelConfig, chosen: Student) -> None:
     for name in chosen.calibrate:
         if (needed := known[name].needs) and not set(needed) & set(chosen.calibrate):
             raise ValueError(
-                f"config.student.calibrate is {chosen.calibrate}, where {name!r} begins far from its teacher without "
-                f"{' or '.join(needed)}; expected one of them beside it. Add it, or leave {name!r} out."
+                f"config.student.calibrate is {chosen.calibrate}, where {name!r} is no start to train from without "
+                f"{' or '.join(needed)}; expected that beside it. Add it, or leave {name!r} out."
             )
     if chosen.init == "calibrated" and chosen.fresh_qkvo:
         raise ValueError(

@@ -71,12 +71,15 @@ def gate_and_norm_tensors(cfg: ModelConfig, *, multiplies: Any = "input") -> lis
 def gate_and_output_calibrations(cfg: ModelConfig) -> dict[str, Calibration]:
     """The parts of a calibrated start behind the recurrence.
 
-    A full-rank gate has no bias to open it by: it is 1/2 at the start, which the output's scale makes up for. Keys are
-    written as long as they are, so that without that scale an open gate lets through whatever a state has grown to.
+    A full-rank gate has no bias to open it by: it is 1/2 at the start, which o makes up for. One of low rank begins
+    near 0. Keys are written as long as they are, so that an open gate lets through whatever a state has grown to,
+    unless o is fitted to it; and an o that is solved for a gate near 0 is too large to be trained.
     """
-    gate = Calibration(starts.low_rank_gate_at_one, needs=("output", "projection"))
-    parts = {"gate": gate} if cfg.mixer.gate == "low_rank" else {}
-    return parts | {"output": starts.SCALED_OUTPUT, "projection": starts.SOLVED_OUTPUT}
+    parts = {"output": starts.SCALED_OUTPUT, "projection": starts.SOLVED_OUTPUT}
+    if cfg.mixer.gate != "low_rank":
+        return parts
+    gate = Calibration(starts.low_rank_gate_at_one, needs=tuple(parts))
+    return {"gate": gate} | parts | {"projection": dataclasses.replace(starts.SOLVED_OUTPUT, needs=("gate",))}
 
 
 def torch_files(model_type: str) -> tuple[Path, ...]:

@@ -114,6 +114,7 @@ def test_eight_devices_calibrate_as_one_does(weights, batch, mixer):
     [
         ({"mixer": "window", "init": "calibrated"}, ["config.student.init", "window"]),
         ({"mixer": "rad_rwkv7", "init": "calibrated", "calibrate": ("gate",)}, ["'gate'", "output or projection"]),
+        ({"mixer": "rad_rwkv7", "init": "calibrated", "calibrate": ("projection",)}, ["'projection'", "without gate"]),
         (
             {"mixer": "rad_rwkv6", "init": "calibrated", "calibrate": ("gate", "output")},
             ["config.student.calibrate", "gate='full'", "decay, output, projection"],

@@ -61,12 +61,8 @@ def job_of(arguments: argparse.Namespace, seed: int, settings: dict[str, Any], w
     config.stages = ("stage1", "stage2")
     for name, steps in (("stage1", arguments.steps), ("stage2", arguments.steps2)):
         stage = config[name]
-        stage.seq_len, stage.batch_size, stage.tokens, stage.warmup_steps = (
-            length,
-            ROWS,
-            ROWS * length * max(steps, 1),
-            2,
-        )
+        stage.seq_len, stage.batch_size, stage.warmup_steps = length, ROWS, 2
+        stage.tokens = ROWS * length * max(steps, 1)
     config.update_from_flattened_dict({f"student.{name}": value for name, value in settings.items()})
     return make_job(validate(config), workdir)
 

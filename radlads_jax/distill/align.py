@@ -46,7 +46,7 @@ def align_loss(
         if not student_cfg.is_converted(i):
             x, _ = stack.scan(functools.partial(_teacher_layer, context), x)
             continue
-        mixers = _Mixers(student_cfg, mixer, mixer_structure(student_cfg, mixer))
+        mixers = Mixers(student_cfg, mixer, mixer_structure(student_cfg, mixer))
         params = student["stacks"][i]["mixer"]
         if stack.start == student_cfg.first_recurrent_layer:
             v_first = rematted(mixers.first_values, remat)(params, stack.first().mixer_input(x))
@@ -58,7 +58,7 @@ def align_loss(
     return LossSums(layer_loss.mean(), counted.sum(), {"layer_loss": layer_loss})
 
 
-class _Mixers(NamedTuple):
+class Mixers(NamedTuple):
     """The student's mixers of one stack; parameters are given as they are stored."""
 
     cfg: ModelConfig
@@ -87,7 +87,7 @@ def _beside(context: Context, error: Callable[..., Array], x, layer: Layer, laye
     return layer.after_mixer(x, target), error(params, layer_id, h, target)
 
 
-def _error(mixers: _Mixers, context: Context, counted, params: Params, layer_id, h, target) -> Float[Array, ""]:
+def _error(mixers: Mixers, context: Context, counted, params: Params, layer_id, h, target) -> Float[Array, ""]:
     out, _ = mixers.of(params)(mixers.input(h), context, layer_id, None)
     return jnp.sum(_distance(target, sharding.to_residual(out)) * counted)
 

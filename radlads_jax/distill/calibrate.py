@@ -1,10 +1,12 @@
 """A mixer's start from what its teacher's attention does on one batch (config.student.init "calibrated").
 
-Every layer is read once, as stage 1 reads it; what becomes of its statistics is the mixer's to say
-(MixerSpec.calibrations). Source of the ideas: Taylor-Calibrate (arXiv 2606.16429).
+Every layer is read as stage 1 reads it, first its attention alone, then beside the mixer as that made it begin; what
+becomes of what is seen is the mixer's to say (MixerSpec.calibrations). Source of the ideas: Taylor-Calibrate (arXiv
+2606.16429).
 """
 
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from radlads_jax.distill.align import Mixers, mixer_structure
 from radlads_jax.models import sharding
 from radlads_jax.models.attention import Context, softmax_attention
 from radlads_jax.models.config import SOFTMAX, ModelConfig
@@ -20,7 +23,7 @@ from radlads_jax.models.decoder import Layer, Params, bind, make_context
 from radlads_jax.models.layers import repeat_kv
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.placement import constrain_params, shardings
-from radlads_jax.models.spec import TeacherStatistics
+from radlads_jax.models.spec import Calibration, LayerOutputs, TeacherStatistics
 
 # Of each row: a look-back beyond half of it can not be told from none.
 _MOST_TOKENS = 1024
@@ -46,13 +49,17 @@ def calibrated(
     weights: the teacher's, whose stacks are cut at the student's boundaries. batch: as a training step reads it.
     """
     spec = MIXERS[student.recurrent_mixer or SOFTMAX]
-    chosen = [spec.calibrations[name] for name in parts or spec.calibrated]
+    known = spec.calibrations(student)
+    chosen = [known[name] for name in parts or spec.calibrated if name in known]
 
     def calibrate(mixers: Params, weights: Params, batch: Mapping[str, Any]) -> Params:
         seen = statistics(student, teacher, weights, batch)
         for i, stack in mixers["stacks"].items():
             for part in chosen:
-                stack["mixer"] |= part(student, stack["mixer"], seen[i])
+                if part.of_attention is not None:
+                    stack["mixer"] |= part.of_attention(student, stack["mixer"], seen[i])
+        if any(part.of_outputs is not None for part in chosen):
+            mixers = _fitted(student, teacher, mixers, weights, batch, chosen)
         return constrain_params(mixers, student)
 
     if mesh is None:
@@ -65,7 +72,7 @@ def statistics(
     student: ModelConfig, teacher: ModelConfig, weights: Params, batch: Mapping[str, Any]
 ) -> dict[int, TeacherStatistics]:
     """Of the layers of every converted stack, by the stack's number."""
-    tokens, segment_ids, positions = (batch[name][:, :_MOST_TOKENS] for name in ("tokens", "segment_ids", "positions"))
+    tokens, segment_ids, positions = _read(batch)
     decoder = bind(teacher, weights)
     context, _ = make_context(teacher, tokens, segment_ids, positions, None)
     x, by_stack = decoder.embed(tokens), {}
@@ -83,17 +90,69 @@ def statistics(
     return by_stack
 
 
+def _fitted(
+    student: ModelConfig,
+    teacher: ModelConfig,
+    mixers: Params,
+    weights: Params,
+    batch: Mapping[str, Any],
+    parts: Sequence[Calibration],
+) -> Params:
+    """The mixers with those parts that are made of their outputs beside attention's; one layer's are held at a time."""
+    tokens, segment_ids, positions = _read(batch)
+    decoder = bind(teacher, weights)
+    context, _ = make_context(teacher, tokens, segment_ids, positions, None)
+    counted = (segment_ids > 0).astype(jnp.float32)
+    x, fitted = decoder.embed(tokens), {}
+
+    def visit(
+        own: Mixers | None, context: Context, x: Array, layer: Layer, layer_id: Array, params: Params | None
+    ) -> tuple[Array, Any]:
+        h = layer.mixer_input(x)
+        out = sharding.residual(layer.mixer(h, context, layer_id, None)[0])
+        if own is not None and params is not None:
+            attention = _attention_outputs(layer.mixer, h, context).reshape(*h.shape[:2], -1)
+            outputs, _ = own.of(params).heads(own.input(h), context, layer_id, None)
+            target = attention @ layer.mixer.o.kernel[...].astype(jnp.float32)
+            seen = LayerOutputs(attention, outputs.astype(jnp.float32), target, counted)
+            fits = (part.of_outputs(student, params, seen) for part in parts if part.of_outputs is not None)
+            params = functools.reduce(operator.or_, fits, params)
+        return layer.after_mixer(x, out), params
+
+    for i, (stack, (mixer, _)) in enumerate(zip(decoder.walk(), student.stacks, strict=True)):
+        if not student.is_converted(i):
+            x, _ = stack.scan(functools.partial(visit, None, context), x)
+            continue
+        own, params = Mixers(student, mixer, mixer_structure(student, mixer)), mixers["stacks"][i]["mixer"]
+        if stack.start == student.first_recurrent_layer:
+            context = context._replace(v_first=own.first_values(params, stack.first().mixer_input(x)))
+        x, params = stack.scan(functools.partial(visit, own, context), x, params)
+        fitted[i] = {"mixer": params}
+    return {"stacks": fitted}
+
+
+def _read(batch: Mapping[str, Any]) -> tuple[Array, Array, Array]:
+    """Its tokens, segment ids and positions, as far as they are read."""
+    tokens, segment_ids, positions = (batch[name][:, :_MOST_TOKENS] for name in ("tokens", "segment_ids", "positions"))
+    return tokens, segment_ids, positions
+
+
 def _of_layer(
     mixer: Any, h: Float[Array, "B T D"], context: Context, segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
 ) -> TeacherStatistics:
-    q, k, v, gate = mixer.projected(h, context)
-    outputs = softmax_attention(q, k, v, context).astype(jnp.float32)
-    if gate is not None:
-        outputs = outputs * jax.nn.sigmoid(gate.astype(jnp.float32))
+    q, k, _, _ = mixer.projected(h, context)
+    outputs = _attention_outputs(mixer, h, context)
     counted = (segment_ids > 0).astype(jnp.float32)
     squares = jnp.einsum("bthk,bt->h", jnp.square(outputs), counted) / (counted.sum() * outputs.shape[-1])
     look_back, entropy = _attention(q, repeat_kv(k, q.shape[2]), segment_ids, positions)
     return TeacherStatistics(look_back, entropy, jnp.sqrt(squares), _constant(h.astype(jnp.float32), counted))
+
+
+def _attention_outputs(mixer: Any, h: Float[Array, "B T D"], context: Context) -> Float[Array, "B T H K"]:
+    """What o reads, float32."""
+    q, k, v, gate = mixer.projected(h, context)
+    outputs = softmax_attention(q, k, v, context).astype(jnp.float32)
+    return outputs if gate is None else outputs * jax.nn.sigmoid(gate.astype(jnp.float32))
 
 
 def _attention(q: Array, k: Array, segment_ids: Array, positions: Array) -> tuple[Array, Array]:

@@ -29,7 +29,6 @@ def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
             )
         return dataclasses.replace(teacher, dtype=run.dtype, param_dtype="float32")
     options = _options(spec, chosen, teacher)
-    _check_calibration(spec, chosen)
     student = teacher.as_student(chosen.mixer, options, _kept(chosen, teacher))
     if not student.converted_layers:
         softmax = teacher.layer_mixers.count(SOFTMAX)
@@ -37,6 +36,7 @@ def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
             f"config.student.attention_layers or attention_every names all {softmax} layers of softmax attention, "
             "which leaves nothing to convert; expected one of them left out. Name fewer, or raise attention_every."
         )
+    _check_calibration(student, chosen)
     _check_start(spec, chosen, student)
     return dataclasses.replace(student, dtype=run.dtype, param_dtype="float32")
 
@@ -67,30 +67,41 @@ def _check_own_layers(student: Student, teacher: ModelConfig) -> None:
 
 def _check_start(spec: MixerSpec, chosen: Student, student: ModelConfig) -> None:
     """Raises ValueError where the mixer can not begin from the teacher's softmax layers as it is asked to."""
-    if chosen.fresh_qkvo and chosen.init != "calibrated":
+    if chosen.fresh_qkvo:
         return
     if obstacles := spec.obstacles(student):
         raise ValueError(
             f"the mixer {spec.name} can not begin from softmax layers as the teacher's, which has "
             f"{'; '.join(obstacles)}; expected what the mixer has a place for. Choose another teacher or "
-            "config.student.mixer, or let q, k, v and o begin anew (config.student.fresh_qkvo=true, with "
-            "config.student.init=published)."
+            "config.student.mixer, or let q, k, v and o begin anew (config.student.fresh_qkvo=true)."
         )
 
 
-def _check_calibration(spec: MixerSpec, student: Student) -> None:
-    """Raises ValueError where the mixer has nothing to calibrate, or not what is asked for."""
-    known = ", ".join(spec.calibrations) or "none"
-    if student.init == "calibrated" and not spec.calibrations:
+def _check_calibration(student: ModelConfig, chosen: Student) -> None:
+    """Raises ValueError where the mixer has nothing to calibrate, not what is asked for, or not so."""
+    known = mixer_spec(chosen.mixer).calibrations(student)
+    if chosen.init == "calibrated" and not known:
         raise ValueError(
-            f"config.student.init is 'calibrated', but nothing of the mixer {spec.name} can be; expected 'published'. "
-            "Leave it out, or choose another config.student.mixer."
+            f"config.student.init is 'calibrated', but nothing of the mixer {chosen.mixer} can be; expected "
+            "'published'. Leave it out, or choose another config.student.mixer."
         )
-    unknown = [name for name in student.calibrate if name not in spec.calibrations]
-    if unknown or (student.calibrate and student.init != "calibrated"):
+    unknown = [name for name in chosen.calibrate if name not in known]
+    if unknown or (chosen.calibrate and chosen.init != "calibrated"):
         raise ValueError(
-            f"config.student.calibrate is {student.calibrate} with config.student.init {student.init!r} and the mixer "
-            f"{spec.name}; expected parts out of {known}, and init 'calibrated'. Correct the one that is wrong."
+            f"config.student.calibrate is {chosen.calibrate} with config.student.init {chosen.init!r}, the mixer "
+            f"{chosen.mixer} and its options {student.mixer}; expected parts out of {', '.join(known) or 'none'}, and "
+            "init 'calibrated'. Correct the one that is wrong."
+        )
+    for name in chosen.calibrate:
+        if (needed := known[name].needs) and not set(needed) & set(chosen.calibrate):
+            raise ValueError(
+                f"config.student.calibrate is {chosen.calibrate}, where {name!r} is no start to train from without "
+                f"{' or '.join(needed)}; expected that beside it. Add it, or leave {name!r} out."
+            )
+    if chosen.init == "calibrated" and chosen.fresh_qkvo:
+        raise ValueError(
+            "config.student.init is 'calibrated' and config.student.fresh_qkvo is true; expected the teacher's q, k, v "
+            "and o, which its attention's statistics are of. Turn one of them off."
         )
 
 

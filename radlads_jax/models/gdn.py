@@ -30,6 +30,7 @@ from radlads_jax.models.attention import Context
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import RMSNorm, linear, repeat_kv, split_heads
 from radlads_jax.models.spec import (
+    Calibration,
     MixerSpec,
     Operator,
     StateArray,
@@ -311,11 +312,11 @@ SPEC = MixerSpec(
     bytes_per_column=56,
     disk_prefix="linear_attn",
     export_format="qwen3_5",
-    calibrations={
-        "decay": gdn_start.decay_of_look_back,
-        "beta": gdn_start.beta_of_entropy,
-        "gate": gdn_start.open_gate,
-        "output": gdn_start.output_of_rms,
+    calibrations=lambda cfg: {
+        "decay": Calibration(gdn_start.decay_of_look_back),
+        "beta": Calibration(gdn_start.beta_of_entropy),
+        "gate": Calibration(gdn_start.open_gate),
+        "output": Calibration(gdn_start.output_of_rms),
     },
     calibrated=("decay", "beta", "gate", "output"),
     columns=_columns,

@@ -11,9 +11,11 @@ calibrations: MixerSpec's, from the teacher's statistics.
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from radlads_jax.models import starts
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.spec import TeacherStatistics
 
@@ -21,7 +23,6 @@ from radlads_jax.models.spec import TeacherStatistics
 _SILU_OF_ONE = 1.278465
 # exp(log_g) halves in no less than a seventh of a token and in no more than 693.
 _RATES = (1e-3, 5.0)
-_BETAS = (0.3, 0.4)
 
 
 def obstacles(cfg: ModelConfig) -> list[str]:
@@ -78,10 +79,9 @@ def open_gate(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) 
 
 
 def beta_of_entropy(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
-    """beta from 0.3 for the layer's head of the most entropy to 0.7 for that of the least."""
-    low, high = (end(seen.entropy, axis=-1, keepdims=True) for end in (jnp.min, jnp.max))
-    beta = _BETAS[0] + _BETAS[1] * (high - seen.entropy) / jnp.maximum(high - low, 1e-6)
-    kernel, logit = mixer["b"]["kernel"], _of_value_heads(jnp.log(beta / (1 - beta)), mixer)
+    """beta as `starts.removal_of_entropy`."""
+    beta = jax.scipy.special.logit(starts.removal_of_entropy(seen.entropy))
+    kernel, logit = mixer["b"]["kernel"], _of_value_heads(beta, mixer)
     return {"b": {"kernel": (seen.constant[..., None] * logit[:, None]).astype(kernel.dtype)}}
 
 

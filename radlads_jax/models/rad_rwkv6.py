@@ -18,6 +18,7 @@ from pallas_kernels.context_parallel import over_shards
 from pallas_kernels.sharded import ROWS, per_shard
 from pallas_kernels.wkv6 import wkv6, wkv6_step
 from pallas_kernels.wkv6.api import IMPLEMENTATIONS
+from radlads_jax.models import starts
 from radlads_jax.models.attention import Context, Mixer, projection_tensors
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, repeat_kv, shift_tokens, split_heads
@@ -25,13 +26,23 @@ from radlads_jax.models.rwkv import (
     RwkvOptions,
     card_facts,
     gate_and_norm_tensors,
+    gate_and_output_calibrations,
     low_rank_size,
     read_ranks,
     read_switches,
     torch_files,
     write_switches,
 )
-from radlads_jax.models.spec import MixerSpec, Operator, PublishedFormat, StateArray, Tensor, low_rank_tensors
+from radlads_jax.models.spec import (
+    Calibration,
+    MixerSpec,
+    Operator,
+    PublishedFormat,
+    StateArray,
+    TeacherStatistics,
+    Tensor,
+    low_rank_tensors,
+)
 
 _LOG_W_MIN = -5.0
 
@@ -84,7 +95,12 @@ class RadRwkv6(Mixer):
             self.ln_x = GroupNorm(cfg)
 
     def __call__(self, x: Float[Array, "B T D"], context: Context, layer_id, state):
-        """-> (out [B, T, D], state {"wkv": [B, H, K, V] float32, "shift": [B, D]})."""
+        """-> (out [B, T, D], state as `heads` gives it)."""
+        out, state = self.heads(x, context, layer_id, state)
+        return self.o(out), state
+
+    def heads(self, x: Float[Array, "B T D"], context: Context, layer_id, state):
+        """-> (what o reads [B, T, d], state {"wkv": [B, H, K, V] float32, "shift": [B, D]})."""
         del layer_id
         cfg, mixer = self.cfg, self.cfg.mixer
         x_r = x_k = x_v = x_w = x_g = x
@@ -109,7 +125,7 @@ class RadRwkv6(Mixer):
             out = out * self.gate(x_g)
         if state is not None:
             state = {"wkv": final} | ({"shift": x[:, -1].astype(state["shift"].dtype)} if mixer.token_shift else {})
-        return self.o(out), state
+        return out, state
 
 
 def _recurrence(r, log_w, k, v, initial_state, segment_ids):
@@ -198,6 +214,17 @@ def _state(cfg: ModelConfig, batch: int, max_length: int) -> dict[str, StateArra
     return state | (shift if cfg.mixer.token_shift else {})
 
 
+def _decay_of_look_back(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
+    """What a head's state holds is as old, on average, as what its query head looks at; whatever the token."""
+    base = mixer["decay"]["base"]
+    log_w = starts.log_decay_of_look_back(seen.look_back)
+    return {"decay": mixer["decay"] | {"base": starts.of_heads(jnp.log(-log_w), base)}}
+
+
+def _calibrations(cfg: ModelConfig) -> dict[str, Calibration]:
+    return {"decay": Calibration(_decay_of_look_back), **gate_and_output_calibrations(cfg)}
+
+
 SPEC = MixerSpec(
     name="rad_rwkv6",
     title="RAD-RWKV6",
@@ -209,6 +236,8 @@ SPEC = MixerSpec(
     # Decay, outer product, output: 5 K d.
     flops=lambda cfg, seq_len: 5.0 * cfg.head_dim * cfg.num_heads * cfg.head_dim,
     bytes_per_column=44,
+    calibrations=_calibrations,
+    calibrated=("decay", "gate", "projection"),
     published=PublishedFormat(
         "rwkv6qwen2",
         "RWKV6Qwen2ForCausalLM",

@@ -22,7 +22,7 @@ from pallas_kernels.context_parallel import over_shards
 from pallas_kernels.sharded import ROWS, per_shard
 from pallas_kernels.wkv7 import wkv7, wkv7_step
 from pallas_kernels.wkv7.api import IMPLEMENTATIONS
-from radlads_jax.models import sharding
+from radlads_jax.models import sharding, starts
 from radlads_jax.models.attention import Context, Mixer, projection_tensors
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, repeat_kv, split_heads
@@ -30,13 +30,23 @@ from radlads_jax.models.rwkv import (
     RwkvOptions,
     card_facts,
     gate_and_norm_tensors,
+    gate_and_output_calibrations,
     low_rank_size,
     read_ranks,
     read_switches,
     torch_files,
     write_switches,
 )
-from radlads_jax.models.spec import MixerSpec, Operator, PublishedFormat, StateArray, Tensor, low_rank_tensors
+from radlads_jax.models.spec import (
+    Calibration,
+    MixerSpec,
+    Operator,
+    PublishedFormat,
+    StateArray,
+    TeacherStatistics,
+    Tensor,
+    low_rank_tensors,
+)
 
 _LOG_W_BOUND = -math.exp(-0.5)
 
@@ -66,7 +76,12 @@ class RadRwkv7(Mixer):
         self.r_k = nnx.Param(jnp.zeros((cfg.num_heads, cfg.head_dim), cfg.param_dtype))
 
     def __call__(self, x: Float[Array, "B T D"], context: Context, layer_id, state):
-        """-> (out [B, T, D], state {"wkv": [B, H, K, V] float32})."""
+        """-> (out [B, T, D], state as `heads` gives it)."""
+        out, state = self.heads(x, context, layer_id, state)
+        return self.o(out), state
+
+    def heads(self, x: Float[Array, "B T D"], context: Context, layer_id, state):
+        """-> (what o reads [B, T, d], state {"wkv": [B, H, K, V] float32})."""
         cfg, mixer = self.cfg, self.cfg.mixer
         r, k, v = self.project(x, x, x, context, use_rope=mixer.use_rope)
         k, v = repeat_kv(k, cfg.num_heads), repeat_kv(v, cfg.num_heads)
@@ -88,7 +103,7 @@ class RadRwkv7(Mixer):
             out = out * self.gate(x)
         elif mixer.gate == "full":
             out = out * jax.nn.sigmoid(self.gate(x))
-        return self.o(out), None if state is None else {"wkv": final}
+        return out, None if state is None else {"wkv": final}
 
     def first_values(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"]:
         """v' of all heads: the value residual of every later layer."""
@@ -185,6 +200,37 @@ def _state(cfg: ModelConfig, batch: int, max_length: int) -> dict[str, StateArra
     return {"wkv": StateArray((batch, cfg.num_heads, cfg.head_dim, cfg.head_dim), axes=(ROWS, "tensor"))}
 
 
+# Of the sigmoid: log_w is at least 0.95 times its bound, where a gradient is left.
+_MOST_DECAY = 0.95
+# The first layer's values have a share of 0.2%.
+_QUIET = -6.0
+
+
+def _decay_of_look_back(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
+    """What a head's state holds is as old, on average, as what its query head looks at; whatever the token."""
+    share = jnp.minimum(starts.log_decay_of_look_back(seen.look_back) / _LOG_W_BOUND, _MOST_DECAY)
+    base = mixer["decay"]["base"]
+    return {"decay": mixer["decay"] | {"base": starts.of_heads(jax.scipy.special.logit(share), base)}}
+
+
+def _iclr_of_entropy(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
+    iclr, base = starts.removal_of_entropy(seen.entropy), mixer["iclr"]["base"]
+    return {"iclr": mixer["iclr"] | {"base": starts.of_heads(jax.scipy.special.logit(iclr), base)}}
+
+
+def _quiet_value_residual(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherStatistics) -> dict[str, Any]:
+    return {"value": mixer["value"] | {"base": jnp.full_like(mixer["value"]["base"], _QUIET)}}
+
+
+def _calibrations(cfg: ModelConfig) -> dict[str, Calibration]:
+    return {
+        "decay": Calibration(_decay_of_look_back),
+        "iclr": Calibration(_iclr_of_entropy),
+        "value": Calibration(_quiet_value_residual),
+        **gate_and_output_calibrations(cfg),
+    }
+
+
 SPEC = MixerSpec(
     name="rad_rwkv7",
     title="RAD-RWKV7",
@@ -199,6 +245,8 @@ SPEC = MixerSpec(
     # them; the kernel's state every 64 tokens.
     bytes_per_column=56,
     shares_values=True,
+    calibrations=_calibrations,
+    calibrated=("decay", "iclr", "value", "gate", "projection"),
     published=PublishedFormat(
         "rwkv7qwen2",
         "RWKV7Qwen2ForCausalLM",

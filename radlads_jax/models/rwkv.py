@@ -5,8 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from radlads_jax.models import starts
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.spec import Tensor, linear_tensors, low_rank_tensors
+from radlads_jax.models.spec import Calibration, Tensor, linear_tensors, low_rank_tensors
 
 _NORM = (("scale", "weight"), ("bias", "bias"))
 _GATES = ("none", "full", "low_rank")
@@ -65,6 +66,20 @@ def gate_and_norm_tensors(cfg: ModelConfig, *, multiplies: Any = "input") -> lis
     }
     norm = [Tensor(f"ln_x/{name}", f"ln_x.{disk}", (size,), axes=("tensor",)) for name, disk in _NORM]
     return gates[options.gate] + (norm if options.group_norm else [])
+
+
+def gate_and_output_calibrations(cfg: ModelConfig) -> dict[str, Calibration]:
+    """The parts of a calibrated start behind the recurrence.
+
+    A full-rank gate has no bias to open it by: it is 1/2 at the start, which o makes up for. One of low rank begins
+    near 0. Keys are written as long as they are, so that an open gate lets through whatever a state has grown to,
+    unless o is fitted to it; and an o that is solved for a gate near 0 is too large to be trained.
+    """
+    parts = {"output": starts.SCALED_OUTPUT, "projection": starts.SOLVED_OUTPUT}
+    if cfg.mixer.gate != "low_rank":
+        return parts
+    gate = Calibration(starts.low_rank_gate_at_one, needs=tuple(parts))
+    return {"gate": gate} | parts | {"projection": dataclasses.replace(starts.SOLVED_OUTPUT, needs=("gate",))}
 
 
 def torch_files(model_type: str) -> tuple[Path, ...]:

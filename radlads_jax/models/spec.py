@@ -98,7 +98,30 @@ class TeacherStatistics(NamedTuple):
     constant: Float[Array, "L D"]
 
 
-Calibration = Callable[[ModelConfig, dict[str, Any], TeacherStatistics], dict[str, Any]]
+class LayerOutputs(NamedTuple):
+    """What one layer's attention and its mixer give for the same inputs, float32.
+
+    attention, mixer: what o reads, heads side by side; target: attention's o of it, without the bias; counted: 1, or 0
+    for padding.
+    """
+
+    attention: Float[Array, "B T d"]
+    mixer: Float[Array, "B T d"]
+    target: Float[Array, "B T D"]
+    counted: Float[Array, "B T"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """One part of a mixer's start by its teacher: (cfg, fresh parameters, what was seen) -> those that change.
+
+    of_attention: of a stack's parameters, with its axis, and TeacherStatistics. of_outputs: of one layer's and its
+    LayerOutputs, when all parts of the first kind are there. needs: parts of which one has to come with it.
+    """
+
+    of_attention: Callable[[ModelConfig, dict[str, Any], TeacherStatistics], dict[str, Any]] | None = None
+    of_outputs: Callable[[ModelConfig, dict[str, Any], LayerOutputs], dict[str, Any]] | None = None
+    needs: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +136,8 @@ class MixerSpec:
     bytes_per_column: that a step's backward pass holds for each token and column of r (planning.memory); columns(cfg):
     how many those are.
     shares_values: later layers read the first one's values (`first_values`).
-    calibrations: by name, what of a stack's fresh parameters may begin as its teacher's statistics say: (cfg,
-    parameters with the stack's axis, statistics) -> those that change. calibrated: those that
-    config.student.init=calibrated takes unless told which.
+    calibrations(cfg): by name, the parts that may begin as the teacher says. calibrated: those that
+    config.student.init=calibrated takes, as far as they are there, unless told which.
     obstacles(cfg): why it can not begin from a teacher's softmax layers of these dimensions, by what these have.
     adopt(cfg, parameters of a stack of them) -> those of its own that are made of theirs, where it has not q, k, v, o
     and the norms of q and k by these names and in these shapes.
@@ -135,7 +157,7 @@ class MixerSpec:
     operator: Operator | None = None
     published: PublishedFormat | None = None
     shares_values: bool = False
-    calibrations: Mapping[str, Calibration] = dataclasses.field(default_factory=dict)
+    calibrations: Callable[[ModelConfig], Mapping[str, Calibration]] = lambda cfg: {}
     calibrated: tuple[str, ...] = ()
     columns: Callable[[ModelConfig], int] = lambda cfg: cfg.num_heads * cfg.head_dim
     obstacles: Callable[[ModelConfig], list[str]] = lambda cfg: ["an output gate in each head"] * cfg.output_gate

@@ -95,20 +95,31 @@ def test_parts_make_of_statistics_what_they_say(seen, weights, batch):
 
 
 @pytest.mark.slow
-def test_eight_devices_calibrate_as_one_does(weights, batch):
+@pytest.mark.parametrize("mixer", ["gdn", "rad_rwkv7", "rad_rwkv6"])
+def test_eight_devices_calibrate_as_one_does(weights, batch, mixer):
     run = dataclasses.replace(RunConfig(), mesh=Mesh(fsdp=2, tensor=2, context=2), stages=())
-    mesh, teacher, mixers = make_mesh(run), TEACHER.as_teacher_of(GDN), random_mixers(GDN)
-    expected = calibrated(GDN, teacher, jax.tree.map(jnp.copy, mixers), weights, batch)
-    placed = jax.device_put(mixers, shardings(mesh, mixers, GDN))
+    student = student_of(TEACHER, mixer, (1,))
+    mesh, teacher, mixers = make_mesh(run), TEACHER.as_teacher_of(student), random_mixers(student)
+    expected = calibrated(student, teacher, jax.tree.map(jnp.copy, mixers), weights, batch)
+    placed = jax.device_put(mixers, shardings(mesh, mixers, student))
     rows = sharding.place_rows(mesh, jax.tree.map(np.asarray, batch), 2)
-    got = calibrated(GDN, teacher, placed, jax.device_put(weights, shardings(mesh, weights, teacher)), rows, (), mesh)
+    got = calibrated(
+        student, teacher, placed, jax.device_put(weights, shardings(mesh, weights, teacher)), rows, (), mesh
+    )
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-5), got, expected)
 
 
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"mixer": "rad_rwkv6", "init": "calibrated"}, ["config.student.init", "rad_rwkv6"]),
+        ({"mixer": "window", "init": "calibrated"}, ["config.student.init", "window"]),
+        ({"mixer": "rad_rwkv7", "init": "calibrated", "calibrate": ("gate",)}, ["'gate'", "output or projection"]),
+        ({"mixer": "rad_rwkv7", "init": "calibrated", "calibrate": ("projection",)}, ["'projection'", "without gate"]),
+        (
+            {"mixer": "rad_rwkv6", "init": "calibrated", "calibrate": ("gate", "output")},
+            ["config.student.calibrate", "gate='full'", "decay, output, projection"],
+        ),
+        ({"mixer": "gdn", "init": "calibrated", "fresh_qkvo": True}, ["config.student.init", "fresh_qkvo"]),
         ({"mixer": "gdn", "calibrate": ("decay",)}, ["config.student.calibrate", "'published'"]),
         ({"mixer": "gdn", "init": "calibrated", "calibrate": ("decays",)}, ["decays", "decay, beta"]),
     ],

@@ -182,6 +182,8 @@ def test_no_weights_are_held_while_stage_2_trains_and_a_run_goes_on_with_the_sam
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(held))
     # At the end it is compared with the teacher itself, of which five tokens tell less.
     assert summary["student"]["kl"] > summary["stages"][0]["last_loss"] > 0
+    # A finished one does without them.
+    assert job_of(teacher, tmp_path, **(chosen | {"teacher__logits": str(tmp_path / "gone")})).logits is None
     (tmp_path / "summary.json").unlink()
     path = few / stored_logits.FILE
     text = path.read_text()

@@ -107,7 +107,7 @@ class Planner:
     def _compiled(self, topology: str, name: str, mesh_sizes: dict[str, int]) -> dict[str, Any]:
         asked: dict[str, Any] = {"teacher": self.run.teacher.path, "student": self.run.student.mixer, "stage": name}
         asked |= {"topology": topology, "mesh": mesh_sizes, "libtpu": os.environ.get("LIBTPU_INIT_ARGS", "")}
-        if self._plan(name, sharding.one_device_mesh(jax.devices()[0])).reads_logits:
+        if StagePlan(self.run, name, self.student, self.teacher).reads_logits:
             asked["top_k"] = self.run.teacher.top_k
         optim, slice_tokens = self.run.optim, self.run.train.slice_tokens
         key = _key(self.student, self.teacher, self.run.stage(name), optim, slice_tokens, asked)

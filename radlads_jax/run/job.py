@@ -162,10 +162,12 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
         # Which layers an alignment error is of does not follow from the settings alone.
         depends["converted"] = list(student.converted_layers)
     logits = None
-    if run.teacher.logits:
-        logits = teacher_logits.find(run, depends, tokens.file, eval_tokens, original.vocab_size)
-    depends["logits"] = teacher_logits.identity(logits)
-    if not fingerprint.is_finished(workdir) or names_others(workdir, run):
+    # One that is finished reads them no more, and they may be gone.
+    if not (is_finished := fingerprint.is_finished(workdir)):
+        if run.teacher.logits:
+            logits = teacher_logits.find(run, depends, tokens.file, eval_tokens, original.vocab_size)
+        depends["logits"] = teacher_logits.identity(logits)
+    if not is_finished or names_others(workdir, run):
         _require_same(workdir, depends)
     job = Job(
         run,

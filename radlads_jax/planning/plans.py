@@ -1,5 +1,6 @@
 """Plans of whole runs: on one topology, or every stage on the smallest slice of each chip on which it fits."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -34,6 +35,8 @@ class Planner:
     ):
         self.run, self.student, self.teacher, self.prices, self.results = run, student, teacher, prices, results
         self.known = _read_results(results)
+        # Versions of jax that compiled what is known, and that were said to be others.
+        self._told_of: list[str] = []
 
     def stage(self, topology: str, name: str) -> dict[str, Any]:
         """One stage on one topology, priced; compiled unless that is known, or by arithmetic it can not fit."""
@@ -111,17 +114,24 @@ class Planner:
             asked["top_k"] = self.run.teacher.top_k
         optim, slice_tokens = self.run.optim, self.run.train.slice_tokens
         key = _key(self.student, self.teacher, self.run.stage(name), optim, slice_tokens, asked)
+        if key in self.known and self.known[key].get("jax") not in (jax.__version__, *self._told_of):
+            other = self.known[key].get("jax", "an unknown version")
+            self._told_of.append(other)
+            print(
+                f"{self.results} has what jax {other} compiled; this is {jax.__version__}. Delete it to compile anew.",
+                file=sys.stderr,
+            )
         if key not in self.known:
             print(f"compiling {name} for {topology}", file=sys.stderr, flush=True)
             devices = topology_devices(topology)
             mesh = mesh_lib.make_mesh(self.run, devices) or sharding.one_device_mesh(devices[0])
             compiled = stage_lib.compiled(self._plan(name, mesh))
-            self.known[key] = asked | compiled
+            self.known[key] = asked | {"jax": jax.__version__} | compiled
             if self.results is not None:
                 # Another run's plan may have written to it since.
                 self.known = _read_results(self.results) | self.known
                 _write_results(self.results, self.known)
-        return {k: v for k, v in self.known[key].items() if k not in asked}
+        return {k: v for k, v in self.known[key].items() if k not in asked and k != "jax"}
 
 
 def totals(stages: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -171,4 +181,17 @@ def _write_results(path: Path, known: dict[str, dict[str, Any]]) -> None:
 
 def _key(*parts: Any) -> str:
     """Of all that decides a program; not of this project's version: delete the results where the step has changed."""
-    return hashlib.sha256(repr((parts, jax.__version__)).encode()).hexdigest()[:16]
+    return hashlib.sha256(", ".join(map(_told, parts)).encode()).hexdigest()[:16]
+
+
+def _told(value: Any) -> str:
+    """As repr, without fields that are as they are by default: one that is new changes nothing of what was known."""
+    if not dataclasses.is_dataclass(value):
+        return repr(value)
+    fields = [(field, getattr(value, field.name)) for field in dataclasses.fields(value) if field.repr]
+    said = (f"{field.name}={_told(own)}" for field, own in fields if own != _default(field))
+    return f"{type(value).__name__}({', '.join(said)})"
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

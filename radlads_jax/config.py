@@ -64,9 +64,8 @@ class Student:
     one of _GATES. rank_*: 0 = from the width. kv_heads: of gdn's k and v, "teacher" (as many as the teacher's) or
     "cloned" (as many as of q). shortest_half_life, longest_half_life, conv_qk, conv_v, gate_std: of gdn's start
     (models.gdn.GdnOptions); 0 and "" = the mixer's choice. fresh_qkvo: q, k, v, o start fresh in place of the
-    teacher's. init: "published", or "calibrated" by what the teacher does on one batch; calibrate: which parts, by the
-    mixer's names (none = its choice; docs/METHOD.md has them). options: what a mixer that has no field here may be
-    told, by its option's name.
+    teacher's. init: "published", or "calibrated" by what the teacher does on one batch; calibrate: which parts
+    (docs/METHOD.md; none = the mixer's choice). options: what has no field here, by the name of the mixer's option.
     """
 
     mixer: str = "rad_rwkv7"

@@ -87,7 +87,9 @@ def priced(record: dict[str, Any], chip: Chip, price: float, chips: int) -> dict
     if record["counts"] is None:
         timed, done = cost.step_time_uncompiled(chip, record["ideal_flops"]), {}
     else:
-        counts = hlo.Counts(**record["counts"])
+        # A file of results has lists.
+        begun = [tuple(map(float, transfer)) for transfer in record["counts"]["begun"]]
+        counts = hlo.Counts(**record["counts"] | {"begun": begun})
         timed = cost.step_time(chip, counts)
         done = {
             "compiled_flops": counts.flops,

@@ -241,7 +241,7 @@ def _check_rows(
             if rows < wanted:
                 raise ValueError(
                     f"the {what} make {rows} rows of {stage.seq_len} tokens for {name} ({file.num_tokens:,} tokens, "
-                    f"{held_out:,} of them held out); expected at least the {wanted} of a batch. Bring more text, or "
+                    f"{held_out:,} of them held out); expected at least one batch of {wanted} rows. Bring more, or "
                     f"lower config.{name}.batch_size, config.{name}.seq_len or config.data.eval_rows."
                 )
 

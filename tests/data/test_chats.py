@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from untrained import TEACHER, random_params, save_teacher
+from untrained import TEACHER, random_params, save_teacher, save_tokenizer
 
 from radlads_jax.data import chats, packing, pipeline
 from radlads_jax.data.binidx import TokenFileWriter, open_token_file
-from radlads_jax.data.synthetic import save_tokenizer, train_tokenizer
 from radlads_jax.distill.losses import answers_kl_loss
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.reporting.metrics_file import read_metrics
@@ -33,9 +32,7 @@ TALK = [
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_tokenizer(512), directory)
-    loaded = load_tokenizer(directory)
+    loaded = load_tokenizer(save_tokenizer(tmp_path_factory.mktemp("tokenizer")))
     loaded.chat_template = TEMPLATE
     return loaded
 

@@ -34,37 +34,14 @@ def kl_loss(
     *,
     remat: str,
     slice_tokens: int | None = None,
+    counted: Float[Array, "B T"] | None = None,
 ) -> LossSums:
-    """Sum over tokens of KL(teacher || student) at temperature 1; padding does not count."""
-    counted = (batch["segment_ids"] > 0).astype(jnp.float32)
-    return _kl_sums(student_cfg, teacher_cfg, student, teacher, batch, counted, remat, slice_tokens)
+    """Sum over tokens of KL(teacher || student) at temperature 1.
 
-
-def answers_kl_loss(
-    student_cfg: ModelConfig,
-    teacher_cfg: ModelConfig,
-    student: Params,
-    teacher: Params,
-    batch: Batch,
-    *,
-    remat: str,
-    slice_tokens: int | None = None,
-) -> LossSums:
-    """`kl_loss` over those tokens alone whose next one is a target (loss_mask)."""
-    counted = batch["loss_mask"]
-    return _kl_sums(student_cfg, teacher_cfg, student, teacher, batch, counted, remat, slice_tokens)
-
-
-def _kl_sums(
-    student_cfg: ModelConfig,
-    teacher_cfg: ModelConfig,
-    student: Params,
-    teacher: Params,
-    batch: Batch,
-    counted: Float[Array, "B T"],
-    remat: str,
-    slice_tokens: int | None,
-) -> LossSums:
+    counted: each token's weight; by default 0 for padding and 1 elsewhere.
+    """
+    if counted is None:
+        counted = (batch["segment_ids"] > 0).astype(jnp.float32)
     frozen = bind(teacher_cfg, teacher)
     target = jax.lax.stop_gradient(read_rows(frozen, batch))
     decoder = bind(student_cfg, student)
@@ -82,6 +59,13 @@ def _kl_sums(
         slice_tokens=slice_tokens,
     )
     return LossSums(loss, counted.sum(), {})
+
+
+def answers_kl_loss(
+    student_cfg: ModelConfig, teacher_cfg: ModelConfig, student: Params, teacher: Params, batch: Batch, **options: Any
+) -> LossSums:
+    """`kl_loss`, with its options, over those tokens alone whose next one is a target (loss_mask)."""
+    return kl_loss(student_cfg, teacher_cfg, student, teacher, batch, counted=batch["loss_mask"], **options)
 
 
 def stored_kl_loss(

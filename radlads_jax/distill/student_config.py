@@ -106,7 +106,7 @@ def _check_calibration(student: ModelConfig, chosen: Student) -> None:
 
 
 def layers_to_choose(student: Student) -> int:
-    """How many softmax layers the run chooses by itself; 0 where they are asked, or none is kept."""
+    """How many softmax layers the run chooses by itself; 0 where they are named, or none is kept."""
     named = AUTO.fullmatch(str(student.attention_layers[0])) if student.attention_layers else None
     return int(named[1]) if named else 0
 

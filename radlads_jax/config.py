@@ -7,7 +7,6 @@ wrong type or value.
 
 import dataclasses
 import math
-import re
 import typing
 from typing import Any
 
@@ -26,16 +25,13 @@ from radlads_jax.fields import (
     with_placeholders,
 )
 from radlads_jax.fields import parse_arg as parse_arg  # what config files take from here
+from radlads_jax.student import Student, check_student
 
 STAGE_NAMES = ("pretrain", "stage1", "stage2", "stage2a", "stage2c", "stage3")
 _SOURCES = ("synthetic", "text", "jsonl", "parquet", "hf", "binidx")
-_GATES = ("none", "full", "low_rank")
-_INITS = ("published", "calibrated")
 _DTYPES = ("float32", "bfloat16")
 _OPTIMIZERS = ("adam", "adafactor")
 WARMUP = 50
-# Of the softmax layers: so many are to be chosen.
-AUTO = re.compile(r"auto:(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,45 +48,6 @@ class Teacher:
     logits: str = ""
     top_k: int = bounded(64, least=1)
     scratch: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Student:
-    """mixer: "rad_rwkv6", "rad_rwkv7", "gdn", "window" or "attention" (no conversion). attention_layers keep softmax;
-    ("auto:N",) chooses N of them by the teacher's forward passes (evaluation/choice.py).
-    attention_every: N keeps every N-th layer, those with (i + 1) % N == 0, in place of attention_layers; 0 = off.
-
-    use_rope, token_shift, group_norm, balance_state: None = the mixer's published choice; gate: "" = the same, else
-    one of _GATES. rank_*: 0 = from the width. kv_heads: of gdn's k and v, "teacher" (as many as the teacher's) or
-    "cloned" (as many as of q). shortest_half_life, longest_half_life, conv_qk, conv_v, gate_std: of gdn's start
-    (models.gdn.GdnOptions); 0 and "" = the mixer's choice. fresh_qkvo: q, k, v, o start fresh in place of the
-    teacher's. init: "published", or "calibrated" by what the teacher does on one batch; calibrate: which parts
-    (docs/METHOD.md; none = the mixer's choice). options: what has no field here, by the name of the mixer's option.
-    """
-
-    mixer: str = "rad_rwkv7"
-    attention_layers: tuple[int | str, ...] = ()
-    attention_every: int = bounded(0, least=0)
-    use_rope: bool | None = None
-    token_shift: bool | None = None
-    gate: str = bounded("", one_of=("", *_GATES))
-    group_norm: bool | None = None
-    balance_state: bool | None = None
-    fresh_qkvo: bool = False
-    rank_decay: int = bounded(0, least=0)
-    rank_iclr: int = bounded(0, least=0)
-    rank_value: int = bounded(0, least=0)
-    rank_shift: int = bounded(0, least=0)
-    rank_gate: int = bounded(0, least=0)
-    kv_heads: str = bounded("", one_of=("", "teacher", "cloned"))
-    shortest_half_life: float = bounded(0.0, least=0)
-    longest_half_life: float = bounded(0.0, least=0)
-    conv_qk: float = bounded(0.0, least=0)
-    conv_v: float = bounded(0.0, least=0)
-    gate_std: float = bounded(0.0, least=0)
-    init: str = bounded("published", one_of=_INITS)
-    calibrate: tuple[str, ...] = ()
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +185,7 @@ class RunConfig:
     dtype: str = bounded("bfloat16", one_of=_DTYPES)
     stages: tuple[str, ...] = ("stage1", "stage2", "stage3")
     teacher: Teacher = Teacher()
-    student: Student = Student()
+    student: Student = Student()  # noqa: RUF009 (it is frozen)
     data: Data = Data()
     optim: Optim = Optim()
     train: Train = Train()
@@ -333,7 +290,7 @@ def validate(config: ConfigDict) -> RunConfig:
         check_bounds(f"config.{name}", run.stage(name))
         _check_stage(f"config.{name}", run.stage(name), run.mesh.context)
     _check_teacher(run.teacher)
-    _check_student(run.student)
+    check_student(run.student)
     has_data = bool(run.data.path) or run.data.source == "synthetic"
     example = f"the path of the {run.data.source} data, e.g. --config.data.path=PATH"
     require(has_data, "config.data.path", run.data.path, example)
@@ -379,20 +336,3 @@ def _check_teacher(teacher: Teacher) -> None:
         "a Hugging Face directory or hub id, e.g. --config.teacher.path=Qwen/Qwen2.5-0.5B-Instruct (or "
         "config.teacher.scratch, not both)",
     )
-
-
-def _check_student(student: Student) -> None:
-    if student.group_norm and student.balance_state:
-        raise ValueError(
-            "config.student.group_norm and config.student.balance_state are both true; expected one of them, because "
-            "either alone bounds the mixer's output. Set the other to false."
-        )
-    kept = student.attention_layers
-    chosen = len(kept) == 1 and AUTO.fullmatch(str(kept[0])) is not None
-    wrong = None if chosen else next((layer for layer in kept if isinstance(layer, str)), None)
-    require(wrong is None, "config.student.attention_layers", wrong, "int, as in 3,7,11, or auto:N alone")
-    if student.attention_every and kept:
-        raise ValueError(
-            f"config.student.attention_every is {student.attention_every} and config.student.attention_layers {kept}; "
-            "expected one of them, for both say which layers stay softmax attention. Leave one out."
-        )

@@ -12,7 +12,7 @@ from absl import flags
 from untrained import TEACHER, random_params, save_teacher, save_tokenizer
 
 from radlads_jax import choose, config
-from radlads_jax.config import RunConfig, Student, validate
+from radlads_jax.config import RunConfig, validate
 from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.evaluation import choice, floor
 from radlads_jax.evaluation.choice import Sizes, choose_layers, unevenness
@@ -24,6 +24,7 @@ from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.reporting.bars import layers_picture
 from radlads_jax.run import choosing, chosen, preflight, train
 from radlads_jax.run.job import make_job
+from radlads_jax.student import Student
 
 CFG = dataclasses.replace(TEACHER, stacks=(("attention", 4),), max_position_embeddings=256)
 LENGTH = 24

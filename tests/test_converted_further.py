@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType
 from safetensors.numpy import load_file
 from untrained import TEACHER, random_mixers, random_params, save_teacher, student_of
 
-from radlads_jax.config import Mesh, RunConfig, Student
+from radlads_jax.config import Mesh, RunConfig
 from radlads_jax.distill.align import align_loss
 from radlads_jax.distill.program import StagePlan, abstract_student
 from radlads_jax.distill.student_config import make_student_config
@@ -30,6 +30,7 @@ from radlads_jax.porting.student import init_mixers, transfer_table, whole_stude
 from radlads_jax.reporting.metrics_file import read_metrics
 from radlads_jax.reporting.run_log import read_run
 from radlads_jax.run.metrics import MetricsLogger
+from radlads_jax.student import Student
 
 # Sizes in the proportions of the published ones: a softmax head makes two value heads, RoPE turns a part of it.
 OWN = ModelConfig(
@@ -214,7 +215,7 @@ def test_a_key_head_begins_with_the_softmax_head_in_the_middle_of_those_it_serve
     attention = {name: {"kernel": jnp.zeros((1, 1, 3, 16)) + jnp.arange(3.0)[:, None]} for name in "kv"}
     attention["q"] = {"kernel": jnp.zeros((1, 1, 3, 32)) + jnp.arange(3.0)[:, None]}
     attention = jax.tree.map(lambda x: x.reshape(1, 1, -1), attention) | {"o": {"kernel": jnp.zeros((1, 48, 1))}}
-    heads = gdn_start.adopt(cfg, attention)["qkv"]["kernel"].reshape(-1, 8)[:, 0]
+    heads = gdn_start.adopt(cfg, {"mixer": attention})["qkv"]["kernel"].reshape(-1, 8)[:, 0]
     np.testing.assert_array_equal(heads, [0, 2, 0, 2, 0, 0, 1, 1, 2, 2])
 
 

@@ -22,7 +22,7 @@ FLOORS = (
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What configs/ may import, and what that is made with.
-CONFIG_MODULES = ("radlads_jax.config", "radlads_jax.recipes", "radlads_jax.fields")
+CONFIG_MODULES = ("radlads_jax.config", "radlads_jax.recipes", "radlads_jax.fields", "radlads_jax.student")
 
 
 def sources() -> dict[str, str]:

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
-from radlads_jax.config import RunConfig, Student
+from radlads_jax.config import RunConfig
 from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting.names import disk_tensors
+from radlads_jax.student import Student
 
 TEACHER = ModelConfig(
     family="qwen2",

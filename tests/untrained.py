@@ -44,9 +44,9 @@ def random_params(cfg: ModelConfig, scale: float = 0.2, seed: int = 0):
 
 
 def random_mixers(cfg: ModelConfig, scale: float = 0.2, seed: int = 0):
-    """`random_params` of the converted stacks' mixers alone, as `init_mixers` has them."""
+    """`random_params` of the mixers that are not the teacher's alone, as `init_mixers` has them."""
     stacks = random_params(cfg, scale, seed)["stacks"]
-    return {"stacks": {i: {"mixer": stacks[i]["mixer"]} for i in range(len(cfg.stacks)) if cfg.is_converted(i)}}
+    return {"stacks": {i: {"mixer": stacks[i]["mixer"]} for i in range(len(cfg.stacks)) if cfg.is_changed(i)}}
 
 
 def save_tokenizer(directory: pathlib.Path, vocab_size: int = 300) -> pathlib.Path:

@@ -1,4 +1,7 @@
-"""Stage 1: every new mixer learns its attention layer's output, all layers in one pass (RADLADS section 2)."""
+"""Stage 1: every new mixer learns its attention layer's output, all layers in one pass (RADLADS section 2).
+
+A softmax layer that is kept without its RoPE is new in this sense.
+"""
 
 import functools
 from collections.abc import Callable
@@ -30,10 +33,10 @@ def align_loss(
 ) -> LossSums:
     """Sum over tokens of mean over layers of D^-1/2 |attention(x) - mixer(x)|_2, both after the output projection.
 
-    student: {"stacks": {i: {"mixer": ...}}} of the converted stacks alone: layers that stay as they are, softmax or
+    student: {"stacks": {i: {"mixer": ...}}} of the aligned stacks alone: layers that stay as they are, softmax or
     recurrent, have no part in it. teacher: whole, in stacks cut at the student's boundaries; its residual stream feeds
     every mixer, so no gradient runs between layers but the value residual's. Padding (segment 0) does not count.
-    Extras: "layer_loss" [converted layers].
+    Extras: "layer_loss" [aligned layers].
     """
     del slice_tokens  # there are no logits here
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
@@ -43,7 +46,7 @@ def align_loss(
     x = decoder.embed(tokens)
     layer_sums = []
     for i, (stack, (mixer, _)) in enumerate(zip(decoder.walk(), student_cfg.stacks, strict=True)):
-        if not student_cfg.is_converted(i):
+        if not student_cfg.is_aligned(i):
             x, _ = stack.scan(functools.partial(_teacher_layer, context), x)
             continue
         mixers = Mixers(student_cfg, mixer, mixer_structure(student_cfg, mixer))

@@ -24,6 +24,7 @@ from radlads_jax.models.layers import repeat_kv
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.placement import constrain_params, shardings
 from radlads_jax.models.spec import Calibration, LayerOutputs, TeacherStatistics
+from radlads_jax.models.tree import overlay_params
 
 # Of each row: a look-back beyond half of it can not be told from none.
 _MOST_TOKENS = 1024
@@ -54,12 +55,13 @@ def calibrated(
 
     def calibrate(mixers: Params, weights: Params, batch: Mapping[str, Any]) -> Params:
         seen = statistics(student, teacher, weights, batch)
-        for i, stack in mixers["stacks"].items():
+        for i in seen:
+            stack = mixers["stacks"][i]
             for part in chosen:
                 if part.of_attention is not None:
                     stack["mixer"] |= part.of_attention(student, stack["mixer"], seen[i])
         if any(part.of_outputs is not None for part in chosen):
-            mixers = _fitted(student, teacher, mixers, weights, batch, chosen)
+            mixers = overlay_params(mixers, _fitted(student, teacher, mixers, weights, batch, chosen))
         return constrain_params(mixers, student)
 
     if mesh is None:
@@ -98,7 +100,8 @@ def _fitted(
     batch: Mapping[str, Any],
     parts: Sequence[Calibration],
 ) -> Params:
-    """The mixers with those parts that are made of their outputs beside attention's; one layer's are held at a time."""
+    """The converted stacks' mixers, parts of which are made of their outputs beside attention's; one layer's outputs
+    are held at a time."""
     tokens, segment_ids, positions = _read(batch)
     decoder = bind(teacher, weights)
     context, _ = make_context(teacher, tokens, segment_ids, positions, None)

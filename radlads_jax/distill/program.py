@@ -153,7 +153,7 @@ def make_step(plan: StagePlan) -> Any:
     Over a mesh everything comes and stays as `sharding` places it; metrics are on every device. It is compiled with the
     COMPILER_OPTIONS of the mesh's devices, or of this process's first.
     """
-    student, mesh = plan.student, plan.mesh
+    student, mesh = plan.student.in_training(), plan.mesh
     assert not isinstance(mesh, AbstractMesh), "a step is compiled for devices"
     stage_loss = plan.stage.stored_loss_fn if plan.reads_logits else plan.stage.loss_fn
     assert stage_loss is not None

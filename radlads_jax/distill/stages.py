@@ -42,10 +42,10 @@ class Stage(NamedTuple):
         return seed * _FIRST_STAGES + self.id
 
 
-def is_recurrent_mixer(path: str, cfg: ModelConfig) -> bool:
-    """Whether the parameter is of the mixer of a layer that is converted."""
+def is_aligned_mixer(path: str, cfg: ModelConfig) -> bool:
+    """Whether the parameter is of a mixer that begins as another than the teacher's (ModelConfig.is_aligned)."""
     match = _MIXER_PATH.match(path)
-    return match is not None and cfg.is_converted(int(match[1]))
+    return match is not None and cfg.is_aligned(int(match[1]))
 
 
 def everything(path: str, cfg: ModelConfig) -> bool:
@@ -75,7 +75,7 @@ STAGES: dict[str, Stage] = {
     "stage1": Stage(
         1,
         align_loss,
-        is_recurrent_mixer,
+        is_aligned_mixer,
         needs_teacher=True,
         whole_student=False,
         loss="distance to attention's outputs",

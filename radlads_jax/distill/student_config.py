@@ -1,13 +1,15 @@
 """A student's dimensions, from its teacher's and what the run says of it."""
 
 import dataclasses
+import math
 from typing import Any
 
-from radlads_jax.config import AUTO, RunConfig, Student
+from radlads_jax.config import RunConfig
 from radlads_jax.distill.stages import STAGES
-from radlads_jax.models.config import SOFTMAX, ModelConfig
+from radlads_jax.models.config import LEAST_LOG_SCALE, SOFTMAX, KeptAttention, ModelConfig
 from radlads_jax.models.mixers import MIXERS, mixer_spec
 from radlads_jax.models.spec import MixerSpec
+from radlads_jax.student import AUTO, Student
 
 # What is 0 or "" for the mixer's own choice.
 _RANKS = ("rank_decay", "rank_iclr", "rank_value", "rank_shift", "rank_gate")
@@ -27,9 +29,11 @@ def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
                 f"expected {' or '.join(repr(name) for name in MIXERS if name != SOFTMAX)}, or the stages pretrain and "
                 "stage3 alone."
             )
+        _kept_attention(run, teacher, converts=False)
         return dataclasses.replace(teacher, dtype=run.dtype, param_dtype="float32")
     options = _options(spec, chosen, teacher)
     student = teacher.as_student(chosen.mixer, options, _kept(chosen, teacher))
+    student = dataclasses.replace(student, kept_attention=_kept_attention(run, student))
     if not student.converted_layers:
         softmax = teacher.layer_mixers.count(SOFTMAX)
         raise ValueError(
@@ -137,9 +141,49 @@ def _kept(student: Student, teacher: ModelConfig) -> tuple[int, ...]:
     return tuple(range(student.attention_every - 1, teacher.num_layers, student.attention_every))
 
 
+def _kept_attention(run: RunConfig, student: ModelConfig, *, converts: bool = True) -> KeptAttention | None:
+    """What the softmax layers that stay have other than the teacher's; None: nothing.
+
+    Raises ValueError where none stay, or for a gate where the teacher has one.
+    """
+    chosen = run.student
+    scale = chosen.attention_log_scale
+    if scale is None:
+        scale = 0.0 if chosen.attention_rope else float(max(run.stage(name).seq_len for name in run.stages))
+    kept = KeptAttention(chosen.attention_rope, scale, chosen.attention_output_gate)
+    if kept == KeptAttention():
+        return None
+    asked = f"config.student.attention_rope is {kept.rope}, attention_log_scale {kept.log_scale:g} and "
+    asked += f"attention_output_gate {kept.output_gate}"
+    if not converts or SOFTMAX not in student.layer_mixers:
+        raise ValueError(
+            f"{asked}, which are of softmax layers that stay beside converted ones, and there are none; expected some. "
+            "Name them (config.student.attention_layers or attention_every), or leave these settings out."
+        )
+    if kept.log_scale and not LEAST_LOG_SCALE <= kept.log_scale < math.inf:
+        raise ValueError(
+            f"config.student.attention_log_scale is {kept.log_scale:g}; expected 0, or a number of tokens from "
+            f"{LEAST_LOG_SCALE:g} on, such as the length of the rows that are trained on."
+        )
+    if kept.output_gate and student.output_gate:
+        raise ValueError(
+            "config.student.attention_output_gate is true for a teacher whose softmax heads have a gate each; expected "
+            "false, for theirs stay. Leave it out."
+        )
+    return kept
+
+
 def _options(spec: MixerSpec, student: Student, teacher: ModelConfig) -> Any:
     """The mixer's options: what the config's fields choose of them, and the sizes of the teacher's own such layers."""
-    switches = {f: getattr(student, f) for f in ("use_rope", "token_shift", "group_norm", "balance_state")}
+    switches = {f: getattr(student, f) for f in ("use_rope", "token_shift", "group_norm", "balance_state", "qk_norm")}
+    if teacher.qk_norm and switches["qk_norm"] is False and "qk_norm" in spec.choices():
+        raise ValueError(
+            "config.student.qk_norm is false for a teacher that norms q and k itself; expected true or nothing, for "
+            "its weights are made for that. Leave it out."
+        )
+    if teacher.qk_norm and "qk_norm" in spec.choices():
+        # The teacher's are there in any case.
+        switches["qk_norm"] = None
     if switches["group_norm"] and switches["balance_state"] is None:
         switches["balance_state"] = False
     chosen = switches | {f: getattr(student, f) or None for f in _VALUES} | student.options

@@ -1,5 +1,6 @@
 """Softmax attention: the teachers' mixer, and that of the layers a hybrid keeps."""
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.sharded import ROWS, WHOLE_HEADS, parts, per_shard
 from radlads_jax.models import rope, sharding
-from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.config import KeptAttention, ModelConfig
 from radlads_jax.models.layers import RMSNorm, linear, repeat_kv, split_heads
 from radlads_jax.models.spec import MixerSpec, StateArray, Tensor, linear_tensors
 
@@ -26,6 +27,7 @@ class Context(NamedTuple):
     offset: the number of tokens before these in the decoding state.
     key_segment_ids: [B, S], of the state's keys; None outside decoding.
     v_first: [B, T, H, K], the first recurrent layer's values, where its mixer has any to give.
+    logit_scale: of every query in the softmax layers that scale theirs; None where none does.
     """
 
     cos: Float[Array, "B T 1 half"]
@@ -35,20 +37,22 @@ class Context(NamedTuple):
     offset: Int[Array, ""] | None = None
     key_segment_ids: Int[Array, "B S"] | None = None
     v_first: Float[Array, "B T H K"] | None = None
+    logit_scale: Float[Array, "B T 1 1"] | None = None
 
 
 class Mixer(nnx.Module):
     """What the teacher's attention and every student's mixer share: q, k, v, o and the family's per-head norms."""
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.cfg = cfg
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, qk_norm: bool | None = None):
+        """qk_norm: None: as the family has them."""
+        self.cfg, normed = cfg, cfg.qk_norm if qk_norm is None else qk_norm
         wide, narrow = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         self.q = linear(cfg.hidden_size, wide, cfg, rngs, bias=cfg.qkv_bias)
         self.k = linear(cfg.hidden_size, narrow, cfg, rngs, bias=cfg.qkv_bias)
         self.v = linear(cfg.hidden_size, narrow, cfg, rngs, bias=cfg.qkv_bias)
         self.o = linear(wide, cfg.hidden_size, cfg, rngs, bias=cfg.o_bias)
-        self.q_norm = RMSNorm(cfg.head_dim, cfg) if cfg.qk_norm else None
-        self.k_norm = RMSNorm(cfg.head_dim, cfg) if cfg.qk_norm else None
+        self.q_norm = RMSNorm(cfg.head_dim, cfg) if normed else None
+        self.k_norm = RMSNorm(cfg.head_dim, cfg) if normed else None
 
     def project(self, x_q: Array, x_k: Array, x_v: Array, context: Context, *, use_rope: bool):
         """q [B, T, H, K] and k, v [B, T, G, K] of inputs [B, T, D], with the family's norms and RoPE."""
@@ -71,12 +75,19 @@ class Mixer(nnx.Module):
 
 
 class Attention(Mixer):
-    """Causal grouped-query attention with RoPE; tokens see their own segment only."""
+    """Causal grouped-query attention with RoPE; tokens see their own segment only.
 
-    def __init__(self, cfg: ModelConfig, layer_id: Int[Array, ""], *, rngs: nnx.Rngs):
+    What a student's cfg says of the softmax layers that it keeps is so here, unless `kept` says otherwise.
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, layer_id: Int[Array, ""], *, rngs: nnx.Rngs, kept: KeptAttention | None = None
+    ):
         del layer_id
         super().__init__(cfg, rngs=rngs)
-        if cfg.output_gate:
+        self.kept = kept or cfg.kept_attention or KeptAttention()
+        self.gated = cfg.output_gate or self.kept.output_gate
+        if self.gated:
             self.q = linear(cfg.hidden_size, 2 * cfg.num_heads * cfg.head_dim, cfg, rngs, bias=cfg.qkv_bias)
 
     def __call__(self, x, context: Context, layer_id, state):
@@ -92,11 +103,20 @@ class Attention(Mixer):
 
     def projected(self, x: Float[Array, "B T D"], context: Context) -> tuple[Array, Array, Array, Array | None]:
         """q, k, v as `project`, and the heads' gates [B, T, H, K] where the family has them."""
-        if not self.cfg.output_gate:
-            return *self.project(x, x, x, context, use_rope=True), None
-        # A head's query and its gate lie side by side.
-        q, gate = jnp.split(split_heads(self.q(x), self.cfg.num_heads), 2, axis=-1)
-        return *self.prepared(q, self.k(x), self.v(x), context, use_rope=True), sharding.by_heads(gate)
+        q, gate = split_heads(self.q(x), self.cfg.num_heads), None
+        if self.gated:
+            # A head's query and its gate lie side by side.
+            q, gate = jnp.split(q, 2, axis=-1)
+        q, k, v = self.prepared(q, self.k(x), self.v(x), context, use_rope=self.kept.rope)
+        if self.kept.log_scale:
+            assert context.logit_scale is not None  # of the same cfg
+            q = (q.astype(jnp.float32) * context.logit_scale).astype(q.dtype)
+        return q, k, v, None if gate is None else sharding.by_heads(gate)
+
+
+def logit_scale(places: Int[Array, "B T"], base: float) -> Float[Array, "B T 1 1"]:
+    """log(t + a) / log(a) of the query at place t, from 0 on, of its segment; base: a."""
+    return (jnp.log(places.astype(jnp.float32) + base) / math.log(base))[..., None, None]
 
 
 def _written(cache: Float[Array, "B S G K"], new: Float[Array, "B T G K"], context: Context) -> Float[Array, "B S G K"]:
@@ -146,9 +166,16 @@ def _attend(
 
 
 def projection_tensors(
-    cfg: ModelConfig, *, multiplies: Literal["input", "inner"] = "input", gated: bool = False
+    cfg: ModelConfig,
+    *,
+    multiplies: Literal["input", "inner"] = "input",
+    gated: bool = False,
+    qk_norm: bool | None = None,
 ) -> list[Tensor]:
-    """What every `Mixer` has: q (with the heads' gates), k, v, o and the family's norms, by Hugging Face's names."""
+    """What every `Mixer` has: q (with the heads' gates), k, v, o and norms of q and k, by Hugging Face's names.
+
+    qk_norm: None: as the family has them.
+    """
     width, wide, narrow = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     of_kv: dict[str, Any] = {"bias": cfg.qkv_bias, "split_by": "kv_heads", "multiplies": multiplies}
     tensors = [
@@ -157,7 +184,7 @@ def projection_tensors(
         *linear_tensors("v", "v_proj", width, narrow, **of_kv),
         *linear_tensors("o", "o_proj", wide, width, bias=cfg.o_bias, out=True, multiplies="inner"),
     ]
-    norms = ("q_norm", "k_norm") if cfg.qk_norm else ()
+    norms = ("q_norm", "k_norm") if (cfg.qk_norm if qk_norm is None else qk_norm) else ()
     return [*tensors, *(Tensor(f"{name}/scale", f"{name}.weight", (cfg.head_dim,)) for name in norms)]
 
 
@@ -167,11 +194,29 @@ def _cache(cfg: ModelConfig, batch: int, max_length: int) -> dict[str, StateArra
     return {name: StateArray(shape, cfg.dtype, (ROWS, None, "tensor"), by_position=True) for name in ("k", "v")}
 
 
+def _gate_added(cfg: ModelConfig) -> bool:
+    return cfg.kept_attention is not None and cfg.kept_attention.output_gate
+
+
+def _adopt(cfg: ModelConfig, layers: dict[str, Any]) -> dict[str, Any]:
+    """A gate of sigmoid(0) = 1/2 beside every head's query, and an o that makes it good: both are exact."""
+    if not _gate_added(cfg):
+        return {}
+    q, o = layers["mixer"]["q"], layers["mixer"]["o"]
+
+    def with_gate(x: Array) -> Array:
+        heads = x.reshape(*x.shape[:-1], cfg.num_heads, -1)
+        return jnp.concatenate([heads, jnp.zeros_like(heads)], axis=-1).reshape(*x.shape[:-1], -1)
+
+    return {"q": {name: with_gate(x) for name, x in q.items()}, "o": o | {"kernel": 2 * o["kernel"]}}
+
+
 SPEC = MixerSpec(
     name="attention",
     title="softmax attention",
     module=Attention,
-    tensors=lambda cfg: projection_tensors(cfg, gated=cfg.output_gate),
+    tensors=lambda cfg: projection_tensors(cfg, gated=cfg.output_gate or _gate_added(cfg)),
+    adopt=_adopt,
     state=_cache,
     # Causal attention sees half the row: 2 T d.
     flops=lambda cfg, seq_len: 2.0 * seq_len * cfg.num_heads * cfg.head_dim,

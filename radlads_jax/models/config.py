@@ -5,10 +5,13 @@ Source: the families' config.json on the Hugging Face hub; RADLADS (arXiv 2505.0
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 # The mixer of teachers, and of the layers that a hybrid keeps; all others are recurrent.
 SOFTMAX = "attention"
+# log(a) divides, and is above 0.
+LEAST_LOG_SCALE = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +26,19 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class KeptAttention:
+    """What the softmax layers that a hybrid keeps have other than its teacher's.
+
+    rope: whether q and k are turned. log_scale: a of the factor log(t + a) / log(a) that a query's logits have at
+    inference, t its place in its segment; 0: none. output_gate: every head's query has a gate beside it, as in Qwen3.5.
+    """
+
+    rope: bool = True
+    log_scale: float = 0.0
+    output_gate: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Dimensions and switches of one Decoder.
 
@@ -30,6 +46,7 @@ class ModelConfig:
     zero_centred_norms: a norm multiplies by 1 + its scale. output_gate: of softmax layers, whose q gives every head's
     query and gate. rotary_size: how many of a head's channels RoPE turns, the first ones; None: all.
     mixer: the recurrent mixers' options (MixerSpec.options); None where every layer is softmax attention.
+    kept_attention: of a student, what its softmax layers have other than the teacher's; None: nothing.
     copied: of a student, the stacks whose recurrent layers are its teacher's own, not converted ones.
     dtype: of activations and matmuls ("float32" or "bfloat16"); norms, softmax and recurrence stay float32.
     """
@@ -54,6 +71,7 @@ class ModelConfig:
     rotary_size: int | None = None
     tie_embeddings: bool = False
     mixer: Any = None
+    kept_attention: KeptAttention | None = None
     # Not shown: the stacks of both models tell it, and plans are kept under what is.
     copied: tuple[int, ...] = dataclasses.field(default=(), repr=False)
     dtype: str = "float32"
@@ -82,18 +100,43 @@ class ModelConfig:
         """Whether the layers of this stack are a student's converted ones: neither softmax attention nor copied."""
         return self.stacks[stack][0] != SOFTMAX and stack not in self.copied
 
+    def is_changed(self, stack: int) -> bool:
+        """Whether the layers of this stack have another mixer than the teacher's: converted ones, and softmax layers
+        that have what the teacher's have not."""
+        is_kept = self.stacks[stack][0] == SOFTMAX
+        return self.kept_attention is not None if is_kept else self.is_converted(stack)
+
+    def is_aligned(self, stack: int) -> bool:
+        """Whether the mixers of this stack begin as others than the teacher's, and have to come near to them first: the
+        converted ones, and softmax attention without its RoPE. A gate alone begins as the teacher."""
+        kept = self.kept_attention
+        return self.is_changed(stack) and (self.is_converted(stack) or (kept is not None and not kept.rope))
+
     @property
     def converted_layers(self) -> tuple[int, ...]:
         """The numbers of a student's converted layers."""
+        return self._layers_where(self.is_converted)
+
+    @property
+    def aligned_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers that `is_aligned`."""
+        return self._layers_where(self.is_aligned)
+
+    def _layers_where(self, holds: Callable[[int], bool]) -> tuple[int, ...]:
         runs = zip(self.stack_starts, self.stacks, strict=True)
-        return tuple(
-            i for s, (start, (_, n)) in enumerate(runs) if self.is_converted(s) for i in range(start, start + n)
-        )
+        return tuple(i for s, (start, (_, n)) in enumerate(runs) if holds(s) for i in range(start, start + n))
 
     @property
     def recurrent_mixer(self) -> str | None:
         """The recurrent mixer's name, None for a model of softmax attention alone."""
         return next((m for m in self.layer_mixers if m != SOFTMAX), None)
+
+    def in_training(self) -> "ModelConfig":
+        """The same model as it is trained: logits are scaled at inference alone."""
+        kept = self.kept_attention
+        if kept is None or not kept.log_scale:
+            return self
+        return dataclasses.replace(self, kept_attention=dataclasses.replace(kept, log_scale=0.0))
 
     def as_student(self, mixer: str, options: Any, attention_layers: tuple[int, ...] = ()) -> "ModelConfig":
         """The student of this teacher: `mixer` everywhere but in attention_layers (layer numbers); heads untied.

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from radlads_jax.models import rope, sharding
-from radlads_jax.models.attention import Context
+from radlads_jax.models.attention import Context, logit_scale
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import MLP, RMSNorm, linear
 from radlads_jax.models.mixers import MIXERS
@@ -92,7 +92,8 @@ class Decoder(nnx.Module):
         """The normed hidden states that the head reads, and the state after the last token (None without one).
 
         segment_ids: 0 = padding; tokens see their own segment only, recurrent states reset where it changes. positions:
-        for RoPE; by default they count on from the state's length. remat: a name of _REMAT_POLICIES.
+        from 0 in every segment, for RoPE and logits that are scaled; by default they count from the segment's start, or
+        on from the state's length. remat: a name of _REMAT_POLICIES.
         """
         context, state = make_context(self.cfg, tokens, segment_ids, positions, state)
         x, stack_states = self.embed(tokens), []
@@ -183,14 +184,19 @@ def make_context(
     """What the mixers are told of these tokens, and the state as it stands before them."""
     if state is not None:
         segment_ids = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
-    if positions is None:
-        before = 0 if state is None else state["length"]
-        positions = jnp.broadcast_to(before + jnp.arange(tokens.shape[1]), tokens.shape)
     starts = None
     if segment_ids is not None:
         changes = segment_ids[:, 1:] != segment_ids[:, :-1]
         starts = jnp.pad(changes, ((0, 0), (1, 0)))
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        if state is not None:
+            positions = positions + state["length"]
+        elif starts is not None:
+            positions = positions - jax.lax.cummax(jnp.where(starts, positions, 0), axis=1)
     context = Context(*rope.rope_tables(cfg, positions), segment_ids, starts)
+    if cfg.kept_attention is not None and cfg.kept_attention.log_scale:
+        context = context._replace(logit_scale=logit_scale(positions, cfg.kept_attention.log_scale))
     if state is None or segment_ids is None:
         return context, None
     return _advance(cfg, context, segment_ids, state)

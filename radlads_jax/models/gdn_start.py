@@ -39,11 +39,12 @@ def obstacles(cfg: ModelConfig) -> list[str]:
     return [f"{own}{options.value_size} channels, which {cfg.num_heads} softmax heads of {cfg.head_dim} do not make"]
 
 
-def adopt(cfg: ModelConfig, attention: dict[str, Any]) -> dict[str, Any]:
+def adopt(cfg: ModelConfig, layers: dict[str, Any]) -> dict[str, Any]:
     """Of a stack's softmax layers, a fused mixer's qkv and o; nothing for one that has q, k, v and o by their names."""
     options, heads, kv_heads = cfg.mixer, cfg.num_heads, cfg.num_kv_heads
     if not options.fused:
         return {}
+    attention = layers["mixer"]
     # A head's query and its gate lie side by side: the query's channels come first.
     q, k, v = (_by_head(attention[name]["kernel"], n) for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads)))
     of_head, served = options.value_heads // heads, options.value_heads // options.key_heads

@@ -25,8 +25,10 @@ from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, re
 from radlads_jax.models.rwkv import (
     RwkvOptions,
     card_facts,
+    first_norms,
     gate_and_norm_tensors,
     gate_and_output_calibrations,
+    has_norms,
     low_rank_size,
     read_ranks,
     read_switches,
@@ -72,7 +74,7 @@ class RadRwkv6(Mixer):
     """The mixer. Its decoding state holds the recurrence's state and, with token shift, the last input."""
 
     def __init__(self, cfg: ModelConfig, layer_id: Int[Array, ""], *, rngs: nnx.Rngs):
-        super().__init__(cfg, rngs=rngs)
+        super().__init__(cfg, rngs=rngs, qk_norm=has_norms(cfg))
         mixer, size = cfg.mixer, cfg.num_heads * cfg.head_dim
         if mixer.token_shift:
             self.shift = _TokenShift(cfg, rngs=rngs)
@@ -175,7 +177,7 @@ def _tensors(cfg: ModelConfig) -> list[Tensor]:
     width, size, options = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.mixer
     # With token shift its own first matrix reads the mixer's input, and all others what it made of that.
     of_input: Any = "inner" if options.token_shift else "input"
-    tensors = projection_tensors(cfg, multiplies=of_input)
+    tensors = projection_tensors(cfg, multiplies=of_input, qk_norm=has_norms(cfg))
     if options.token_shift:
         rank, streams = options.rank_shift, len(_STREAMS)
         whole: Any = {"split_by": "nothing"}
@@ -245,5 +247,6 @@ SPEC = MixerSpec(
         lambda options: write_switches(options, token_shift=options.token_shift, ranks=_RANK_KEYS),
         torch_files("rwkv6qwen2"),
     ),
+    adopt=first_norms,
     facts=lambda cfg: card_facts(cfg, token_shift=cfg.mixer.token_shift),
 )

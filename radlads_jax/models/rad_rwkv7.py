@@ -29,8 +29,10 @@ from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, re
 from radlads_jax.models.rwkv import (
     RwkvOptions,
     card_facts,
+    first_norms,
     gate_and_norm_tensors,
     gate_and_output_calibrations,
+    has_norms,
     low_rank_size,
     read_ranks,
     read_switches,
@@ -55,7 +57,7 @@ class RadRwkv7(Mixer):
     """The mixer; r_k is carried for the published format and unused, k_k and k_a are used by variant B alone."""
 
     def __init__(self, cfg: ModelConfig, layer_id: Int[Array, ""], *, rngs: nnx.Rngs):
-        super().__init__(cfg, rngs=rngs)
+        super().__init__(cfg, rngs=rngs, qk_norm=has_norms(cfg))
         mixer, size = cfg.mixer, cfg.num_heads * cfg.head_dim
 
         def low_rank(rank: int, **options) -> LowRank:
@@ -183,7 +185,7 @@ def _tensors(cfg: ModelConfig) -> list[Tensor]:
         ("iclr", "a"): options.rank_iclr,
         ("value", "v"): options.rank_value,
     }
-    tensors = projection_tensors(cfg)
+    tensors = projection_tensors(cfg, qk_norm=has_norms(cfg))
     for (path, letter), rank in ranks.items():
         tensors += low_rank_tensors(path, (f"{letter}0", f"{letter}1", f"{letter}2"), width, rank, size)
     return [
@@ -254,5 +256,6 @@ SPEC = MixerSpec(
         lambda options: write_switches(options, token_shift=False, ranks=_RANK_KEYS),
         torch_files("rwkv7qwen2"),
     ),
+    adopt=first_norms,
     facts=lambda cfg: card_facts(cfg, token_shift=False),
 )

@@ -5,6 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+from jaxtyping import Array
+
 from radlads_jax.models import starts
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.spec import Calibration, Tensor, linear_tensors, low_rank_tensors
@@ -21,7 +24,8 @@ class RwkvOptions:
 
     balance_state and group_norm are the two ways to bound the output: with balance_state keys are scaled by the decay
     and the output by head_dim^-0.5 (RAD-RWKV7 variant A), with group_norm the output is normalised per head (variant
-    B). Raises ValueError where they contradict each other.
+    B). qk_norm: an RMSNorm of every head's r and k where the family has none. Raises ValueError where they contradict
+    each other.
     """
 
     use_rope: bool
@@ -30,6 +34,7 @@ class RwkvOptions:
     rank_gate: int
     balance_state: bool = True
     group_norm: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self):
         if self.balance_state and self.group_norm:
@@ -49,6 +54,32 @@ class RwkvOptions:
     def for_width(cls, hidden_size: int) -> "RwkvOptions":
         """The published student of this width."""
         raise NotImplementedError
+
+
+def has_norms(cfg: ModelConfig) -> bool:
+    """Whether r and k are normed: as the teacher's q and k are, or by choice."""
+    return cfg.qk_norm or cfg.mixer.qk_norm
+
+
+def first_norms(cfg: ModelConfig, layers: dict[str, Any]) -> dict[str, Any]:
+    """For norms of q and k that the teacher has not: one scale a layer, which leaves every head's direction as it was.
+
+    The teacher's root mean square over the layer's heads and channels, for inputs whose channels are independent and
+    as large as the norm before the mixer makes them on average. Without data no more is known.
+    """
+    if cfg.qk_norm or not cfg.mixer.qk_norm:
+        return {}
+    assert not cfg.zero_centred_norms  # a family that has such has norms of q and k
+    scale = layers["input_norm"]["scale"].astype(jnp.float32)
+
+    def of(projection: dict[str, Array]) -> dict[str, Array]:
+        squares = jnp.square(projection["kernel"].astype(jnp.float32) * scale[..., None]).sum(-2)
+        if "bias" in projection:
+            squares += jnp.square(projection["bias"].astype(jnp.float32))
+        rms = jnp.sqrt(squares.mean(-1, keepdims=True))
+        return {"scale": jnp.broadcast_to(rms, (*rms.shape[:-1], cfg.head_dim))}
+
+    return {f"{name}_norm": of(layers["mixer"][name]) for name in "qk"}
 
 
 def low_rank_size(hidden_size: int, exponent: float, multiplier: float) -> int:
@@ -112,6 +143,7 @@ def read_switches(keys: Any, *, gate: str, group_norm: bool) -> dict[str, Any]:
         "gate": _GATE_TYPES[gate_type],
         "balance_state": balance_state,
         "group_norm": group_norm,
+        "qk_norm": keys.flag("mixer_qk_norm", False),
     }
 
 
@@ -129,6 +161,8 @@ def write_switches(options: RwkvOptions, *, token_shift: bool, ranks: dict[str, 
         "balance_state": options.balance_state,
         "groupnorm_att": options.group_norm,
         "use_tokenshift": token_shift,
+        # Not of the published format: only where it says something.
+        **({"mixer_qk_norm": True} if options.qk_norm else {}),
     } | {key: getattr(options, name) for name, key in ranks.items()}
 
 
@@ -141,4 +175,5 @@ def card_facts(cfg: ModelConfig, *, token_shift: bool) -> dict[str, str]:
         "gate": options.gate.replace("_", " "),
         "output bounded by": bound,
         "token shift": "yes" if token_shift else "no",
+        **({"norms of q and k in the recurrent layers": "yes"} if has_norms(cfg) else {}),
     }

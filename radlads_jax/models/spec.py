@@ -139,8 +139,8 @@ class MixerSpec:
     calibrations(cfg): by name, the parts that may begin as the teacher says. calibrated: those that
     config.student.init=calibrated takes, as far as they are there, unless told which.
     obstacles(cfg): why it can not begin from a teacher's softmax layers of these dimensions, by what these have.
-    adopt(cfg, parameters of a stack of them) -> those of its own that are made of theirs, where it has not q, k, v, o
-    and the norms of q and k by these names and in these shapes.
+    adopt(cfg, parameters of a stack of the teacher's layers) -> those of its own that are made of theirs, where it has
+    not q, k, v, o and the norms of q and k by these names and in these shapes.
     facts(cfg): further lines of the model card.
     disk_prefix: what its tensors' names on disk begin with, behind the layer's.
     export_format: the one of porting.writers that a run exports its student in.
@@ -161,7 +161,7 @@ class MixerSpec:
     calibrated: tuple[str, ...] = ()
     columns: Callable[[ModelConfig], int] = lambda cfg: cfg.num_heads * cfg.head_dim
     obstacles: Callable[[ModelConfig], list[str]] = lambda cfg: ["an output gate in each head"] * cfg.output_gate
-    adopt: Callable[[ModelConfig, dict[str, Any]], dict[str, Any]] = lambda cfg, attention: {}
+    adopt: Callable[[ModelConfig, dict[str, Any]], dict[str, Any]] = lambda cfg, layers: {}
     facts: Callable[[ModelConfig], dict[str, str]] = lambda cfg: {}
     disk_prefix: str = "self_attn"
     export_format: str = "huggingface"

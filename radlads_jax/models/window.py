@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.sharded import ROWS, WHOLE_HEADS, parts, per_shard
 from radlads_jax.models.attention import Attention, Context, projection_tensors
-from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.config import KeptAttention, ModelConfig
 from radlads_jax.models.layers import repeat_kv
 from radlads_jax.models.spec import MixerSpec, PublishedFormat, StateArray
 
@@ -64,6 +65,9 @@ class _Kept(NamedTuple):
 
 class Window(Attention):
     """The mixer: softmax attention's parameters, and its heads' gates where the family has them."""
+
+    def __init__(self, cfg: ModelConfig, layer_id: Int[Array, ""], *, rngs: nnx.Rngs):
+        super().__init__(cfg, layer_id, rngs=rngs, kept=KeptAttention())
 
     def __call__(self, x: Float[Array, "B T D"], context: Context, layer_id, state):
         """-> (out [B, T, D], state {"sink_k", "sink_v", "k", "v", "seen"})."""

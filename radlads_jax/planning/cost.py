@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from radlads_jax.distill.stages import STAGES, is_recurrent_mixer
+from radlads_jax.distill.stages import STAGES, is_aligned_mixer
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import abstract_params
 from radlads_jax.models.mixers import MIXERS
@@ -31,10 +31,10 @@ ASSUMPTIONS_UNCOMPILED = (
 
 
 def matmul_weights(cfg: ModelConfig, *, mixers_of: ModelConfig | None = None) -> int:
-    """Elements of all matrices that a token is multiplied with; of the converted layers alone with `mixers_of`."""
+    """Elements of all matrices that a token is multiplied with; of aligned mixers alone with `mixers_of`."""
     total = 0
     for path, leaf in path_leaves(abstract_params(cfg)).items():
-        if mixers_of is not None and not is_recurrent_mixer(path, mixers_of):
+        if mixers_of is not None and not is_aligned_mixer(path, mixers_of):
             continue
         tensor = tensor_of(cfg, path)
         assert tensor is not None, path
@@ -44,20 +44,20 @@ def matmul_weights(cfg: ModelConfig, *, mixers_of: ModelConfig | None = None) ->
 
 
 def first_matrices(cfg: ModelConfig) -> int:
-    """Elements of the converted layers' matrices that what a mixer reads is multiplied with."""
+    """Elements of the aligned layers' matrices that what a mixer reads is multiplied with."""
     return sum(
         leaf.size
         for path, leaf in path_leaves(abstract_params(cfg)).items()
-        if is_recurrent_mixer(path, cfg) and (tensor := tensor_of(cfg, path)) and tensor.multiplies == "input"
+        if is_aligned_mixer(path, cfg) and (tensor := tensor_of(cfg, path)) and tensor.multiplies == "input"
     )
 
 
-def mixing_flops(cfg: ModelConfig, seq_len: int, *, converted_only: bool = False) -> float:
-    """Of a token's forward pass through scores or states; converted_only: of the layers that a student converts."""
+def mixing_flops(cfg: ModelConfig, seq_len: int, *, aligned_only: bool = False) -> float:
+    """Of a token's forward pass through scores or states; aligned_only: of the layers that a student aligns."""
     return sum(
         n * MIXERS[mixer].flops(cfg, seq_len)
         for stack, (mixer, n) in enumerate(cfg.stacks)
-        if cfg.is_converted(stack) or not converted_only
+        if cfg.is_aligned(stack) or not aligned_only
     )
 
 
@@ -73,7 +73,7 @@ def model_flops(
     head = 2.0 * teacher.vocab_size * teacher.hidden_size
     whole_teacher = 2.0 * matmul_weights(teacher) + mixing_flops(teacher, seq_len)
     if not STAGES[name].whole_student:
-        mixers = 2.0 * matmul_weights(student, mixers_of=student) + mixing_flops(student, seq_len, converted_only=True)
+        mixers = 2.0 * matmul_weights(student, mixers_of=student) + mixing_flops(student, seq_len, aligned_only=True)
         return whole_teacher - head + (4 if remat else 3) * mixers - 2.0 * first_matrices(student)
     own = 2.0 * matmul_weights(student) + mixing_flops(student, seq_len)
     again = own - head if remat else 0.0

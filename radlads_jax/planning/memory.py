@@ -50,7 +50,7 @@ def temporary_bytes(
         parts["layers' inputs"] = kept * student.num_layers * student.hidden_size
         parts["last hidden states"] = 3 * 2 * tokens * student.hidden_size
     else:
-        layers = len(student.converted_layers)
+        layers = len(student.aligned_layers)
         parts["mixers' inputs and targets"] = kept * layers * student.hidden_size * (axes["tensor"] + 1)
     if spec.shares_values:
         # The first layer's values, for all the others, and their gradient.

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from radlads_jax.models.config import SOFTMAX, ModelConfig, RopeScaling
+from radlads_jax.models.config import LEAST_LOG_SCALE, SOFTMAX, KeptAttention, ModelConfig, RopeScaling
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.spec import MixerSpec
 from radlads_jax.porting.config_keys import ConfigKeys
@@ -44,7 +44,7 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
         return family.complete(keys, model)
     options = mixer.published.read(keys, model.hidden_size)
     student = model.as_student(mixer.name, options, _attention_layers(keys, model))
-    return dataclasses.replace(student, tie_embeddings=model.tie_embeddings)
+    return dataclasses.replace(student, tie_embeddings=model.tie_embeddings, kept_attention=_kept_attention(keys))
 
 
 def _student_types() -> dict[str, MixerSpec]:
@@ -151,6 +151,17 @@ def _attention_layers(keys: ConfigKeys, model: ModelConfig) -> tuple[int, ...]:
             "expected the same in both. Remove the wrong one."
         )
     return tuple(sorted(layers))
+
+
+def _kept_attention(keys: ConfigKeys) -> KeptAttention | None:
+    """What a student's softmax layers have other than its teacher's."""
+    has_scale = keys.values.get("attn_log_scale") is not None
+    kept = KeptAttention(
+        rope=keys.flag("attn_use_rope", True),
+        log_scale=keys.number("attn_log_scale", low=LEAST_LOG_SCALE) if has_scale else 0.0,
+        output_gate=keys.flag("attn_output_gate", False),
+    )
+    return None if kept == KeptAttention() else kept
 
 
 def _full_attention_rope(rope: dict[str, Any]) -> dict[str, Any]:

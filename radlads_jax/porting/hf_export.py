@@ -12,7 +12,17 @@ from radlads_jax.porting.families import FAMILIES
 from radlads_jax.porting.hf_config import ROPE_KEYS, model_config_from_hf, rope_from_hf
 
 # What a student's config.json says of its softmax side; the mixer's own keys are its spec's.
-_STUDENT_KEYS = ("teacher_model_type", "qk_norm", "attention_output_bias", "num_attention_layers", "attention_layers")
+_STUDENT_KEYS = (
+    "teacher_model_type",
+    "qk_norm",
+    "attention_output_bias",
+    "num_attention_layers",
+    "attention_layers",
+    "mixer_qk_norm",
+    "attn_use_rope",
+    "attn_output_gate",
+    "attn_log_scale",
+)
 # They describe the files and the code that the base config came with, not this export's.
 _BASE_ONLY_KEYS = ("auto_map", "_name_or_path", "transformers_version", "torch_dtype", "dtype", "quantization_config")
 
@@ -21,7 +31,8 @@ def hf_config_from_model(cfg: ModelConfig, base: dict[str, Any]) -> dict[str, An
     """The config.json of an export: base (the teacher's config, may be empty) with everything that cfg says put in.
 
     A student is of type rwkv6qwen2 or rwkv7qwen2 whatever its teacher; `teacher_model_type`, `qk_norm` and, where the
-    softmax layers are not the last ones, `attention_layers` are this project's additions to the published keys.
+    softmax layers are not the last ones, `attention_layers` are this project's additions to the published keys, and of
+    a student with norms of q and k of its own or other softmax layers than its teacher's, `mixer_qk_norm` and `attn_*`.
     Raises ValueError for a model that its family's config cannot describe (for example mistral with biases).
     """
     published, family = _published(cfg), FAMILIES[cfg.family]
@@ -98,6 +109,9 @@ def _student_keys(cfg: ModelConfig, published: PublishedFormat) -> dict[str, Any
     }
     if not are_last:
         keys["attention_layers"] = attention
+    if (kept := cfg.kept_attention) is not None:
+        keys |= {"attn_use_rope": kept.rope, "attn_output_gate": kept.output_gate}
+        keys |= {"attn_log_scale": kept.log_scale} if kept.log_scale else {}
     return keys | published.write(cfg.mixer)
 
 

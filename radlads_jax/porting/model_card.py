@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from radlads_jax.models.config import SOFTMAX, ModelConfig
+from radlads_jax.models.config import SOFTMAX, KeptAttention, ModelConfig
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.state import mixer_state
 from radlads_jax.system.space import shown_bytes
@@ -79,6 +79,7 @@ def _description(cfg: ModelConfig, base: str) -> str:
         **({"layers converted, beside the teacher's own": _listed(cfg.converted_layers)} if cfg.copied else {}),
         "width, heads, kv heads, head size": f"{cfg.hidden_size}, {cfg.num_heads}, {cfg.num_kv_heads}, {cfg.head_dim}",
         **spec.facts(cfg),
+        **({"softmax layers": "; ".join(kept_said(cfg.kept_attention))} if cfg.kept_attention else {}),
         "state of a sequence": f"{shown_bytes(state)}, whatever its length"
         + (f", and {shown_bytes(len(softmax) * per_token)} a token in softmax layers" if softmax else ""),
         "where its teacher keeps": f"{shown_bytes(cfg.num_layers * per_token)} a token (keys and values in bfloat16)",
@@ -97,6 +98,13 @@ def _description(cfg: ModelConfig, base: str) -> str:
             *(f"| {name} | {value} |" for name, value in facts.items()),
         ]
     )
+
+
+def kept_said(kept: KeptAttention) -> list[str]:
+    """What softmax layers have other than the teacher's, in words."""
+    scale = f"at inference logits times log(t + {kept.log_scale:g}) / log({kept.log_scale:g}) at place t"
+    said = {"no RoPE": not kept.rope, scale: bool(kept.log_scale), "a gate in every head": kept.output_gate}
+    return [name for name, present in said.items() if present]
 
 
 def _recipe(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.table import Table
 
-from radlads_jax.models.config import SOFTMAX, ModelConfig
+from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import Params, init_params
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.placement import shardings
@@ -22,29 +22,31 @@ _REFRESHED = ("q", "k", "v", "qkv", "o")
 def init_mixers(
     cfg: ModelConfig, teacher: Params, seed: int, *, fresh_qkvo: bool = False, mesh: Mesh | None = None
 ) -> Params:
-    """{"stacks": {i: {"mixer": ...}}} of the converted stacks, in cfg.param_dtype.
+    """{"stacks": {i: {"mixer": ...}}} of the stacks whose mixers are not the teacher's, in cfg.param_dtype.
 
     q, k, v, o, their biases and norms are the teacher's (whose stacks are cut at the student's boundaries); with
     fresh_qkvo q, k, v and o are uniform in +-0.5 D^-1/2 and o is zero, the paper's ablation. A mixer with a k and v for
     every query head gets its kv head's copy, one of other sizes what it adopts (MixerSpec.adopt). All else is new, a
-    function of the seed alone, and lies on `mesh` as the copies of a teacher on the same mesh do.
+    function of the seed alone, and lies on `mesh` as the copies of a teacher on the same mesh do. Softmax layers that
+    have other things than the teacher's begin with all of its weights in any case.
     """
-    new = _init_converted(cfg, mesh)(seed)
+    new = _init_changed(cfg, mesh)(seed)
     for i, stack in new["stacks"].items():
+        is_fresh = fresh_qkvo and cfg.is_converted(i)
         # A copy even where the dtype is the same: training donates the student's buffers, never the teacher's.
-        for name, own in ({} if fresh_qkvo else _inherited(cfg, teacher["stacks"][i]["mixer"], stack["mixer"])).items():
+        for name, own in ({} if is_fresh else _inherited(cfg, i, teacher["stacks"][i], stack["mixer"])).items():
             stack["mixer"][name] = jax.tree.map(functools.partial(_copied, cfg), own, stack["mixer"][name])
-        if fresh_qkvo:
+        if is_fresh:
             _refresh(cfg, stack["mixer"], jax.random.fold_in(jax.random.key(seed), i), mesh)
     return new
 
 
-def _inherited(cfg: ModelConfig, attention: Params, mixer: Params) -> Params:
-    """What of a stack's mixer is the teacher's attention's, or made of it, by name.
+def _inherited(cfg: ModelConfig, stack: int, layers: Params, mixer: Params) -> Params:
+    """What of a stack's mixer is the teacher's attention's, or made of its layers, by name.
 
     Only what the mixer has: one without biases leaves the teacher's out.
     """
-    adopted = MIXERS[cfg.recurrent_mixer or SOFTMAX].adopt(cfg, attention)
+    attention, adopted = layers["mixer"], MIXERS[cfg.stacks[stack][0]].adopt(cfg, layers)
     by_name = [n for n in _COPIED_PROJECTIONS if n in attention and n in mixer and n not in adopted]
     return {name: {leaf: attention[name][leaf] for leaf in mixer[name]} for name in by_name} | adopted
 
@@ -60,12 +62,12 @@ def _copied(cfg: ModelConfig, x: jax.Array, new: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _init_converted(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[int], Params]:
-    """seed -> the mixers of the converted stacks; under jit, so that what is not returned is not computed."""
+def _init_changed(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[int], Params]:
+    """seed -> the mixers that are not the teacher's; under jit, so that what is not returned is not computed."""
 
     def init(seed: jax.Array) -> Params:
         stacks = init_params(cfg, jax.random.key(seed))["stacks"]
-        return {"stacks": {i: {"mixer": stacks[i]["mixer"]} for i in range(len(cfg.stacks)) if cfg.is_converted(i)}}
+        return {"stacks": {i: {"mixer": stacks[i]["mixer"]} for i in range(len(cfg.stacks)) if cfg.is_changed(i)}}
 
     return jax.jit(init, out_shardings=shardings(mesh, jax.eval_shape(init, 0), cfg))
 
@@ -84,25 +86,30 @@ def _refresh(cfg: ModelConfig, mixer: Params, key: jax.Array, mesh: Mesh | None)
 
 def whole_student(cfg: ModelConfig, base: Params, mixers: Params) -> Params:
     """The student's full tree: `base`, a teacher's in the student's dtype, with these mixers and a head of its own."""
-    kept, _ = split_params(base, lambda path: path not in path_leaves(mixers) and not _in_converted_mixer(cfg, path))
+    kept, _ = split_params(base, lambda path: path not in path_leaves(mixers) and not _in_changed_mixer(cfg, path))
     student = merge_params(kept, mixers)
     if "head" not in student and not cfg.tie_embeddings:
         student["head"] = {"kernel": base["embed"]["embedding"].T}
     return student
 
 
-def _in_converted_mixer(cfg: ModelConfig, path: str) -> bool:
+def aligned_alone(cfg: ModelConfig, mixers: Params) -> Params:
+    """Of what `init_mixers` gives, the mixers that stage 1 brings near to their attention layers."""
+    return {"stacks": {i: stack for i, stack in mixers["stacks"].items() if cfg.is_aligned(i)}}
+
+
+def _in_changed_mixer(cfg: ModelConfig, path: str) -> bool:
     parts = path.split("/")
-    return parts[0] == "stacks" and parts[2] == "mixer" and cfg.is_converted(int(parts[1]))
+    return parts[0] == "stacks" and parts[2] == "mixer" and cfg.is_changed(int(parts[1]))
 
 
 def _attention_paths(cfg: ModelConfig, student: Params, teacher: Params) -> set[str]:
-    """The paths of what the converted layers' mixers have of the teacher's attention."""
+    """The paths of what mixers that are not the teacher's have of its attention."""
     paths: set[str] = set()
     for i, stack in student["stacks"].items():
-        if cfg.is_converted(i):
-            of_stack = functools.partial(_inherited, cfg)
-            inherited = jax.eval_shape(of_stack, teacher["stacks"][i]["mixer"], stack["mixer"])
+        if cfg.is_changed(i) and "mixer" in stack:
+            of_stack = functools.partial(_inherited, cfg, i)
+            inherited = jax.eval_shape(of_stack, teacher["stacks"][i], stack["mixer"])
             paths |= {f"stacks/{i}/mixer/{path}" for path in path_leaves(inherited)}
     return paths
 
@@ -122,8 +129,8 @@ def transfer_table(cfg: ModelConfig, student: Params, teacher: Params, *, fresh_
         table.add_column(column)
     copied = new = 0
     for path, leaf in path_leaves(student).items():
-        if _in_converted_mixer(cfg, path):
-            from_teacher = path in of_attention and not fresh_qkvo
+        if _in_changed_mixer(cfg, path):
+            from_teacher = path in of_attention and not (fresh_qkvo and cfg.is_converted(int(path.split("/")[1])))
         else:
             from_teacher = path in teacher_paths
         source = "teacher" if from_teacher else "teacher (embedding)" if path == "head/kernel" else "new"
@@ -134,7 +141,7 @@ def transfer_table(cfg: ModelConfig, student: Params, teacher: Params, *, fresh_
             "/".join(path.split("/")[3:])
             for path in teacher_paths.keys() - path_leaves(student).keys()
             # Matrices that are not there by their names are part of what the mixer adopts.
-            if _in_converted_mixer(cfg, path) and not path.endswith("kernel")
+            if _in_changed_mixer(cfg, path) and not path.endswith("kernel")
         }
         | ({"the heads' gates"} if _adopts_queries_alone(cfg, student) else set())
     )

@@ -10,7 +10,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from radlads_jax.config import Student
 from radlads_jax.reporting.charts import Curve, Real, heat_height, heat_map, line_chart, short
 from radlads_jax.reporting.page import (
     amount,
@@ -27,6 +26,7 @@ from radlads_jax.reporting.page import (
 )
 from radlads_jax.reporting.quality import evaluation, quality, samples
 from radlads_jax.reporting.run_log import RunLog, StageLog, number, ranges, read_run
+from radlads_jax.student import Student
 from radlads_jax.system import storage
 from radlads_jax.system.space import shown_bytes
 

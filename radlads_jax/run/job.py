@@ -158,9 +158,9 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     depends = _depends(source, base_config, tokenizer, tokens)
     if chat_file is not None:
         depends["chats"] = {"token_file": chat_file.prefix.name, "tokens": fingerprint.of_tokens(chat_file)}
-    if student.copied:
+    if student.copied or student.aligned_layers != student.converted_layers:
         # Which layers an alignment error is of does not follow from the settings alone.
-        depends["converted"] = list(student.converted_layers)
+        depends["converted"] = list(student.aligned_layers)
     logits = None
     # One that is finished reads them no more, and they may be gone.
     if not (is_finished := fingerprint.is_finished(workdir)):

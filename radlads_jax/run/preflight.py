@@ -26,6 +26,7 @@ from radlads_jax.models.decoder import Params
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.state import mixer_state
 from radlads_jax.porting.hub import load_tokenizer
+from radlads_jax.porting.model_card import kept_said
 from radlads_jax.porting.names import disk_tensors
 from radlads_jax.porting.writers import writer_for
 from radlads_jax.reporting.run_log import ranges
@@ -66,6 +67,7 @@ def check(job: Job, *, force: bool = False, whole: bool = False) -> Params | Non
         findings = [disk(job), data(job), Finding("rates", rates.described(map(job.stage_plan, job.run.stages)))]
         findings += [stored_logits(job)] if job.logits is not None else []
         findings += [layers(job)] if layers_to_choose(job.run.student) or job.student.copied else []
+        findings += [softmax_layers(job)] if job.student.kept_attention is not None else []
         findings += [tokenizer(job), _checkpoints(job), export_format(job)]
         if job.source is not None and job.student.recurrent_mixer:
             teacher = job.load_teacher(job.run.teacher.dtype)
@@ -140,6 +142,15 @@ def layers(job: Job) -> Finding:
         return Finding("layers", f"softmax attention in {_kept(job.student)}, as chosen when the run began")
     said = f"{job.to_choose} of {job.teacher.num_layers} will be chosen to stay softmax attention"
     return Finding("layers", f"{said}; sizes are those of as many, evenly spaced: {_kept(job.student)}")
+
+
+def softmax_layers(job: Job) -> Finding:
+    """What the softmax layers that stay have other than the teacher's, and which stage trains them first."""
+    kept = job.student.kept_attention
+    assert kept is not None  # else there is nothing to say
+    trains = "they begin as the teacher's, and stage1 leaves them" if kept.rope else "stage1 aligns them as the mixers"
+    scores = "; evaluations and export scale the logits, training does not" if kept.log_scale else ""
+    return Finding("softmax", f"layers {_kept(job.student)}: {', '.join(kept_said(kept))}; {trains}{scores}")
 
 
 def _kept(student: ModelConfig) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from radlads_jax import fields
-from radlads_jax.config import Data, RunConfig, Student, Teacher, defaults
+from radlads_jax.config import Data, RunConfig, Teacher, defaults
+from radlads_jax.student import Student
 from radlads_jax.system import storage
 from radlads_jax.system.json_files import read_json
 

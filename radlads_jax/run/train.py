@@ -19,7 +19,7 @@ from radlads_jax.models import placement, sharding
 from radlads_jax.models.decoder import Params
 from radlads_jax.models.tree import overlay_params, path_leaves, split_params
 from radlads_jax.planning.cost import model_flops
-from radlads_jax.porting.student import init_mixers, transfer_table, whole_student
+from radlads_jax.porting.student import aligned_alone, init_mixers, transfer_table, whole_student
 from radlads_jax.run import ending, fingerprint
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.checkpoint_sums import DamagedCheckpoint
@@ -345,6 +345,7 @@ def student_after(job: Job, stages: Sequence[str], teacher: Params | None, *, wh
         if job.run.student.init == "calibrated":
             params = _calibrated(job, params, teacher)
         _check_frozen(job, params)
+        params = params if whole else aligned_alone(job.student, params)
     if whole:
         params = whole_student(job.student, job.load_teacher("float32"), params)
     for name in stages:

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from untrained import random_mixers, random_params, student_of
 
-from radlads_jax.config import Mesh, RunConfig, Student
+from radlads_jax.config import Mesh, RunConfig
 from radlads_jax.distill.calibrate import calibrated, statistics
 from radlads_jax.distill.mesh import make_mesh
 from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models import ModelConfig, bind, sharding
 from radlads_jax.models.decoder import make_context
 from radlads_jax.models.placement import shardings
+from radlads_jax.student import Student
 
 TEACHER = ModelConfig("qwen2", 61, 32, 64, 4, 2, 8, (("attention", 2),), qkv_bias=True, tie_embeddings=True)
 GDN = student_of(TEACHER, "gdn", (1,))

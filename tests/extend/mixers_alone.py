@@ -2,13 +2,13 @@
 
 from radlads_jax.config import StageConfig, add_stage
 from radlads_jax.distill.losses import kl_loss
-from radlads_jax.distill.stages import Stage, is_recurrent_mixer
+from radlads_jax.distill.stages import Stage, is_aligned_mixer
 
 NAME = "mixers_alone"
 STAGE = Stage(
     70_001,
     kl_loss,
-    is_recurrent_mixer,
+    is_aligned_mixer,
     needs_teacher=True,
     whole_student=True,
     loss="KL to the teacher, by the mixers",

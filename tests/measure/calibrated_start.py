@@ -28,7 +28,7 @@ from radlads_jax.config import validate
 from radlads_jax.distill.align import align_loss
 from radlads_jax.distill.losses import kl_loss
 from radlads_jax.distill.program import StagePlan, create_state, make_step
-from radlads_jax.distill.stages import is_recurrent_mixer
+from radlads_jax.distill.stages import is_aligned_mixer
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.tree import merge_params, split_params
 from radlads_jax.porting.student import whole_student
@@ -72,7 +72,7 @@ def losses_of(student, teacher):
     """(stage 1's loss, KL) of a whole student on one batch, each a program of its own."""
 
     def aligned(params, weights, batch):
-        mixers, _ = split_params(params, lambda path: is_recurrent_mixer(path, student))
+        mixers, _ = split_params(params, lambda path: is_aligned_mixer(path, student))
         sums = align_loss(student, teacher, mixers, weights, batch, remat="none")
         return sums.loss / sums.weight
 

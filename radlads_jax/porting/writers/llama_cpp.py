@@ -23,7 +23,7 @@ def _obstacles(cfg: ModelConfig) -> list[str]:
         "GroupNorm (student.group_norm)": mixer.group_norm,
         "no state balancing (student.balance_state)": not mixer.balance_state,
         "a tied head (write it with --untie)": cfg.tie_embeddings,
-        "norms of q and k": cfg.qk_norm,
+        "norms of q and k (student.qk_norm)": cfg.qk_norm or mixer.qk_norm,
         "a bias of o": cfg.o_bias,
         f"heads of {cfg.num_heads} x {cfg.head_dim} in a width of {cfg.hidden_size}": cfg.num_heads * cfg.head_dim
         != cfg.hidden_size,

@@ -3,7 +3,9 @@
 A teacher's softmax layers are carried exactly: q with a gate of zeros, whose sigmoid 1/2 a doubled o makes good; norms
 as w - 1, behind powers of two that the next matrices take where w - 1 would be rounded (writers/zero_centred.py); and,
 for a teacher without norms of q and k, heads of twice the size, whose second half is a constant that makes the norms
-constant too (writers/padded_heads.py). Gated DeltaNet layers get their k and v cloned for every query head.
+constant too (writers/padded_heads.py). A student's softmax layers may have a gate, which is the format's own, and in
+padded heads no RoPE: what is turned there is the constant. Gated DeltaNet layers get their k and v cloned for every
+query head.
 
 The engines do not read quite the same directory (writers/engines.py): one form is written for most of them, and another
 for any of them by its name.
@@ -17,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from radlads_jax.models.config import SOFTMAX, ModelConfig
+from radlads_jax.models.config import SOFTMAX, KeptAttention, ModelConfig
 from radlads_jax.models.gdn import GdnOptions
 from radlads_jax.models.tree import ParamPath
 from radlads_jax.porting.families import qwen3_5
@@ -69,6 +71,7 @@ def _native(cfg: ModelConfig, form: _Form = _USUAL) -> ModelConfig:
         qk_norm=True,
         zero_centred_norms=True,
         output_gate=True,
+        kept_attention=None,
         mixer=GdnOptions(heads, heads, size, size) if cfg.recurrent_mixer else None,
     )
 
@@ -81,8 +84,14 @@ def _obstacles(cfg: ModelConfig, directory: AnyPath | None, engine: engines.Engi
 
 
 def _without_place(cfg: ModelConfig) -> list[str]:
+    kept = cfg.kept_attention or KeptAttention()
+    scaled = ["logits of softmax layers scaled by position (student.attention_log_scale=0)"] * bool(kept.log_scale)
+    turned = ["softmax layers without RoPE beside norms of q and k (student.attention_rope)"] * (
+        not kept.rope and cfg.qk_norm
+    )
     if cfg.family == qwen3_5.NAME:
-        return [] if cfg.mixer is None or cfg.mixer.fused else ["a gdn student of a Qwen3.5 teacher"]
+        fused = cfg.mixer is None or cfg.mixer.fused
+        return scaled + turned + ["a gdn student of a Qwen3.5 teacher"] * (not fused)
     obstacles = {
         f"the mixer {cfg.recurrent_mixer} (only {qwen3_5.MIXER} has one)": cfg.recurrent_mixer
         not in (None, qwen3_5.MIXER),
@@ -90,7 +99,7 @@ def _without_place(cfg: ModelConfig) -> list[str]:
         "biases of q, k or v beside norms of q and k": cfg.qk_norm and cfg.qkv_bias,
         "a bias of o in softmax layers (vllm would leave it out)": cfg.o_bias and SOFTMAX in cfg.layer_mixers,
     }
-    return [name for name, present in obstacles.items() if present]
+    return scaled + turned + [name for name, present in obstacles.items() if present]
 
 
 def _tensors(flat: dict[ParamPath, Any], cfg: ModelConfig, dtype: str | None, form: _Form) -> list[PlannedTensor]:
@@ -158,25 +167,44 @@ def _cloned(rows: np.ndarray, cfg: ModelConfig) -> np.ndarray:
 
 def _softmax(name: str, shape: tuple[int, ...], cfg: ModelConfig, fetch: _Fetch) -> np.ndarray:
     which, kind = name.split(".")[-2:]
+    kept = cfg.kept_attention or KeptAttention()
     if which in ("q_norm", "k_norm"):
-        return zero_centred.stored(fetch(name), split=False) if cfg.qk_norm else padded_heads.norm(cfg.head_dim)
-    heads = cfg.num_heads if which in ("q_proj", "o_proj") else cfg.num_kv_heads
+        if cfg.qk_norm:
+            return zero_centred.stored(fetch(name), split=False)
+        return padded_heads.norm(cfg.head_dim, turned=kept.rope)
     present = kind == "weight" or (cfg.o_bias if which == "o_proj" else cfg.qkv_bias)
     if which == "o_proj" and kind == "bias":
         return fetch(name) if present else np.zeros(shape, np.float32)
-    array = fetch(name) if present else np.zeros(heads * cfg.head_dim, np.float32)
-    if which == "o_proj":
+    heads = cfg.num_heads if which in ("q_proj", "o_proj") else cfg.num_kv_heads
+    gated = which == "q_proj" and kept.output_gate
+    array = fetch(name) if present else np.zeros(heads * cfg.head_dim * (2 if gated else 1), np.float32)
+    if which == "o_proj" and not kept.output_gate:
         array = 2 * array
-    if not cfg.qk_norm:
-        constant = padded_heads.CONSTANT if which in ("q_proj", "k_proj") and kind == "bias" else 0.0
-        array = padded_heads.padded(array, heads, axis=1 if which == "o_proj" else 0, value=constant)
-    return _with_gate(array, heads) if which == "q_proj" else array
+    if which != "q_proj":
+        return _padded(array, heads, which, kind, cfg)
+    query, gate = np.split(_by_head(array, heads), 2, axis=1) if gated else (_by_head(array, heads), None)
+    query = _padded(query.reshape(-1, *array.shape[1:]), heads, which, kind, cfg)
+    gate = np.zeros_like(query) if gate is None else _padded(gate.reshape(-1, *array.shape[1:]), heads, "gate", "", cfg)
+    both = np.concatenate([_by_head(query, heads), _by_head(gate, heads)], axis=1)
+    return both.reshape(-1, *array.shape[1:])
 
 
-def _with_gate(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Every head's rows, and as many zeros for its gate."""
-    by_head = rows.reshape(heads, -1, *rows.shape[1:])
-    return np.concatenate([by_head, np.zeros_like(by_head)], axis=1).reshape(-1, *rows.shape[1:])
+def _by_head(rows: np.ndarray, heads: int) -> np.ndarray:
+    return rows.reshape(heads, -1, *rows.shape[1:])
+
+
+def _padded(array: np.ndarray, heads: int, which: str, kind: str, cfg: ModelConfig) -> np.ndarray:
+    """A projection's heads with a constant's channels, where the teacher has no norms of q and k.
+
+    Behind them, or, in q and k of layers without RoPE, before them, where the format turns it.
+    """
+    if cfg.qk_norm:
+        return array
+    of_score = which in ("q_proj", "k_proj")
+    constant = padded_heads.CONSTANT if of_score and kind == "bias" else 0.0
+    before = of_score and cfg.kept_attention is not None and not cfg.kept_attention.rope
+    axis = 1 if which == "o_proj" else 0
+    return padded_heads.padded(array, heads, axis=axis, value=constant, before=before)
 
 
 def _config(cfg: ModelConfig, base: dict[str, Any], form: _Form) -> dict[str, Any]:

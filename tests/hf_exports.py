@@ -11,7 +11,7 @@ import pytest
 from untrained import save_tokenizer, student_of
 
 from radlads_jax.models import ModelConfig
-from radlads_jax.models.config import RopeScaling
+from radlads_jax.models.config import KeptAttention, RopeScaling
 from radlads_jax.models.tree import nest
 from radlads_jax.porting import param_shapes, save_params
 
@@ -29,6 +29,10 @@ def student(mixer: str, layers: tuple[int, ...] = (), base: ModelConfig = TEACHE
     return student_of(base, mixer, layers, **(ranks | switches))
 
 
+def other_softmax(cfg: ModelConfig, kept: KeptAttention) -> ModelConfig:
+    return dataclasses.replace(cfg, kept_attention=kept)
+
+
 GROUP_NORM = {"balance_state": False, "group_norm": True}
 MODELS = {
     "rwkv6": student("rad_rwkv6"),
@@ -43,8 +47,14 @@ MODELS = {
     "rwkv7 hybrid, last": student("rad_rwkv7", (1, 2)),
     "rwkv7 of qwen3": student("rad_rwkv7", (2,), QWEN3),
     "rwkv7 of llama": student("rad_rwkv7", (), LLAMA),
+    "rwkv6 hybrid, norms, no RoPE": other_softmax(
+        student("rad_rwkv6", (0, 2), qk_norm=True), KeptAttention(rope=False, log_scale=16.0)
+    ),
+    "rwkv7 hybrid, norms, no RoPE, gates": other_softmax(
+        student("rad_rwkv7", (1, 2), qk_norm=True), KeptAttention(rope=False, log_scale=8.0, output_gate=True)
+    ),
 }
-SOME = ("rwkv6", "rwkv6 hybrid", "rwkv7", "rwkv7 hybrid, last")
+SOME = ("rwkv6", "rwkv6 hybrid", "rwkv7", "rwkv7 hybrid, last", "rwkv7 hybrid, norms, no RoPE, gates")
 
 
 @dataclasses.dataclass(eq=False, frozen=True)

@@ -19,10 +19,13 @@ GATE_NONE, GATE_FULL, GATE_LOW_RANK = range(3)
 class StudentConfig(PreTrainedConfig):
     """A decoder of softmax attention whose attention layers, all or most, are recurrent mixers now.
 
-    use_rope: whether the recurrent mixers rotate r and k; softmax layers always do. gate_rank_type: 0 none, 1 a full
-    matrix, 2 low rank. balance_state, groupnorm_att: the two ways to bound a mixer's output, at most one of them on.
-    num_attention_layers: so many last layers are softmax attention; attention_layers: their numbers, where they are
-    not the last. A rank of 0 or None is the published one for hidden_size. Raises ValueError for what the models lack.
+    use_rope, mixer_qk_norm: whether the recurrent mixers rotate r and k, and norm them where the teacher does not.
+    attn_use_rope, attn_output_gate: whether softmax layers rotate q and k, and have a sigmoid gate beside every head's
+    query; attn_log_scale: a, where they scale the logits of the query at place t by log(t + a) / log(a).
+    gate_rank_type: 0 none, 1 a full matrix, 2 low rank. balance_state, groupnorm_att: the two ways to bound a mixer's
+    output, at most one of them on. num_attention_layers: so many last layers are softmax attention; attention_layers:
+    their numbers, where they are not the last. A rank of 0 or None is the published one for hidden_size. Raises
+    ValueError for what the models lack.
     """
 
     # A list: Trainer adds one to it.
@@ -57,6 +60,10 @@ class StudentConfig(PreTrainedConfig):
         use_tokenshift=None,
         num_attention_layers=0,
         attention_layers=None,
+        mixer_qk_norm=False,
+        attn_use_rope=True,
+        attn_output_gate=False,
+        attn_log_scale=None,
         lora_rank_decay=None,
         lora_rank_iclr=None,
         lora_rank_value_residual_mix=None,
@@ -88,6 +95,10 @@ class StudentConfig(PreTrainedConfig):
         self.use_tokenshift = self.has_token_shift if use_tokenshift is None else use_tokenshift
         self.num_attention_layers = num_attention_layers
         self.attention_layers = attention_layers
+        self.mixer_qk_norm = mixer_qk_norm
+        self.attn_use_rope = attn_use_rope
+        self.attn_output_gate = attn_output_gate
+        self.attn_log_scale = attn_log_scale
         self.lora_rank_decay = lora_rank_decay or published_rank(hidden_size, 0.5, 1.8)
         self.lora_rank_iclr = lora_rank_iclr or published_rank(hidden_size, 0.5, 1.8)
         self.lora_rank_value_residual_mix = lora_rank_value_residual_mix or published_rank(hidden_size, 0.5, 1.3)
@@ -120,6 +131,9 @@ class StudentConfig(PreTrainedConfig):
             f"gate_rank_type {self.gate_rank_type} (0, 1 and 2 are)": self.gate_rank_type not in (0, 1, 2),
             "balance_state together with groupnorm_att": self.balance_state and self.groupnorm_att,
             f"use_tokenshift in {self.model_type}": self.use_tokenshift and not self.has_token_shift,
+            f"attn_log_scale {self.attn_log_scale} (numbers from 2 on are)": bool(
+                self.attn_log_scale is not None and not 2 <= self.attn_log_scale < math.inf
+            ),
             "use_sliding_window": bool(getattr(self, "use_sliding_window", False)),
             "mlp_bias": bool(getattr(self, "mlp_bias", False)),
             f"attention_layers {softmax} outside the {self.num_hidden_layers} layers": any(

@@ -1,4 +1,4 @@
-"""What both students' layers are built from: the cache, norms, MLP, RoPE, softmax attention, the mixers' shared parts.
+"""What both students' layers are built from: norms, MLP, RoPE, softmax attention, the mixers' shared parts.
 
 Arrays are [B, T, heads, head size]; the recurrences and everything summed over tokens are float32.
 """
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache
 
 from .configuration_student import GATE_FULL, GATE_LOW_RANK, StudentConfig
 
@@ -21,7 +21,8 @@ PARTS = 8
 class Context(NamedTuple):
     """What every mixer is told of the tokens; real [B, T] is False for padding, pairs [B, 1, T, S] says which keys a
     query sees; both are None where nothing is hidden but the future. starts [B, T] is True where a document begins
-    within what is read (rows packed with several); None where none does.
+    within what is read (rows packed with several); None where none does. logit_scale [B, T, 1, 1]: of every query in
+    the softmax layers; None for 1.
     """
 
     cos: torch.Tensor
@@ -29,103 +30,7 @@ class Context(NamedTuple):
     real: torch.Tensor | None
     pairs: torch.Tensor | None
     starts: torch.Tensor | None = None
-
-
-class RecurrentLayer(CacheLayerMixin):
-    """A mixer's state: wkv [B, heads, K, V] float32 and, with token shift, the last input [B, D]."""
-
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(self):
-        super().__init__()
-        self.length = 0
-        self.wkv: torch.Tensor | None = None
-        self.last_input: torch.Tensor | None = None
-
-    def store(self, tokens: int, wkv: torch.Tensor, last_input: torch.Tensor | None = None) -> None:
-        """Puts the state after `tokens` more tokens in the place of the one before them."""
-        self.length += tokens
-        self.wkv, self.last_input, self.is_initialized = wkv, last_input, True
-
-    def _change(self, change) -> None:
-        self.wkv = None if self.wkv is None else change(self.wkv)
-        self.last_input = None if self.last_input is None else change(self.last_input)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._change(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._change(lambda x: x[indices.to(x.device)])
-
-    def reset(self) -> None:
-        self.length, self.wkv, self.last_input, self.is_initialized = 0, None, None, False
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise NotImplementedError("a recurrent state cannot forget its last tokens; read the prompt again.")
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return -1
-
-    # Its name until transformers 5.12.
-    get_max_cache_shape = get_max_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise NotImplementedError("a recurrent layer keeps a state, not keys and values.")
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        raise NotImplementedError("a recurrent layer keeps a state, not keys and values.")
-
-
-class StudentCache(Cache):
-    """What a model remembers of the tokens it has read: a state a recurrent layer, keys and values a softmax layer.
-
-    document_start [B]: the number of the token at which every row's last document begins; None where all is one.
-    """
-
-    def __init__(self, config: StudentConfig):
-        self.document_start: torch.Tensor | None = None
-        softmax = config.softmax_layers
-        super().__init__(
-            layers=[DynamicLayer() if i in softmax else RecurrentLayer() for i in range(config.num_hidden_layers)]
-        )
-
-    def note_documents(self, starts: torch.Tensor | None, before: int) -> None:
-        """Takes in where documents begin in the tokens [B, T] that follow the first `before`."""
-        if starts is None:
-            return
-        numbers = torch.arange(before, before + starts.shape[1], device=starts.device)
-        known = 0 if self.document_start is None else self.document_start
-        self.document_start = torch.where(starts, numbers, 0).amax(1).clamp(min=known)
-
-    def _change(self, change) -> None:
-        self.document_start = None if self.document_start is None else change(self.document_start)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._change(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._change(lambda x: x[indices.to(x.device)])
-
-    def reset(self) -> None:
-        super().reset()
-        self.document_start = None
+    logit_scale: torch.Tensor | None = None
 
 
 class RMSNorm(nn.Module):
@@ -173,9 +78,12 @@ class MLP(nn.Module):
 
 
 class Projections(nn.Module):
-    """The parts of the teacher's attention that every mixer keeps: q, k, v, o and, of some families, per-head norms."""
+    """The parts of the teacher's attention that every mixer keeps: q, k, v, o and, of some families, per-head norms.
 
-    def __init__(self, config: StudentConfig, layer_idx: int):
+    normed: whether there are norms of q and k. gated: whether q_proj has a gate beside every head's query.
+    """
+
+    def __init__(self, config: StudentConfig, layer_idx: int, *, normed: bool, gated: bool = False):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         self.heads, self.kv_heads, self.head_dim = (
@@ -184,11 +92,12 @@ class Projections(nn.Module):
             config.head_dim,
         )
         width, size, narrow = config.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.q_proj = Linear(width, size, bias=config.attention_bias)
+        self.q_proj = Linear(width, 2 * size if gated else size, bias=config.attention_bias)
         self.k_proj = Linear(width, narrow, bias=config.attention_bias)
         self.v_proj = Linear(width, narrow, bias=config.attention_bias)
         self.o_proj = Linear(size, width, bias=config.attention_output_bias)
-        if config.qk_norm:
+        self.gated, self.normed = gated, normed
+        if normed:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
@@ -197,34 +106,45 @@ class Projections(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim))
 
     def project(self, x_q: torch.Tensor, x_k: torch.Tensor, x_v: torch.Tensor, context: Context, *, use_rope: bool):
-        """q [B, T, H, K] and k, v [B, T, G, K] of inputs [B, T, D]."""
-        q, k, v = self.split(self.q_proj(x_q)), self.split(self.k_proj(x_k)), self.split(self.v_proj(x_v))
-        if self.config.qk_norm:
+        """q [B, T, H, K], k and v [B, T, G, K] of inputs [B, T, D], and the gates [B, T, H, K], None where none are."""
+        q = self.q_proj(x_q).unflatten(-1, (self.heads, -1))
+        k, v = self.split(self.k_proj(x_k)), self.split(self.v_proj(x_v))
+        q, gate = q.chunk(2, -1) if self.gated else (q, None)
+        if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
         if use_rope:
             q, k = rotate(q, context), rotate(k, context)
-        return q, k, v
+        return q, k, v, gate
 
 
 class SoftmaxAttention(Projections):
-    """Causal grouped-query attention, in the layers that stay as the teacher's were."""
+    """Causal grouped-query attention, in the layers that stay, as the teacher's were but for the config's attn_*."""
+
+    def __init__(self, config: StudentConfig, layer_idx: int):
+        super().__init__(config, layer_idx, normed=config.qk_norm, gated=config.attn_output_gate)
 
     def forward(self, x: torch.Tensor, v_first: torch.Tensor | None, context: Context, cache: Cache | None):
-        q, k, v = (y.transpose(1, 2) for y in self.project(x, x, x, context, use_rope=True))
+        q, k, v, gate = self.project(x, x, x, context, use_rope=self.config.attn_use_rope)
+        if context.logit_scale is not None:
+            q = (q.float() * context.logit_scale).to(q.dtype)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         if cache is not None:
             k, v = cache.layers[self.layer_idx].update(k, v)
         causal = context.pairs is None and q.shape[2] > 1
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=context.pairs, is_causal=causal, enable_gqa=self.heads != self.kv_heads
         )
-        return self.o_proj(out.transpose(1, 2).flatten(2)), v_first
+        out = out.transpose(1, 2)
+        if gate is not None:
+            out = out * torch.sigmoid(gate)
+        return self.o_proj(out.flatten(2)), v_first
 
 
 class RecurrentMixer(Projections):
     """What both recurrent mixers share: repeated heads, the gate, GroupNorm."""
 
     def __init__(self, config: StudentConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
+        super().__init__(config, layer_idx, normed=config.qk_norm or config.mixer_qk_norm)
         width, size = config.hidden_size, self.heads * self.head_dim
         if config.gate_rank_type == GATE_FULL:
             self.gate = Linear(width, size, bias=False)
@@ -390,6 +310,13 @@ def rope_tables(config: StudentConfig, positions: torch.Tensor) -> tuple[torch.T
         frequencies = keep * frequencies + (1 - keep) * frequencies / rope["factor"]
     angles = positions[..., None, None].float() * frequencies
     return angles.cos(), angles.sin()
+
+
+def logit_scale(config: StudentConfig, positions: torch.Tensor) -> torch.Tensor | None:
+    """log(t + a) / log(a) [B, T, 1, 1] for queries at these places t [B, T] of their documents."""
+    if not config.attn_log_scale:
+        return None
+    return ((positions.float() + config.attn_log_scale).log() / math.log(config.attn_log_scale))[..., None, None]
 
 
 def rotate(x: torch.Tensor, context: Context) -> torch.Tensor:

@@ -131,7 +131,7 @@ class RWKV6Qwen2Mixer(RecurrentMixer):
         last_input = None
         if self.config.use_tokenshift:
             (x_r, x_k, x_v, x_w, x_g), last_input = self._shifted(x, context, cache)
-        r, k, v = self.project(x_r, x_k, x_v, context, use_rope=self.config.use_rope)
+        r, k, v, _ = self.project(x_r, x_k, x_v, context, use_rope=self.config.use_rope)
         k, v = self.repeat(k), self.repeat(v)
         decay = self.time_decay.float() + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
         log_w = self.split(torch.clamp(-torch.exp(decay), min=LOG_W_MIN))

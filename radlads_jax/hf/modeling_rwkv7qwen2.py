@@ -123,7 +123,7 @@ class RWKV7Qwen2Mixer(RecurrentMixer):
         init.zeros_(self.r_k)
 
     def forward(self, x, v_first, context, cache):
-        r, k, v = self.project(x, x, x, context, use_rope=self.config.use_rope)
+        r, k, v, _ = self.project(x, x, x, context, use_rope=self.config.use_rope)
         k, v = self.repeat(k), self.repeat(v)
         log_w = self.split(LOG_W_BOUND * torch.sigmoid(self.w0.float() + torch.tanh(x @ self.w1) @ self.w2))
         iclr = self.split(torch.sigmoid(self.a0.float() + x @ self.a1 @ self.a2))

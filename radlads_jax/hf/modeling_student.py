@@ -9,6 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .cache_student import StudentCache
 from .configuration_student import StudentConfig
 from .layers_student import (
     MLP,
@@ -17,8 +18,8 @@ from .layers_student import (
     RecurrentMixer,
     RMSNorm,
     SoftmaxAttention,
-    StudentCache,
     document_starts,
+    logit_scale,
     rope_tables,
 )
 
@@ -89,7 +90,8 @@ class StudentModel(StudentPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """attention_mask [B, tokens read before + T]: 0 where a token is padding, wherever in its row that stands.
 
-        position_ids [B, T]: where they do not grow a document begins, which knows nothing of those before it.
+        position_ids [B, T]: where they do not grow a document begins, which knows nothing of those before it; from 0 in
+        each, where the configuration scales logits by them.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("got both or neither of input_ids and inputs_embeds; expected one of them. Give one.")
@@ -142,6 +144,9 @@ class StudentModel(StudentPreTrainedModel):
             starts = document_starts(position_ids.expand(x.shape[0], length), real, before)
         else:
             counted = torch.arange(total, device=x.device)[None] if mask is None else mask.long().cumsum(1) - 1
+            if cache is not None and cache.document_start is not None:
+                counted = counted.expand(x.shape[0], total)
+                counted = counted - counted.gather(1, cache.document_start[:, None])
             position_ids = counted[:, before:].clamp(min=0)
         first_key = None if cache is None else cache.document_start
         pairs = None
@@ -162,7 +167,8 @@ class StudentModel(StudentPreTrainedModel):
             pairs = pairs.expand(x.shape[0], 1, length, total)
         if cache is not None:
             cache.note_documents(starts, before)
-        return Context(*rope_tables(self.config, position_ids), real, pairs, starts)
+        scale = logit_scale(self.config, position_ids)
+        return Context(*rope_tables(self.config, position_ids), real, pairs, starts, scale)
 
 
 class StudentForCausalLM(StudentPreTrainedModel, GenerationMixin):

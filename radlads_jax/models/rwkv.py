@@ -116,7 +116,7 @@ def gate_and_output_calibrations(cfg: ModelConfig) -> dict[str, Calibration]:
 def torch_files(model_type: str) -> tuple[Path, ...]:
     """The torch files that a student's export carries."""
     own = (f"configuration_{model_type}", f"modeling_{model_type}")
-    names = ("configuration_student", "layers_student", "modeling_student", *own)
+    names = ("cache_student", "configuration_student", "layers_student", "modeling_student", *own)
     return tuple(_TORCH_FILES / f"{name}.py" for name in names)
 
 

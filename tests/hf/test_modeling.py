@@ -135,7 +135,7 @@ def test_saved_by_transformers_and_read_again(export, name, tmp_path):
     model = exported.model()
     model.save_pretrained(tmp_path / "saved")
     copied = {path.name for path in exported.directory.glob("*.py")}
-    assert copied <= {path.name for path in (tmp_path / "saved").iterdir()} and len(copied) == 5
+    assert copied <= {path.name for path in (tmp_path / "saved").iterdir()} and len(copied) == 6
     again = Exported(tmp_path / "saved", exported.cfg, {}).model()
     np.testing.assert_array_equal(torch_logits(again, tokens), torch_logits(model, tokens))
     assert model_config_from_hf(read_config(tmp_path / "saved")) == exported.cfg

@@ -50,7 +50,7 @@ def test_states_have_the_methods_of_every_transformers_5(export):
     """Those that its cache layers' base class declares abstract, of 5.0 to 5.12 and since."""
     layer = sys.modules[
         type(export("rwkv7").model().model.layers[0].self_attn).__module__.replace(
-            "modeling_rwkv7qwen2", "layers_student"
+            "modeling_rwkv7qwen2", "cache_student"
         )
     ].RecurrentLayer()
     assert layer.get_max_cache_shape() == layer.get_max_length() == -1

@@ -6,7 +6,7 @@ import pytest
 
 from radlads_jax.config import RunConfig
 from radlads_jax.distill.student_config import make_student_config
-from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.config import KeptAttention, ModelConfig
 from radlads_jax.porting.names import disk_tensors
 from radlads_jax.student import Student
 
@@ -183,3 +183,49 @@ def test_gdns_options_are_settings():
 def test_an_option_that_gdn_does_not_take_is_named(fields, named):
     message = refusal(**({"mixer": "gdn"} | fields))
     assert all(word in message for word in named), message
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({}, None),
+        ({"attention_output_gate": True}, KeptAttention(output_gate=True)),
+        # The longest rows that are trained on.
+        ({"attention_rope": False}, KeptAttention(rope=False, log_scale=16384.0)),
+        ({"attention_rope": False, "attention_log_scale": 0}, KeptAttention(rope=False)),
+        ({"attention_log_scale": 600}, KeptAttention(log_scale=600)),
+    ],
+)
+def test_what_the_softmax_layers_that_stay_have(fields, kept):
+    for mixer in ("rad_rwkv7", "gdn", "window"):
+        assert student_of(mixer=mixer, attention_every=2, **fields).kept_attention == kept
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"attention_rope": False}, ["attention_rope is False", "attention_layers"]),
+        ({"attention_output_gate": True, "mixer": "gdn"}, ["attention_output_gate True", "attention_every"]),
+        ({"attention_log_scale": 1.5, "attention_every": 2}, ["attention_log_scale is 1.5", "2"]),
+        ({"attention_log_scale": float("nan"), "attention_every": 2}, ["attention_log_scale is nan"]),
+        ({"attention_rope": False, "mixer": "attention", "run": {"stages": ("stage3",)}}, ["attention_rope is False"]),
+        ({"qk_norm": True, "mixer": "gdn"}, ["config.student.qk_norm", "gdn"]),
+        ({"qk_norm": True, "mixer": "window"}, ["config.student.qk_norm", "window"]),
+        ({"qk_norm": False, "teacher": dataclasses.replace(TEACHER, qk_norm=True)}, ["student.qk_norm is false"]),
+        (
+            {"attention_output_gate": True, "attention_every": 2, "fresh_qkvo": True}
+            | {"teacher": dataclasses.replace(TEACHER, qk_norm=True, output_gate=True)},
+            ["attention_output_gate is true", "gate each"],
+        ),
+    ],
+)
+def test_what_they_can_not_have_is_refused_by_name(fields, named):
+    message = refusal(**fields)
+    assert all(part in message for part in named), message
+
+
+def test_norms_of_q_and_k_are_the_teachers_or_chosen():
+    normed = dataclasses.replace(TEACHER, qk_norm=True)
+    assert {"q_norm.weight", "k_norm.weight"} <= tensors(student_of(qk_norm=True))
+    assert not {"q_norm.weight"} & tensors(student_of(qk_norm=True, attention_every=2), layer=1)
+    assert student_of(normed, qk_norm=True) == student_of(normed)

@@ -1,14 +1,13 @@
 """What other softmax layers and norms of q and k give a hybrid: KL to the teacher at the trained length and beyond it.
 
 JAX_PLATFORMS=cpu python tests/measure/softmax_layers.py [--steps 60 --steps2 120] [--seeds 1] [--every 4]
-    [--teacher DIR --text FILE] [--variant NAME=SETTINGS ...]
+    [--train_rows 8 --train_length 256] [--teacher DIR --text FILE] [--variant NAME=SETTINGS ...]
 
-The demo's teacher, data and rates with batches of 8 x 256 tokens, or a teacher of yours with configs/convert.py's and
-batches of 4 x 512; every variant on the same ones. SETTINGS are of config.student, as "attention_rope=false"; beside
+The demo's teacher, data and rates, or a teacher of yours with configs/convert.py's; every variant on the same batches. SETTINGS are of config.student, as "attention_rope=false"; beside
 them align=false leaves the softmax layers as they begin until stage 2. Printed are the alignment's loss at its start
-and its end (the mean of ten steps), and KL after stage 2 by place in rows of --length tokens without boundaries, for every
-scale a of the logits that --scales names (0: none). Last the teacher's own loss by place: where that is high, it is no
-measure.
+and its end (the mean of ten steps), and KL after stage 2 by place in rows of --length tokens without boundaries, for
+every scale a of the logits that --scales names (0: none). Last the teacher's own loss by place: where that is high, it
+is no measure.
 """
 
 import argparse
@@ -50,7 +49,7 @@ def job_of(arguments: argparse.Namespace, seed: int, settings: dict[str, Any], w
         config.dtype = config.teacher.dtype = "float32"
     else:
         config.data.documents = 3000
-    rows, length = (4, 512) if arguments.teacher else (8, 256)
+    rows, length = arguments.train_rows, arguments.train_length
     config.student.mixer, config.student.attention_every, config.seed = arguments.mixer, arguments.every, seed
     config.data.cross_document = True
     config.stages, config.data.eval_rows = ("stage1", "stage2"), arguments.rows * arguments.length // length
@@ -59,7 +58,7 @@ def job_of(arguments: argparse.Namespace, seed: int, settings: dict[str, Any], w
         stage.seq_len, stage.batch_size, stage.warmup_steps = length, rows, 2
         stage.tokens = rows * length * steps
     for name, value in settings.items():
-        config.student[name] = value
+        config.student[name] = float(value) if name == "attention_log_scale" else value
     return make_job(validate(config), workdir)
 
 
@@ -72,9 +71,8 @@ def trained(job: Job, teacher: Any, *, align: bool) -> tuple[list[float], dict[s
         params = aligned_alone(job.student, mixers) if name == "stage1" else whole_student(job.student, teacher, mixers)
         params = jax.tree.map(jnp.array, params)
         kept = [f"stacks/{i}/" for i, (mixer, _) in enumerate(job.student.stacks) if mixer == SOFTMAX]
-        own, frozen = split_params(
-            params, lambda path, kept=kept, held=held: not (held and path.startswith(tuple(kept)))
-        )
+        held = tuple(kept) if name == "stage1" and not align else ()
+        own, frozen = split_params(params, lambda path, held=held: not path.startswith(held))
         state, step, batches = create_state(plan, own), make_step(plan), job.batches(name)
         for _ in range(plan.recipe.steps):
             state, metrics = step(state, frozen, teacher, next(batches))
@@ -124,6 +122,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, kind, default in (("steps", int, 60), ("steps2", int, 120), ("seeds", int, 1), ("every", int, 4)):
         parser.add_argument(f"--{name}", type=kind, default=default)
+    parser.add_argument("--train_rows", type=int, default=8)
+    parser.add_argument("--train_length", type=int, default=256)
     parser.add_argument("--mixer", default="rad_rwkv7")
     parser.add_argument("--teacher")
     parser.add_argument("--text")

@@ -9,6 +9,7 @@ import pytest
 from untrained import random_params, student_of
 
 from radlads_jax.models import ModelConfig, bind
+from radlads_jax.models.config import KeptAttention
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
@@ -24,6 +25,12 @@ TEACHERS = {
     "qwen2": dataclasses.replace(QWEN3, family="qwen2", qk_norm=False, qkv_bias=True, head_dim=8),
     "llama": dataclasses.replace(QWEN3, family="llama", qk_norm=False, head_dim=8),
 }
+
+
+def other_softmax(teacher: ModelConfig, kept: KeptAttention) -> ModelConfig:
+    return dataclasses.replace(student_of(teacher, "gdn", (1, 3)), kept_attention=kept)
+
+
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 24))
 
 
@@ -77,6 +84,22 @@ def test_a_hybrid_is_what_transformers_reads_and_what_comes_back(family, tmp_pat
     assert model_config_from_hf(keys["text_config"]) == back
 
 
+@pytest.mark.parametrize(
+    ("family", "kept"),
+    [("qwen3", KeptAttention(output_gate=True)), ("qwen2", KeptAttention(rope=False, output_gate=True))],
+)
+def test_gates_of_softmax_layers_and_their_lack_of_rope_have_a_place(family, kept, tmp_path):
+    cfg = other_softmax(TEACHERS[family], kept)
+    params = random_params(cfg)
+    served = written(tmp_path / "served", cfg, params)
+    expected = our_logits(cfg, params)
+    assert relative_rms(torch_logits(served), expected) < 1e-5
+    back = model_config_from_hf(read_config(served))
+    again = load_params(served, back)
+    twice = save_params(again, back, tmp_path / "twice", base_config=read_config(served), dtype="float32")
+    assert (twice / "model.safetensors").read_bytes() == (served / "model.safetensors").read_bytes()
+
+
 def test_norms_are_exact_in_bfloat16():
     """Small, negative, zero and large ones."""
     scale = np.asarray([1, 0.5, 0.4980, 0.01, 3e-5, -0.7, -3, 0, 255, 300, 1.0078], np.float32)
@@ -99,6 +122,8 @@ def test_the_constant_is_held_by_bfloat16():
         (student_of(QWEN3, "rad_rwkv7"), "rad_rwkv7"),
         (dataclasses.replace(QWEN3, qkv_bias=True), "biases of q, k or v"),
         (dataclasses.replace(QWEN3, family="other"), "family other"),
+        (other_softmax(QWEN3, KeptAttention(rope=False)), "softmax layers without RoPE"),
+        (other_softmax(TEACHERS["llama"], KeptAttention(rope=False, log_scale=64.0)), "attention_log_scale"),
     ],
 )
 def test_what_has_no_place_is_named(cfg, named):

@@ -54,7 +54,8 @@ MODELS = {
         student("rad_rwkv7", (1, 2), qk_norm=True), KeptAttention(rope=False, log_scale=8.0, output_gate=True)
     ),
 }
-SOME = ("rwkv6", "rwkv6 hybrid", "rwkv7", "rwkv7 hybrid, last", "rwkv7 hybrid, norms, no RoPE, gates")
+SOME = ("rwkv6", "rwkv6 hybrid", "rwkv7", "rwkv7 hybrid, last")
+OTHER_SOFTMAX = "rwkv7 hybrid, norms, no RoPE, gates"
 
 
 @dataclasses.dataclass(eq=False, frozen=True)

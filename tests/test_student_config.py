@@ -192,8 +192,8 @@ def test_an_option_that_gdn_does_not_take_is_named(fields, named):
         ({"attention_output_gate": True}, KeptAttention(output_gate=True)),
         # The longest rows that are trained on.
         ({"attention_rope": False}, KeptAttention(rope=False, log_scale=16384.0)),
-        ({"attention_rope": False, "attention_log_scale": 0}, KeptAttention(rope=False)),
-        ({"attention_log_scale": 600}, KeptAttention(log_scale=600)),
+        ({"attention_rope": False, "attention_log_scale": 0.0}, KeptAttention(rope=False)),
+        ({"attention_log_scale": 600.0}, KeptAttention(log_scale=600.0)),
     ],
 )
 def test_what_the_softmax_layers_that_stay_have(fields, kept):

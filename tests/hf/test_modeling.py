@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_exports import MODELS, SOME, Exported, ids, relative_rms
+from hf_exports import MODELS, OTHER_SOFTMAX, SOME, Exported, ids, relative_rms
 
 from radlads_jax.models import bind
 from radlads_jax.porting import load_params, model_config_from_hf, read_config, save_params
@@ -70,7 +70,7 @@ def test_decoding_in_chunks_is_reading_at_once(export, name, chunks):
     assert relative_rms(torch.cat(got, 1), torch_logits(model, tokens)) < 5e-6
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", [*SOME, OTHER_SOFTMAX])
 def test_padding_anywhere_changes_nothing(export, name):
     """A row padded left, in the middle or right, read in two calls, gives its real tokens' logits."""
     model, tokens = export(name).model(), ids(1, 20)

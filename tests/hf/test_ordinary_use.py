@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hf_exports import SOME, ids, relative_rms
+from hf_exports import OTHER_SOFTMAX, SOME, ids, relative_rms
 
 torch = pytest.importorskip("torch", reason="compares with torch, which is pinned for Python 3.11 alone")
 transformers = pytest.importorskip("transformers")
@@ -138,7 +138,7 @@ def test_what_transformers_packs_is_told_apart(export):
 
 
 @pytest.mark.parametrize("chunks", [(40, 65), (35, 1, 1, 68)], ids=str)
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", [*SOME, OTHER_SOFTMAX])
 def test_packed_rows_in_chunks_are_packed_rows_at_once(export, name, chunks):
     """Documents that end where a chunk does, go on in the next, or are a chunk of one token."""
     model, (_, rows, positions) = export(name).model(), packed()

@@ -3,11 +3,11 @@
 JAX_PLATFORMS=cpu python tests/measure/softmax_layers.py [--steps 60 --steps2 120] [--seeds 1] [--every 4]
     [--train_rows 8 --train_length 256] [--teacher DIR --text FILE] [--variant NAME=SETTINGS ...]
 
-The demo's teacher, data and rates, or a teacher of yours with configs/convert.py's; every variant on the same batches. SETTINGS are of config.student, as "attention_rope=false"; beside
-them align=false leaves the softmax layers as they begin until stage 2. Printed are the alignment's loss at its start
-and its end (the mean of ten steps), and KL after stage 2 by place in rows of --length tokens without boundaries, for
-every scale a of the logits that --scales names (0: none). Last the teacher's own loss by place: where that is high, it
-is no measure.
+The demo's teacher, data and rates, or a teacher of yours with configs/convert.py's; every variant on the same batches.
+SETTINGS are of config.student, as "attention_rope=false"; beside them align=false leaves the softmax layers as they
+begin until stage 2. Printed are the alignment's loss at its start and its end (the mean of ten steps), and KL after
+stage 2 by place in rows of --length tokens without boundaries, for every scale a of the logits that --scales names (0:
+none). Last the teacher's own loss by place: where that is high, it is no measure.
 """
 
 import argparse

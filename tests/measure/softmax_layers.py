@@ -4,10 +4,11 @@ JAX_PLATFORMS=cpu python tests/measure/softmax_layers.py [--steps 60 --steps2 12
     [--train_rows 8 --train_length 256] [--teacher DIR --text FILE] [--variant NAME=SETTINGS ...]
 
 The demo's teacher, data and rates, or a teacher of yours with configs/convert.py's; every variant on the same batches.
-SETTINGS are of config.student, as "attention_rope=false"; beside them align=false leaves the softmax layers as they
-begin until stage 2. Printed are the alignment's loss at its start and its end (the mean of ten steps), and KL after
-stage 2 by place in rows of --length tokens without boundaries, for every scale a of the logits that --scales names (0:
-none). Last the teacher's own loss by place: where that is high, it is no measure.
+SETTINGS are of config.student, as "attention_rope=false" or "options.window=2048"; beside them align=false leaves the
+softmax layers as they begin until stage 2. Printed are the alignment's loss at its start and its end (the mean of ten
+steps), and KL at the end by place in rows of --length tokens without boundaries, for every scale a of the logits that
+--scales names (0: none). A stage of 0 steps is left out. Last the teacher's own loss by place: where that is high, it
+is no measure.
 """
 
 import argparse
@@ -56,17 +57,19 @@ def job_of(arguments: argparse.Namespace, seed: int, settings: dict[str, Any], w
     for name, steps in (("stage1", arguments.steps), ("stage2", arguments.steps2)):
         stage = config[name]
         stage.seq_len, stage.batch_size, stage.warmup_steps = length, rows, 2
-        stage.tokens = rows * length * steps
+        stage.tokens = rows * length * max(steps, 1)
     for name, value in settings.items():
-        config.student[name] = float(value) if name == "attention_log_scale" else value
+        group, name = (config.student.options, name[8:]) if name.startswith("options.") else (config.student, name)
+        with group.unlocked():
+            group[name] = float(value) if name == "attention_log_scale" else value
     return make_job(validate(config), workdir)
 
 
-def trained(job: Job, teacher: Any, *, align: bool) -> tuple[list[float], dict[str, Any]]:
-    """Stage 1's losses, and the student after stage 2."""
+def trained(job: Job, teacher: Any, stages: list[str], *, align: bool) -> tuple[list[float], dict[str, Any]]:
+    """Stage 1's losses, and the student after these stages."""
     mixers = init_mixers(job.student, teacher, job.run.seed)
     losses: list[float] = []
-    for name in job.run.stages:
+    for name in stages:
         plan = job.stage_plan(name)
         params = aligned_alone(job.student, mixers) if name == "stage1" else whole_student(job.student, teacher, mixers)
         params = jax.tree.map(jnp.array, params)
@@ -79,7 +82,7 @@ def trained(job: Job, teacher: Any, *, align: bool) -> tuple[list[float], dict[s
             losses += [float(metrics["loss"])] if name == "stage1" else []
         params = merge_params(state.params, frozen)
         mixers = overlay_params(mixers, params) if name == "stage1" else params
-    return losses, mixers
+    return losses or [0.0], mixers if "stage2" in stages else whole_student(job.student, teacher, mixers)
 
 
 def by_place(job: Job, scale: float, params: Any, teacher: Any, tokens: np.ndarray, ends: list[int]) -> np.ndarray:
@@ -144,7 +147,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as workdir:
                 job = job_of(arguments, seed, settings, workdir)
                 teacher = job.load_teacher("float32")
-                losses, params = trained(job, teacher, align=align)
+                stages = ["stage1"] * (arguments.steps > 0) + ["stage2"] * (arguments.steps2 > 0)
+                losses, params = trained(job, teacher, stages, align=align)
                 stage1.append((losses[0], statistics.fmean(losses[-10:])))
                 rows = long_rows(job, arguments.rows, arguments.length)
                 for scale, found in runs.items():

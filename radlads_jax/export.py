@@ -18,7 +18,7 @@ from rich.console import Console
 
 from radlads_jax.decoding.loaded import model_directory
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.porting import gguf
+from radlads_jax.porting import gguf, repository
 from radlads_jax.porting import push as hub_push
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
@@ -88,7 +88,7 @@ def _export(values: flags.FlagValues, output: str, writer: str | None) -> storag
 
 def _push(values: flags.FlagValues, writer: str | None) -> None:
     """Exports as told, if anything is to change, and sends it to the hub: what would be refused there comes first."""
-    hub_push.require_name_and_token(values.push)
+    repository.require_name_and_token(values.push)
     if values.output is not None and storage.in_bucket(values.output):
         raise ValueError(
             f"got --push and --output={values.output}, in a bucket; expected a directory of this disk, from which the "
@@ -96,13 +96,13 @@ def _push(values: flags.FlagValues, writer: str | None) -> None:
         )
     source = model_directory(values.model)
     hub_push.require_student(source)
-    repository = hub_push.open_repository(values.push, public=values.public, replace=values.replace)
+    target = repository.open_repository(values.push, hub_push.EXPORT, public=values.public, replace=values.replace)
     changes = (values.output, values.dtype, values.retie, values.untie, writer)
     with contextlib.ExitStack() as stack:
         if storage.in_bucket(source) or any(changes):
             place = values.output or stack.enter_context(tempfile.TemporaryDirectory(prefix="radlads_jax")) + "/export"
             source = _export(values, place, writer)
-        url = hub_push.push(Path(source), repository)
+        url = hub_push.push(Path(source), target)
     _console.print(f"{'public' if values.public else 'private'} on the hub: {url}", markup=False, soft_wrap=True)
 
 

@@ -1,124 +1,32 @@
-"""Sends a student's directory to the Hugging Face hub, in one commit, by the token in HF_TOKEN and no other."""
+"""Sends a student's directory to the Hugging Face hub."""
 
-import dataclasses
-import os
-import re
 from pathlib import Path
 
-import huggingface_hub
-from huggingface_hub import errors
-
 from radlads_jax.porting.model_card import OWN_TAG, named, tags
+from radlads_jax.porting.repository import Kind, Repository, send
 from radlads_jax.porting.safetensors_read import find_files
 from radlads_jax.porting.save import MODEL_CARD
 from radlads_jax.system.storage import AnyPath, read_text
-from radlads_jax.system.untrusted import brief, listed
 
-_TOKEN = "HF_TOKEN"
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# What every repository has from the hub itself.
-_HUBS_OWN = ".gitattributes"
-# The clients' own exceptions are HTTPError; an upload's threads pass theirs on as RuntimeError.
-_FAILURES = (OSError, ValueError, RuntimeError, errors.HTTPError)
-_SAID_CHARACTERS = 300
-
-
-@dataclasses.dataclass(frozen=True)
-class Repository:
-    """A repository that may be written: there, ours, and as private as asked. old: the files it has, of `commit`."""
-
-    name: str
-    api: huggingface_hub.HfApi = dataclasses.field(repr=False)
-    old: tuple[str, ...] = ()
-    commit: str | None = None
-
-    @property
-    def url(self) -> str:
-        return f"{self.api.endpoint}/{self.name}"
-
-
-def require_name_and_token(name: str) -> str:
-    """The token of the environment. Raises ValueError where there is none, and for what is no ORG/NAME."""
-    try:
-        huggingface_hub.utils.validate_repo_id(name)
-        reason = "" if _NAME.fullmatch(name) else "no ORG/NAME"
-    except errors.HFValidationError as error:
-        reason = brief(error)
-    if reason:
-        raise ValueError(
-            f"got --push={brief(name)} ({reason}); expected a repository's name on the hub, ORG/NAME, of letters, "
-            "digits, '-', '_' and '.'. Write your account's or organisation's name before the slash."
-        )
-    token = os.environ.get(_TOKEN, "").strip()
-    if not token or not token.isascii() or not token.isprintable():
-        raise ValueError(
-            f"{_TOKEN} is {'not a token' if token else 'not set'}; expected an access token that may write {name} "
-            f"(huggingface.co, Settings, Access Tokens). Give it in the environment alone: {_TOKEN}=hf_... before the "
-            "command."
-        )
-    return token
-
-
-def open_repository(name: str, *, public: bool = False, replace: bool = False) -> Repository:
-    """The repository to push to; made where it does not exist, private unless `public`.
-
-    replace: whatever it holds may go; else only an earlier export may. Raises ValueError where it may not be written,
-    is not as private as asked, or holds something else.
-    """
-    api = huggingface_hub.HfApi(token=require_name_and_token(name), library_name="radlads_jax")
-    try:
-        found = api.model_info(name)
-    except errors.RepositoryNotFoundError:
-        found = None
-    except _FAILURES as error:
-        raise _refusal(error, name, "looked at") from error
-    if found is None:
-        try:
-            api.create_repo(name, private=not public)
-        except _FAILURES as error:
-            raise _refusal(error, name, "made") from error
-        return Repository(name, api)
-    if bool(found.private) == public:
-        now, wanted = ("private", "public") if public else ("public", "private")
-        raise ValueError(
-            f"{name} is there and {now}; expected a {wanted} repository. "
-            f"{'Leave --public out' if public else 'Give --public'}, change its visibility on its page, or choose "
-            "another name."
-        )
-    old = tuple(file.rfilename for file in found.siblings or () if file.rfilename != _HUBS_OWN)
-    if old and not replace and OWN_TAG not in (found.tags or ()):
-        raise ValueError(
-            f"{name} holds {listed(old)} and no model card with the tag {OWN_TAG}; expected an empty repository or an "
-            "earlier export. Choose another name, or give --replace to remove all of these files (its history keeps "
-            "them)."
-        )
-    return Repository(name, api, old, found.sha)
+EXPORT = Kind(
+    f"an earlier export, whose card has the tag {OWN_TAG} (--replace takes all of these files away; its history keeps "
+    "them)",
+    lambda found: OWN_TAG in (found.tags or ()),
+)
 
 
 def push(directory: Path, repository: Repository) -> str:
-    """Makes the repository's files those of a student's directory, in one commit; returns its URL.
+    """Makes the repository's files those of a student's directory; returns its URL.
 
-    One commit, so that nobody ever meets half a model; what has arrived of an interrupted push is not sent again, for
-    the hub knows it by its contents. Raises ValueError for a directory that is no student's, and where it fails.
+    The card names the repository where it said PATH. Raises ValueError for a directory that is no student's, and where
+    it fails.
     """
     require_student(directory)
-    files = sorted(each for each in directory.iterdir() if each.is_file() and not each.name.startswith("."))
-    card = named(read_text(directory / MODEL_CARD), repository.name)
-    operations: list[huggingface_hub.CommitOperationAdd | huggingface_hub.CommitOperationDelete] = [
-        huggingface_hub.CommitOperationAdd(file.name, card.encode() if file.name == MODEL_CARD else file)
-        for file in files
-    ]
-    gone = set(repository.old) - {file.name for file in files}
-    operations += [huggingface_hub.CommitOperationDelete(name, is_folder=False) for name in sorted(gone)]
-    try:
-        repository.api.create_commit(
-            repository.name,
-            operations,
-            commit_message="Student exported by radlads_jax",
-            parent_commit=repository.commit,
-        )
-    except _FAILURES as error:
-        raise _refusal(error, repository.name, "written") from error
+    files: dict[str, Path | bytes] = {
+        each.name: each for each in sorted(directory.iterdir()) if each.is_file() and not each.name.startswith(".")
+    }
+    files[MODEL_CARD] = named(read_text(directory / MODEL_CARD), repository.name).encode()
+    send(repository, files, "Student exported by radlads_jax")
     return repository.url
 
 
@@ -131,24 +39,3 @@ def require_student(directory: AnyPath) -> None:
             f"{directory} has no {MODEL_CARD} with the tag {OWN_TAG}; expected a student's directory, whose card says "
             "what it is. Give a run that is finished, or an export of one."
         )
-
-
-def _refusal(error: BaseException, name: str, done: str) -> ValueError:
-    """What to tell of a request that failed."""
-    cause: BaseException | None = error
-    while cause is not None and getattr(cause, "response", None) is None:
-        cause = cause.__cause__
-    status = getattr(getattr(cause, "response", None), "status_code", None)
-    lines = str(cause or error.__cause__ or error).strip().splitlines()
-    said = brief(lines[0] if lines else type(error).__name__, _SAID_CHARACTERS)
-    if status in (401, 403, 404):
-        known = "does not know the token" if status == 401 else "lets this token not write there"
-        return ValueError(
-            f"{name} could not be {done}: the hub {known} ({said}); expected a token that may write {name}. Make one "
-            f"with the role write (huggingface.co, Settings, Access Tokens) for {_TOKEN}, and check the name before "
-            "the slash: your account's, or an organisation's in which you may write."
-        )
-    return ValueError(
-        f"{name} could not be {done} ({said}); expected a hub that can be reached. Run the same command again: what "
-        "has arrived is not sent a second time."
-    )

@@ -18,43 +18,47 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from radlads_jax.porting.repository import require_name_and_token
 from radlads_jax.run import on_hub
 from radlads_jax.system.command import refuse
 
 
-def run_for(command: list[str], seconds: float) -> int:
-    """The command's exit code; when its seconds are over it is asked to save and end, and waited for."""
-    child = subprocess.Popen(command)
+def run_for(command: list[str], seconds: float) -> tuple[int, bool]:
+    """The command's exit code, and whether its seconds were over: then it is asked to save and end, and waited for."""
+    child, is_over = subprocess.Popen(command), False
     try:
         code = child.wait(seconds)
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
+        # After the notebook's stop button or Ctrl-C, which the child may have had too, it does no harm.
         child.send_signal(signal.SIGTERM)
+        is_over = isinstance(reason, subprocess.TimeoutExpired)
         code = child.wait()
-    except KeyboardInterrupt:
-        # The notebook's stop button, or Ctrl-C: the child has had the signal too.
-        code = child.wait()
-    return code if code >= 0 else 128 - code
+    return code if code >= 0 else 128 - code, is_over
 
 
 def session(workdir: Path, repo: str, hours: float, save_every: float, rest: list[str]) -> int:
     """Fetches, runs and saves until the run is done or the hours are over; returns the run's exit code."""
     if repo and not workdir.exists():
-        print(f"session: fetched the run from {repo}" if on_hub.bring_back(workdir, repo) else "session: a new run")
+        there = on_hub.bring_back(workdir, repo)
+        print(f"session: fetched the run from {repo}" if there else "session: a new run", flush=True)
     end = time.monotonic() + 3600 * hours
     command = [sys.executable, "-m", "radlads_jax.launch", "--workdir", str(workdir), *rest]
     while True:
         left = end - time.monotonic()
-        code = run_for(command, max(min(left, 3600 * save_every if repo else left), 0))
+        code, is_over = run_for(command, max(min(left, 3600 * save_every if repo else left), 0))
         if code == 1:
             return code
         if repo:
-            on_hub.save(workdir, repo)
-            print(f"session: saved the run to {repo}", flush=True)
-        # Only this program's own SIGTERM is followed by another start.
-        if code != 128 + signal.SIGTERM or time.monotonic() > end - 60:
+            saved = on_hub.save(workdir, repo)
+            print(f"session: saved the run to {repo}" if saved else "session: nothing to save yet", flush=True)
+        if code == 0 or not is_over or time.monotonic() > end - 60:
             return code
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def main() -> int:
@@ -64,6 +68,7 @@ def main() -> int:
     parser.add_argument("--hours", type=float, required=True)
     parser.add_argument("--save_every", type=float, default=1.0)
     known, rest = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         if known.repo:
             require_name_and_token(known.repo)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,20 +86,30 @@ def fetched(hub: FakeHub, directory: pathlib.Path) -> dict[str, bytes]:
 
 
 def test_the_command_as_a_user_gives_it(student: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """In another dtype, from a run's directory: nothing but HF_TOKEN and HF_ENDPOINT says who and where."""
+    """From a run's directory: nothing but HF_TOKEN and HF_ENDPOINT says who and where."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "export").symlink_to(student)
     command = [sys.executable, "-m", "radlads_jax.export", f"--model={tmp_path / 'run'}", f"--push={NAME}", "--public"]
-    command.append("--dtype=bfloat16")
     with FakeHub().serving() as hub:
         environ = processes.environ(**hub.environ(HF_TOKEN=TOKEN, JAX_PLATFORMS="cpu"))
         done = subprocess.run(command, env=environ, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        got = arrived(hub)
-        assert not hub.repos[NAME].private and f"{hub.url}/{NAME}" in done.stdout
-        assert sum(map(len, got.values())) < 0.7 * sum(map(len, contents(student).values()))
+        assert arrived(hub).keys() == contents(student).keys()
+        assert not hub.repos[NAME].private and f"public on the hub: {hub.url}/{NAME}" in done.stdout
         assert "%|" in done.stderr, "a progress bar"
         assert TOKEN not in done.stdout + done.stderr
+
+
+def test_in_another_dtype(hub: FakeHub, student: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    """Exported to where it is told, or for as long as it takes to send it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    push(student, "--dtype=bfloat16")
+    first = arrived(hub)
+    assert sum(map(len, first.values())) < 0.7 * sum(map(len, contents(student).values()))
+    assert not list(tmp_path.glob("radlads_jax*"))
+    push(student, "--dtype=bfloat16", f"--output={tmp_path / 'kept'}")
+    kept = contents(tmp_path / "kept")
+    assert arrived(hub) == first and kept["model.safetensors"] == first["model.safetensors"]
 
 
 def test_an_interrupted_push_goes_on(hub: FakeHub, student: pathlib.Path, monkeypatch: Any) -> None:

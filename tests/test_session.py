@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -112,15 +113,36 @@ def test_a_session_saves_as_it_goes_and_ends_with_its_run(
 def test_a_session_ends_when_its_hours_are_over(hub: FakeHub, tmp_path: pathlib.Path, session, monkeypatch) -> None:
     asked: list[float] = []
 
-    def run_for(command: list[str], seconds: float) -> int:
+    def run_for(command: list[str], seconds: float) -> tuple[int, bool]:
         assert command[1:] == ["-m", "radlads_jax.launch", "--workdir", str(tmp_path / "run"), "--config=x"]
         asked.append(seconds)
-        return 128 + signal.SIGTERM
+        return 128 + signal.SIGTERM, True
 
     monkeypatch.setattr(session, "run_for", run_for)
     begun(tmp_path / "run")
     assert session.session(tmp_path / "run", NAME, hours=0.01, save_every=9, rest=["--config=x"]) == 143
     assert len(asked) == 1 and 30 < asked[0] <= 36 and "fingerprint.json" in hub.repos[NAME].files
+
+
+def test_a_session_that_is_stopped_saves_and_ends(hub: FakeHub, tmp_path: pathlib.Path, session, monkeypatch) -> None:
+    """By the notebook's button, or by the machine's SIGTERM, which comes to the same."""
+    program = [sys.executable, "-c", PART.replace("CODE", "0"), str(tmp_path / "run")]
+    real = session.subprocess.Popen
+
+    def popen(command: list[str]) -> Any:
+        child = real(program)
+        wait = child.wait
+        monkeypatch.setattr(child, "wait", lambda *seconds: stopped(*seconds) if seconds else wait())
+        return child
+
+    def stopped(seconds: float) -> None:
+        while not (tmp_path / "run" / "ready").exists():
+            time.sleep(0.02)
+        session._interrupt()
+
+    monkeypatch.setattr(session.subprocess, "Popen", popen)
+    assert session.session(tmp_path / "run", NAME, hours=1, save_every=1, rest=[]) == 143
+    assert hub.repos[NAME].files["parts"] == b"part\n"
 
 
 def test_without_a_token_nothing_begins(session: ModuleType, monkeypatch: Any, capsys: Any) -> None:

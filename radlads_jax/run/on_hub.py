@@ -15,19 +15,20 @@ _RUN = Kind(f"a saved run, with a {FILE}", lambda found: any(file.rfilename == F
 _LEFT_OUT = (".gitattributes", ".lock", ".cache")
 
 
-def save(workdir: Path, name: str) -> None:
-    """Makes the private repository's files those of a run that is not under way now.
+def save(workdir: Path, name: str) -> bool:
+    """Makes the private repository's files those of a run that is not under way now; whether there was one to save.
 
-    Nothing is saved of a directory whose run has not begun. Raises ValueError where it can not be saved.
+    A directory whose run has not begun holds none. Raises ValueError where it can not be saved.
     """
     if not (workdir / FILE).is_file():
-        return
+        return False
     files: dict[str, Path | bytes] = {
         str(file.relative_to(workdir)): Path(file)
         for file in files_below(workdir)
         if file.relative_to(workdir).parts[0] not in _LEFT_OUT
     }
     send(open_repository(name, _RUN), files, "Run saved by radlads_jax")
+    return True
 
 
 def bring_back(workdir: Path, name: str) -> bool:

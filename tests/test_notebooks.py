@@ -66,7 +66,7 @@ def test_both_are_the_same_but_for_their_hosts() -> None:
 @each
 def test_papermill_can_set_what_the_tool_sets(name: str, tmp_path: pathlib.Path) -> None:
     own = parameters(name)
-    for key, value in notebooks.parameters(tmp_path, 1.0).items():
+    for key, value in notebooks.parameters(tmp_path, tmp_path, 1.0).items():
         assert type(own[key]) is type(value), key
 
 
@@ -99,7 +99,7 @@ def with_settings(path: str, words: list[str]) -> Any:
 
 
 def test_the_tools_settings_are_sound_too(tmp_path: pathlib.Path) -> None:
-    given = notebooks.parameters(tmp_path, 1.0)
+    given = notebooks.parameters(tmp_path, tmp_path, 1.0)
     run = config.validate(with_settings(str(given["CONFIG"]), list(given["SETTINGS"])))  # type: ignore[call-overload]
     assert run.stage1.steps == 12 and run.stage2.steps == 24 and run.train.disk_gb == 0.2
 

@@ -1,10 +1,12 @@
 """Runs launch/kaggle.ipynb and colab.ipynb from end to end on a CPU, with the demo in the teacher's place.
 
-    pip install '.[notebook]' && python tests/measure/notebooks.py [--only kaggle] [--transformers PYTHON]
+    pip install '.[notebook]' && python tests/measure/notebooks.py [--only kaggle] [--hours H] [--place DIR]
+                                                                  [--transformers PYTHON]
 
 As a user does, but for a hub of this process's own in the real one's place: an environment is made by the notebook's
 first cells, a session ends before the run does, and the next one, on a disk without the run, goes on and pushes the
-student. Minutes for each, most of them the environment's. --transformers: a Python with torch, whose
+student. Minutes for each, most of them the environment's. --hours: of the first session, enough for a first step.
+--place: where code and environment are made, and found by the next call. --transformers: a Python with torch, whose
 AutoModelForCausalLM then has to load what was pushed. Exit code 1 where something is wrong.
 """
 
@@ -36,8 +38,8 @@ SMALL = {
 MOST_SESSIONS = 8
 
 
-def parameters(place: pathlib.Path, hours: float) -> dict[str, object]:
-    """What the cell with the tag `parameters` is given."""
+def parameters(place: pathlib.Path, code: pathlib.Path, hours: float) -> dict[str, object]:
+    """What the cell with the tag `parameters` is given. place: of the run. code: of code and environment."""
     stages = ["--config.stages=stage1", "--config.stages=stage2"]
     return {
         "REPOSITORY": f"file://{ROOT}",
@@ -49,12 +51,12 @@ def parameters(place: pathlib.Path, hours: float) -> dict[str, object]:
         "SETTINGS": stages + [f"--config.{name}={value}" for name, value in SMALL.items()],
         "EVALUATION": ["--probes", "--probe_lengths=128", "--probe_samples=2"],
         "PROMPT": "This is a tale of",
-        "PLACE": str(place / "code"),
+        "PLACE": str(code),
         "RUN": str(place / "run"),
     }
 
 
-def one_session(name: str, place: pathlib.Path, hours: float) -> tuple[bool, str]:
+def one_session(name: str, place: pathlib.Path, code: pathlib.Path, hours: float) -> tuple[bool, str]:
     """Whether the notebook came to its end, and all that its cells printed."""
     import papermill
 
@@ -63,7 +65,7 @@ def one_session(name: str, place: pathlib.Path, hours: float) -> tuple[bool, str
         papermill.execute_notebook(
             ROOT / "launch" / f"{name}.ipynb",
             output,
-            parameters=parameters(place, hours),
+            parameters=parameters(place, code, hours),
             kernel_name="python3",
             progress_bar=False,
         )
@@ -77,12 +79,12 @@ def one_session(name: str, place: pathlib.Path, hours: float) -> tuple[bool, str
     return ended, "".join("".join(out.get("text", [])) for cell in cells for out in cell.get("outputs", []))
 
 
-def run_notebook(name: str, place: pathlib.Path, hub: FakeHub) -> None:
+def run_notebook(name: str, place: pathlib.Path, code: pathlib.Path, hours: float, hub: FakeHub) -> None:
     """Session after session, each on a disk without the run, until the student is pushed."""
-    hours, fetched = 0.02, 0
+    fetched = 0
     for number in range(1, MOST_SESSIONS + 1):
         begun, commits = time.monotonic(), hub.repos[f"{STUDENT}-run"].commits if hub.repos else 0
-        ended, said = one_session(name, place, hours)
+        ended, said = one_session(name, place, code, hours)
         fetched += f"session: fetched the run from {STUDENT}-run" in said
         print(f"{name}, session {number}: {'done' if ended else 'stopped'} after {time.monotonic() - begun:.0f} s")
         if ended:
@@ -116,13 +118,16 @@ def load(python: str, place: pathlib.Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["kaggle", "colab"])
+    parser.add_argument("--hours", type=float, default=0.02)
+    parser.add_argument("--place", type=pathlib.Path)
     parser.add_argument("--transformers", metavar="PYTHON")
     args = parser.parse_args()
     for name in [args.only] if args.only else ["kaggle", "colab"]:
         with tempfile.TemporaryDirectory() as place, FakeHub().serving() as hub:
             os.environ |= hub.environ(HF_TOKEN=TOKEN, JAX_PLATFORMS="cpu")
             os.environ.pop("PYTHONPATH", None)
-            run_notebook(name, pathlib.Path(place), hub)
+            code = args.place.absolute() if args.place else pathlib.Path(place, "code")
+            run_notebook(name, pathlib.Path(place), code, args.hours, hub)
             if args.transformers:
                 load(args.transformers, pathlib.Path(place))
 

@@ -182,7 +182,10 @@ def _handler(hub: FakeHub) -> type[http.server.BaseHTTPRequestHandler]:
             token, path = self.token(), self.path.partition("?")[0]
             routes = ((re.fullmatch(pattern, path), act) for pattern, act in _ROUTES[self.command].items())
             match, act = next((found for found in routes if found[0]), (None, None))
-            assert match is not None and act is not None, (self.command, path)
+            if match is None or act is None:
+                # The client also asks for what it can do without.
+                self.answer(404, {"error": f"{path} is nothing that this hub has"})
+                return
             named = match.groupdict()
             if token not in (TOKEN, READER):
                 self.answer(401, {"error": "Invalid credentials in Authorization header"})

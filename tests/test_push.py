@@ -16,22 +16,24 @@ import processes
 import pytest
 from absl import flags
 from fake_hub import READER, TOKEN, FakeHub, Repo
-from untrained import TEACHER, random_params, save_tokenizer, student_of
+from untrained import TEACHER, student_of
 
 from radlads_jax import export
-from radlads_jax.porting.model_card import named, tags
-from radlads_jax.porting.save import save_params
+from radlads_jax.porting.model_card import named, tags, write_model_card
 
+ROOT = pathlib.Path(__file__).parent.parent
 NAME = "me/student-1"
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: Any) -> pathlib.Path:
-    """In several files, as a large one is."""
-    parent, cfg = tmp_path_factory.mktemp("student"), student_of(TEACHER, "rad_rwkv7")
-    base = {"model_type": cfg.family, "eos_token_id": 0, "bos_token_id": 0}
-    options = {"tokenizer_from": save_tokenizer(parent / "tokenizer", cfg.vocab_size), "max_shard_size": 40_000}
-    return save_params(random_params(cfg), cfg, parent / "export", base_config=base, **options)
+    """A directory with a student's card, and weights in several files."""
+    directory = shutil.copytree(ROOT / "configs" / "demo_teacher", tmp_path_factory.mktemp("student") / "export")
+    (directory / "README.md").write_text(write_model_card(student_of(TEACHER, "rad_rwkv7")))
+    (directory / "modeling_rwkv7qwen2.py").write_text("raise NotImplementedError\n")
+    for number in range(3):
+        (directory / f"more-{number}.safetensors").write_bytes(os.urandom(40_000))
+    return directory
 
 
 @pytest.fixture
@@ -138,7 +140,7 @@ def broken_off(after: int) -> Any:
 def test_an_earlier_export_is_replaced_whole(hub: FakeHub, student: pathlib.Path, tmp_path: pathlib.Path) -> None:
     push(student)
     smaller = shutil.copytree(student, tmp_path / "smaller")
-    for gone in ("model-00006-of-00006.safetensors", "generation_config.json"):
+    for gone in ("more-1.safetensors", "generation_config.json"):
         (smaller / gone).unlink()
     (smaller / "config.json").write_text("{}")
     push(smaller)

@@ -122,7 +122,7 @@ def test_a_quota_is_known_before_the_first_checkpoint(tmp_path):
         return preflight.disk(job)
 
     full = finding(train__disk_gb=20.0)
-    assert "disk_gb=20" in full.problem and "41.2 GB" in full.problem and "2.04 GB are taken" in full.problem
+    assert "disk_gb=20" in full.problem and "33.5 GB" in full.problem and "2.04 GB are taken" in full.problem
     assert finding(optim__moment_dtype="bfloat16").problem and finding(train__keep_checkpoints=1).problem == ""
     assert finding(optim__moment_dtype="float32").problem
     assert finding(optim__moment_dtype="bfloat16", export__retie=True).result.startswith("at most 16.9 GB")

@@ -105,11 +105,11 @@ def test_the_command_as_a_user_gives_it(student: pathlib.Path, tmp_path: pathlib
 def test_in_another_dtype(hub: FakeHub, student: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any) -> None:
     """Exported to where it is told, or for as long as it takes to send it."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    push(student, "--dtype=bfloat16")
+    push(student, "--dtype=float32")
     first = arrived(hub)
-    assert sum(map(len, first.values())) < 0.7 * sum(map(len, contents(student).values()))
+    assert len(first["model.safetensors"]) > 1.9 * len(contents(student)["model.safetensors"])
     assert not list(tmp_path.glob("radlads_jax*"))
-    push(student, "--dtype=bfloat16", f"--output={tmp_path / 'kept'}")
+    push(student, "--dtype=float32", f"--output={tmp_path / 'kept'}")
     kept = contents(tmp_path / "kept")
     assert arrived(hub) == first and kept["model.safetensors"] == first["model.safetensors"]
 

@@ -76,6 +76,7 @@ def one_session(name: str, place: pathlib.Path, code: pathlib.Path, hours: float
     text = output.read_text(encoding="utf-8")
     assert TOKEN not in text, "the token is in the notebook"
     cells = json.loads(text)["cells"]
+    assert "\x1b[2K" not in text and "\\u001b[2K" not in text, "a bar that moves, drawn once more on every line"
     return ended, "".join("".join(out.get("text", [])) for cell in cells for out in cell.get("outputs", []))
 
 

@@ -49,7 +49,7 @@ def parameters(place: pathlib.Path, code: pathlib.Path, hours: float) -> dict[st
         "CONFIG": "configs/demo.py",
         "TEACHER": "configs/demo_teacher",
         "SETTINGS": stages + [f"--config.{name}={value}" for name, value in SMALL.items()],
-        "EVALUATION": ["--probes", "--probe_lengths=128", "--probe_samples=2"],
+        "EVALUATION": ["--probes", "--probe_lengths=256", "--probe_samples=2"],
         "PROMPT": "This is a tale of",
         "PLACE": str(code),
         "RUN": str(place / "run"),

@@ -136,12 +136,14 @@ class Optim:
 class Train:
     """Steps between log lines, between checkpoints, checkpoints kept; non-finite steps in a row that end the run.
 
+    disk_gb: what the work directory may hold, where a quota allows less than the disk has free; 0 = all of that.
     slice_tokens: tokens whose logits are held at once in the loss (0 = chosen by the kernel). wandb_project: "" = none.
     """
 
     log_every: int = bounded(10, least=1)
     checkpoint_every: int = bounded(500, least=1)
     keep_checkpoints: int = bounded(2, least=1)
+    disk_gb: float = bounded(0.0, least=0)
     max_skipped: int = bounded(10, least=1)
     slice_tokens: int = bounded(0, least=0)
     eval_batch_size: int = bounded(8, least=1)

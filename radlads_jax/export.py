@@ -2,6 +2,7 @@
 
 python -m radlads_jax.export --model RUN_OR_DIR --output DIR [--dtype=bfloat16] [--retie | --untie] [--for=mlx]
 python -m radlads_jax.export --model RUN_OR_DIR --gguf FILE
+HF_TOKEN=hf_... python -m radlads_jax.export --model RUN_OR_DIR --push=ORG/NAME [--public] [--replace]
 """
 
 import contextlib
@@ -17,7 +18,8 @@ from rich.console import Console
 
 from radlads_jax.decoding.loaded import model_directory
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.porting import gguf
+from radlads_jax.porting import gguf, repository
+from radlads_jax.porting import push as hub_push
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
@@ -35,33 +37,73 @@ _GGUF_READER = "llama.cpp"
 def _define(values: flags.FlagValues) -> None:
     """The command line's flags."""
     flags.DEFINE_string("model", None, "A run's directory or a student's.", required=True, flag_values=values)
-    flags.DEFINE_string("output", None, "Where the new export goes; not needed with --gguf.", flag_values=values)
+    flags.DEFINE_string("output", None, "Where the new export goes; not needed with others.", flag_values=values)
     flags.DEFINE_enum("dtype", None, EXPORT_DTYPES, "Of the weights; default: as they are.", flag_values=values)
     flags.DEFINE_bool("retie", False, "Leave the head out: the embedding is used for it.", flag_values=values)
     flags.DEFINE_bool("untie", False, "Write the head of a tied model as a tensor of its own.", flag_values=values)
     flags.DEFINE_enum("for", None, names(), "The engine that is to load it, or the format.", flag_values=values)
     flags.DEFINE_string("gguf", None, "llama.cpp's file, by its own converter (the extra gguf).", flag_values=values)
+    flags.DEFINE_string("push", None, "ORG/NAME on the Hugging Face hub, by the token in HF_TOKEN.", flag_values=values)
+    flags.DEFINE_bool("public", False, "With --push: for everybody to see; else private.", flag_values=values)
+    flags.DEFINE_bool("replace", False, "With --push: whatever the repository holds may go.", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:
     """Runs the command."""
-    writer = values["for"].value
-    if values.output is None and values.gguf is None:
-        raise ValueError("got neither --output nor --gguf; expected one of them, or both. Name where the export goes.")
-    if values.gguf is not None:
-        if writer not in (None, _GGUF_READER):
-            raise ValueError(
-                f"got --gguf and --for={writer}; expected {_GGUF_READER}, which reads it. Leave --for out."
-            )
-        writer = _GGUF_READER
-        gguf.require_converter(Path(values.gguf))
-    with _directory(values.output, values.gguf) as output:
-        target = export_again(
-            values.model, output, dtype=values.dtype, retie=values.retie, untie=values.untie, writer=writer
+    if values.output is None and values.gguf is None and values.push is None:
+        raise ValueError(
+            "got none of --output, --gguf and --push; expected one of them at least. Name where the export goes."
         )
+    writer = _writer(values)
+    if values.push is not None:
+        _push(values, writer)
+        return
+    if values.public or values.replace:
+        raise ValueError("got --public or --replace without --push; expected --push=ORG/NAME. Leave them out.")
+    with _directory(values.output, values.gguf) as output:
+        target = _export(values, output, writer)
         if values.gguf is not None:
             gguf.convert(Path(target), Path(values.gguf), _stored_dtype(read_config(target)))
     _console.print(f"exported to {values.gguf or target}", markup=False)
+
+
+def _writer(values: flags.FlagValues) -> str | None:
+    """The form that is asked for."""
+    writer = values["for"].value
+    if values.gguf is None:
+        return writer
+    if writer not in (None, _GGUF_READER):
+        raise ValueError(f"got --gguf and --for={writer}; expected {_GGUF_READER}, which reads it. Leave --for out.")
+    if values.push is not None:
+        raise ValueError(
+            "got --gguf and --push; expected one of them. Push the directory, and upload the file by hand."
+        )
+    gguf.require_converter(Path(values.gguf))
+    return _GGUF_READER
+
+
+def _export(values: flags.FlagValues, output: str, writer: str | None) -> storage.AnyPath:
+    return export_again(values.model, output, dtype=values.dtype, retie=values.retie, untie=values.untie, writer=writer)
+
+
+def _push(values: flags.FlagValues, writer: str | None) -> None:
+    """Exports as told, if anything is to change, and sends it to the hub: what would be refused there comes first."""
+    repository.require_name_and_token(values.push)
+    if values.output is not None and storage.in_bucket(values.output):
+        raise ValueError(
+            f"got --push and --output={values.output}, in a bucket; expected a directory of this disk, from which the "
+            "hub's client reads. Leave --output out."
+        )
+    source = model_directory(values.model)
+    hub_push.require_student(source)
+    target = repository.open_repository(values.push, hub_push.EXPORT, public=values.public, replace=values.replace)
+    changes = (values.output, values.dtype, values.retie, values.untie, writer)
+    with contextlib.ExitStack() as stack:
+        if storage.in_bucket(source) or any(changes):
+            place = values.output or stack.enter_context(tempfile.TemporaryDirectory(prefix="radlads_jax")) + "/export"
+            source = _export(values, place, writer)
+        url = hub_push.push(Path(source), target)
+    _console.print(f"{'public' if values.public else 'private'} on the hub: {url}", markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

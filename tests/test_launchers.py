@@ -24,6 +24,8 @@ SCRIPTS = ("setup_env.sh", "slurm.sbatch", "three_stages.sh", "tpu_pod.sh")
 JOBSETS = ("jobset.yaml", "jobset_gpu.yaml")
 GPU = ("gpu_check.sh", "gpu_pack.sh")
 IMAGE = ("Dockerfile", "Dockerfile.dockerignore")
+# With tests of their own: test_session.py, test_notebooks.py.
+BORROWED = ("colab.ipynb", "kaggle.ipynb", "session.py")
 # What stands in a script between the module's name and the user's own flags.
 COMMAND = re.compile(r"-m radlads_jax\.(\w+)((?:[ =\"']+(?:--[\w.]+|\"?\$\{?\w+\}?\"?|[\w./$()]+))*)")
 
@@ -50,7 +52,7 @@ def commands(name: str) -> list[tuple[str, list[str]]]:
 
 
 def test_all_of_them_are_looked_at() -> None:
-    assert sorted(path.name for path in LAUNCH.iterdir()) == sorted((*SCRIPTS, *GPU, *JOBSETS, *IMAGE))
+    assert sorted(path.name for path in LAUNCH.iterdir()) == sorted((*SCRIPTS, *GPU, *JOBSETS, *IMAGE, *BORROWED))
 
 
 @pytest.mark.parametrize("name", (*SCRIPTS, *GPU))
@@ -85,7 +87,7 @@ def test_commands_exist(name: str) -> None:
         assert {word[2:].partition("=")[0] for word in {*words} - settings} <= known
 
 
-@pytest.mark.parametrize("name", (*SCRIPTS, *GPU, *JOBSETS, *IMAGE))
+@pytest.mark.parametrize("name", (*SCRIPTS, *GPU, *JOBSETS, *IMAGE, *BORROWED))
 def test_files_and_settings_named_in_them_exist(name: str) -> None:
     for path in re.findall(r"\b((?:configs|launch|constraints)/[\w./-]+\w)", text(name)):
         assert (ROOT / path).exists(), path

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from untrained import random_params
 from radlads_jax import launch
 from radlads_jax.config import defaults, validate
 from radlads_jax.distill.program import abstract_state
+from radlads_jax.distill.student_config import make_student_config
+from radlads_jax.models import ModelConfig
 from radlads_jax.porting import model_config_from_hf, read_config, save_params
 from radlads_jax.run import job as job_lib
 from radlads_jax.run import preflight, train
@@ -96,6 +99,35 @@ def test_a_full_disk_is_refused_with_what_is_needed(tmp_path, monkeypatch):
     assert "10 MB free" in finding.result and "lower config.train.keep_checkpoints" in finding.problem
     with pytest.raises(ValueError, match=rf"\d MB.*{re.escape(str(tmp_path))}.*\b10 MB\b"):
         preflight.check(job)
+
+
+def test_a_quota_is_known_before_the_first_checkpoint(tmp_path):
+    """Qwen2.5-0.5B with the paper's tokens in 20 GB: by one checkpoint of bfloat16 moments, and not otherwise."""
+    path = ROOT / "configs" / "qwen2_5_0_5b_rad_rwkv7.py"
+    config = runpy.run_path(str(path))["get_config"]("")
+    teacher = ModelConfig(
+        "qwen2", 151_936, 896, 4864, 14, 2, 64, (("attention", 24),), qkv_bias=True, tie_embeddings=True
+    )
+    (tmp_path / "data").mkdir()
+    with (tmp_path / "data" / "tokens.bin").open("wb") as file:
+        # 510M tokens of four bytes, without filling the disk.
+        file.truncate(2_044_000_000)
+
+    def finding(**fields):
+        config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+        run = validate(config)
+        student = make_student_config(teacher, run)
+        job = object.__new__(job_lib.Job)
+        vars(job).update(workdir=tmp_path, run=run, student=student, teacher=teacher.as_teacher_of(student), mesh=None)
+        return preflight.disk(job)
+
+    full = finding(train__disk_gb=20.0)
+    assert "disk_gb=20" in full.problem and "33.5 GB" in full.problem and "2.04 GB are taken" in full.problem
+    assert finding(optim__moment_dtype="bfloat16").problem and finding(train__keep_checkpoints=1).problem == ""
+    assert finding(optim__moment_dtype="float32").problem
+    assert finding(optim__moment_dtype="bfloat16", export__retie=True).result.startswith("at most 16.9 GB")
+    (tmp_path / "checkpoints" / "stage3" / "30").mkdir(parents=True)
+    assert finding().result.startswith("at most 11.7 GB"), "one of stage 3 is there, and makes way for its last"
 
 
 def test_a_bucket_has_no_free_space_to_ask_for(tmp_path, monkeypatch):

@@ -152,8 +152,10 @@ def chip_count(topology: str) -> int:
 
 def topology_devices(topology: str) -> Any:
     """The devices of a TPU topology that need not exist."""
+    # The compiler takes a host to have four chips or more.
+    options = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
         raise ValueError(
             f"the TPU compiler does not give the topology {topology!r} ({str(error).splitlines()[0]}); expected one "

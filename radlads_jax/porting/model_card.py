@@ -14,7 +14,10 @@ from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.state import mixer_state
 from radlads_jax.system.space import shown_bytes
 
+# By this tag of its card an export is known on the hub.
+OWN_TAG = "radlads"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_USE_SECTION = re.compile(r"^## Use\n.*?(?=\n+^## |\n*\Z)", re.MULTILINE | re.DOTALL)
 _USE = """\
 ## Use
 
@@ -55,8 +58,19 @@ def write_model_card(
 
 def with_use(card: str, use: str) -> str:
     """The card with its section on how to use the model exchanged; as it is where it has none."""
-    section = re.compile(r"^## Use\n.*?(?=\n+^## |\n*\Z)", re.MULTILINE | re.DOTALL)
-    return section.sub(lambda _: use or _USE, card)
+    return _USE_SECTION.sub(lambda _: use or _USE, card)
+
+
+def named(card: str, name: str) -> str:
+    """The card with the model's name on the hub in place of PATH, in its section on how to use the model."""
+    return _USE_SECTION.sub(lambda section: re.sub(r"\bPATH\b", lambda _: name, section[0]), card)
+
+
+def tags(card: str) -> set[str]:
+    """The tags in the card's header."""
+    header = re.match(r"---\n(.*?)^---$", card, re.MULTILINE | re.DOTALL)
+    listed = re.search(r"^tags:\n((?:- .*\n)*)", header[1], re.MULTILINE) if header else None
+    return {line.removeprefix("- ") for line in listed[1].splitlines()} if listed else set()
 
 
 def _header(base: str) -> str:
@@ -64,7 +78,7 @@ def _header(base: str) -> str:
     # The hub reads it as an id: a directory of somebody's disk is none.
     if _HUB_ID.fullmatch(base) and not Path(base).exists():
         lines.append(f"base_model: {base}")
-    return "\n".join([*lines, "tags:", "- linear-attention", "- rwkv", "- radlads", "---"])
+    return "\n".join([*lines, "tags:", "- linear-attention", "- rwkv", f"- {OWN_TAG}", "---"])
 
 
 def _description(cfg: ModelConfig, base: str) -> str:

@@ -36,6 +36,7 @@ from radlads_jax.run.job import Job
 from radlads_jax.run.tokens import described, described_chats
 from radlads_jax.system import hosts
 from radlads_jax.system.space import free_bytes, shown_bytes
+from radlads_jax.system.storage import sizes_below
 from radlads_jax.system.untrusted import brief, listed
 
 # Random weights are at log(vocab) or above it, and so is a teacher that reads another tokenizer's ids; one that can say
@@ -83,7 +84,7 @@ def check(job: Job, *, force: bool = False, whole: bool = False) -> Params | Non
 
 
 def disk(job: Job) -> Finding:
-    """What checkpoints and export will take at most, by their shapes, beside the disk's free space."""
+    """What checkpoints and export will take at most, by their shapes, beside the room that disk and quota leave."""
     directory, run = epath.Path(job.workdir), job.run
     largest = left = 0
     for name in run.stages:
@@ -94,28 +95,46 @@ def disk(job: Job) -> Finding:
             _bytes(leaf.shape, leaf.dtype)
             for leaf in jax.tree.leaves(abstract_state(job.stage_plan(name).on_one_device()))
         )
-        saves = -(-run.stage(name).steps // run.train.checkpoint_every)
+        # One that was stopped between two of them has saved once more.
+        saves = max(-(-run.stage(name).steps // run.train.checkpoint_every), len(written) + 1)
         left += max(min(run.train.keep_checkpoints, saves) - len(written), 0) * size
         # An old checkpoint is deleted only after its successor is whole.
         largest = max(largest, size if saves > run.train.keep_checkpoints else 0)
     left += largest
     if not (directory / "export").exists():
         form = writer_for(job.student, run.export.engine)
-        tensors = disk_tensors(form.written(job.student)).values()
+        tensors = disk_tensors(form.written(_retied(job))).values()
         left += sum(_bytes(location.disk_shape, run.export.dtype) for location in tensors)
-    free = free_bytes(job.workdir)
-    if free is None:
+    room, of_what = _room(job)
+    if room is None:
         return Finding("disk", f"at most {shown_bytes(left)} to write; how much a bucket has left is not known")
-    result = f"at most {shown_bytes(left)} of checkpoints and export to write, {shown_bytes(free)} free"
-    if left <= free:
+    result = f"at most {shown_bytes(left)} of checkpoints and export to write, {shown_bytes(room)} {of_what}"
+    if left <= room:
         return Finding("disk", result)
     return Finding(
         "disk",
         result,
-        f"the run will write up to {shown_bytes(left)} below {job.workdir}, where {shown_bytes(free)} are free; "
-        "expected room for all of it. Free some, choose a --workdir on a larger disk, or lower "
-        "config.train.keep_checkpoints.",
+        f"the run will write up to {shown_bytes(left)} below {job.workdir}, where {shown_bytes(room)} are {of_what}; "
+        "expected room for all of it. Free some, choose a --workdir on a larger disk, or write less: lower "
+        "config.train.keep_checkpoints, or set config.optim.moment_dtype=bfloat16.",
     )
+
+
+def _room(job: Job) -> tuple[int | None, str]:
+    """Bytes that the work directory may still grow by, None where that is not known, and of what they are."""
+    free, quota = free_bytes(job.workdir), job.run.train.disk_gb
+    if not quota:
+        return free, "free"
+    used = sum(sizes_below(job.workdir).values()) if job.workdir.exists() else 0
+    left = max(int(quota * 1e9) - used, 0)
+    if free is not None and free < left:
+        return free, "free"
+    return left, f"left of config.train.disk_gb={quota:g}, of which {shown_bytes(used)} are taken"
+
+
+def _retied(job: Job) -> ModelConfig:
+    """The student as it is exported."""
+    return dataclasses.replace(job.student, tie_embeddings=job.student.tie_embeddings or job.run.export.retie)
 
 
 def stored_logits(job: Job) -> Finding:
@@ -160,7 +179,7 @@ def _kept(student: ModelConfig) -> str:
 def export_format(job: Job) -> Finding:
     """The format that the student will be exported in, whether it has a place for all of it, and what loads it."""
     form = writer_for(job.student, job.run.export.engine)
-    retied = dataclasses.replace(job.student, tie_embeddings=job.student.tie_embeddings or job.run.export.retie)
+    retied = _retied(job)
     if job.to_choose:
         # Layers that are chosen follow no interval, nor do the first ones.
         retied = _with_first_layers(retied, job.to_choose)

@@ -15,7 +15,15 @@ from radlads_jax.system.json_files import read_json
 
 # What may differ between a run and its continuation: none of it changes the result, but for the rounding of sums.
 _SAMPLES = ("sample_prompts", "sample_tokens")
-_FREE_OF_TRAIN = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "wandb_project", *_SAMPLES)
+_FREE_OF_TRAIN = (
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "disk_gb",
+    "max_skipped",
+    "wandb_project",
+    *_SAMPLES,
+)
 _FREE_FIELDS = (*_FREE_OF_TRAIN, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "accumulate", "remat")
 # Where a run that knows what it depends on by contents may find the same elsewhere.
 _PATH_FIELDS = ("teacher.path", "teacher.revision", "data.path", "data.revision", "data.tokenizer")

@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""One session of a conversion on a machine that is taken away with its disk (Kaggle, Colab): the run lives on the hub.
+
+Run:     HF_TOKEN=hf_... python launch/session.py --workdir runs/mine --repo ORG/mine-run --hours 8 \
+             --config configs/qwen2_5_0_5b_rad_rwkv7.py --config.train.keep_checkpoints=1
+         The same line in the next session goes on there, and says so when all is done.
+Change:  --hours       after which the run saves itself and this ends, before the machine does: one number for each host
+         --save_every  hours between two savings to the hub; what was trained since the last one may be lost
+         --repo        a private repository that is made for it; without, nothing leaves this machine
+         all other flags are those of python -m radlads_jax.launch
+
+Exit code: that of the run. 0 done, 1 refused or failed, 128 + signal stopped and saved: start it again.
+"""
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from radlads_jax.porting.repository import require_name_and_token
+from radlads_jax.run import on_hub
+from radlads_jax.system.command import refuse
+
+
+def run_for(command: list[str], seconds: float) -> tuple[int, bool]:
+    """The command's exit code, and whether its seconds were over: then it is asked to save and end, and waited for."""
+    child, is_over = subprocess.Popen(command), False
+    try:
+        code = child.wait(seconds)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
+        # After the notebook's stop button or Ctrl-C, which the child may have had too, it does no harm.
+        child.send_signal(signal.SIGTERM)
+        is_over = isinstance(reason, subprocess.TimeoutExpired)
+        code = child.wait()
+    return code if code >= 0 else 128 - code, is_over
+
+
+def session(workdir: Path, repo: str, hours: float, save_every: float, rest: list[str]) -> int:
+    """Fetches, runs and saves until the run is done or the hours are over; returns the run's exit code."""
+    if repo and not workdir.exists():
+        there = on_hub.bring_back(workdir, repo)
+        print(f"session: fetched the run from {repo}" if there else "session: a new run", flush=True)
+    end = time.monotonic() + 3600 * hours
+    command = [sys.executable, "-m", "radlads_jax.launch", "--workdir", str(workdir), *rest]
+    while True:
+        left = end - time.monotonic()
+        code, is_over = run_for(command, max(min(left, 3600 * save_every if repo else left), 0))
+        if code == 1:
+            return code
+        if repo:
+            saved = on_hub.save(workdir, repo)
+            print(f"session: saved the run to {repo}" if saved else "session: nothing to save yet", flush=True)
+        if code == 0 or not is_over or time.monotonic() > end - 60:
+            return code
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--repo", default="")
+    parser.add_argument("--hours", type=float, required=True)
+    parser.add_argument("--save_every", type=float, default=1.0)
+    known, rest = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if known.repo:
+            require_name_and_token(known.repo)
+        return session(known.workdir.absolute(), known.repo, known.hours, known.save_every, rest)
+    except ValueError as error:
+        return refuse(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

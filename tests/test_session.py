@@ -1,0 +1,153 @@
+"""A run on machines that are taken away: it is saved to the hub, and fetched by the next of them."""
+
+import importlib.util
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+from fake_hub import TOKEN, FakeHub, Repo
+from test_push import hub as hub  # the fixture
+
+from radlads_jax.run import on_hub
+
+ROOT = pathlib.Path(__file__).parent.parent
+NAME = "me/mine-run"
+
+
+@pytest.fixture
+def session() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("session", ROOT / "launch" / "session.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+
+
+def begun(workdir: pathlib.Path) -> pathlib.Path:
+    """What a run leaves: texts, arrays' files, and what belongs to this machine."""
+    files = {"fingerprint.json": b"{}", ".lock": b"process 1\n", "data/a.bin": bytes(1000)}
+    files |= {"checkpoints/stage1/2/state/d/0a": os.urandom(50_000), "checkpoints/stage1/2/_METADATA": b""}
+    for name, data in files.items():
+        (workdir / name).parent.mkdir(parents=True, exist_ok=True)
+        (workdir / name).write_bytes(data)
+    return workdir
+
+
+def contents(directory: pathlib.Path) -> dict[str, bytes]:
+    return {str(f.relative_to(directory)): f.read_bytes() for f in directory.rglob("*") if f.is_file()}
+
+
+def test_a_saved_run_comes_back_as_it_was(hub: FakeHub, tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    workdir = begun(tmp_path / "run")
+    on_hub.save(workdir, NAME)
+    shutil.move(workdir / "checkpoints" / "stage1" / "2", workdir / "checkpoints" / "stage1" / "4")
+    on_hub.save(workdir, NAME)
+    saved = contents(workdir)
+    del saved[".lock"]
+    assert hub.repos[NAME].private and hub.repos[NAME].commits == 3
+    there = {name: data for name, data in hub.repos[NAME].files.items() if name != ".gitattributes"}
+    assert there == saved, "the checkpoint that made way is gone there too"
+    # As another process has it: the addresses of files follow from the hub's when the client is imported.
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    assert on_hub.bring_back(tmp_path / "again", NAME)
+    assert contents(tmp_path / "again") == saved and {*os.listdir(tmp_path)} == {"run", "again", "cache"} - (
+        set() if (tmp_path / "cache").exists() else {"cache"}
+    )
+
+
+def test_what_is_no_run_is_neither_saved_nor_fetched_nor_overwritten(hub: FakeHub, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "run").mkdir()
+    on_hub.save(tmp_path / "run", NAME)
+    assert hub.repos == {} and not on_hub.bring_back(tmp_path / "again", NAME)
+    hub.repos[NAME] = Repo(private=True)
+    assert not on_hub.bring_back(tmp_path / "again", NAME)
+    hub.repos[NAME].files["model.safetensors"] = b"precious"
+    with pytest.raises(ValueError, match=r"model\.safetensors.*saved run"):
+        on_hub.save(begun(tmp_path / "run"), NAME)
+    assert hub.repos[NAME].files["model.safetensors"] == b"precious"
+
+
+def test_a_hub_that_does_not_answer_is_no_new_run(hub: FakeHub, tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=f"{NAME} could not be fetched"):
+        on_hub.bring_back(tmp_path / "run", NAME)
+    assert os.listdir(tmp_path) == []
+
+
+# A run of two parts that works until it is stopped, and is done after the last.
+PART = """
+import pathlib, signal, sys, time
+workdir = pathlib.Path(sys.argv[-1])
+workdir.mkdir(exist_ok=True)
+(workdir / "fingerprint.json").write_text("{}")
+with (workdir / "parts").open("a") as file:
+    file.write("part\\n")
+if len((workdir / "parts").read_text().split()) < 2:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    (workdir / "ready").touch()
+    time.sleep(60)
+sys.exit(CODE)
+"""
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_session_saves_as_it_goes_and_ends_with_its_run(
+    hub: FakeHub, tmp_path: pathlib.Path, session: ModuleType, monkeypatch: Any, code: int
+) -> None:
+    workdir, real = tmp_path / "run", session.run_for
+    program = [sys.executable, "-c", PART.replace("CODE", str(code)), str(workdir)]
+    monkeypatch.setattr(session, "run_for", lambda command, seconds: real(program, min(seconds, 1.5)))
+    assert session.session(workdir, NAME, hours=1, save_every=0.1, rest=[]) == code
+    assert (workdir / "parts").read_text() == "part\n" * 2
+    assert hub.repos[NAME].commits == (3 if code == 0 else 2), "a run that fails is not saved"
+
+
+def test_a_session_ends_when_its_hours_are_over(hub: FakeHub, tmp_path: pathlib.Path, session, monkeypatch) -> None:
+    asked: list[float] = []
+
+    def run_for(command: list[str], seconds: float) -> tuple[int, bool]:
+        assert command[1:] == ["-m", "radlads_jax.launch", "--workdir", str(tmp_path / "run"), "--config=x"]
+        asked.append(seconds)
+        return 128 + signal.SIGTERM, True
+
+    monkeypatch.setattr(session, "run_for", run_for)
+    begun(tmp_path / "run")
+    assert session.session(tmp_path / "run", NAME, hours=0.01, save_every=9, rest=["--config=x"]) == 143
+    assert len(asked) == 1 and 30 < asked[0] <= 36 and "fingerprint.json" in hub.repos[NAME].files
+
+
+def test_a_session_that_is_stopped_saves_and_ends(hub: FakeHub, tmp_path: pathlib.Path, session, monkeypatch) -> None:
+    """By the notebook's button, or by the machine's SIGTERM, which comes to the same."""
+    program = [sys.executable, "-c", PART.replace("CODE", "0"), str(tmp_path / "run")]
+    real = session.subprocess.Popen
+
+    def popen(command: list[str]) -> Any:
+        child = real(program)
+        wait = child.wait
+        monkeypatch.setattr(child, "wait", lambda *seconds: stopped(*seconds) if seconds else wait())
+        return child
+
+    def stopped(seconds: float) -> None:
+        while not (tmp_path / "run" / "ready").exists():
+            time.sleep(0.02)
+        session._interrupt()
+
+    monkeypatch.setattr(session.subprocess, "Popen", popen)
+    assert session.session(tmp_path / "run", NAME, hours=1, save_every=1, rest=[]) == 143
+    assert hub.repos[NAME].files["parts"] == b"part\n"
+
+
+def test_without_a_token_nothing_begins(session: ModuleType, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["session.py", "--workdir=x", f"--repo={NAME}", "--hours=1"])
+    monkeypatch.setattr(session, "session", lambda *_: pytest.fail("began"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert session.main() == 1 and "HF_TOKEN is not set" in capsys.readouterr().err
+    assert TOKEN not in os.environ.get("HF_TOKEN", "")

@@ -110,8 +110,8 @@ class Planner:
     def _compiled(self, topology: str, name: str, mesh_sizes: dict[str, int]) -> dict[str, Any]:
         asked: dict[str, Any] = {"teacher": self.run.teacher.path, "student": self.run.student.mixer, "stage": name}
         asked |= {"topology": topology, "mesh": mesh_sizes, "libtpu": os.environ.get("LIBTPU_INIT_ARGS", "")}
-        if StagePlan(self.run, name, self.student, self.teacher).reads_logits:
-            asked["top_k"] = self.run.teacher.top_k
+        plan = StagePlan(self.run, name, self.student, self.teacher)
+        asked |= {"top_k": self.run.teacher.stored_top_k} if plan.reads_logits else plan.softening
         optim, slice_tokens = self.run.optim, self.run.train.slice_tokens
         key = _key(self.student, self.teacher, self.run.stage(name), optim, slice_tokens, asked)
         if key in self.known and self.known[key].get("jax") not in (jax.__version__, *self._told_of):

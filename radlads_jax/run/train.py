@@ -309,7 +309,7 @@ def _summary_line(job: Job, name: str, meta: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": name,
         "trains": STAGES[name].trains,
-        "loss": STAGES[name].loss,
+        "loss": job.stage_plan(name).loss,
         "steps": recipe.steps,
         "tokens": recipe.steps * tokens_per_step,
         "seconds": meta["seconds"],

@@ -24,7 +24,7 @@ _INITS = ("published", "calibrated")
 _DTYPES = ("float32", "bfloat16")
 _OPTIMIZERS = ("adam", "adafactor")
 WARMUP = 50
-STORED_TOP_K = 64
+RATE_FACTORS = (1 / 3, 1.0, 3.0)  # what a sweep multiplies a stage's rates by
 # Of the softmax layers: so many are to be chosen.
 AUTO = re.compile(r"auto:(\d+)")
 
@@ -35,7 +35,7 @@ class Teacher:
 
     logits: a directory of `python -m radlads_jax.store_logits`, which stage 2 reads in the teacher's place; "" = none.
     top_k: a KL is of so many of the teacher's likeliest tokens and of all others as one; 0 = of the whole vocabulary
-    (stored: STORED_TOP_K). temperature: what the logits of both are divided by in a KL, which is then times its square.
+    (stored: 64). temperature: what the logits of both are divided by in a KL, which is then times its square.
     """
 
     path: str = ""
@@ -48,7 +48,7 @@ class Teacher:
 
     @property
     def stored_top_k(self) -> int:
-        return self.top_k or STORED_TOP_K
+        return self.top_k or 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +133,7 @@ class StageConfig:
     lr -> lr_final: all weights but the mixers'; mixer_lr -> mixer_lr_final: the mixers'; a quarter cosine between the
     fractions decay_begin and decay_end of the steps, after warmup_steps from 1% to 100% (in `defaults()`: a twentieth
     of the steps, at most 50). freeze: path regexes that are not trained. remat: "none", "dots" or "full".
+    sweep: a third, once and three times the rates are tried for `trial_steps` steps first, the best taken.
     """
 
     tokens: int = bounded(0, least=1)
@@ -148,11 +149,17 @@ class StageConfig:
     warmup_steps: int = bounded(WARMUP, least=0)
     freeze: tuple[str, ...] = ()
     remat: str = bounded("full", one_of=("none", "dots", "full"))
+    sweep: bool = False
 
     @property
     def steps(self) -> int:
         """Optimizer steps: enough whole batches for the tokens."""
         return -(-self.tokens // (self.batch_size * self.seq_len))
+
+    @property
+    def trial_steps(self) -> int:
+        """The steps of each trial of a sweep: a tenth, at least 20."""
+        return min(self.steps, max(20, self.steps // 10))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,8 +260,6 @@ class RunConfig:
 
 
 _GROUPS = {field.name for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.default)}
-
-
 # The recipes of stages that strangers add.
 _ADDED: dict[str, StageConfig] = {}
 

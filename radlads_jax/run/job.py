@@ -139,6 +139,17 @@ def _check_softening(run: RunConfig, teacher: ModelConfig) -> None:
         )
 
 
+def _check_sweeps(run: RunConfig) -> None:
+    """Raises ValueError where a stage is to be swept whose student the held-out KL can not judge."""
+    able = [name for name, stage in STAGES.items() if stage.needs_teacher and stage.whole_student]
+    for name in run.stages:
+        if run.stage(name).sweep and name not in able:
+            raise ValueError(
+                f"config.{name}.sweep is true, and {name}'s loss is {STAGES[name].loss}; expected a stage that the "
+                f"held-out KL judges, one of {', '.join(able)}. Leave it out."
+            )
+
+
 def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     """Checks teacher, student, tokenizer and data, in this order; raises ValueError for the first that is wrong."""
     mixer_spec(run.student.mixer)  # a typo is told before anything is read
@@ -169,6 +180,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     student = make_student_config(original, run)
     check_trainable(run, student)
     _check_softening(run, original)
+    _check_sweeps(run)
     with hosts.first_alone("data"):
         tokenizer_dir = _tokenizer_dir(run, workdir, source)
         tokenizer = load_tokenizer(tokenizer_dir)

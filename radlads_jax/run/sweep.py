@@ -144,7 +144,7 @@ def _identity(job: Job, name: str) -> str:
 def _read(job: Job, name: str, *, begun: bool) -> list[dict[str, Any]]:
     """The stage's trials so far; none where the file's are of a run with other settings, which could not begin."""
     own = _stages(job).get(name, {})
-    return own["trials"] if begun or own.get("of run") == _identity(job, name) else []
+    return own.get("trials", []) if begun or own.get("of run") == _identity(job, name) else []
 
 
 def _stages(job: Job) -> dict[str, Any]:

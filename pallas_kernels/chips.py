@@ -35,8 +35,8 @@ CHIPS = {
     "a100": Chip(312e12, 76.0 * _GIB, kinds=("NVIDIA A100",)),
     "h100-pcie": Chip(756e12, kinds=("NVIDIA H100 PCIe",)),
     "h100": Chip(989e12, 76.0 * _GIB, kinds=("NVIDIA H100",)),
-    "h200": Chip(989e12, kinds=("NVIDIA H200",)),
-    "b200": Chip(2250e12, kinds=("NVIDIA B200",)),
+    "h200": Chip(989e12, 134.0 * _GIB, kinds=("NVIDIA H200",)),
+    "b200": Chip(2250e12, 171.0 * _GIB, kinds=("NVIDIA B200",)),
 }
 
 

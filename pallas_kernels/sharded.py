@@ -77,13 +77,15 @@ def per_shard(
     kinds: Sequence[str],
     out_kinds: str | tuple[str, ...],
     over_shards: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+    heads: int | None = None,
 ) -> Callable[..., Any]:
     """op on every device's own rows and heads, with no communication in it; op itself without a mesh.
 
     kinds: for each argument "sequence" [B,T,H,K], "state" [B,H,K,V] or "rows" [B,T], "window" [B,W,H] or "taps" [W,H];
     the first is a sequence. All are cut by its heads, which may be channels [B,T,C]; a sequence with a multiple of them
     is cut into as many parts. An argument may be None. out_kinds: the same for the result, or for the tuple of results.
-    Heads that the tensor axis does not divide are computed by all of its devices.
+    Heads that the tensor axis does not divide are computed by all of its devices. heads: how many there are, where
+    sequences have them and their channels in one dimension [B,T,H K].
 
     Over a context axis, over_shards turns op into what runs on a device's shard of every sequence (with communication);
     without it, the axis takes its share of the heads, and every device has whole sequences.
@@ -93,9 +95,10 @@ def per_shard(
         mesh = current_mesh()
         if mesh is None:
             return op(*arguments)
-        batch, tokens, heads = arguments[0].shape[:3]
+        batch, tokens, count = arguments[0].shape[:3]
+        count = heads or count
         shards = fitting(CONTEXT, tokens, mesh) if over_shards else ()
-        rows, split = fitting(ROWS, batch, mesh), fitting(_HEADS if over_shards else WHOLE_HEADS, heads, mesh)
+        rows, split = fitting(ROWS, batch, mesh), fitting(_HEADS if over_shards else WHOLE_HEADS, count, mesh)
         specs = {
             "sequence": PartitionSpec(rows, shards, split),
             "state": PartitionSpec(rows, split),

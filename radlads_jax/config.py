@@ -12,18 +12,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from radlads_jax.fields import (
-    bounded,
-    build,
-    check_bounds,
-    check_regex,
-    follow,
-    parse,
-    require,
-    set_type,
-    type_of,
-    with_placeholders,
-)
+from radlads_jax import fields
+from radlads_jax.fields import bounded, require
 from radlads_jax.fields import parse_arg as parse_arg  # what config files take from here
 from radlads_jax.student import Student, check_student
 
@@ -32,6 +22,7 @@ _SOURCES = ("synthetic", "text", "jsonl", "parquet", "hf", "binidx")
 _DTYPES = ("float32", "bfloat16")
 _OPTIMIZERS = ("adam", "adafactor")
 WARMUP = 50
+RATE_FACTORS = (1 / 3, 1.0, 3.0)  # what a sweep multiplies a stage's rates by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +30,21 @@ class Teacher:
     """path: a Hugging Face directory or hub id; or "" to start from fresh weights of the dimensions in `scratch`.
 
     logits: a directory of `python -m radlads_jax.store_logits`, which stage 2 reads in the teacher's place; "" = none.
-    top_k: how many of the likeliest tokens it holds at each place.
+    top_k: a KL is of so many of the teacher's likeliest tokens and of all others as one; 0 = of the whole vocabulary
+    (stored: 64). temperature: what the logits of both are divided by in a KL, which is then times its square.
     """
 
     path: str = ""
     revision: str = ""
     dtype: str = bounded("bfloat16", one_of=_DTYPES)
     logits: str = ""
-    top_k: int = bounded(64, least=1)
+    top_k: int = bounded(0, least=0)
+    temperature: float = bounded(1.0, above=0)
     scratch: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def stored_top_k(self) -> int:
+        return self.top_k or 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +90,7 @@ class StageConfig:
     lr -> lr_final: all weights but the mixers'; mixer_lr -> mixer_lr_final: the mixers'; a quarter cosine between the
     fractions decay_begin and decay_end of the steps, after warmup_steps from 1% to 100% (in `defaults()`: a twentieth
     of the steps, at most 50). freeze: path regexes that are not trained. remat: "none", "dots" or "full".
+    sweep: a third, once and three times the rates are tried for `trial_steps` steps first, the best taken.
     """
 
     tokens: int = bounded(0, least=1)
@@ -108,11 +106,17 @@ class StageConfig:
     warmup_steps: int = bounded(WARMUP, least=0)
     freeze: tuple[str, ...] = ()
     remat: str = bounded("full", one_of=("none", "dots", "full"))
+    sweep: bool = False
 
     @property
     def steps(self) -> int:
         """Optimizer steps: enough whole batches for the tokens."""
         return -(-self.tokens // (self.batch_size * self.seq_len))
+
+    @property
+    def trial_steps(self) -> int:
+        """The steps of each trial of a sweep: a tenth, at least 20."""
+        return min(self.steps, max(20, self.steps // 10))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,8 +219,6 @@ class RunConfig:
 
 
 _GROUPS = {field.name for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.default)}
-
-
 # The recipes of stages that strangers add.
 _ADDED: dict[str, StageConfig] = {}
 
@@ -238,11 +240,11 @@ def defaults() -> ConfigDict:
 
     A warm-up that nobody sets follows its stage's steps: a twentieth of them, at most 50.
     """
-    run = {name: value for name, value in with_placeholders(RunConfig()).items() if name != "added"}
-    config = ConfigDict(run | {name: with_placeholders(recipe) for name, recipe in _ADDED.items()})
+    run = {name: value for name, value in fields.with_placeholders(RunConfig()).items() if name != "added"}
+    config = ConfigDict(run | {name: fields.with_placeholders(recipe) for name, recipe in _ADDED.items()})
     config.teacher.scratch, config.student.options = ConfigDict(), ConfigDict()
     for name in _stage_names():
-        follow(config[name], "warmup_steps", _fitting_warmup, "tokens", "seq_len", "batch_size")
+        fields.follow(config[name], "warmup_steps", _fitting_warmup, "tokens", "seq_len", "batch_size")
     return config.lock()
 
 
@@ -263,19 +265,19 @@ def check_override(path: str, text: str | None) -> None:
     """
     kind, where = RunConfig, "config"
     for name in path.split("."):
-        hint = StageConfig if kind is RunConfig and name in _ADDED else type_of(kind, name, where)
-        kind, where = set_type(hint), f"{where}.{name}"
+        hint = StageConfig if kind is RunConfig and name in _ADDED else fields.type_of(kind, name, where)
+        kind, where = fields.set_type(hint), f"{where}.{name}"
         if not dataclasses.is_dataclass(kind):
             break
     if text is not None and kind in (int, float, bool):
-        parse(text, kind, where)
+        fields.parse(text, kind, where)
 
 
 def validate(config: ConfigDict) -> RunConfig:
     """The checked, frozen form. Raises ValueError naming the field, what was got and what is expected."""
     values = config.to_dict()
-    added = {name: build(StageConfig, values.pop(name), f"config.{name}") for name in _ADDED if name in values}
-    run = dataclasses.replace(build(RunConfig, values, "config"), added=added)
+    added = {name: fields.build(StageConfig, values.pop(name), f"config.{name}") for name in _ADDED if name in values}
+    run = dataclasses.replace(fields.build(RunConfig, values, "config"), added=added)
     unknown = [s for s in run.stages if s not in _stage_names()]
     if unknown:
         raise ValueError(
@@ -284,12 +286,12 @@ def validate(config: ConfigDict) -> RunConfig:
         )
     require(bool(run.stages), "config.stages", run.stages, f"at least one of {', '.join(STAGE_NAMES)}")
     require(len(set(run.stages)) == len(run.stages), "config.stages", run.stages, "each stage at most once")
-    check_bounds("config", run)
+    fields.check_bounds("config", run)
     # Stages that are not run are not looked at.
     for name in _GROUPS - set(STAGE_NAMES):
-        check_bounds(f"config.{name}", getattr(run, name))
+        fields.check_bounds(f"config.{name}", getattr(run, name))
     for name in run.stages:
-        check_bounds(f"config.{name}", run.stage(name))
+        fields.check_bounds(f"config.{name}", run.stage(name))
         _check_stage(f"config.{name}", run.stage(name), run.mesh.context)
     _check_teacher(run.teacher)
     check_student(run.student)
@@ -320,7 +322,7 @@ def _check_stage(where: str, stage: StageConfig, shards: int) -> None:
         f"0 <= decay_begin < decay_end <= 1 (decay_end is {stage.decay_end})",
     )
     for pattern in stage.freeze:
-        check_regex(f"{where}.freeze", pattern)
+        fields.check_regex(f"{where}.freeze", pattern)
 
 
 def _check_chats(run: RunConfig) -> None:

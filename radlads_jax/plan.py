@@ -2,6 +2,7 @@
 
 python -m radlads_jax.plan --config configs/qwen2_5_72b_rad_rwkv6.py --topology v5p:4x4x8 [--json] [--price v5p=2.1]
     [--results plans.jsonl]
+python -m radlads_jax.plan --config FILE --topology v6e:2x4 --where stage2
 
 --topology auto takes, of every chip, each stage's smallest slice on which it fits (a run continues on any other), and
 ranks the chips by cost. GPUs (h100:8, a100:16) are planned by arithmetic alone.
@@ -17,13 +18,14 @@ from rich.console import Console
 
 from radlads_jax import config as config_lib
 from radlads_jax.planning.planner import make_planner, prepare_environment
-from radlads_jax.planning.tables import show, show_ranking
+from radlads_jax.planning.tables import show, show_ranking, show_where
 from radlads_jax.system import storage
 from radlads_jax.system.command import explain, parse_flags, refuse
 
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Chips and their torus, e.g. v5e:2x2, v5p:4x4x8, v6e:8x8, h100:8; or auto."
 )
+_WHERE = flags.DEFINE_string("where", None, "A stage: print where its step's time goes, in the place of a plan.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON in the place of tables.")
 _PRICE = flags.DEFINE_multi_string("price", [], "USD a chip-hour, e.g. v5p=2.1; may be repeated.")
 _RESULTS = flags.DEFINE_string(
@@ -48,7 +50,15 @@ def main(argv: list[str]) -> int:
             note = f"The run chooses its softmax layers ({kept[0]}); planned with as many, evenly spaced."
             Console(stderr=True).print(note, markup=False, soft_wrap=True)
         automatic = _TOPOLOGY.value == "auto"
-        result = planner.auto() if automatic else planner.topology(_TOPOLOGY.value)
+        if _WHERE.value is not None:
+            if automatic or _WHERE.value not in run.stages:
+                raise ValueError(
+                    f"got --where={_WHERE.value} with --topology={_TOPOLOGY.value}; expected one of config.stages "
+                    f"{', '.join(run.stages)}, and one topology, as v6e:2x4."
+                )
+            result = planner.where(_TOPOLOGY.value, _WHERE.value)
+        else:
+            result = planner.auto() if automatic else planner.topology(_TOPOLOGY.value)
     except ValueError as error:
         return refuse(error)
     except OSError as error:
@@ -57,6 +67,8 @@ def main(argv: list[str]) -> int:
         return refuse(error)
     if _JSON.value:
         print(json.dumps(result, indent=2))
+    elif _WHERE.value is not None:
+        show_where(result, Console())
     elif automatic:
         show_ranking(result, planner.prices, Console())
     else:

@@ -246,8 +246,17 @@ def test_two_runs_share_a_file_of_results(compilations, tmp_path):
 def test_chips_are_ranked_by_cost(compilations, capsys):
     run = dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen2.5-72B-Instruct"), stages=("stage2",))
     ranking = planner_lib.make_planner(run, {"a100": 1e6}).auto()
-    costs = [choice["usd"] for choice in ranking]
+    costs = [choice["usd_counted"] for choice in ranking]
     assert len(ranking) == len(chips.CHIPS) and costs == sorted(costs) and ranking[-1]["chip"] == "a100"
+    by_chip = {choice["chip"]: choice for choice in ranking}
+    # One share of every peak, so that slices differ by what a FLOP costs; a GPU has nothing else.
+    for name in ("v6e", "h100"):
+        work = by_chip[name]["usd_counted"] * chips.CHIPS[name].flops / chips.CHIPS[name].price
+        assert work == pytest.approx(by_chip["b200"]["usd_counted"] * chips.CHIPS["b200"].flops / 6.0, rel=1e-6)
+    assert (
+        by_chip["h100"]["usd"] == pytest.approx(by_chip["h100"]["usd_counted"]) and by_chip["h100"]["usd_spot"] is None
+    )
+    assert by_chip["v6e"]["usd_spot"] == pytest.approx(by_chip["v6e"]["usd"] * 0.96 / 2.70)
     tables.show_ranking(ranking, chips.CHIPS, Console(width=200))
     shown = capsys.readouterr().out
     assert all(choice["stages"][0]["topology"] in shown for choice in ranking)
@@ -261,8 +270,8 @@ def test_chips_without_a_slice_for_the_mesh_are_left_out(compilations, capsys):
     ranking = planner_lib.make_planner(run, {}).auto()
     assert {choice["chip"] for choice in ranking} == {"v5e", "v5p", "v6e"}
     tables.show_ranking(ranking, chips.CHIPS, Console(width=200))
-    assert "config.mesh: a100, h100." in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"\b7 devices.*\bv5e:2x2\b.*\bh100:64\b"):
+    assert "config.mesh: a100, h100, h200, b200." in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"\b7 devices.*\bv5e:2x2\b.*\bb200:64\b"):
         planner_lib.make_planner(dataclasses.replace(run, mesh=Mesh(data=7)), {}).auto()
 
 

@@ -14,7 +14,7 @@ from untrained import TEACHER, random_params, save_teacher
 from radlads_jax import config, store_logits
 from radlads_jax.data import stored_logits
 from radlads_jax.distill.losses import kl_loss, stored_kl_loss
-from radlads_jax.distill.program import abstract_arguments
+from radlads_jax.distill.program import abstract_arguments, create_state, make_step
 from radlads_jax.models import bind, sharding
 from radlads_jax.planning import cost
 from radlads_jax.planning import stage as planning_stage
@@ -115,6 +115,40 @@ def test_a_few_tokens_are_the_formula_in_float64(teacher, few, tmp_path):
     assert float(sums.loss) == pytest.approx(expected, rel=2e-3) and float(sums.weight) == batch["tokens"].size
     assert 0 < expected < (np.exp(log_p) * (log_p - log_q)).sum()
     np.testing.assert_allclose(np.exp(batch["teacher_log_probs"]).sum(-1), top_p.sum(-1), rtol=5e-6)
+
+
+def test_a_run_s_loss_is_softened_as_its_settings_say(teacher, tmp_path):
+    job = job_of(teacher, tmp_path, teacher__temperature=2.0, teacher__top_k=5)
+    weights, student, batch = of_live(job)
+    plan = job.stage_plan("stage2")
+    assert plan.loss == "KL to the teacher at temperature 2 of its 5 likeliest tokens and the rest"
+    state = create_state(plan, student)
+    _, metrics = make_step(plan)(state, {}, weights, batch)
+    asked = {"temperature": 2.0, "top_k": 5, "remat": "none"}
+    sums = kl_loss(job.student, job.teacher, random_params(job.student, 0.08), weights, batch, **asked)
+    plain = kl_loss(job.student, job.teacher, random_params(job.student, 0.08), weights, batch, remat="none")
+    np.testing.assert_allclose(metrics["loss"], sums.loss / sums.weight, rtol=1e-5)
+    assert abs(metrics["loss"] - plain.loss / plain.weight) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("steps", "more", "words"),
+    [
+        ({"stage1": 1}, {"teacher__temperature": 2.0}, ["config.teacher.temperature is 2", "stage2, stage2a, stage2c"]),
+        ({"stage1": 1}, {"teacher__top_k": 8}, ["config.teacher.top_k is 8", "stage2, stage2a, stage2c"]),
+        (STEPS, {"teacher__top_k": VOCAB + 1}, ["config.teacher.top_k is 301", "vocabulary 300"]),
+        (
+            STEPS,
+            {"teacher__logits": "logits", "teacher__temperature": 2.0},
+            ["temperature is 2", "config.teacher.logits"],
+        ),
+        (STEPS, {"teacher__temperature": 0.0}, ["config.teacher.temperature", "more than 0"]),
+    ],
+)
+def test_softening_that_can_not_be_is_refused(teacher, tmp_path, steps, more, words):
+    with pytest.raises(ValueError) as error:
+        job_of(teacher, tmp_path, steps, **more)
+    assert all(word in str(error.value) for word in words), error.value
 
 
 def test_killed_it_goes_on_to_the_same_bytes(teacher, few, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ _steps: dict[str, Any] = {}
 
 def _kept_step(plan: StagePlan) -> Any:
     # All that a step is made from. A recipe may hold dicts, and so be no key itself.
-    recipe = (plan.stage, plan.recipe, plan.run.optim, plan.run.train.slice_tokens)
+    recipe = (plan.stage, plan.recipe, plan.softening, plan.run.optim, plan.run.train.slice_tokens)
     devices = None if plan.mesh is None else (plan.mesh.shape_tuple, plan.mesh.device_ids.tolist())
     key = repr((recipe, plan.student, plan.teacher, devices))
     if key not in _steps:

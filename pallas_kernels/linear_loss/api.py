@@ -1,5 +1,6 @@
 """The public losses: check their arguments and choose the slice."""
 
+import math
 from typing import Literal
 
 import jax
@@ -47,23 +48,33 @@ def linear_kl(
     teacher_kernel: Float[Array, "_ _"],
     weights: Float[Array, " N"],
     *,
+    temperature: float = 1.0,
+    top_k: int = 0,
     slice_tokens: int | None = None,
     kernel_layout: _Layout = "dv",
     teacher_kernel_layout: _Layout = "dv",
 ) -> Float[Array, ""]:
-    """Weighted sum over tokens of KL(teacher || student) at temperature 1.
+    """Weighted sum over tokens of KL(teacher || student), times temperature^2.
 
-    sum_n weights_n sum_v p_nv (log p_nv - log q_nv),   p = softmax(teacher_hidden @ teacher_kernel),
-    q = softmax(hidden @ kernel)
+    temperature^2 sum_n weights_n sum_v p_nv (log p_nv - log q_nv),
+    p = softmax(teacher_hidden @ teacher_kernel / temperature), q = softmax(hidden @ kernel / temperature)
 
+    The factor keeps gradients at their size (Hinton et al., arXiv 1503.02531). top_k: the KL of the teacher's k
+    likeliest tokens and of all others as one, as in `linear_topk_kl`; 0 for the whole vocabulary.
     Layouts, dtypes and gradients as in `linear_cross_entropy`; the teacher is a constant and gets none. Its logits of
     one slice lie beside the student's. Teacher and student may differ in width, not in vocabulary.
     """
     _check("linear_kl", hidden, kernel, kernel_layout, weights)
     _check("linear_kl", teacher_hidden, teacher_kernel, teacher_kernel_layout, weights, name="teacher_")
     _check_vocab("linear_kl", kernel, kernel_layout, teacher_kernel, teacher_kernel_layout)
+    vocab = kernel.shape[1 if kernel_layout == "dv" else 0]
+    if not (math.isfinite(temperature) and temperature > 0 and 0 <= top_k <= vocab):
+        raise ValueError(
+            f"linear_kl got temperature {temperature} and top_k {top_k}; expected a temperature above 0, and top_k "
+            f"from 1 to the vocabulary's {vocab}, or 0 for all of it."
+        )
     size = _slice_tokens(hidden, kernel, kernel_layout, slice_tokens)
-    options = sliced.Options(size, kernel_layout, teacher_kernel_layout)
+    options = sliced.Options(size, kernel_layout, teacher_kernel_layout, float(temperature), top_k)
     return sliced.kl(options, hidden, kernel, teacher_hidden, teacher_kernel, weights)
 
 

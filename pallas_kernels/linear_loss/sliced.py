@@ -13,11 +13,16 @@ _Slice = tuple[jax.Array, ...]
 
 
 class Options(NamedTuple):
-    """What is static: tokens a slice, and how each kernel lies ("dv" or "vd")."""
+    """What is static: tokens a slice, how each kernel lies ("dv" or "vd"), and how a KL is softened.
+
+    top_k: of the teacher its k likeliest tokens, and all others as one; 0 for all.
+    """
 
     slice_tokens: int
     layout: str
     teacher_layout: str = "dv"
+    temperature: float = 1.0
+    top_k: int = 0
 
 
 def split(slice_tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -181,8 +186,17 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def _kl_loss(options: Options, teacher_kernel: jax.Array) -> _SliceLoss:
+    temperature = options.temperature
+
     def loss(logits: jax.Array, rest: _Slice) -> tuple[jax.Array, Callable[[], jax.Array]]:
-        return kl_slice(logits, logits_of(rest[0], teacher_kernel, options.teacher_layout))
+        logits, teacher_logits = logits / temperature, logits_of(rest[0], teacher_kernel, options.teacher_layout)
+        teacher_logits = teacher_logits / temperature
+        if options.top_k:
+            log_probs, indices = jax.lax.top_k(teacher_logits - _log_partition(teacher_logits), options.top_k)
+            losses, gradient = _topk_kl_slice(logits, log_probs, indices)
+        else:
+            losses, gradient = kl_slice(logits, teacher_logits)
+        return temperature**2 * losses, lambda: temperature * gradient()
 
     return loss
 

@@ -35,8 +35,10 @@ def kl_loss(
     remat: str,
     slice_tokens: int | None = None,
     counted: Float[Array, "B T"] | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
 ) -> LossSums:
-    """Sum over tokens of KL(teacher || student) at temperature 1.
+    """Sum over tokens of KL(teacher || student), softened as pallas_kernels.linear_loss.linear_kl says.
 
     counted: each token's weight; by default 0 for padding and 1 elsewhere.
     """
@@ -57,6 +59,8 @@ def kl_loss(
         kernel_layout=layout,
         teacher_kernel_layout=teacher_layout,
         slice_tokens=slice_tokens,
+        temperature=temperature,
+        top_k=top_k,
     )
     return LossSums(loss, counted.sum(), {})
 

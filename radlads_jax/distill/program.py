@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from radlads_jax.config import RunConfig, StageConfig
+from radlads_jax.config import RunConfig, StageConfig, Teacher
 from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill.losses import LossSums
 from radlads_jax.distill.optim import make_optimizer
@@ -66,6 +66,21 @@ class StagePlan:
     def reads_logits(self) -> bool:
         """Whether the teacher's stored logits stand in its place."""
         return bool(self.run.teacher.logits) and self.stage.stored_loss_fn is not None
+
+    @property
+    def softening(self) -> dict[str, Any]:
+        """Of the options of a KL to the live teacher, those that are not as they are by default."""
+        if not self.stage.softens or self.reads_logits:
+            return {}
+        asked, default = self.run.teacher, Teacher()
+        values = {name: getattr(asked, name) for name in ("temperature", "top_k")}
+        return {name: value for name, value in values.items() if value != getattr(default, name)}
+
+    @property
+    def loss(self) -> str:
+        """What the loss is, in words."""
+        said = {"temperature": "at temperature {:g}", "top_k": "of its {:,} likeliest tokens and the rest"}
+        return " ".join([self.stage.loss, *(said[name].format(value) for name, value in self.softening.items())])
 
     @property
     def needs_weights(self) -> bool:
@@ -167,6 +182,7 @@ def make_step(plan: StagePlan) -> Any:
             batch,
             remat=plan.recipe.remat,
             slice_tokens=plan.run.train.slice_tokens or None,
+            **plan.softening,
         )
 
     step = make_train_step(
@@ -201,6 +217,6 @@ def abstract_arguments(plan: StagePlan) -> tuple:
     shape = (plan.recipe.batch_size, plan.recipe.seq_len)
     batch = {k: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for k, dtype in _BATCH_DTYPES.items()}
     if plan.reads_logits:
-        wide = (*shape, plan.run.teacher.top_k)
+        wide = (*shape, plan.run.teacher.stored_top_k)
         batch |= {k: jax.ShapeDtypeStruct(wide, dtype, sharding=placed) for k, dtype in _STORED_DTYPES.items()}
     return state, frozen, weights, batch

@@ -25,6 +25,7 @@ class Stage(NamedTuple):
     stored_loss_fn: loss_fn where the batch has the teacher's stored logits; None where the teacher itself is needed.
     loss, trains: what the loss is and what trains, as the report and the model card say it.
     reads_chats: its rows are of config.data.chats.
+    softens: its loss_fn takes temperature= and top_k= too (config.teacher's).
     """
 
     id: int
@@ -36,6 +37,7 @@ class Stage(NamedTuple):
     trains: str = "everything"
     stored_loss_fn: Callable[..., LossSums] | None = None
     reads_chats: bool = False
+    softens: bool = False
 
     def order_seed(self, seed: int) -> int:
         """What the order of the stage's rows is drawn from, in a run with this seed."""
@@ -66,6 +68,7 @@ def _to_teacher(number: int) -> Stage:
         whole_student=True,
         loss=_TO_TEACHER,
         stored_loss_fn=stored_kl_loss,
+        softens=True,
     )
 
 
@@ -91,6 +94,7 @@ STAGES: dict[str, Stage] = {
         whole_student=True,
         loss="KL to the teacher where the assistant speaks",
         reads_chats=True,
+        softens=True,
     ),
     "stage3": Stage(4, cross_entropy_loss, everything, needs_teacher=False, whole_student=True, loss=_NEXT_TOKEN),
 }

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.sharded import ROWS, WHOLE_HEADS, parts, per_shard
-from radlads_jax.models import rope, sharding
+from radlads_jax.models import heads, rope, sharding
 from radlads_jax.models.config import KeptAttention, ModelConfig
 from radlads_jax.models.layers import RMSNorm, linear, repeat_kv, split_heads
 from radlads_jax.models.spec import MixerSpec, StateArray, Tensor, linear_tensors
@@ -26,7 +26,7 @@ class Context(NamedTuple):
     segment_ids: [B, T], None where every row is one segment.   starts: [B, T], True where a segment begins (or None).
     offset: the number of tokens before these in the decoding state.
     key_segment_ids: [B, S], of the state's keys; None outside decoding.
-    v_first: [B, T, H, K], the first recurrent layer's values, where its mixer has any to give.
+    v_first: [B, T, H K], the first recurrent layer's values, where its mixer has any to give.
     logit_scale: of every query in the softmax layers that scale theirs; None where none does.
     """
 
@@ -36,7 +36,7 @@ class Context(NamedTuple):
     starts: Bool[Array, "B T"] | None = None
     offset: Int[Array, ""] | None = None
     key_segment_ids: Int[Array, "B S"] | None = None
-    v_first: Float[Array, "B T H K"] | None = None
+    v_first: Float[Array, "B T d"] | None = None
     logit_scale: Float[Array, "B T 1 1"] | None = None
 
 
@@ -68,7 +68,17 @@ class Mixer(nnx.Module):
             q, k = rope.rotate(q, context.cos, context.sin), rope.rotate(k, context.cos, context.sin)
         return sharding.by_heads(q), sharding.by_heads(k), sharding.by_heads(v)
 
-    def first_values(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"] | None:
+    def flat_projections(self, x_q: Array, x_k: Array, x_v: Array, context: Context, *, use_rope: bool):
+        """What `project` gives, as [B, T, H K] and [B, T, G K]."""
+        size = self.cfg.head_dim
+        q, k, v = self.q(x_q), self.k(x_k), self.v(x_v)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = heads.normed(q, self.q_norm), heads.normed(k, self.k_norm)
+        if use_rope:
+            q, k = (heads.rotate(each, size, context.cos, context.sin) for each in (q, k))
+        return tuple(heads.by_heads(each, size) for each in (q, k, v))
+
+    def first_values(self, x: Float[Array, "B T D"]) -> Float[Array, "B T d"] | None:
         """What later layers find as context.v_first where this one is the first recurrent layer; None: nothing."""
         del x
         return None

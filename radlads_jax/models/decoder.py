@@ -161,7 +161,7 @@ def _layer(context: Context, x, layer: Layer, layer_id, state):
     return layer(x, context, layer_id, state)
 
 
-def _first_values(layer: Layer, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"] | None:
+def _first_values(layer: Layer, x: Float[Array, "B T D"]) -> Float[Array, "B T d"] | None:
     """Computed before the scan, that not every layer's carry holds them."""
     return layer.mixer.first_values(layer.mixer_input(x))
 

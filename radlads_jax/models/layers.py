@@ -24,9 +24,14 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return self.scaled(normed, x.dtype)
+
+    def scaled(self, normed: Float[Array, "... D"], dtype: jnp.dtype, *, times: int = 1) -> Float[Array, "... D"]:
+        """What is normed, scaled, in this dtype; times: so often the scale's channels lie side by side."""
+        scale = jnp.tile(self.scale[...], times) if times > 1 else self.scale[...]
         if self.zero_centred:
-            return ((1 + self.scale[...].astype(jnp.float32)) * normed).astype(x.dtype)
-        return self.scale[...].astype(x.dtype) * normed.astype(x.dtype)
+            return ((1 + scale.astype(jnp.float32)) * normed).astype(dtype)
+        return scale.astype(dtype) * normed.astype(dtype)
 
 
 @jax.custom_vjp

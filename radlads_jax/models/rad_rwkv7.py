@@ -11,6 +11,7 @@ otherwise     (variant B): kk = k k_k / |k k_k|, k <- k (1 + (iclr - 1) k_a),   
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,10 +23,10 @@ from pallas_kernels.context_parallel import over_shards
 from pallas_kernels.sharded import ROWS, per_shard
 from pallas_kernels.wkv7 import wkv7, wkv7_step
 from pallas_kernels.wkv7.api import IMPLEMENTATIONS
-from radlads_jax.models import sharding, starts
+from radlads_jax.models import heads, starts
 from radlads_jax.models.attention import Context, Mixer, projection_tensors
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, repeat_kv, split_heads
+from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, split_heads
 from radlads_jax.models.rwkv import (
     RwkvOptions,
     card_facts,
@@ -85,39 +86,54 @@ class RadRwkv7(Mixer):
     def heads(self, x: Float[Array, "B T D"], context: Context, layer_id, state):
         """-> (what o reads [B, T, d], state {"wkv": [B, H, K, V] float32})."""
         cfg, mixer = self.cfg, self.cfg.mixer
-        r, k, v = self.project(x, x, x, context, use_rope=mixer.use_rope)
-        k, v = repeat_kv(k, cfg.num_heads), repeat_kv(v, cfg.num_heads)
-        log_w = split_heads(_LOG_W_BOUND * jax.nn.sigmoid(self.decay(x)), cfg.num_heads)
-        iclr = split_heads(jax.nn.sigmoid(self.iclr(x)), cfg.num_heads)
+        r, k, v = self.flat_projections(x, x, x, context, use_rope=mixer.use_rope)
+        k, v = (heads.repeat(each, cfg.head_dim, cfg.num_heads) for each in (k, v))
+        log_w, iclr = _LOG_W_BOUND * jax.nn.sigmoid(self.decay(x)), jax.nn.sigmoid(self.iclr(x))
 
         assert context.v_first is not None
-        residual = split_heads(jax.nn.sigmoid(self.value(x)), cfg.num_heads).astype(v.dtype)
+        residual = jax.nn.sigmoid(self.value(x)).astype(v.dtype)
         v = v + (context.v_first - v) * jnp.where(layer_id == cfg.first_recurrent_layer, 0, residual)
 
         kk, k = self._keys(k.astype(jnp.float32), log_w, iclr)
         a, b = (-kk).astype(x.dtype), (kk * iclr).astype(x.dtype)
         initial = None if state is None else state["wkv"]
-        recurrence = per_shard(_recurrence, ("sequence",) * 6 + ("state", "rows"), ("sequence", "state"), over_shards)
+        kinds = ("sequence",) * 6 + ("state", "rows")
+        whole, cut = (_of_flat(run, cfg.head_dim) for run in (_recurrence, over_shards(_recurrence)))
+        recurrence = per_shard(whole, kinds, ("sequence", "state"), lambda _: cut, heads=cfg.num_heads)
         out, final = recurrence(r, log_w, k.astype(x.dtype), v, a, b, initial, context.segment_ids)
-        out = self.ln_x(out) if mixer.group_norm else out * cfg.head_dim**-0.5
-        out = out.reshape(*x.shape[:2], -1)
+        if mixer.group_norm:
+            out = self.ln_x(split_heads(out, cfg.num_heads)).reshape(out.shape)
+        else:
+            out = out * cfg.head_dim**-0.5
         if mixer.gate == "low_rank":
             out = out * self.gate(x)
         elif mixer.gate == "full":
             out = out * jax.nn.sigmoid(self.gate(x))
         return out, None if state is None else {"wkv": final}
 
-    def first_values(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"]:
+    def first_values(self, x: Float[Array, "B T D"]) -> Float[Array, "B T d"]:
         """v' of all heads: the value residual of every later layer."""
-        return repeat_kv(sharding.by_heads(split_heads(self.v(x), self.cfg.num_kv_heads)), self.cfg.num_heads)
+        size = self.cfg.head_dim
+        return heads.repeat(heads.by_heads(self.v(x), size), size, self.cfg.num_heads)
 
     def _keys(self, k, log_w, iclr):
-        """The removal key kk (unit length per head) and the key that is written, [B, T, H, K] float32."""
+        """The removal key kk (unit length per head) and the key that is written, [B, T, H K] float32."""
+        size = self.cfg.head_dim
         if self.cfg.mixer.balance_state:
-            return _unit(k), k * (iclr - jnp.expm1(log_w))
-        per_head = (k.shape[2], k.shape[3])
-        k_k, k_a = (p[...].astype(jnp.float32).reshape(per_head) for p in (self.k_k, self.k_a))
-        return _unit(k * k_k), k * (1 + (iclr - 1) * k_a)
+            return heads.unit(k, size), k * (iclr - jnp.expm1(log_w))
+        k_k, k_a = (p[...].astype(jnp.float32) for p in (self.k_k, self.k_a))
+        return heads.unit(k * k_k, size), k * (1 + (iclr - 1) * k_a)
+
+
+def _of_flat(run: Callable[..., Any], size: int) -> Callable[..., Any]:
+    """The recurrence of flat sequences, of heads of this size, by one of [B, T, H, K]."""
+
+    def flat(*arguments: Any) -> tuple[Array, Array]:
+        sequences = [split_heads(each, each.shape[-1] // size) for each in arguments[:6]]
+        out, final = run(*sequences, *arguments[6:])
+        return out.reshape(*out.shape[:2], -1), final
+
+    return flat
 
 
 def _recurrence(r, log_w, k, v, a, b, initial_state, segment_ids):
@@ -126,11 +142,6 @@ def _recurrence(r, log_w, k, v, a, b, initial_state, segment_ids):
         out, final = wkv7_step(r, log_w, k, v, a, b, initial_state)
         return out[:, None], final
     return wkv7(r, log_w, k, v, a, b, initial_state=initial_state, segment_ids=segment_ids)
-
-
-def _unit(x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
-    """x / |x| over the last axis, with |x| at least 1e-12."""
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
 
 
 def _initial_decay(cfg: ModelConfig, layer_id: Int[Array, ""]) -> Float[Array, " d"]:

@@ -9,13 +9,14 @@ from pallas_kernels import chips
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip(chips.Chip):
-    """price: USD an hour, on demand. slices: topologies by size, smallest first; for a GPU how many. kernel_cycles: of
-    a kernel on this chip to one on a v6e.
+    """price: USD an hour, on demand; spot: of one that may be taken away, 0 where none is known. slices: topologies by
+    size, smallest first; for a GPU how many. kernel_cycles: of a kernel on this chip to one on a v6e.
 
     Where its clock is 0, no compiler is asked, and a plan is arithmetic alone.
     """
 
     price: float
+    spot: float = 0.0
     slices: tuple[str, ...] = ()
     kernel_cycles: float = 2.0
 
@@ -31,14 +32,17 @@ def _rented(name: str, price: float, slices: tuple[str, ...], **more: Any) -> Ch
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")
 _GPUS = ("1", "2", "4", "8", "16", "32", "64")
-# Prices of TPUs as listed for us-central1 and us-east5 without commitment (cloud.google.com/tpu/pricing), of GPUs the
-# middle of what GPU clouds list for SXM cards with 80 GB early in 2026; all of them change: see --price.
+# Prices of TPUs as listed for us-central1 and us-east5 without commitment (cloud.google.com/tpu/pricing), on Spot the
+# middle of what regions ask, of GPUs the middle of what GPU clouds list for SXM cards (an A100's of 80 GB) in 2026; all
+# of them change: see --price.
 CHIPS = {
     "v5e": _rented("v5e", 1.20, _FLAT),
-    "v5p": _rented("v5p", 4.20, _CUBES),
-    "v6e": _rented("v6e", 2.70, _FLAT, kernel_cycles=1.0),
-    "a100": _rented("a100", 2.00, _GPUS),
-    "h100": _rented("h100", 3.00, _GPUS),
+    "v5p": _rented("v5p", 4.20, _CUBES, spot=1.30),
+    "v6e": _rented("v6e", 2.70, _FLAT, spot=0.96, kernel_cycles=1.0),
+    "a100": _rented("a100", 1.30, _GPUS),
+    "h100": _rented("h100", 2.75, _GPUS),
+    "h200": _rented("h200", 4.10, _GPUS),
+    "b200": _rented("b200", 6.00, _GPUS),
 }
 
 

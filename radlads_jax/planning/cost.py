@@ -82,20 +82,28 @@ def model_flops(
 
 @dataclasses.dataclass(frozen=True)
 class _StepTime:
-    """Seconds of one step, by what would bound it; step: all together; bound: the largest."""
+    """Seconds of one step, by what would bound it; step: all together; bound: the largest; exposed: of links, what
+    nothing runs beside.
+    """
 
     compute: float
     memory: float
     network: float
     step: float
     bound: str
+    exposed: float
+
+
+def kernel_seconds(chip: Chip, name: str, elements: float) -> float:
+    """Of a kernel of this project, by the elements of its first result."""
+    cycles = {name: each for spec in MIXERS.values() if spec.operator for name, each in spec.operator.cycles.items()}
+    return chip.kernel_cycles * cycles[name] * elements / _KERNEL_COLUMNS / chip.clock
 
 
 def step_time(chip: Chip, counts: Counts) -> _StepTime:
     """See ASSUMPTIONS."""
-    cycles = {name: each for spec in MIXERS.values() if spec.operator for name, each in spec.operator.cycles.items()}
-    own = sum(cycles[name] * elements / _KERNEL_COLUMNS for name, elements in counts.kernels.items())
-    compute = max((counts.cycles + chip.kernel_cycles * own) / chip.clock, counts.flops / chip.flops)
+    own = sum(kernel_seconds(chip, name, elements) for name, elements in counts.kernels.items())
+    compute = max(counts.cycles / chip.clock + own, counts.flops / chip.flops)
     memory, network = counts.hbm_bytes / chip.hbm_rate, counts.all_link_bytes / chip.link_rate
     exposed = counts.exposed_link_bytes / chip.link_rate
     for received, beside, times in counts.begun:
@@ -103,10 +111,10 @@ def step_time(chip: Chip, counts: Counts) -> _StepTime:
     busy = max(compute, memory)
     step = busy + exposed + max(0.0, network - exposed - busy)
     parts = {"compute": compute, "memory": memory, "network": network}
-    return _StepTime(compute, memory, network, step, max(parts, key=lambda name: parts[name]))
+    return _StepTime(compute, memory, network, step, max(parts, key=lambda name: parts[name]), exposed)
 
 
 def step_time_uncompiled(chip: Chip, flops: float) -> _StepTime:
     """See ASSUMPTIONS_UNCOMPILED."""
     seconds = flops / (_EFFICIENCY * chip.flops)
-    return _StepTime(seconds, 0.0, 0.0, seconds, "compute")
+    return _StepTime(seconds, 0.0, 0.0, seconds, "compute", 0.0)

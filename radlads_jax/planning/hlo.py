@@ -6,6 +6,7 @@ The compiler's own cost analysis counts a loop's body once, and knows no collect
 import dataclasses
 import math
 import re
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -28,7 +29,7 @@ _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 # Three ways to write groups: listed, as [groups, size], or as axes (or parts of axes) of a mesh.
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\]|mesh\[([^\]]*)\] ?\{([^}]*)\})")
 
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 # Instructions that move no bytes of their own: names for others' results, or the second half of a pair.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all")
 _HALVES = ("-done", "-update")
@@ -70,11 +71,35 @@ class _Transfer:
     beside: float | None = None
 
 
-def count(text: str) -> Counts:
-    """The counts of a program's entry computation."""
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An instruction that is scheduled by itself. times: how often; cycles, hbm_bytes: of one; opcodes: of all that it
+    is made of.
+    """
+
+    instruction: Instruction
+    times: float
+    cycles: float
+    hbm_bytes: float
+    opcodes: frozenset[str]
+
+    @property
+    def kernel(self) -> str | None:
+        """The name of the kernel that it runs, if any."""
+        match = _KERNEL.search(self.instruction.rest)
+        return match[1] if match else None
+
+    @property
+    def elements(self) -> int:
+        """Of its first result."""
+        return math.prod(_dims(self.instruction.type))
+
+
+def count(text: str, each: Callable[[Operation], None] = lambda _: None) -> Counts:
+    """The counts of a program's entry computation. each: is called with every operation."""
     computations, entry = parse(text)
     counts, transfers = Counts(), dict[str, _Transfer]()
-    _run(computations, computations[entry], 1.0, counts, transfers, fused=False, hidden=False)
+    _run(computations, computations[entry], 1.0, counts, transfers, each, fused=False, hidden=False)
     for transfer in transfers.values():
         moved = transfer.times * transfer.received
         counts.link_bytes[transfer.kind] = counts.link_bytes.get(transfer.kind, 0.0) + moved
@@ -90,6 +115,7 @@ def _run(
     times: float,
     counts: Counts,
     transfers: dict[str, _Transfer],
+    each: Callable[[Operation], None],
     *,
     fused: bool,
     hidden: bool,
@@ -105,21 +131,21 @@ def _run(
                 transfer.beside = now - begun[instruction.operands[0]]
         counts.flops += times * _flops(instruction, body)
         kind = instruction.opcode.removesuffix("-start")
-        if kind in _COLLECTIVES:
+        if kind in COLLECTIVES:
             received = _received(instruction, body, kind)
             if kind == "all-reduce" and _is_scattered(instruction, body):
                 kind, received = "reduce-scatter", received / 2
             transfer = _Transfer(kind, received, times, hidden or instruction.opcode.endswith("-start"))
             _add_transfer(transfers, transfer, instruction)
         if not fused and instruction.opcode not in _FREE and not instruction.opcode.endswith(_HALVES):
-            counts.hbm_bytes += times * _hbm_bytes(instruction, body, computations)
-            cycles = estimated_cycles(instruction)
+            cycles, moved = estimated_cycles(instruction), _hbm_bytes(instruction, body, computations)
+            operation = Operation(instruction, times, cycles, moved, frozenset(_opcodes(instruction, computations)))
+            each(operation)
+            counts.hbm_bytes += times * moved
             now += cycles
             counts.cycles += times * cycles
-            if kernel := _KERNEL.search(instruction.rest):
-                counts.kernels[kernel[1]] = counts.kernels.get(kernel[1], 0.0) + times * math.prod(
-                    _dims(instruction.type)
-                )
+            if kernel := operation.kernel:
+                counts.kernels[kernel] = counts.kernels.get(kernel, 0.0) + times * operation.elements
         for role, names in called(instruction):
             inner_times = times
             if role == "body":
@@ -133,7 +159,17 @@ def _run(
             beside = hidden or instruction.opcode in ("async-start", "call-start") or "async" in instruction.name
             for name in names:
                 if name in computations:
-                    _run(computations, computations[name], inner_times, counts, transfers, fused=inside, hidden=beside)
+                    inner = (computations[name], inner_times, counts, transfers, each)
+                _run(computations, *inner, fused=inside, hidden=beside)
+
+
+def _opcodes(instruction: Instruction, computations: dict[str, Computation]) -> Iterator[str]:
+    """Of an instruction, and of what it calls to be one with it."""
+    yield instruction.opcode
+    if instruction.opcode == "fusion":
+        for _, names in called(instruction):
+            for inner in (i for name in names for i in computations.get(name, {}).values()):
+                yield from _opcodes(inner, computations)
 
 
 def _flops(instruction: Instruction, body: Computation) -> float:
@@ -221,7 +257,7 @@ def _begun_key(instruction: Instruction, body: Computation, computations: dict[s
     applied = [
         computations.get(name, {}) for role, names in called(instruction) if role == "to_apply" for name in names
     ]
-    inside = [i for computation in applied for i in computation.values() if i.opcode in _COLLECTIVES]
+    inside = [i for computation in applied for i in computation.values() if i.opcode in COLLECTIVES]
     return _channel_key(inside[0] if instruction.opcode == "call-start" and inside else instruction)
 
 

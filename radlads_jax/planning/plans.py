@@ -18,6 +18,7 @@ from radlads_jax.distill.program import StagePlan
 from radlads_jax.models import sharding
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.planning import stage as stage_lib
+from radlads_jax.planning import where as where_lib
 from radlads_jax.planning.chips import CHIPS, known_chip
 from radlads_jax.planning.cost import ASSUMPTIONS, ASSUMPTIONS_UNCOMPILED
 
@@ -86,11 +87,12 @@ class Planner:
     def auto(self) -> list[dict[str, Any]]:
         """`smallest` of every chip, the cheapest first, those on which a stage fits nowhere last.
 
+        Cheapest by their FLOPs at one share of their peaks: not by what is compiled for some and counted for others.
         Chips without a slice for the run's mesh are not among them; raises ValueError where that is all of them.
         """
         self._require_slices(list(CHIPS))
         ranking = [self.smallest(name) for name in CHIPS if self.slices(name)]
-        return sorted(ranking, key=lambda plan: math.inf if plan["usd"] is None else plan["usd"])
+        return sorted(ranking, key=lambda plan: math.inf if plan["usd_counted"] is None else plan["usd_counted"])
 
     def _least_devices(self) -> int:
         mesh = self.run.mesh
@@ -107,11 +109,39 @@ class Planner:
     def _plan(self, name: str, mesh: sharding.AnyMesh) -> StagePlan:
         return StagePlan(self.run, name, self.student, self.teacher, mesh)
 
+    def where(self, topology: str, name: str) -> dict[str, Any]:
+        """Where the time of a stage's step goes: a document for JSON; compiled anew, for no results hold the program.
+
+        Raises ValueError for a chip without a compiler here, and for a stage that does not fit.
+        """
+        chip = CHIPS[known_chip(topology)]
+        if not chip.is_compiled_for:
+            raise ValueError(
+                f"{topology} is planned by arithmetic alone, which knows nothing of a step's parts; expected a TPU's "
+                "topology, as v6e:2x4."
+            )
+        plan = self._plan_for_devices(topology, name)
+        print(f"compiling {name} for {topology}", file=sys.stderr, flush=True)
+        try:
+            text = stage_lib.text_of(stage_lib.compile_step(plan))
+        except jax.errors.JaxRuntimeError as error:
+            if (peak := stage_lib.oom_bytes(str(error))) is None:
+                raise
+            raise ValueError(
+                f"{name} does not fit {topology}: it needs {peak / 2**30:.1f} GiB of a device, which has "
+                f"{chip.usable / 2**30:.2f}; expected a stage that fits. Take a larger slice."
+            ) from error
+        return {"topology": topology, "stage": name} | where_lib.of_program(text, chip)
+
+    def _plan_for_devices(self, topology: str, name: str) -> StagePlan:
+        devices = topology_devices(topology)
+        return self._plan(name, mesh_lib.make_mesh(self.run, devices) or sharding.one_device_mesh(devices[0]))
+
     def _compiled(self, topology: str, name: str, mesh_sizes: dict[str, int]) -> dict[str, Any]:
         asked: dict[str, Any] = {"teacher": self.run.teacher.path, "student": self.run.student.mixer, "stage": name}
         asked |= {"topology": topology, "mesh": mesh_sizes, "libtpu": os.environ.get("LIBTPU_INIT_ARGS", "")}
-        if StagePlan(self.run, name, self.student, self.teacher).reads_logits:
-            asked["top_k"] = self.run.teacher.top_k
+        plan = StagePlan(self.run, name, self.student, self.teacher)
+        asked |= {"top_k": self.run.teacher.stored_top_k} if plan.reads_logits else plan.softening
         optim, slice_tokens = self.run.optim, self.run.train.slice_tokens
         key = _key(self.student, self.teacher, self.run.stage(name), optim, slice_tokens, asked)
         if key in self.known and self.known[key].get("jax") not in (jax.__version__, *self._told_of):
@@ -123,9 +153,7 @@ class Planner:
             )
         if key not in self.known:
             print(f"compiling {name} for {topology}", file=sys.stderr, flush=True)
-            devices = topology_devices(topology)
-            mesh = mesh_lib.make_mesh(self.run, devices) or sharding.one_device_mesh(devices[0])
-            compiled = stage_lib.compiled(self._plan(name, mesh))
+            compiled = stage_lib.compiled(self._plan_for_devices(topology, name))
             self.known[key] = asked | {"jax": jax.__version__} | compiled
             if self.results is not None:
                 # Another run's plan may have written to it since.
@@ -135,9 +163,10 @@ class Planner:
 
 
 def totals(stages: list[dict[str, Any]]) -> dict[str, float | None]:
-    """The bill of all of these stages; None where one does not fit."""
-    fit = all(stage["fits"] for stage in stages)
-    return {key: sum(stage[key] for stage in stages) if fit else None for key in ("chip_hours", "usd")}
+    """The bill of all of these stages; None where one does not fit, or has no such price."""
+    keys = ("chip_hours", *stage_lib.BILLS)
+    known = {key: [stage[key] for stage in stages] for key in keys}
+    return {key: None if None in each else sum(each) for key, each in known.items()}
 
 
 def chip_count(topology: str) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import dispatch
+from radlads_jax.config import RATE_FACTORS
 from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill.program import StagePlan, abstract_arguments, make_step
 from radlads_jax.planning import cost, hlo, memory
@@ -18,7 +19,8 @@ from radlads_jax.planning.chips import Chip
 
 _HBM_OOM = re.compile(r"([\d.]+)([KMGT])\) exceeds available HBM|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_TIMES = ("step_seconds", "tokens_per_second", "mfu", "bound", "hours", "chip_hours", "usd")
+BILLS = ("usd", "usd_spot", "usd_counted")
+_TIMES = ("step_seconds", "tokens_per_second", "mfu", "bound", "hours", "chip_hours")
 
 
 def by_arithmetic(plan: StagePlan) -> dict[str, Any]:
@@ -43,20 +45,33 @@ def by_arithmetic(plan: StagePlan) -> dict[str, Any]:
     gradients = memory.shard_bytes(state.params)
     needed = memory.temporary_bytes(recipe, plan.student, gradients, mesh, whole_student=plan.stage.whole_student)
     parts = mesh_lib.batch_parts(recipe, mesh)
-    sizes = {"name": plan.name, "steps": recipe.steps, "tokens_per_step": tokens, "accumulate": parts}
+    steps = recipe.steps + (len(RATE_FACTORS) * recipe.trial_steps if recipe.sweep else 0)
+    sizes = {"name": plan.name, "steps": steps, "tokens_per_step": tokens, "accumulate": parts}
     temporary = sum(needed.values())
     by_hand = {"temp_bytes_by_hand": temporary, "peak_bytes_by_hand": sum(held.values()) + temporary}
     return sizes | held | flops | by_hand
 
 
+def compile_step(plan: StagePlan) -> jax.stages.Compiled:
+    """A stage's step by the TPU compiler; JaxRuntimeError where it does not fit."""
+    arguments = abstract_arguments(plan)
+    with dispatch.traced_for("tpu"):
+        lowered = make_step(plan).lower(*arguments)
+    return lowered.compile()
+
+
+def text_of(program: jax.stages.Compiled) -> str:
+    """Its optimised HLO."""
+    text = program.as_text()
+    assert text is not None  # the TPU compiler gives it
+    return text
+
+
 def compiled(plan: StagePlan) -> dict[str, Any]:
     """What the TPU compiler says of a stage's step: peak and temporary bytes, counts; of what does not fit the peak."""
-    arguments = abstract_arguments(plan)
     started = time.monotonic()
     try:
-        with dispatch.traced_for("tpu"):
-            lowered = make_step(plan).lower(*arguments)
-        program = lowered.compile()
+        program = compile_step(plan)
     except jax.errors.JaxRuntimeError as error:
         peak = oom_bytes(str(error))
         if peak is None:
@@ -68,7 +83,7 @@ def compiled(plan: StagePlan) -> dict[str, Any]:
     return {
         "peak_bytes": peak + sizes.temp_size_in_bytes,
         "temp_bytes": sizes.temp_size_in_bytes,
-        "counts": dataclasses.asdict(hlo.count(program.as_text())),
+        "counts": dataclasses.asdict(hlo.count(text_of(program))),
         "compile_seconds": seconds,
     }
 
@@ -80,10 +95,14 @@ def uncompiled(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def priced(record: dict[str, Any], chip: Chip, price: float, chips: int) -> dict[str, Any]:
-    """The record with whether it fits, and where it does how long it takes and what that costs."""
+    """The record with whether it fits, and where it does how long it takes and what that costs.
+
+    usd_spot: None where no such price is known. usd_counted: by FLOPs alone, whether or not it was compiled: what chips
+    are ranked by.
+    """
     fits = record["peak_bytes"] <= chip.usable
     if not fits:
-        return record | {"fits": False} | dict.fromkeys(_TIMES)
+        return record | {"fits": False} | dict.fromkeys((*_TIMES, *BILLS))
     if record["counts"] is None:
         timed, done = cost.step_time_uncompiled(chip, record["ideal_flops"]), {}
     else:
@@ -101,6 +120,7 @@ def priced(record: dict[str, Any], chip: Chip, price: float, chips: int) -> dict
             "memory_seconds": timed.memory,
             "network_seconds": timed.network,
         }
+    counted = cost.step_time_uncompiled(chip, record["ideal_flops"]).step
     hours = timed.step * record["steps"] / 3600
     return (
         record
@@ -114,6 +134,8 @@ def priced(record: dict[str, Any], chip: Chip, price: float, chips: int) -> dict
             "hours": hours,
             "chip_hours": hours * chips,
             "usd": hours * chips * price,
+            "usd_spot": hours * chips * chip.spot if chip.spot else None,
+            "usd_counted": counted * record["steps"] / 3600 * chips * price,
         }
     )
 

@@ -1,9 +1,11 @@
 """A plan as tables in a terminal."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -18,7 +20,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     for column in ("stage", "model TFLOP", "compiled TFLOP", "of ideal", "HBM GB", "links GB", "bound", "s", "MFU"):
         work.add_column(column, justify="left" if column in ("stage", "bound") else "right")
     bill = Table(title="The recipe", title_justify="left")
-    for column in ("stage", "steps", "tokens/s", "hours", "chip-hours", "USD"):
+    for column in ("stage", "steps", "tokens/s", "hours", "chip-hours", "USD", "USD on Spot"):
         bill.add_column(column, justify="left" if column == "stage" else "right")
     for stage in result["stages"]:
         held = [stage[f"{part}_bytes"] for part in ("parameter", "optimizer", "teacher")]
@@ -43,10 +45,10 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{stage['steps']:,}",
             f"{stage['tokens_per_second']:,.0f}",
             *cost,
-            f"{stage['usd']:,.0f}",
+            *map(_usd, (stage["usd"], stage["usd_spot"])),
         )
     if result["usd"] is not None:
-        bill.add_row("all", "", "", "", f"{result['chip_hours']:,.1f}", f"{result['usd']:,.0f}")
+        bill.add_row("all", "", "", "", f"{result['chip_hours']:,.1f}", *map(_usd, (result["usd"], result["usd_spot"])))
     for table in (memory, work, bill):
         console.print(table)
     console.print(f"USD {result['usd_per_chip_hour']} a chip-hour. Assumed:")
@@ -57,8 +59,8 @@ def show(result: dict[str, Any], console: Console) -> None:
 def show_ranking(ranking: list[dict[str, Any]], chips: Iterable[str], console: Console) -> None:
     """What --topology auto found among the chips: a row for each, the cheapest first."""
     table = Table(title="Every stage on the smallest slice on which it fits", title_justify="left")
-    for column in ("chip", "by", "stage: slice, hours, USD", "chip-hours", "USD"):
-        table.add_column(column, justify="right" if column in ("chip-hours", "USD") else "left")
+    for column in ("chip", "by", "stage: slice, hours, USD", "chip-hours", "USD", "on Spot", "counted"):
+        table.add_column(column, justify="left" if column in ("chip", "by") or ":" in column else "right")
     for plan in ranking:
         stages = plan["stages"]
         how = "arithmetic" if all(stage["counts"] is None for stage in stages) else "compiler"
@@ -68,8 +70,53 @@ def show_ranking(ranking: list[dict[str, Any]], chips: Iterable[str], console: C
             else f"{stage['name']}: fits none, {stage['peak_bytes'] / 2**30:.1f} GiB on {stage['topology']}"
             for stage in stages
         ]
-        bill = (f"{plan['chip_hours']:,.1f}", f"{plan['usd']:,.0f}") if plan["usd"] is not None else ()
+        usd = [_usd(plan[key]) for key in ("usd", "usd_spot", "usd_counted")]
+        bill = (f"{plan['chip_hours']:,.1f}", *usd) if plan["usd"] is not None else ()
         table.add_row(plan["chip"], how, "\n".join(each), *bill)
     console.print(table)
+    console.print(
+        "Ranked by what is counted: USD of the model's FLOPs at one share of every chip's peak. A chip planned by "
+        "arithmetic is not to be compared with one that was compiled for.",
+        soft_wrap=True,
+    )
     if left_out := [name for name in chips if name not in {plan["chip"] for plan in ranking}]:
         console.print(f"Left out, with no slice for config.mesh: {', '.join(left_out)}.")
+
+
+def _usd(price: float | None) -> str:
+    return "" if price is None else f"{price:,.0f}"
+
+
+def show_where(result: dict[str, Any], console: Console) -> None:
+    """Where a step's time goes, as tables."""
+    console.print(f"[bold]{result['topology']}[/bold]: a step of {result['stage']}, {result['step_seconds']:.3f} s")
+    kinds = Table(title="By kind", title_justify="left")
+    for column in ("", "s", "HBM s", "HBM GB", "operations"):
+        kinds.add_column(column, justify="right" if column else "left")
+    for name, kind in result["kinds"].items():
+        kinds.add_row(name, *_where_figures(kind))
+    console.print(kinds)
+    for kind, lines in result["lines"].items():
+        table = Table(title=f"{kind[0].upper()}{kind[1:]} by line", title_justify="left")
+        for column in ("line", "s", "HBM s", "HBM GB", "operations", "the dearest one's result"):
+            table.add_column(column, justify="left" if column[0] in "lt" else "right")
+        for line in lines:
+            table.add_row(escape(line["line"]), *_where_figures(line), escape(_short(line["largest"])))
+        console.print(table)
+    console.print(
+        "s: the compiler's static estimates of its operations, and this project's kernels at their static cycles; "
+        "HBM s: their bytes at the memory's full rate.",
+        soft_wrap=True,
+    )
+
+
+def _where_figures(part: dict[str, Any]) -> list[str]:
+    known = (f"{part['seconds']:.4f}",)
+    if "hbm_seconds" not in part:
+        return [*known, "", "", ""]
+    return [*known, f"{part['hbm_seconds']:.4f}", f"{part['hbm_bytes'] / 1e9:.2f}", f"{part['operations']:,.0f}"]
+
+
+def _short(type_text: str) -> str:
+    """A type without its layout, the first of several."""
+    return re.sub(r"\{.*?\}", "", type_text.lstrip("(")).split(" ")[0].rstrip(",")

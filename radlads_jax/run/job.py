@@ -7,7 +7,7 @@ import grain
 import jax
 from jax.sharding import Mesh
 
-from radlads_jax.config import RunConfig
+from radlads_jax.config import RunConfig, Teacher
 from radlads_jax.data import binidx, packing, pipeline, prepare, synthetic
 from radlads_jax.data.chats import chat_rows
 from radlads_jax.data.stored_logits import StoredLogits
@@ -117,6 +117,39 @@ class Job:
         )
 
 
+def _check_softening(run: RunConfig, teacher: ModelConfig) -> None:
+    """Raises ValueError where config.teacher.temperature or .top_k can not do what they say."""
+    asked = run.teacher
+    if asked.stored_top_k > teacher.vocab_size and (asked.top_k or asked.logits):
+        raise ValueError(
+            f"config.teacher.top_k is {asked.stored_top_k:,} and the teacher's vocabulary {teacher.vocab_size:,}; "
+            "expected no more than that. Lower it."
+        )
+    if asked.logits and asked.temperature != 1:
+        raise ValueError(
+            f"config.teacher.temperature is {asked.temperature:g} and config.teacher.logits {asked.logits}; expected "
+            "temperature 1, for of tokens that are not stored nothing is known at another. Leave one of them out."
+        )
+    changed = [name for name in ("temperature", "top_k") if getattr(asked, name) != getattr(Teacher(), name)]
+    softened = [name for name, stage in STAGES.items() if stage.softens]
+    if changed and not asked.logits and not set(softened) & set(run.stages):
+        raise ValueError(
+            f"config.teacher.{changed[0]} is {getattr(asked, changed[0]):g} and config.stages {run.stages}; expected a "
+            f"stage whose loss it changes, one of {', '.join(softened)}. Leave it out."
+        )
+
+
+def _check_sweeps(run: RunConfig) -> None:
+    """Raises ValueError where a stage is to be swept whose student the held-out KL can not judge."""
+    able = [name for name, stage in STAGES.items() if stage.needs_teacher and stage.whole_student]
+    for name in run.stages:
+        if run.stage(name).sweep and name not in able:
+            raise ValueError(
+                f"config.{name}.sweep is true, and {name}'s loss is {STAGES[name].loss}; expected a stage that the "
+                f"held-out KL judges, one of {', '.join(able)}. Leave it out."
+            )
+
+
 def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     """Checks teacher, student, tokenizer and data, in this order; raises ValueError for the first that is wrong."""
     mixer_spec(run.student.mixer)  # a typo is told before anything is read
@@ -146,6 +179,8 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
         )
     student = make_student_config(original, run)
     check_trainable(run, student)
+    _check_softening(run, original)
+    _check_sweeps(run)
     with hosts.first_alone("data"):
         tokenizer_dir = _tokenizer_dir(run, workdir, source)
         tokenizer = load_tokenizer(tokenizer_dir)

@@ -26,7 +26,11 @@ def _stage(plan: StagePlan) -> str:
     rates = {what: _span(recipe, field) for group, (field, what) in _GROUPS.items() if group in groups}
     same = len(set(rates.values())) == 1
     said = [next(iter(rates.values())) if same else ", ".join(f"{what} {rate}" for what, rate in rates.items())]
-    said += [part for part in (_reason(name, recipe), _warmup(name, recipe), _unused(name, recipe, groups)) if part]
+    said += [
+        part
+        for part in (_sweep(recipe), _reason(name, recipe), _warmup(name, recipe), _unused(name, recipe, groups))
+        if part
+    ]
     return f"{name} {'; '.join(said)}" if len(said) == 1 else f"{name} {said[0]} ({', '.join(said[1:])})"
 
 
@@ -45,6 +49,12 @@ def _reason(name: str, recipe: StageConfig) -> str:
     if recipe.lr < fitting:
         return f"low for {recipe.tokens:,} tokens: the default of convert.py is {fitting:g}"
     return ""
+
+
+def _sweep(recipe: StageConfig) -> str:
+    if not recipe.sweep:
+        return ""
+    return f"or a third or three times as much, by the held-out KL after {recipe.trial_steps:,} steps of each"
 
 
 def _warmup(name: str, recipe: StageConfig) -> str:

@@ -67,9 +67,9 @@ def store(job: Job, output: AnyPath, precision: str) -> StoredLogits:
 def _check(job: Job) -> None:
     if job.source is None:
         raise ValueError("the config has no teacher of files; expected config.teacher.path. Set it.")
-    if job.run.teacher.top_k > job.teacher.vocab_size:
+    if job.run.teacher.stored_top_k > job.teacher.vocab_size:
         raise ValueError(
-            f"config.teacher.top_k is {job.run.teacher.top_k:,} and the teacher's vocabulary "
+            f"config.teacher.top_k is {job.run.teacher.stored_top_k:,} and the teacher's vocabulary "
             f"{job.teacher.vocab_size:,}; expected no more than that. Lower it."
         )
 

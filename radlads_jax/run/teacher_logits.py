@@ -36,7 +36,7 @@ def recipe(
         )
     seq_len = next(iter(lengths.values()))
     return {
-        "top_k": run.teacher.top_k,
+        "top_k": run.teacher.stored_top_k,
         "vocab_size": vocab_size,
         "seq_len": seq_len,
         "cross_document": run.data.cross_document,

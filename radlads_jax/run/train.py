@@ -1,8 +1,8 @@
 """The only loop and all of its I/O: stage after stage, resumable at any step, then its ending."""
 
 import dataclasses
+import functools
 import math
-import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from radlads_jax.models.decoder import Params
 from radlads_jax.models.tree import overlay_params, path_leaves, split_params
 from radlads_jax.planning.cost import model_flops
 from radlads_jax.porting.student import aligned_alone, init_mixers, transfer_table, whole_student
-from radlads_jax.run import ending, fingerprint
+from radlads_jax.run import ending, fingerprint, sweep
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.checkpoint_sums import DamagedCheckpoint
 from radlads_jax.run.display import say, show
@@ -29,21 +29,13 @@ from radlads_jax.run.metrics import MetricsLogger, is_spike, peak_bytes
 from radlads_jax.run.teacher_weights import TeacherWeights
 from radlads_jax.run.wandb_curves import WandbCurves
 from radlads_jax.system import hosts, storage
+from radlads_jax.system.stopping import Interrupted as Interrupted
 from radlads_jax.system.stopping import stop_signals
 
 # The mean of so many steps is what a summary calls the last loss.
 _LOSSES_KEPT = 20
 # After so long there is a line, however few steps it was.
 _LINE_SECONDS = 10
-
-
-class Interrupted(RuntimeError):
-    """The run was asked to stop, and has saved where it was. signum: the signal that asked."""
-
-    def __init__(self, signum: int, where: str):
-        name = signal.Signals(signum).name
-        super().__init__(f"stopped by {name} at {where}, which is saved; the same command continues there.")
-        self.signum = signum
 
 
 class TooManyNonFinite(RuntimeError):
@@ -174,6 +166,11 @@ def _run_stage(run: _Run, name: str) -> dict[str, Any]:
         clock = _Clock(saved.meta if saved is not None else {})
         if saved is not None:
             say(f"{name}: continuing from the checkpoint of step {start} of {last}")
+        if job.run.stage(name).sweep:
+            start_of = functools.partial(_student_before, job, name)
+            run = dataclasses.replace(
+                run, job=sweep.decided(job, name, run.teacher, start_of, run.stopping, begun=saved is not None)
+            )
         _StageRun(run, name, checkpoints, clock).train(start, saved)
     return _summary_line(job, name, clock.meta())
 
@@ -309,7 +306,7 @@ def _summary_line(job: Job, name: str, meta: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": name,
         "trains": STAGES[name].trains,
-        "loss": STAGES[name].loss,
+        "loss": job.stage_plan(name).loss,
         "steps": recipe.steps,
         "tokens": recipe.steps * tokens_per_step,
         "seconds": meta["seconds"],

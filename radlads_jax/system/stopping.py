@@ -18,6 +18,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHOW_CURSOR = "\x1b[?25h"
 
 
+class Interrupted(RuntimeError):
+    """The run was asked to stop, and has saved what it had. signum: the signal that asked; kept: what became of it."""
+
+    def __init__(self, signum: int, where: str, kept: str = "which is saved"):
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name} at {where}, {kept}; the same command continues there.")
+        self.signum = signum
+
+
 def leave_on_signals() -> None:
     """From here on one of SIGNALS ends the process with 128 + its number and a line that says so, at any moment.
 

@@ -200,6 +200,9 @@ def test_bad_arguments_are_refused(data, no_shape_annotations):
         linear_cross_entropy(hidden, kernel, targets, weights, slice_tokens=0)
     with pytest.raises(ValueError, match="teacher vocabulary"):
         linear_kl(hidden, kernel, hidden, kernel[:, :-1], weights)
+    for options in ({"temperature": 0.0}, {"temperature": float("nan")}, {"top_k": VOCAB + 1}, {"top_k": -1}):
+        with pytest.raises(ValueError, match=f"top_k from 1 to the vocabulary's {VOCAB}"):
+            linear_kl(hidden, kernel, hidden, kernel, weights, **options)
     with pytest.raises(ValueError, match="teacher_indices"):
         linear_topk_kl(hidden, kernel, jnp.zeros((TOKENS, 3)), jnp.zeros((TOKENS, 2), jnp.int32), weights)
     with pytest.raises(ValueError, match="both or neither"):
@@ -266,6 +269,26 @@ def test_topk_grows_to_the_whole_kl(data):
     ]
     assert 0 < values[0] < values[1] < values[2] < values[3]
     np.testing.assert_allclose(values[-1], whole, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("temperature", "k"), [(2.0, 0), (0.5, 0), (1.0, 8), (3.0, 8)])
+def test_a_softened_kl(data, temperature, k):
+    """The formula at logits over the temperature, times its square; of the k likeliest tokens and all others as one."""
+    softer = data | {name: data[name] / temperature for name in ("kernel", "teacher_kernel")}
+    want = expected_topk(softer, *stored(softer, k)) if k else expected(softer, "kl")
+
+    def run(hidden, kernel, weights):
+        teacher = data["teacher_hidden"], data["teacher_kernel"]
+        return linear_kl(hidden, kernel, *teacher, weights, temperature=temperature, top_k=k, slice_tokens=8)
+
+    arguments = (data["hidden"], data["kernel"], data["weights"])
+    value, gradients = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2)))(*arguments)
+    assert rms_ratio(jax.jit(run)(*arguments), temperature**2 * want["value"]) < TOLERANCE["float32"]
+    assert rms_ratio(value, temperature**2 * want["value"]) < TOLERANCE["float32"]
+    # `expected` is of the kernel that was divided.
+    powers = {"hidden": 2, "kernel": 1, "weights": 2}
+    for (name, power), gradient in zip(powers.items(), gradients, strict=True):
+        assert rms_ratio(gradient, temperature**power * want[name]) < TOLERANCE["float32"], name
 
 
 def test_topk_is_least_at_the_teacher(data):

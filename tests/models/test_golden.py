@@ -60,7 +60,7 @@ def run_mixer(name: str, g: dict, dtype) -> np.ndarray:
     assert set(params) == set(nnx.to_pure_dict(template))
     x = jnp.asarray(g["x"], dtype)[None]
     context = Context(*rope_tables(cfg, jnp.arange(x.shape[1])[None]))
-    v_first = jnp.zeros((1, x.shape[1], cfg.num_heads, cfg.head_dim), dtype)
+    v_first = jnp.zeros((1, x.shape[1], cfg.num_heads * cfg.head_dim), dtype)
     if "v_first" in g:
         v_first = jnp.asarray(g["v_first"], dtype).reshape(v_first.shape)
     context = context._replace(v_first=v_first)

@@ -82,6 +82,7 @@ def test_over_devices(form, tensor, context):
     devices = np.array(jax.devices()[: tensor * context]).reshape(1, 1, tensor, context)
     mesh = jax.sharding.Mesh(devices, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
     want = run(wide, narrow)
+    placed = jax.device_put((wide, narrow), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     with sharding.traced_over(mesh):
-        got = jax.jit(run)(wide, narrow)
+        got = jax.jit(run)(*placed)
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)

@@ -297,7 +297,7 @@ def test_a_plan_counts_what_is_converted():
     # qkv of 2 x 2 x 8 + 4 x 8 channels, z and o, beta and the decay; of the recurrence and the convolution.
     mixer, mixing = 32 * 64 + 2 * 32 * 32 + 2 * 32 * 4, 7 * 4 * 8 * 8 + 8 * 64
     assert cost.matmul_weights(cfg, mixers_of=cfg) == mixer
-    assert cost.mixing_flops(cfg, 128, converted_only=True) == mixing
+    assert cost.mixing_flops(cfg, 128, aligned_only=True) == mixing
     others = 2 * cost.matmul_weights(teacher) + cost.mixing_flops(teacher, 128) - 2 * 300 * 32
     unwanted = 2 * (32 * 64 + 32 * 32 + 2 * 32 * 4)
     assert cost.model_flops(cfg, teacher, "stage1", 128) == others + 3 * (2 * mixer + mixing) - unwanted

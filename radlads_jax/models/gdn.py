@@ -25,10 +25,10 @@ from pallas_kernels.context_parallel import over_shards
 from pallas_kernels.gdn import conv_over_shards, gdn, gdn_step, short_conv
 from pallas_kernels.gdn.api import IMPLEMENTATIONS
 from pallas_kernels.sharded import ROWS, constrain, per_shard
-from radlads_jax.models import gdn_start
+from radlads_jax.models import gdn_start, heads
 from radlads_jax.models.attention import Context
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.layers import RMSNorm, linear, repeat_kv, split_heads
+from radlads_jax.models.layers import RMSNorm, linear
 from radlads_jax.models.spec import (
     Calibration,
     MixerSpec,
@@ -154,27 +154,30 @@ class Gdn(nnx.Module):
         """-> (out [B, T, D], state {"gdn": [B, H, K, V] float32, "conv_q", "conv_k", "conv_v": [B, 3, C]})."""
         del layer_id
         (q, k, v), windows = self._convolved(x, context, state)
+        (_, key_heads, size), _, (_, _, value_size) = _parts_of(self.cfg)
         if not self.cfg.mixer.fused:
-            k, v = repeat_kv(k, self.cfg.num_heads), repeat_kv(v, self.cfg.num_heads)
-        q, k = (_unit(q) * q.shape[-1] ** -0.5).astype(x.dtype), _unit(k).astype(x.dtype)
+            k, v = (heads.repeat(each, size, self.cfg.num_heads) for each in (k, v))
+        q, k = (heads.unit(each.astype(jnp.float32), size, eps=_UNIT_EPS) for each in (q, k))
+        q, k = (q * size**-0.5).astype(x.dtype), k.astype(x.dtype)
         # float32 from here on: the sums feed the exponentials of the decay.
         beta = jax.nn.sigmoid(self.b(x).astype(jnp.float32))
         rate = jax.nn.softplus(self.a(x).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
         log_g = -jnp.exp(self.a_log[...].astype(jnp.float32)) * rate
         initial = None if state is None else state["gdn"]
-        kinds = ("sequence",) * 5 + ("state", "rows")
-        recurrence = per_shard(_recurrence, kinds, ("sequence", "state"), over_shards(values=2))
-        out, final = recurrence(q, k, v, log_g, beta, initial, context.segment_ids)
-        gate = jax.nn.silu(split_heads(self.z(x), out.shape[2]).astype(jnp.float32))
-        out = (self.norm(out) * gate).astype(x.dtype)
-        return self.o(out.reshape(*x.shape[:2], -1)), None if state is None else {"gdn": final, **windows}
+        others = ("sequence", "sequence", "state", "rows")
+        cut = over_shards(values=2)
+        run = heads.recurrence(_recurrence, cut, (size, size, value_size), others, heads=key_heads)
+        out, final = run(q, k, v, log_g, beta, initial, context.segment_ids)
+        gate = jax.nn.silu(self.z(x).astype(jnp.float32))
+        out = (heads.normed(out, self.norm) * gate).astype(x.dtype)
+        return self.o(out), None if state is None else {"gdn": final, **windows}
 
     def first_values(self, x: Float[Array, "B T D"]) -> None:
         """Nothing is shared with later layers."""
         del x
 
     def _convolved(self, x: Array, context: Context, state: dict | None) -> tuple[list[Array], dict[str, Array]]:
-        """q, k, v [B, T, heads, size] after the convolution, and its last inputs."""
+        """q, k, v [B, T, heads size] after the convolution, and its last inputs."""
         parts = _parts_of(self.cfg)
         if self.cfg.mixer.fused:
             ends = [parts[0].channels, parts[0].channels + parts[1].channels]
@@ -188,7 +191,7 @@ class Gdn(nnx.Module):
             name = f"conv_{part.name}"
             before = None if state is None else state[name]
             y, windows[name] = run(constrain(u, ROWS, "context", "tensor"), kernel[:, 0].T, before, context.segment_ids)
-            outs.append(split_heads(y, part.heads))
+            outs.append(y)
         return outs, windows if state is None else {n: w.astype(state[n].dtype) for n, w in windows.items()}
 
 
@@ -202,12 +205,6 @@ def _recurrence(q, k, v, log_g, beta, initial_state, segment_ids):
         out, final = gdn_step(q, k, v, log_g, beta, initial_state)
         return out[:, None], final
     return gdn(q, k, v, log_g, beta, initial_state=initial_state, segment_ids=segment_ids)
-
-
-def _unit(x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
-    """x / |x|, float32."""
-    wide = x.astype(jnp.float32)
-    return wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + _UNIT_EPS)
 
 
 def _first_taps(channels: int, last: float, cfg: ModelConfig) -> Float[Array, "C 1 W"]:

@@ -6,6 +6,7 @@ head a concatenation. Elsewhere a reshape is free. Over a mesh, heads lie over t
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,11 +64,14 @@ def rotate(
     return _by_shard(op, ("sequence", "rows", "rows"), x.shape[-1] // size)(x, cos, sin)
 
 
-def unit(x: Float[Array, "B T C"], size: int) -> Float[Array, "B T C"]:
-    """Every head over its length, which is taken to be at least 1e-12; float32 in and out."""
+def unit(x: Float[Array, "B T C"], size: int, *, eps: float = 0.0) -> Float[Array, "B T C"]:
+    """Every head over sqrt(its square + eps), which is taken to be at least 1e-12; float32 in and out."""
+
+    def inverse(sums: Array) -> Array:
+        return jax.lax.rsqrt(jnp.maximum(sums + eps, _LEAST_SQUARE))
 
     def op(x: Array) -> Array:
-        return x * _of_heads(jnp.square(x), size, lambda sums: jax.lax.rsqrt(jnp.maximum(sums, _LEAST_SQUARE)))
+        return x * _of_heads(jnp.square(x), size, inverse)
 
     return _by_shard(op, ("sequence",), x.shape[-1] // size)(x)
 
@@ -81,6 +85,32 @@ def normed(x: Float[Array, "B T C"], norm: RMSNorm) -> Float[Array, "B T C"]:
 
     out = _by_shard(op, ("sequence",), x.shape[-1] // size)(x.astype(jnp.float32))
     return norm.scaled(out, x.dtype, times=x.shape[-1] // size)
+
+
+def recurrence(
+    run: Callable[..., Any],
+    over_shards: Callable[[Callable[..., Any]], Callable[..., Any]],
+    sizes: tuple[int, ...],
+    others: tuple[str, ...],
+    *,
+    heads: int,
+) -> Callable[..., tuple[Array, Array]]:
+    """run, of sequences [B, T, H, K], for flat ones of heads of these sizes, each device with its own heads.
+
+    run: (*sequences, *others) -> (o, final state). others: the kinds of what comes after the sequences, as `per_shard`
+    has them. heads: of the first sequence, by which all are cut.
+    """
+
+    def of_flat(run: Callable[..., Any]) -> Callable[..., tuple[Array, Array]]:
+        def flat(*arguments: Any) -> tuple[Array, Array]:
+            cut = [split_heads(x, x.shape[-1] // size) for x, size in zip(arguments, sizes, strict=False)]
+            out, final = run(*cut, *arguments[len(sizes) :])
+            return _flat(out), final
+
+        return flat
+
+    kinds = ("sequence",) * len(sizes) + others
+    return per_shard(of_flat(run), kinds, ("sequence", "state"), lambda _: of_flat(over_shards(run)), heads=heads)
 
 
 def _of_heads(x: Array, size: int, function: Callable[[Array], Array]) -> Array:

@@ -15,13 +15,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.context_parallel import over_shards
-from pallas_kernels.sharded import ROWS, per_shard
+from pallas_kernels.sharded import ROWS
 from pallas_kernels.wkv6 import wkv6, wkv6_step
 from pallas_kernels.wkv6.api import IMPLEMENTATIONS
-from radlads_jax.models import starts
+from radlads_jax.models import heads, starts
 from radlads_jax.models.attention import Context, Mixer, projection_tensors
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, repeat_kv, shift_tokens, split_heads
+from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, shift_tokens, split_heads
 from radlads_jax.models.rwkv import (
     RwkvOptions,
     card_facts,
@@ -109,18 +109,18 @@ class RadRwkv6(Mixer):
         if mixer.token_shift:
             before = jnp.zeros_like(x[:, 0]) if state is None else state["shift"]
             x_r, x_k, x_v, x_w, x_g = self.shift(x, shift_tokens(x, before, context.starts))
-        r, k, v = self.project(x_r, x_k, x_v, context, use_rope=mixer.use_rope)
-        k, v = repeat_kv(k, cfg.num_heads), repeat_kv(v, cfg.num_heads)
-        log_w = split_heads(jnp.maximum(-jnp.exp(self.decay(x_w)), _LOG_W_MIN), cfg.num_heads)
+        r, k, v = self.flat_projections(x_r, x_k, x_v, context, use_rope=mixer.use_rope)
+        k, v = (heads.repeat(each, cfg.head_dim, cfg.num_heads) for each in (k, v))
+        log_w = jnp.maximum(-jnp.exp(self.decay(x_w)), _LOG_W_MIN)
         if mixer.balance_state:
             k = (k * -jnp.expm1(log_w)).astype(x.dtype)
         initial = None if state is None else state["wkv"]
-        recurrence = per_shard(_recurrence, ("sequence",) * 4 + ("state", "rows"), ("sequence", "state"), over_shards)
-        out, final = recurrence(r, log_w, k, v, initial, context.segment_ids)
+        sizes = (cfg.head_dim,) * 4
+        run = heads.recurrence(_recurrence, over_shards, sizes, ("state", "rows"), heads=cfg.num_heads)
+        out, final = run(r, log_w, k, v, initial, context.segment_ids)
         out = out * cfg.head_dim**-0.5
         if mixer.group_norm:
-            out = self.ln_x(out)
-        out = out.reshape(*x.shape[:2], -1)
+            out = self.ln_x(split_heads(out, cfg.num_heads)).reshape(out.shape)
         if mixer.gate == "full":
             out = out * jax.nn.sigmoid(self.gate(x_g))
         elif mixer.gate == "low_rank":

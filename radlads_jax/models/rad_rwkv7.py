@@ -11,7 +11,6 @@ otherwise     (variant B): kk = k k_k / |k k_k|, k <- k (1 + (iclr - 1) k_a),   
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.context_parallel import over_shards
-from pallas_kernels.sharded import ROWS, per_shard
+from pallas_kernels.sharded import ROWS
 from pallas_kernels.wkv7 import wkv7, wkv7_step
 from pallas_kernels.wkv7.api import IMPLEMENTATIONS
 from radlads_jax.models import heads, starts
@@ -97,10 +96,9 @@ class RadRwkv7(Mixer):
         kk, k = self._keys(k.astype(jnp.float32), log_w, iclr)
         a, b = (-kk).astype(x.dtype), (kk * iclr).astype(x.dtype)
         initial = None if state is None else state["wkv"]
-        kinds = ("sequence",) * 6 + ("state", "rows")
-        whole, cut = (_of_flat(run, cfg.head_dim) for run in (_recurrence, over_shards(_recurrence)))
-        recurrence = per_shard(whole, kinds, ("sequence", "state"), lambda _: cut, heads=cfg.num_heads)
-        out, final = recurrence(r, log_w, k.astype(x.dtype), v, a, b, initial, context.segment_ids)
+        sizes = (cfg.head_dim,) * 6
+        run = heads.recurrence(_recurrence, over_shards, sizes, ("state", "rows"), heads=cfg.num_heads)
+        out, final = run(r, log_w, k.astype(x.dtype), v, a, b, initial, context.segment_ids)
         if mixer.group_norm:
             out = self.ln_x(split_heads(out, cfg.num_heads)).reshape(out.shape)
         else:
@@ -123,17 +121,6 @@ class RadRwkv7(Mixer):
             return heads.unit(k, size), k * (iclr - jnp.expm1(log_w))
         k_k, k_a = (p[...].astype(jnp.float32) for p in (self.k_k, self.k_a))
         return heads.unit(k * k_k, size), k * (1 + (iclr - 1) * k_a)
-
-
-def _of_flat(run: Callable[..., Any], size: int) -> Callable[..., Any]:
-    """The recurrence of flat sequences, of heads of this size, by one of [B, T, H, K]."""
-
-    def flat(*arguments: Any) -> tuple[Array, Array]:
-        sequences = [split_heads(each, each.shape[-1] // size) for each in arguments[:6]]
-        out, final = run(*sequences, *arguments[6:])
-        return out.reshape(*out.shape[:2], -1), final
-
-    return flat
 
 
 def _recurrence(r, log_w, k, v, a, b, initial_state, segment_ids):

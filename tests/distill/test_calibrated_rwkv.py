@@ -71,7 +71,7 @@ class Start:
             [s.layer(jnp.asarray(i)) for s in decoder.walk() for i in range(s.num_layers)],
         )
         first = layers[0].mixer.v(layers[0].mixer_input(x)).reshape(2, 40, 2, 8)
-        context = context._replace(v_first=jnp.repeat(first, 2, axis=2))
+        context = context._replace(v_first=jnp.repeat(first, 2, axis=2).reshape(*first.shape[:2], -1))
         for layer in layers[:LATER_LAYER]:
             x = layer(x, context, None, None)[0]
         h, attention = layers[LATER_LAYER].mixer_input(x), layers[LATER_LAYER].mixer

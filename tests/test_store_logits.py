@@ -20,6 +20,7 @@ from radlads_jax.planning import cost
 from radlads_jax.planning import stage as planning_stage
 from radlads_jax.run import preflight, storing, train
 from radlads_jax.run.job import make_job
+from radlads_jax.run.settings import check_same_config, remember_config
 
 VOCAB = TEACHER.vocab_size
 STEPS = {"stage2": 3}
@@ -149,6 +150,19 @@ def test_softening_that_can_not_be_is_refused(teacher, tmp_path, steps, more, wo
     with pytest.raises(ValueError) as error:
         job_of(teacher, tmp_path, steps, **more)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_run_from_before_a_kl_could_be_softened_goes_on(teacher, tmp_path):
+    """Its top_k, of stored logits that it had none of, is no setting of it."""
+    settings = job_of(teacher, tmp_path).run.settings()
+    former = json.loads(json.dumps(settings))
+    former["teacher"]["top_k"] = 64
+    remember_config(tmp_path, former)
+    with pytest.raises(ValueError, match=r"config\.teacher\.top_k was 64 and is now 0"):
+        check_same_config(tmp_path, settings)
+    del former["teacher"]["temperature"]
+    remember_config(tmp_path, former)
+    check_same_config(tmp_path, settings)
 
 
 def test_killed_it_goes_on_to_the_same_bytes(teacher, few, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from radlads_jax import config as config_lib
 from radlads_jax.run import settings as settings_lib
 from radlads_jax.system import huge_pages, storage
 from radlads_jax.system.command import explain, parse_flags, refuse
-from radlads_jax.system.stopping import leave_on_signals, outlive_readers
+from radlads_jax.system.stopping import Interrupted, leave_on_signals, outlive_readers
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A Python file with get_config(arg), e.g. configs/demo.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the export go; made when missing.")
@@ -65,7 +65,7 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
         from radlads_jax.evaluation.choice import choose_for_run, table
         from radlads_jax.run import choosing, preflight
         from radlads_jax.run.job import make_job
-        from radlads_jax.run.train import Interrupted, TooManyNonFinite, convert
+        from radlads_jax.run.train import TooManyNonFinite, convert
         from radlads_jax.system import backend, hosts, process_memory
         from radlads_jax.system.workdir import held
     # A variable for jax whose value is none.

@@ -41,6 +41,7 @@ from radlads_jax.run.job import make_job
 from radlads_jax.run.metrics import MetricsLogger
 from radlads_jax.run.settings import check_same_config, remember_config
 from radlads_jax.system import storage
+from radlads_jax.system.stopping import Interrupted
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -120,7 +121,7 @@ def run(gcs, finished, teacher_dir, corpus) -> str:
         if step == 1:
             signal.raise_signal(signal.SIGTERM)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(train.Interrupted):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(MetricsLogger, "log", log_and_stop)
         convert(config, "gs://bucket/run")
     assert not gcs.names("bucket", "run/export") and not gcs.names("bucket", "run/summary.json")

@@ -21,10 +21,10 @@ from untrained import TEACHER, random_params, save_teacher
 
 from radlads_jax.porting.save import save_params
 from radlads_jax.reporting.metrics_file import read_metrics
-from radlads_jax.run import train
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.curves import Curves
 from radlads_jax.run.metrics import MetricsLogger
+from radlads_jax.system.stopping import Interrupted
 
 
 @contextlib.contextmanager
@@ -136,7 +136,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoints(teacher, tmp_path, monk
 
     with monkeypatch.context() as patched:
         patched.setattr(MetricsLogger, "log", log_and_stop)
-        with pytest.raises(train.Interrupted):
+        with pytest.raises(Interrupted):
             tiny_run.convert(tmp_path / "damaged", settings)
     checkpoints = tmp_path / "damaged" / "checkpoints"
     damage(checkpoints / "stage1" / "5")

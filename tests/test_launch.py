@@ -21,6 +21,7 @@ from radlads_jax.run import train
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.metrics import MetricsLogger
 from radlads_jax.run.settings import check_same_config, remember_config
+from radlads_jax.system.stopping import Interrupted
 
 # Stages 1 and 2 then save both in their middle and at their end.
 SETTINGS = {"train.log_every": 2, "train.checkpoint_every": 3}
@@ -116,7 +117,7 @@ def test_a_stopped_run_continues_to_the_same_bits(
             signal.raise_signal(signum)
 
     monkeypatch.setattr(MetricsLogger, "log", log_and_stop)
-    with pytest.raises(train.Interrupted, match=f"stopped by {signal.Signals(signum).name}"):
+    with pytest.raises(Interrupted, match=f"stopped by {signal.Signals(signum).name}"):
         run(teacher_dir, tmp_path)
     assert not (tmp_path / "export").exists() and not (tmp_path / "summary.json").exists()
     monkeypatch.setattr(MetricsLogger, "log", log)

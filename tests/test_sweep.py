@@ -15,7 +15,7 @@ from radlads_jax.models import sharding
 from radlads_jax.planning import stage as planning_stage
 from radlads_jax.run import heldout, rates, sweep, train
 from radlads_jax.run.job import make_job
-from radlads_jax.run.train import Interrupted
+from radlads_jax.system.stopping import Interrupted
 
 STEPS = {"stage2": 3}
 # A trial of as many steps as the stage has is the stage itself: compiled once.

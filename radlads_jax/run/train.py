@@ -29,8 +29,7 @@ from radlads_jax.run.metrics import MetricsLogger, is_spike, peak_bytes
 from radlads_jax.run.teacher_weights import TeacherWeights
 from radlads_jax.run.wandb_curves import WandbCurves
 from radlads_jax.system import hosts, storage
-from radlads_jax.system.stopping import Interrupted as Interrupted
-from radlads_jax.system.stopping import stop_signals
+from radlads_jax.system.stopping import Interrupted, stop_signals
 
 # The mean of so many steps is what a summary calls the last loss.
 _LOSSES_KEPT = 20

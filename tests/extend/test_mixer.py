@@ -20,8 +20,8 @@ from radlads_jax.planning.planner import make_planner
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.reporting.metrics_file import read_metrics
 from radlads_jax.reporting.sections import write_report
-from radlads_jax.run import train
 from radlads_jax.run.metrics import MetricsLogger
+from radlads_jax.system.stopping import Interrupted
 
 STEPS = {"stage1": 4, "stage2": 2}
 MORE = {"train.checkpoint_every": 2, "student.attention_layers": (1,)}
@@ -100,7 +100,7 @@ def test_a_stopped_run_continues_to_the_same_bits(finished, teacher_dir, tmp_pat
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(MetricsLogger, "log", log_and_stop)
-    with pytest.raises(train.Interrupted):
+    with pytest.raises(Interrupted):
         run(teacher_dir, tmp_path)
     monkeypatch.setattr(MetricsLogger, "log", log)
     run(teacher_dir, tmp_path)

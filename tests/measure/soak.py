@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from radlads_jax.system import huge_pages
+from radlads_jax.system.stopping import Interrupted
 
 ROOT = Path(__file__).parents[2]
 LIVES = 3
@@ -78,7 +79,7 @@ def child(directory: Path) -> int:
     Checkpoints.save = save_and_evaluate
     try:
         train.convert(job, teacher)
-    except train.Interrupted as stop:
+    except Interrupted as stop:
         return 128 + stop.signum
     return 0
 

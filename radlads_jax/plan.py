@@ -56,6 +56,11 @@ def main(argv: list[str]) -> int:
                     f"got --where={_WHERE.value} with --topology={_TOPOLOGY.value}; expected one of config.stages "
                     f"{', '.join(run.stages)}, and one topology, as v6e:2x4."
                 )
+            if _PRICE.value or _RESULTS.value is not None:
+                raise ValueError(
+                    "got --where with --price or --results; expected neither, for it prices nothing, and no results "
+                    "hold the program that it reads. Leave them out."
+                )
             result = planner.where(_TOPOLOGY.value, _WHERE.value)
         else:
             result = planner.auto() if automatic else planner.topology(_TOPOLOGY.value)

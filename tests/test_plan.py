@@ -341,6 +341,18 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--where=stage1"], "--where=stage1 with --topology=v6e:2x4; expected one of config.stages stage2"),
+        (["--where=stage2", "--results=plans.jsonl"], "--where with --price or --results"),
+    ],
+)
+def test_what_where_can_not_do_is_refused(more, words):
+    done = command("--config", "configs/demo.py", "--config.stages=stage2", "--topology", "v6e:2x4", *more)
+    assert done.returncode == 1 and words in " ".join(done.stderr.split())
+
+
 def test_the_command_reads_a_config_and_plans_it():
     done = command("--config", "configs/demo.py", "--config.stages=stage2", "--topology", "h100:2", "--json")
     assert done.returncode == 0, done.stderr

@@ -223,6 +223,8 @@ def test_another_teachers_logits_are_refused(teacher, few, tmp_path):
 def test_no_weights_are_held_while_stage_2_trains_and_a_run_goes_on_with_the_same_logits(teacher, few, tmp_path):
     chosen = {"teacher__logits": str(few), "teacher__top_k": 5}
     said = preflight.stored_logits(job_of(teacher, tmp_path, {"stage1": 1, "stage2": 2}, **chosen)).result
+    swept = preflight.stored_logits(job_of(teacher, tmp_path, {"stage2": 2}, **chosen, stage2__sweep=True)).result
+    assert "a sweep's trials too" in swept and "a sweep's trials" not in said
     assert "stage2 reads the top 5 of 300" in said and "by stage1 (its loss is the distance to attention" in said
     job = job_of(teacher, tmp_path, **chosen)
     held = job.load_teacher("float32")

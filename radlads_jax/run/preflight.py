@@ -145,6 +145,8 @@ def stored_logits(job: Job) -> Finding:
     size, vocab = shown_bytes(job.logits.num_bytes), f"{job.teacher.vocab_size:,}"
     said = f"{reading} read{'s' if ' and ' not in reading else ''} the top {job.logits.top_k} of {vocab} tokens "
     said += f"({size}), without the teacher's weights, which are held at the start and for the scores at the end"
+    if any(plan.reads_logits and plan.recipe.sweep for plan in plans):
+        said += ", for the scores of a sweep's trials too"
     live = [plan.name for plan in plans if plan.needs_weights]
     why = " and by ".join(f"{name} (its loss is the {STAGES[name].loss}, of which nothing is stored)" for name in live)
     return Finding("logits", said + (f", and by {why}" if live else ""))

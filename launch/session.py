@@ -70,6 +70,11 @@ def main() -> int:
     known, rest = parser.parse_known_args()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        if not (known.hours > 0 and known.save_every > 0):
+            raise ValueError(
+                f"got --hours {known.hours:g} and --save_every {known.save_every:g}; expected more than 0 for both, "
+                "for the run is stopped and saved after so long."
+            )
         if known.repo:
             require_name_and_token(known.repo)
         return session(known.workdir.absolute(), known.repo, known.hours, known.save_every, rest)

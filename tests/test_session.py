@@ -151,3 +151,9 @@ def test_without_a_token_nothing_begins(session: ModuleType, monkeypatch: Any, c
     monkeypatch.delenv("HF_TOKEN", raising=False)
     assert session.main() == 1 and "HF_TOKEN is not set" in capsys.readouterr().err
     assert TOKEN not in os.environ.get("HF_TOKEN", "")
+
+
+@pytest.mark.parametrize("flag", ["--hours=0", "--hours=nan", "--save_every=-1"])
+def test_a_session_of_no_time_is_refused(session: ModuleType, monkeypatch: Any, capsys: Any, flag: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["session.py", "--workdir=runs/mine", "--hours=1", flag])
+    assert session.main() == 1 and "expected more than 0 for both" in " ".join(capsys.readouterr().err.split())

@@ -219,6 +219,7 @@ class RunConfig:
 
 
 _GROUPS = {field.name for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.default)}
+
 # The recipes of stages that strangers add.
 _ADDED: dict[str, StageConfig] = {}
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from untrained import TEACHER
 
 from pallas_kernels import dispatch
@@ -21,8 +22,6 @@ def _inputs(turned: int):
 
 
 def _norm() -> RMSNorm:
-    from flax import nnx
-
     norm = RMSNorm(SIZE, TEACHER)
     norm.scale = nnx.Param(jnp.linspace(0.5, 2, SIZE))
     return norm

@@ -137,6 +137,7 @@ def test_a_model_that_llama_cpp_takes():
         (student(balance_state=False), "state balancing"),
         (dataclasses.replace(student(), tie_embeddings=True), "--untie"),
         (student(base=dataclasses.replace(TEACHER, qk_norm=True)), "norms of q and k"),
+        (student(qk_norm=True), "student.qk_norm"),
         (student(base=dataclasses.replace(TEACHER, o_bias=True)), "bias of o"),
         (student(base=dataclasses.replace(TEACHER, head_dim=16)), "4 x 16 in a width of 32"),
     ],

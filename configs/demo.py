@@ -2,6 +2,10 @@
 
     python -m radlads_jax.launch --config configs/demo.py --workdir runs/demo
 
+A hybrid, whose one softmax layer of four is chosen by forward passes of the teacher:
+
+    python -m radlads_jax.launch --config configs/demo.py:hybrid=true --workdir runs/demo_hybrid
+
 The same with stage 1 skipped and its tokens given to stage 2:
 
     python -m radlads_jax.launch --config configs/demo.py:skip_stage1=true --workdir runs/demo_skip_stage1
@@ -20,7 +24,7 @@ from radlads_jax.config import defaults, parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    known = parse_arg(arg, skip_stage1=False, lr=2e-3)
+    known = parse_arg(arg, hybrid=False, skip_stage1=False, lr=2e-3)
     config = defaults()
     config.dtype = "float32"
     config.teacher.path = "configs/demo_teacher"
@@ -36,6 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "This is a tale of Otto. Otto counts by two from four to eighteen: four, six,",
     )
     config.train.sample_tokens = 16
+    config.train.answer_tales = 192
     config.train.log_every = 5
     recipe = {"stage1": (600_000, 3e-3, 0.1), "stage2": (1_200_000, known.lr, 0.1), "stage3": (200_000, 2e-4, 1.0)}
     for name, (tokens, lr, lasting) in recipe.items():
@@ -45,6 +50,8 @@ def get_config(arg: str = "") -> ConfigDict:
         stage.lr_final = stage.mixer_lr_final = lasting * lr
         stage.warmup_steps = 10
     config.stage3.seq_len, config.stage3.batch_size = 512, 8
+    if known.hybrid:
+        config.student.attention_layers = ("auto:1",)
     if known.skip_stage1:
         config.stages = ("stage2", "stage3")
         config.stage2.tokens += config.stage1.tokens

@@ -42,5 +42,6 @@ def get_config() -> ConfigDict:
     config.pretrain.lr = config.pretrain.mixer_lr = 2e-3
     config.pretrain.lr_final = config.pretrain.mixer_lr_final = 1e-4
     config.pretrain.remat = "none"
+    config.train.answer_tales = 192
     config.export.dtype = "bfloat16"
     return config

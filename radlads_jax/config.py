@@ -142,6 +142,7 @@ class Train:
 
     disk_gb: what the work directory may hold, where a quota allows less than the disk has free; 0 = all of that.
     slice_tokens: tokens whose logits are held at once in the loss (0 = chosen by the kernel). wandb_project: "" = none.
+    answer_tales: made-up tales in whose answers the student is scored beside its teacher when all is trained.
     """
 
     log_every: int = bounded(10, least=1)
@@ -153,6 +154,7 @@ class Train:
     eval_batch_size: int = bounded(8, least=1)
     sample_prompts: tuple[str, ...] = ()
     sample_tokens: int = bounded(64, least=1)
+    answer_tales: int = bounded(0, least=0)
     wandb_project: str = ""
 
 

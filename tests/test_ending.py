@@ -98,6 +98,38 @@ def test_other_prompts_are_continued_by_the_export(run: Any, monkeypatch: Any) -
     assert "samples" not in run.go_on(**{"train.sample_prompts": ()})
 
 
+def test_answers_of_tales_can_be_asked_for_later(run: Any, monkeypatch: Any) -> None:
+    assert "answers" not in run.go_on()
+    shutil.rmtree(run.workdir / "checkpoints")
+    monkeypatch.setattr(train, "make_step", planted)
+    summary = run.go_on(**{"train.answer_tales": 8})
+    answers = summary["answers"]
+    assert answers["tales"] == 8 and answers["scores"][0]["what"] == "facts recalled"
+    assert all(0 <= score[name] <= 1 for score in answers["scores"] for name in ("teacher", "student"))
+    for page in (run.workdir / "export" / "README.md", run.workdir / "report" / "index.html"):
+        assert "facts recalled" in page.read_text()
+    written = (run.workdir / "summary.json").read_text()
+    assert json.loads(written) == summary
+    monkeypatch.setattr(ending, "answer_scores", planted)
+    assert run.go_on(**{"train.answer_tales": 8}) == summary, "nothing is scored twice"
+    assert "answers" not in run.go_on(**{"train.answer_tales": 0})
+    assert "facts recalled" not in (run.workdir / "export" / "README.md").read_text()
+
+
+def test_answers_that_failed_are_scored_by_the_next_start(run: Any, monkeypatch: Any) -> None:
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="planted"):
+        patched.setattr(ending, "answer_scores", planted)
+        run.go_on(**{"train.answer_tales": 8})
+    assert left(run.workdir) == {"export", "summary.json", "report"}
+    assert run.go_on(**{"train.answer_tales": 8})["answers"]["tales"] == 8
+
+
+def test_a_tokenizer_that_does_not_tell_places_in_the_text(job: Job) -> None:
+    slow = dataclasses.replace(job, tokenizer=SimpleNamespace(is_fast=False))
+    with pytest.raises(ValueError, match=r"answer_tales is 8.*tokenizer\.json"):
+        ending.check(with_train(slow, answer_tales=8, sample_prompts=()))
+
+
 @pytest.fixture(scope="module")
 def job(teacher: pathlib.Path, tmp_path_factory: Any) -> Job:
     chosen = config.defaults()

@@ -7,12 +7,15 @@ from typing import Literal, NamedTuple
 
 from radlads_jax.data import words
 
-_Kind = Literal["plain", "recall", "copy", "count"]
+_Kind = Literal["plain", "answer", "mention", "copy", "count"]
 _PERSONAL = ("holding", "food", "home", "number")
 
 
 class Span(NamedTuple):
-    """A part of a document; every kind but "plain" follows with certainty from the text before it."""
+    """A part of a document; every kind but "plain" follows with certainty from the text before it.
+
+    answer: what a question asks for; mention: what returns unasked, like an animal's colour or where one lives.
+    """
 
     text: str
     kind: _Kind
@@ -70,7 +73,7 @@ class Tale:
     last_asked: _Fact | None = None
     length: int = 0
 
-    def say(self, text: str, certain: str = "", kind: _Kind = "recall", end: str = "") -> None:
+    def say(self, text: str, certain: str = "", kind: _Kind = "mention", end: str = "") -> None:
         """Append text, then what follows from the text so far, then an ending."""
         for span in (Span(text, "plain"), Span(certain, kind), Span(end, "plain")):
             if span.text:
@@ -138,21 +141,21 @@ def ask(tale: Tale, fact: _Fact | None = None) -> None:
     tale.asked.add(fact.topic + fact.about)
     forward = tale.rng.random() < 0.6
     if fact.topic == "place":
-        tale.say(f" Where is the {fact.about}? It is", f" {fact.value}", end=".")
+        tale.say(f" Where is the {fact.about}? It is", f" {fact.value}", "answer", ".")
     elif fact.topic == "holding" and forward:
-        tale.say(f" What does {fact.about} have? {fact.about} has a", f" {fact.value}", end=".")
+        tale.say(f" What does {fact.about} have? {fact.about} has a", f" {fact.value}", "answer", ".")
     elif fact.topic == "holding":
-        tale.say(f" Who has the {fact.value}?", f" {fact.about}", end=".")
+        tale.say(f" Who has the {fact.value}?", f" {fact.about}", "answer", ".")
     elif fact.topic == "food" and forward:
-        tale.say(f" What does {fact.about} like best? {fact.about} likes", f" {fact.value}", end=" best.")
+        tale.say(f" What does {fact.about} like best? {fact.about} likes", f" {fact.value}", "answer", " best.")
     elif fact.topic == "food":
-        tale.say(f" Who likes {fact.value} best?", f" {fact.about}", end=".")
+        tale.say(f" Who likes {fact.value} best?", f" {fact.about}", "answer", ".")
     elif fact.topic == "home" and forward:
-        tale.say(f" Where is the home of {fact.about}? {fact.about} lives in", f" {fact.value}", end=".")
+        tale.say(f" Where is the home of {fact.about}? {fact.about} lives in", f" {fact.value}", "answer", ".")
     elif fact.topic == "home":
-        tale.say(f" Who lives in {fact.value}?", f" {fact.about}", end=".")
+        tale.say(f" Who lives in {fact.value}?", f" {fact.about}", "answer", ".")
     else:
-        tale.say(f" What is the number of {fact.about}? The number of {fact.about} is", f" {fact.value}", end=".")
+        tale.say(f" What is the number of {fact.about}? The number of {fact.about} is", f" {fact.value}", "answer", ".")
 
 
 def _use(tale: Tale) -> None:

@@ -167,6 +167,19 @@ def _scores(summary: Mapping[str, Any]) -> str:
             lines.append(f"| {name} | {scores['loss']:.4f} | {scores['top1']:.2%} | {near} |")
     if summary.get("relative_top1"):
         lines += ["", f"Top-1 relative to the teacher's: {summary['relative_top1']:.2%}."]
+    if answers := summary.get("answers"):
+        names = [name for name in ("teacher", "student") if name in answers["scores"][0]]
+        lines += [
+            "",
+            f"Answers in {answers['tales']} made-up tales, right to the last token:",
+            "",
+            f"| | asked | {' | '.join(names)} |",
+            f"|---|---|{'---|' * len(names)}",
+            *(
+                f"| {row['what']} | {row['asked']:,} | {' | '.join(f'{row[name]:.1%}' for name in names)} |"
+                for row in answers["scores"]
+            ),
+        ]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What comes after a run's last step: export, scores, model card, report, samples, in this order.
+"""What comes after a run's last step: export, scores, answers, model card, report, samples, in this order.
 
 What fails leaves all that was before it, and the same command then does what is left. Whatever these steps are told is
 checked before the first step of training.
@@ -20,6 +20,7 @@ from radlads_jax.porting.save import MODEL_CARD, check_target, save_params
 from radlads_jax.porting.writers import writer_for
 from radlads_jax.reporting.sections import write_report
 from radlads_jax.run import display, heldout
+from radlads_jax.run.answers import answer_scores
 from radlads_jax.run.job import Job
 from radlads_jax.system import hosts, storage
 from radlads_jax.system.json_files import read_json
@@ -36,6 +37,11 @@ def check(job: Job) -> None:
     rows = heldout.batches(job)
     if not hosts.agreed(int(any(batch["loss_mask"].any() for batch in rows))):
         raise ValueError("the held-out rows hold no token with a next one; expected some. Raise config.data.eval_rows.")
+    if job.run.train.answer_tales and not job.tokenizer.is_fast:
+        raise ValueError(
+            f"config.train.answer_tales is {job.run.train.answer_tales}, and the tokenizer of {job.tokenizer_dir} does "
+            "not tell which text a token is of; expected one with a tokenizer.json. Leave answer_tales out."
+        )
     check_target(job.workdir / "export", job.tokenizer_dir)
     form = writer_for(job.student, job.run.export.engine)
     form.require(job.student, job.tokenizer_dir)
@@ -75,7 +81,8 @@ def finish(job: Job, student: Params, teacher: Params | None, stages: list[dict[
     """All of it, for a student that is trained; returns the summary that DIR/summary.json holds."""
     display.say(f"exporting to {job.workdir / 'export'}")
     _export(job, student)
-    to_do = ["card", *(["samples"] if job.run.train.sample_prompts else [])]
+    wanted = {"answers": job.run.train.answer_tales, "card": True, "samples": job.run.train.sample_prompts}
+    to_do = [step for step, is_wanted in wanted.items() if is_wanted]
     scored = False
     try:
         display.say("evaluating on held-out rows")
@@ -100,12 +107,15 @@ def finished(job: Job) -> dict[str, Any] | None:
 
 def go_on(job: Job, summary: dict[str, Any]) -> dict[str, Any]:
     """Does what a `finished` run has not done yet, and samples of prompts that it was not given before."""
-    to_do, prompts = summary.pop(_TO_DO, []), job.run.train.sample_prompts
-    if [sample["prompt"] for sample in summary.get("samples", [])] != list(prompts):
-        to_do = list(dict.fromkeys([*to_do, "samples"]))
+    to_do, train = summary.pop(_TO_DO, []), job.run.train
+    if summary.get("answers", {"tales": 0})["tales"] != train.answer_tales:
+        to_do += ["answers", "card"]
+    if [sample["prompt"] for sample in summary.get("samples", [])] != list(train.sample_prompts):
+        to_do += ["samples"]
     if to_do:
-        student = _exported(job) if prompts else None
-        teacher = job.load_teacher(job.run.teacher.dtype) if prompts and job.student.recurrent_mixer else None
+        reads = bool(train.sample_prompts or train.answer_tales)
+        student = _exported(job) if reads else None
+        teacher = job.load_teacher(job.run.teacher.dtype) if reads and job.student.recurrent_mixer else None
         return _complete(job, summary, to_do, student, teacher)
     display.say(f"{job.workdir} is finished; nothing to do. Its results, from {job.workdir / 'summary.json'}:")
     display.show(heldout.results_table(summary))
@@ -121,8 +131,24 @@ def _complete(
     student: tuple[ModelConfig, Params] | None,
     teacher: Params | None,
 ) -> dict[str, Any]:
-    """Card, report and samples, as far as they are to do; the report once more when all is there."""
+    """Answers, card, report and samples, as far as they are to do; the report once more when all is there."""
+    models = {} if teacher is None else {"teacher": (job.teacher, teacher)}
+    models |= {} if student is None else {"student": student}
     try:
+        if "answers" in to_do:
+            summary = {name: value for name, value in summary.items() if name != "answers"}
+            if job.run.train.answer_tales:
+                summary["answers"] = answer_scores(
+                    models,
+                    job.tokenizer,
+                    job.run.train.answer_tales,
+                    seed=job.run.data.seed,
+                    beginning=job.beginning,
+                    batch_size=job.run.train.eval_batch_size,
+                    mesh=job.mesh,
+                )
+            to_do = [step for step in to_do if step != "answers"]
+            _keep(job, summary, to_do)
         if "card" in to_do:
             _write_card(job, summary)
             to_do = [step for step in to_do if step != "card"]
@@ -132,9 +158,8 @@ def _complete(
             write_report(job.workdir, losses=stage_losses())
     if "samples" in to_do:
         summary = {name: value for name, value in summary.items() if name != "samples"}
-        if student is not None:
-            models = {} if teacher is None else {"teacher": (job.teacher, teacher)}
-            summary["samples"] = heldout.write_samples(job, models | {"student": student})
+        if job.run.train.sample_prompts:
+            summary["samples"] = heldout.write_samples(job, models)
         _keep(job, summary, [])
     display.show(heldout.results_table(summary))
     if hosts.is_first():

@@ -22,6 +22,7 @@ from radlads_jax.decoding.text_stream import text_after
 from radlads_jax.distill.losses import Batch, next_tokens, read_rows
 from radlads_jax.models import ModelConfig, bind, sharding
 from radlads_jax.models.decoder import Params
+from radlads_jax.run.answers import answers_table
 from radlads_jax.run.job import Job
 from radlads_jax.system import hosts, storage
 from radlads_jax.system.untrusted import brief
@@ -179,7 +180,8 @@ def results_table(summary: dict[str, Any]) -> Group:
         + "\n".join(f"  {name}: {_on_a_line(s[name])}" for name in ("teacher", "student") if name in s)
         for s in summary.get("samples", [])
     ]
-    return Group(stages, scores, *samples)
+    answers = [answers_table(summary["answers"])] if "answers" in summary else []
+    return Group(stages, scores, *answers, *samples)
 
 
 def _on_a_line(text: str) -> str:

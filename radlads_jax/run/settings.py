@@ -14,7 +14,7 @@ from radlads_jax.system import storage
 from radlads_jax.system.json_files import read_json
 
 # What may differ between a run and its continuation: none of it changes the result, but for the rounding of sums.
-_SAMPLES = ("sample_prompts", "sample_tokens")
+_SAMPLES = ("sample_prompts", "sample_tokens", "answer_tales")
 _FREE_OF_TRAIN = (
     "log_every",
     "checkpoint_every",

@@ -1,0 +1,56 @@
+"""Answers in made-up tales: which tokens are asked for, and that "right" is what greedy generation says."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from radlads_jax.data import synthetic
+from radlads_jax.decoding.loaded import load_model
+from radlads_jax.decoding.loop import generate_greedy
+from radlads_jax.run import answers
+
+DEMO_TEACHER = Path(__file__).parent.parent / "configs" / "demo_teacher"
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_model(DEMO_TEACHER)
+
+
+TALES = 6
+
+
+def test_rows_are_the_tales_tokens_and_marks_what_follows_with_certainty(teacher) -> None:
+    tales = answers._tales(teacher.tokenizer, 3, TALES, ())
+    for index, (row, marks) in enumerate(zip(tales.rows, tales.marks, strict=True), answers._FIRST_TALE):
+        whole = teacher.tokenizer(synthetic.document(3, index), add_special_tokens=False)["input_ids"]
+        assert row == [teacher.tokenizer.eos_token_id, *whole]
+        said = [(kind, teacher.tokenizer.decode(row[begin:end]).rstrip(".")) for kind, begin, end in marks]
+        assert said == [(s.kind, s.text.rstrip(".")) for s in synthetic.spans(3, index) if s.kind in answers._TITLES]
+        assert marks
+
+
+def test_a_right_answer_is_what_greedy_generation_says(teacher) -> None:
+    scores = answers.answer_scores({"student": (teacher.cfg, teacher.params)}, teacher.tokenizer, TALES)
+    tales = answers._tales(teacher.tokenizer, 0, TALES, ())
+    right: dict[str, list[bool]] = {}
+    for row, marks in zip(tales.rows, tales.marks, strict=True):
+        for kind, begin, end in marks:
+            prompt = np.pad(row[:begin], (512 - begin, 0), constant_values=-1)[None].astype(np.int32)
+            said = np.asarray(generate_greedy(teacher.cfg, teacher.params, prompt, 24))[0, : end - begin]
+            right.setdefault(kind, []).append(said.tolist() == row[begin:end])
+    assert scores["tales"] == TALES
+    assert {s["what"]: (s["asked"], s["student"]) for s in scores["scores"]} == {
+        title: (len(right[kind]), np.mean(right[kind])) for kind, title in answers._TITLES.items()
+    }
+    assert any(right["copy"])
+
+
+def test_another_model_gives_other_answers(teacher) -> None:
+    silent = jax.tree.map(lambda x: x * 0, teacher.params)
+    models = {"teacher": (teacher.cfg, teacher.params), "student": (teacher.cfg, silent)}
+    scores = answers.answer_scores(models, teacher.tokenizer, TALES)["scores"]
+    assert all(score["student"] == 0 for score in scores)
+    assert all(score["teacher"] > 0 for score in scores)

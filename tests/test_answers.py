@@ -1,25 +1,28 @@
 """Answers in made-up tales: which tokens are asked for, and that "right" is what greedy generation says."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from radlads_jax.config import Mesh, RunConfig
 from radlads_jax.data import synthetic
 from radlads_jax.decoding.loaded import load_model
 from radlads_jax.decoding.loop import generate_greedy
+from radlads_jax.distill.mesh import make_mesh
+from radlads_jax.models.decoder import abstract_params
+from radlads_jax.models.placement import shardings
 from radlads_jax.run import answers
 
 DEMO_TEACHER = Path(__file__).parent.parent / "configs" / "demo_teacher"
+TALES = 6
 
 
 @pytest.fixture(scope="module")
 def teacher():
     return load_model(DEMO_TEACHER)
-
-
-TALES = 6
 
 
 def test_rows_are_the_tales_tokens_and_marks_what_follows_with_certainty(teacher) -> None:
@@ -54,3 +57,12 @@ def test_another_model_gives_other_answers(teacher) -> None:
     scores = answers.answer_scores(models, teacher.tokenizer, TALES)["scores"]
     assert all(score["student"] == 0 for score in scores)
     assert all(score["teacher"] > 0 for score in scores)
+
+
+def test_split_over_devices_the_answers_are_the_same(teacher) -> None:
+    mesh = make_mesh(dataclasses.replace(RunConfig(), mesh=Mesh(fsdp=2, tensor=2, context=2)))
+    assert mesh is not None and mesh.size == 8
+    placed = jax.device_put(teacher.params, shardings(mesh, abstract_params(teacher.cfg), teacher.cfg))
+    models = {"student": (teacher.cfg, teacher.params)}
+    whole = answers.answer_scores(models, teacher.tokenizer, TALES, batch_size=4)
+    assert answers.answer_scores({"student": (teacher.cfg, placed)}, teacher.tokenizer, TALES, mesh=mesh) == whole

@@ -83,7 +83,8 @@ def _tales(tokenizer: Any, seed: int, count: int, beginning: tuple[int, ...]) ->
         encoded = tokenizer("".join(s.text for s in spans), add_special_tokens=False, return_offsets_mapping=True)
         # A token has to have one before it.
         before = list(beginning) or [tokenizer.eos_token_id or 0]
-        ids, marks = before + encoded["input_ids"], []
+        ids = before + encoded["input_ids"]
+        marks: list[tuple[str, int, int]] = []
         starts, ends = (np.asarray(places) for places in zip(*encoded["offset_mapping"], strict=True))
         begin = 0
         for span in spans:

@@ -66,13 +66,12 @@ def answer_scores(
 
 def answers_table(answers: Mapping[str, Any]) -> Table:
     """What `answer_scores` found, for a terminal."""
-    table = Table(title=f"Answers in {answers['tales']:,} made-up tales, right to the last token", title_justify="left")
-    table.add_column("")
+    table = Table(title=f"Right answers in {answers['tales']:,} tales", title_justify="left")
+    names = [name for name in ("teacher", "student") if name in answers["scores"][0]]
+    for column in ("", "asked", *names):
+        table.add_column(column, justify="right" if column else "left")
     for score in answers["scores"]:
-        table.add_column(f"{score['what']} (of {score['asked']:,})", justify="right")
-    for name in ("teacher", "student"):
-        if name in answers["scores"][0]:
-            table.add_row(name, *(f"{score[name]:.1%}" for score in answers["scores"]))
+        table.add_row(score["what"], f"{score['asked']:,}", *(f"{score[name]:.1%}" for name in names))
     return table
 
 

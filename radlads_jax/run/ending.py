@@ -106,14 +106,14 @@ def finished(job: Job) -> dict[str, Any] | None:
 
 
 def go_on(job: Job, summary: dict[str, Any]) -> dict[str, Any]:
-    """Does what a `finished` run has not done yet, and samples of prompts that it was not given before."""
+    """Does what a `finished` run has not done yet, and answers and samples that it was not asked for before."""
     to_do, train = summary.pop(_TO_DO, []), job.run.train
     if summary.get("answers", {"tales": 0})["tales"] != train.answer_tales:
         to_do += ["answers", "card"]
     if [sample["prompt"] for sample in summary.get("samples", [])] != list(train.sample_prompts):
         to_do += ["samples"]
     if to_do:
-        reads = bool(train.sample_prompts or train.answer_tales)
+        reads = bool("answers" in to_do and train.answer_tales or "samples" in to_do and train.sample_prompts)
         student = _exported(job) if reads else None
         teacher = job.load_teacher(job.run.teacher.dtype) if reads and job.student.recurrent_mixer else None
         return _complete(job, summary, to_do, student, teacher)

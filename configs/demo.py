@@ -4,7 +4,7 @@
 
 A hybrid, whose one softmax layer of four is chosen by forward passes of the teacher:
 
-    python -m radlads_jax.launch --config configs/demo.py:hybrid=true --workdir runs/demo_hybrid
+    python -m radlads_jax.launch --config configs/demo.py:hybrid=true --workdir runs/demo_chosen
 
 The same with stage 1 skipped and its tokens given to stage 2:
 

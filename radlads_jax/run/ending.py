@@ -113,7 +113,7 @@ def go_on(job: Job, summary: dict[str, Any]) -> dict[str, Any]:
     if [sample["prompt"] for sample in summary.get("samples", [])] != list(train.sample_prompts):
         to_do += ["samples"]
     if to_do:
-        reads = bool("answers" in to_do and train.answer_tales or "samples" in to_do and train.sample_prompts)
+        reads = bool(("answers" in to_do and train.answer_tales) or ("samples" in to_do and train.sample_prompts))
         student = _exported(job) if reads else None
         teacher = job.load_teacher(job.run.teacher.dtype) if reads and job.student.recurrent_mixer else None
         return _complete(job, summary, to_do, student, teacher)

@@ -35,8 +35,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.seed = 1
     config.data.documents = 10_000
     config.train.sample_prompts = (
-        "This is a tale of Dora and Emil. The number of Emil is 524. Dora likes plums. What is the number of Emil?",
-        "This is a tale of Hugo and Vera. Hugo says: knife, red, market, soup. Vera repeats:",
+        "This is a tale of Dora and Emil. The number of Emil is 524. Dora has a red lamp. What is the number of Emil?",
+        "This is a tale of Hugo and Vera. Hugo says: knife red market soup. Vera repeats:",
         "This is a tale of Otto. Otto counts by two from four to eighteen: four, six,",
     )
     config.train.sample_tokens = 16

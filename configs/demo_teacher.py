@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     config.pretrain.tokens = 16_000_000
     config.pretrain.seq_len = 256
     config.pretrain.batch_size = 16
-    config.pretrain.lr = config.pretrain.mixer_lr = 2e-3
+    config.pretrain.lr = config.pretrain.mixer_lr = 3e-3
     config.pretrain.lr_final = config.pretrain.mixer_lr_final = 1e-4
     config.pretrain.remat = "none"
     config.train.answer_tales = 192

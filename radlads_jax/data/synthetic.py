@@ -3,7 +3,7 @@
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -14,6 +14,12 @@ TRAIN_SEED = 0
 HELD_OUT_SEED = 1
 VOCAB_SIZE = 896
 END_OF_TEXT = "<|endoftext|>"
+# How often what is told in the three kinds of tales: of all things, of facts, of lists.
+_MIXES = (
+    {"tell": 1, "ask": 3, "retell": 1, "use": 4, "change": 1, "plain": 3, "repeat": 4, "count": 3},
+    {"tell": 3, "ask": 4, "retell": 4, "use": 1, "change": 1},
+    {"tell": 1, "ask": 1, "plain": 1, "repeat": 12, "count": 3},
+)
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
 
 # The splitting rule of Qwen2's tokenizer: words with their space, single digits, punctuation, line breaks.
@@ -37,7 +43,8 @@ def spans(seed: int, index: int) -> list[Span]:
     if seed < 0 or index < 0:
         raise ValueError(f"got seed {seed} and index {index}; expected both to be at least 0; pass integers from 0 on.")
     rng = random.Random(f"radlads tale {seed} {index}")
-    target = rng.randint(70, 280)
+    target = rng.randint(50, 180)
+    mix = rng.choice(_MIXES)
     tale = begin(rng)
     for _ in range(3):
         tell(tale)
@@ -46,7 +53,7 @@ def spans(seed: int, index: int) -> list[Span]:
         if in_paragraph > 4 and rng.random() < 0.5:
             scene(tale)
             in_paragraph = 0
-        PASSAGES[_next_passage(tale)](tale)
+        PASSAGES[_next_passage(tale, mix)](tale)
         in_paragraph += 1
     for fact in tale.facts:
         if fact.topic + fact.about not in tale.asked:
@@ -56,7 +63,7 @@ def spans(seed: int, index: int) -> list[Span]:
 
 
 def document(seed: int, index: int) -> str:
-    """Document `index` of the language `seed`: a tale of about 80 to 400 tokens in plain English words."""
+    """Document `index` of the language `seed`: a tale of about 80 to 300 tokens in plain English words."""
     return "".join(span.text for span in spans(seed, index))
 
 
@@ -65,18 +72,9 @@ def documents(seed: int, count: int) -> Iterator[str]:
     return (document(seed, index) for index in range(count))
 
 
-def _next_passage(tale: Tale) -> str:
-    facts = len(tale.facts)
-    weights = {
-        "tell": max(0, 6 - facts),
-        "ask": min(12, 3 * facts),
-        "use": 4,
-        "change": 1,
-        "plain": 3,
-        "repeat": 4,
-        "count": 3,
-    }
-    return tale.rng.choices(list(weights), weights=list(weights.values()))[0]
+def _next_passage(tale: Tale, mix: Mapping[str, int]) -> str:
+    room = {"tell": max(0, 6 - len(tale.facts))}
+    return tale.rng.choices(list(mix), [weight * room.get(name, 1) for name, weight in mix.items()])[0]
 
 
 def train_tokenizer(vocab_size: int = VOCAB_SIZE, seed: int = TRAIN_SEED, count: int = 4000) -> Tokenizer:

@@ -1,7 +1,7 @@
 """The grammar of the synthetic language: a tale with a cast, facts told and asked for later, copying and counting."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -9,12 +9,29 @@ from radlads_jax.data import words
 
 _Kind = Literal["plain", "answer", "mention", "copy", "count"]
 _PERSONAL = ("holding", "food", "home", "number")
+# How a fact is told, and the same words answer.
+_BINDINGS = {
+    "place": "The {} is",
+    "holding": "{} has a",
+    "food": "{} likes",
+    "home": "{} lives in",
+    "number": "The number of {} is",
+}
+_QUESTIONS = {
+    "place": "Where is the {}?",
+    "holding": "What does {} have?",
+    "food": "What does {} like?",
+    "home": "Where does {} live?",
+    "number": "What is the number of {}?",
+}
+_BACKWARD = {"holding": "Who has the {}?", "food": "Who likes {}?", "home": "Who lives in {}?"}
 
 
 class Span(NamedTuple):
     """A part of a document; every kind but "plain" follows with certainty from the text before it.
 
-    answer: what a question asks for; mention: what returns unasked, like an animal's colour or where one lives.
+    answer: what a question asks for, or a fact told again; mention: what returns inside another sentence, like an
+    animal's colour or where one lives.
     """
 
     text: str
@@ -56,7 +73,10 @@ class _Fact:
     topic: str
     about: str
     value: str
-    thing: str = ""
+
+    def words(self) -> set[str]:
+        """The words that no other fact of the tale may use, of a number its digits."""
+        return {self.about, *(self.value if self.topic == "number" else self.value.split())}
 
 
 @dataclass
@@ -84,7 +104,7 @@ class Tale:
         """Anyone of the cast."""
         return self.rng.choice(self.people)
 
-    def unused(self, options: tuple[str, ...], used: set[str]) -> str:
+    def unused(self, options: tuple[str, ...], used: Collection[str]) -> str:
         """An option that no fact has used yet, so that a question has one answer."""
         return self.rng.choice([option for option in options if option not in used])
 
@@ -106,56 +126,44 @@ def begin(rng: random.Random) -> Tale:
 
 
 def tell(tale: Tale) -> None:
-    """Bind a name to a new fact; at most one fact of a topic about the same name."""
+    """Bind a name to a new fact; at most one fact of a topic about the same name, and no word in two of them."""
+    rng = tale.rng
     known = {(fact.topic, fact.about) for fact in tale.facts}
-    free = [person for person in tale.people if any((topic, person.name) not in known for topic in _PERSONAL)]
-    used = {word for fact in tale.facts for word in (fact.about, fact.value, fact.thing)}
-    if not free or tale.rng.random() < 0.25:
+    used = {word for fact in tale.facts for word in fact.words()}
+    used |= {creature.colour for creature in tale.creatures}
+    digits = [digit for digit in "0123456789" if digit not in used]
+    topics = [topic for topic in _PERSONAL if topic != "number" or len(digits) >= 3]
+    free = [person for person in tale.people if any((topic, person.name) not in known for topic in topics)]
+    if not free or rng.random() < 0.2:
         thing = tale.unused(words.OBJECTS, used)
-        fact = _Fact("place", thing, _somewhere(tale))
+        fact = _Fact("place", thing, _somewhere(tale, used))
         tale.say(f" The {thing} is {fact.value}.")
         tale.facts.append(fact)
         return
-    name = tale.rng.choice(free).name
-    topic = tale.rng.choice([topic for topic in _PERSONAL if (topic, name) not in known])
+    name = rng.choice(free).name
+    topic = rng.choice([topic for topic in topics if (topic, name) not in known])
     if topic == "holding":
-        thing = tale.unused(words.OBJECTS, used)
-        fact = _Fact("holding", name, f"{tale.rng.choice(words.COLOURS)} {thing}", thing)
-        tale.say(f" {name} has a {fact.value}.")
+        fact = _Fact("holding", name, f"{tale.unused(words.COLOURS, used)} {tale.unused(words.OBJECTS, used)}")
     elif topic == "food":
         fact = _Fact("food", name, tale.unused(words.FOODS, used))
-        tale.say(f" {name} likes {fact.value} best.")
     elif topic == "home":
         fact = _Fact("home", name, tale.unused(words.TOWNS, used))
-        tale.say(f" {name} lives in {fact.value}.")
     else:
-        fact = _Fact("number", name, "".join(tale.rng.choices("0123456789", k=3)))
-        tale.say(f" The number of {name} is {fact.value}.")
+        fact = _Fact("number", name, "".join(rng.sample(digits, 3)))
+    tale.say(f" {_BINDINGS[topic].format(name)} {fact.value}.")
     tale.facts.append(fact)
 
 
 def ask(tale: Tale, fact: _Fact | None = None) -> None:
-    """Ask for a fact and answer from memory, from either end of the binding."""
+    """Ask for a fact and answer from memory in the words that told it, or, of a person, from the other end."""
     fact = fact or tale.rng.choice([each for each in tale.facts if each is not tale.last_asked])
     tale.last_asked = fact
     tale.asked.add(fact.topic + fact.about)
-    forward = tale.rng.random() < 0.6
-    if fact.topic == "place":
-        tale.say(f" Where is the {fact.about}? It is", f" {fact.value}", "answer", ".")
-    elif fact.topic == "holding" and forward:
-        tale.say(f" What does {fact.about} have? {fact.about} has a", f" {fact.value}", "answer", ".")
-    elif fact.topic == "holding":
-        tale.say(f" Who has the {fact.value}?", f" {fact.about}", "answer", ".")
-    elif fact.topic == "food" and forward:
-        tale.say(f" What does {fact.about} like best? {fact.about} likes", f" {fact.value}", "answer", " best.")
-    elif fact.topic == "food":
-        tale.say(f" Who likes {fact.value} best?", f" {fact.about}", "answer", ".")
-    elif fact.topic == "home" and forward:
-        tale.say(f" Where is the home of {fact.about}? {fact.about} lives in", f" {fact.value}", "answer", ".")
-    elif fact.topic == "home":
-        tale.say(f" Who lives in {fact.value}?", f" {fact.about}", "answer", ".")
-    else:
-        tale.say(f" What is the number of {fact.about}? The number of {fact.about} is", f" {fact.value}", "answer", ".")
+    if fact.topic in _BACKWARD and tale.rng.random() < 0.25:
+        tale.say(f" {_BACKWARD[fact.topic].format(fact.value)}", f" {fact.about}", "answer", ".")
+        return
+    question, binding = _QUESTIONS[fact.topic].format(fact.about), _BINDINGS[fact.topic].format(fact.about)
+    tale.say(f" {question} {binding}", f" {fact.value}", "answer", ".")
 
 
 def _use(tale: Tale) -> None:
@@ -186,13 +194,22 @@ def _change(tale: Tale) -> None:
         return
     fact = tale.rng.choice(movable)
     if fact.topic == "place":
-        fact.value = _somewhere(tale)
-        tale.say(f" Now {tale.person().name} puts the {fact.about} {fact.value}.")
+        fact.value = _somewhere(tale, {word for each in tale.facts for word in each.words()})
+        tale.say(f" Now {tale.person().name} puts the {fact.about} {fact.value}. The {fact.about} is", f" {fact.value}")
     else:
         receiver = tale.rng.choice(empty)
-        tale.say(f" Now {fact.about} gives the", f" {fact.value}", end=f" to {receiver}.")
+        tale.say(f" Now {fact.about} gives the", f" {fact.value}", end=f" to {receiver}. {receiver} has a")
+        tale.say("", f" {fact.value}")
         fact.about = receiver
+    tale.say(".")
     tale.asked.discard(fact.topic + fact.about)
+
+
+def _retell(tale: Tale) -> None:
+    """Every fact once more, in any order and in the words that told it."""
+    tale.say(" Once more:")
+    for fact in tale.rng.sample(tale.facts, len(tale.facts)):
+        tale.say(f" {_BINDINGS[fact.topic].format(fact.about)}", f" {fact.value}", "answer", ".")
 
 
 # Plain grammar.
@@ -247,8 +264,8 @@ def _person_does(tale: Tale, person: _Person) -> None:
     tale.say(".")
 
 
-def _somewhere(tale: Tale) -> str:
-    return f"{tale.rng.choice(words.PREPOSITIONS)} the {tale.rng.choice(words.PLACES)}"
+def _somewhere(tale: Tale, used: Collection[str] = ()) -> str:
+    return f"{tale.rng.choice(words.PREPOSITIONS)} the {tale.unused(words.PLACES, used)}"
 
 
 # Copying and counting.
@@ -257,12 +274,12 @@ def _somewhere(tale: Tale) -> str:
 def _repeat(tale: Tale) -> None:
     """A random list of words or letters, said twice, sometimes with a sentence in between."""
     if tale.rng.random() < 0.6:
-        items = ", ".join(tale.rng.sample(words.LIST_WORDS, tale.rng.randint(3, 7)))
+        items = " ".join(tale.rng.sample(words.LIST_WORDS, tale.rng.randint(3, 9)))
         tale.say(f" {tale.person().name} says: {items}.")
     else:
-        items = " ".join(tale.rng.choices(words.LETTERS, k=tale.rng.randint(4, 9)))
+        items = " ".join(tale.rng.sample(words.LETTERS, tale.rng.randint(4, 9)))
         tale.say(f" {tale.person().name} spells: {items}.")
-    if tale.rng.random() < 0.35:
+    if tale.rng.random() < 0.2:
         _plain(tale)
     tale.say(f" {tale.person().name} repeats:", f" {items}.", "copy")
 
@@ -296,6 +313,7 @@ PASSAGES: dict[str, Callable[[Tale], None]] = {
     "tell": tell,
     "ask": ask,
     "use": _use,
+    "retell": _retell,
     "change": _change,
     "plain": _plain,
     "repeat": _repeat,

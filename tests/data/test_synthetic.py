@@ -29,7 +29,7 @@ def texts() -> list[str]:
 
 def test_documents_never_change(texts: list[str]) -> None:
     digest = hashlib.sha256("\0".join(texts[:200]).encode()).hexdigest()
-    assert digest == "d93d16f5065c2ee3b4323adae3dc7c5fcc8d5c8a432de4fd7cd751f9df0b8dd0"
+    assert digest == "452a8696d72e9dfd934fbc3d7db9f9175c1e9aa369ceea3469f90763f95c093c"
 
 
 def test_a_document_depends_on_its_seed_and_index_alone(texts: list[str]) -> None:
@@ -61,14 +61,12 @@ def follow(text: str) -> int:
     """Answer a tale's questions from its statements, read one by one; the number of answers that were checked."""
     has, likes, lives, number, place = {}, {}, {}, {}, {}
     said, checked = "", 0
-    for sentence in re.findall(r"[^.?]+[.?](?: It is [^.]*\.| [A-Z][a-z]+\.(?= |$))?", text.replace("\n", " ")):
-        sentence = sentence.strip()
+    for sentence in re.findall(r"[^.?]+[.?](?: [A-Z][a-z]+\.(?= |$))?", text.replace("\n", " ")):
+        sentence = sentence.strip().removeprefix("Once more: ")
         expected = None
-        if match := re.fullmatch(r"Where is the (\w+)\? It is (.*)\.", sentence):
-            expected, got = place[match[1]], match[2]
-        elif match := re.fullmatch(r"Who has the (.*)\? (\w+)\.", sentence):
+        if match := re.fullmatch(r"Who has the (.*)\? (\w+)\.", sentence):
             expected, got = next(name for name, thing in has.items() if thing == match[1]), match[2]
-        elif match := re.fullmatch(r"Who likes (\w+) best\? (\w+)\.", sentence):
+        elif match := re.fullmatch(r"Who likes (\w+)\? (\w+)\.", sentence):
             expected, got = next(name for name, food in likes.items() if food == match[1]), match[2]
         elif match := re.fullmatch(r"Who lives in (\w+)\? (\w+)\.", sentence):
             expected, got = next(name for name, town in lives.items() if town == match[1]), match[2]
@@ -86,12 +84,13 @@ def follow(text: str) -> int:
         elif match := re.fullmatch(r"Now (\w+) gives the (.*) to (\w+)\.", sentence):
             expected, got = has.pop(match[1]), match[2]
             has[match[3]] = match[2]
-        elif match := re.fullmatch(rf"(?:Now \w+ puts t|T)he (\w+) (?:is )?({PREPOSITION} the \w+)\.", sentence):
+        elif match := re.fullmatch(rf"Now \w+ puts the (\w+) ({PREPOSITION} the \w+)\.", sentence):
             place[match[1]] = match[2]
         else:
             for known, pattern in (
                 (has, r"(\w+) has a (\w+ \w+)\."),
-                (likes, r"(\w+) likes (\w+) best\."),
+                (likes, r"(\w+) likes (\w+)\."),
+                (place, rf"The (\w+) is ({PREPOSITION} the \w+)\."),
                 (lives, r"(\w+) (?:lives in|walks home to) (\w+)\."),
                 (number, r"The number of (\w+) is (\d+)\."),
             ):
@@ -156,7 +155,7 @@ def test_spans_make_the_document_and_need_memory(texts: list[str]) -> None:
     parts = [span for index in range(len(texts)) for span in synthetic.spans(synthetic.TRAIN_SEED, index)]
     assert "".join(span.text for span in parts) == "".join(texts)
     characters = sum(len(span.text) for span in parts)
-    for kind, least in (("answer", 0.055), ("mention", 0.03), ("copy", 0.045), ("count", 0.03)):
+    for kind, least in (("answer", 0.08), ("mention", 0.015), ("copy", 0.05), ("count", 0.02)):
         assert sum(len(span.text) for span in parts if span.kind == kind) > least * characters
 
 

@@ -81,7 +81,7 @@ class Job:
         placed = shardings(self.mesh, abstract_params(self.teacher), self.teacher)
         if self.source is None:
             cfg = dataclasses.replace(self.teacher, param_dtype=dtype)
-            init = init_params if placed is None else jax.jit(init_params, static_argnums=0, out_shardings=placed)
+            init = init_params if placed is None else jax.jit(init_params, static_argnums=(0, 1), out_shardings=placed)
             return init(cfg, self.run.seed)
         return load_params(self.source, self.teacher, dtype=dtype, shardings=placed)
 

@@ -38,7 +38,9 @@ def test_rows_are_the_tales_tokens_and_marks_what_follows_with_certainty(teacher
 def test_a_right_answer_is_what_greedy_generation_says(teacher) -> None:
     scores = answers.answer_scores({"student": (teacher.cfg, teacher.params)}, teacher.tokenizer, TALES)
     tales = answers._tales(teacher.tokenizer, 0, TALES, ())
-    asked = [(kind, row[:begin], row[begin:end]) for row, marks in zip(*tales, strict=True) for kind, begin, end in marks]
+    asked = [
+        (kind, row[:begin], row[begin:end]) for row, marks in zip(*tales, strict=True) for kind, begin, end in marks
+    ]
     longest = max(len(answer) for _, _, answer in asked)
     prompts = left_padded([before for _, before, _ in asked])
     said = np.asarray(generate_greedy(teacher.cfg, teacher.params, prompts, longest))

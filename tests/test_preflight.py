@@ -23,6 +23,7 @@ from radlads_jax.config import defaults, validate
 from radlads_jax.distill.program import abstract_state
 from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models import ModelConfig
+from radlads_jax.models.tree import path_leaves
 from radlads_jax.porting import model_config_from_hf, read_config, save_params
 from radlads_jax.run import job as job_lib
 from radlads_jax.run import preflight, train
@@ -207,12 +208,27 @@ def test_a_work_directory_that_hosts_do_not_share_is_refused(tmp_path, monkeypat
         preflight.check(job, force=True)
 
 
-def test_fresh_weights_have_no_loss_to_be_judged_by(tmp_path, capsys):
-    config = settings(teacher__path="", data__tokenizer=str(TEACHER), stages=("pretrain",), student__mixer="attention")
+def from_scratch(**more):
+    config = settings(
+        teacher__path="", data__tokenizer=str(TEACHER), stages=("pretrain",), student__mixer="attention", **more
+    )
     config.teacher.scratch = ConfigDict(read_config(TEACHER) | {"num_hidden_layers": 1})
     config.pretrain = config.stage1
-    assert preflight.check(make(config, tmp_path / "run")) is None
+    return config
+
+
+def test_fresh_weights_have_no_loss_to_be_judged_by(tmp_path, capsys):
+    assert preflight.check(make(from_scratch(), tmp_path / "run")) is None
     assert "teacher" not in lines(capsys.readouterr().out)
+
+
+def test_fresh_weights_are_born_where_they_lie(tmp_path):
+    over_eight = make(from_scratch(mesh__data=2, mesh__fsdp=2, mesh__tensor=2), tmp_path / "eight")
+    spread = path_leaves(over_eight.load_teacher("float32"))
+    alone = path_leaves(make(from_scratch(), tmp_path / "one").load_teacher("float32"))
+    assert any(not leaf.is_fully_replicated for leaf in spread.values())
+    for path, leaf in alone.items():
+        np.testing.assert_allclose(spread[path], leaf, rtol=1e-6, atol=1e-8, err_msg=path)
 
 
 def test_preflight_only_stops_before_the_run(tmp_path, monkeypatch, capsys):

@@ -63,7 +63,7 @@ def spans(seed: int, index: int) -> list[Span]:
 
 
 def document(seed: int, index: int) -> str:
-    """Document `index` of the language `seed`: a tale of about 80 to 300 tokens in plain English words."""
+    """Document `index` of the language `seed`: a tale of about 70 to 300 tokens in plain English words."""
     return "".join(span.text for span in spans(seed, index))
 
 

@@ -24,7 +24,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    return list(synthetic.documents(synthetic.TRAIN_SEED, 400))
+    return list(synthetic.documents(synthetic.TRAIN_SEED, 1000))
 
 
 def test_documents_never_change(texts: list[str]) -> None:
@@ -34,8 +34,8 @@ def test_documents_never_change(texts: list[str]) -> None:
 
 def test_a_document_depends_on_its_seed_and_index_alone(texts: list[str]) -> None:
     assert synthetic.document(synthetic.TRAIN_SEED, 123) == texts[123]
-    assert not set(texts) & set(synthetic.documents(synthetic.HELD_OUT_SEED, 400))
-    assert len(set(texts)) == 400
+    assert not set(texts) & set(synthetic.documents(synthetic.HELD_OUT_SEED, 1000))
+    assert len(set(texts)) == 1000
 
 
 @pytest.mark.parametrize(("seed", "index"), [(-1, 0), (0, -1)])
@@ -46,8 +46,8 @@ def test_negative_numbers_are_refused(seed: int, index: int) -> None:
 
 def test_lengths(tokenizer: Tokenizer, texts: list[str]) -> None:
     lengths = [len(encoding.ids) for encoding in tokenizer.encode_batch(texts)]
-    assert min(lengths) >= 70
-    assert max(lengths) <= 400
+    assert min(lengths) >= 60
+    assert max(lengths) <= 320
 
 
 def test_the_text_reads_as_written(texts: list[str]) -> None:

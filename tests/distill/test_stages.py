@@ -232,7 +232,15 @@ def test_moments_kept_in_bfloat16():
         assert np.sqrt(np.mean(error**2) / np.mean(expected**2)) < 0.02
 
 
-@pytest.mark.parametrize(("name", "mixer"), [("adam", "rwkv6"), ("adafactor", "rwkv7")])
+@pytest.mark.parametrize(
+    ("name", "mixer"),
+    [
+        ("adam", "rwkv6"),
+        ("adafactor", "rwkv7"),
+        pytest.param("adam", "rwkv7", marks=pytest.mark.slow),
+        pytest.param("adafactor", "rwkv6", marks=pytest.mark.slow),
+    ],
+)
 def test_weight_decay_is_of_matrices_alone(name, mixer):
     """By what a parameter is in one layer: with gradients of zero, decay alone moves anything."""
     stage = StageConfig(tokens=10**6, lr=1e-2, mixer_lr=1e-2, warmup_steps=0)

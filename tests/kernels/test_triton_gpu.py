@@ -47,6 +47,7 @@ DOCUMENTED = {"wkv7": -1.8, "wkv6": -10.0, "gdn": -100.0}
 CASES: dict[str, tuple[int, int, int, str, dict[str, Any]]] = {
     "whole": (35, 64, 64, "float32", {}),
     "segments": (20, 64, 64, "float32", {"segments": "some", "heads": 2}),
+    "several rows": (20, 64, 64, "float32", {"segments": "some", "batch": 2, "heads": 2}),
     "wide heads": (20, 128, 128, "float32", {"segments": "some"}),
     "filled heads": (18, 24, 80, "float32", {"segments": "some"}),
     "one token": (1, 64, 64, "float32", {}),
@@ -156,8 +157,8 @@ def parts(operation: str) -> float:
 
 def permuted(operation: str) -> bool:
     """Permuting batch and heads permutes the result to the bit."""
-    inputs = {name: jnp.asarray(x) for name, x in inputs_of(operation, 2, 9, 2, 64, 64).items()}
-    batch, heads = jnp.array([1, 0]), jnp.array([1, 0])
+    inputs = {name: jnp.asarray(x) for name, x in inputs_of(operation, 2, 9, 3, 64, 64).items()}
+    batch, heads = jnp.array([1, 0]), jnp.array([2, 0, 1])
     run = functools.partial(OPERATIONS[operation], implementation="triton_gpu")
     out, state = run(**inputs)
     other_out, other_state = run(**{name: x[batch][:, :, heads] for name, x in inputs.items()})

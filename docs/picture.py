@@ -2,8 +2,10 @@
 
 make demo
 python -m radlads_jax.launch --config configs/demo.py --workdir runs/demo_hybrid --config.student.attention_every=4
+python -m radlads_jax.launch --config configs/demo.py:hybrid=true --workdir runs/demo_chosen
 python docs/picture.py "recurrent (RAD-RWKV7)=runs/demo" \\
-    "hybrid, one of four layers softmax=runs/demo_hybrid" --output docs/quality.svg
+    "hybrid, the last of four layers softmax=runs/demo_hybrid" \\
+    "hybrid, one chosen layer softmax=runs/demo_chosen" --output docs/quality.svg
 
 A line is stage 2's own loss: of batches that its steps had not learnt from yet, a mean of --window steps. A dot is the
 finished student on held-out text, after stage 3, whose loss is another. matplotlib comes with the extra `test`.
@@ -62,7 +64,7 @@ def draw_run(axes: Axes, name: str, run: RunLog, color: str, window: int) -> Non
 
 def draw(runs: dict[str, RunLog], window: int, path: Path) -> None:
     """All of them, with the stages of the first one behind."""
-    figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
     for (name, run), color in zip(runs.items(), COLORS, strict=False):
         draw_run(axes, name, run, color, window)
     first = next(iter(runs.values()))
@@ -83,7 +85,7 @@ def draw(runs: dict[str, RunLog], window: int, path: Path) -> None:
         axes.annotate(title, place, (4, -2), fontsize=9, **corner)
     axes.set_xlabel("tokens")
     axes.set_title("KL to the teacher, nats a token (log scale; dots: held-out text)", loc="left", fontsize=10)
-    axes.legend(frameon=False, labelcolor=TEXT, fontsize=9, loc="lower left")
+    figure.legend(frameon=False, labelcolor=TEXT, fontsize=9, loc="outside lower left")
     figure.savefig(path, transparent=True, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 

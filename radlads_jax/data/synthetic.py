@@ -14,7 +14,8 @@ TRAIN_SEED = 0
 HELD_OUT_SEED = 1
 VOCAB_SIZE = 896
 END_OF_TEXT = "<|endoftext|>"
-# How often what is told in the three kinds of tales: of all things, of facts, of lists.
+# Three kinds of tales, of all things, of facts, of lists: the weight of each passage as the next one, of "tell" for
+# each fact that the tale still lacks of six.
 _MIXES = (
     {"tell": 1, "ask": 3, "retell": 1, "use": 4, "change": 1, "plain": 3, "repeat": 4, "count": 3},
     {"tell": 3, "ask": 4, "retell": 4, "use": 1, "change": 1},

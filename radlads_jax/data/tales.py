@@ -75,7 +75,7 @@ class _Fact:
     value: str
 
     def words(self) -> set[str]:
-        """The words that no other fact of the tale may use, of a number its digits."""
+        """Its words, of a number its digits: a new fact of the tale takes none of them, but for a preposition."""
         return {self.about, *(self.value if self.topic == "number" else self.value.split())}
 
 

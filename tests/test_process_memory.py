@@ -1,5 +1,6 @@
 """A process does not grow with every checkpoint."""
 
+import gc
 import os
 import pathlib
 import platform
@@ -16,6 +17,12 @@ from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.system import process_memory
 
 
+def snapshot() -> tracemalloc.Snapshot:
+    """Without what the garbage collector has not come to yet, which in a long session of tests is seldom."""
+    gc.collect()
+    return tracemalloc.take_snapshot()
+
+
 def test_saving_holds_no_memory(tmp_path: pathlib.Path) -> None:
     """Strings, which no garbage collector counts, beside what it does; the names of directories come and go."""
     process_memory.install()
@@ -25,8 +32,8 @@ def test_saving_holds_no_memory(tmp_path: pathlib.Path) -> None:
         for step in range(1, 26):
             checkpoints.save(step, state, data_state={}, meta={}, wait=True)
             if step == 15:
-                before = tracemalloc.take_snapshot()
-        after = tracemalloc.take_snapshot()
+                before = snapshot()
+        after = snapshot()
         tracemalloc.stop()
     own = tracemalloc.Filter(False, tracemalloc.__file__)
     differences = after.filter_traces([own]).compare_to(before.filter_traces([own]), "lineno")

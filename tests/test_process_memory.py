@@ -26,19 +26,19 @@ def snapshot() -> tracemalloc.Snapshot:
 def test_saving_holds_no_memory(tmp_path: pathlib.Path) -> None:
     """Strings, which no garbage collector counts, beside what it does; the names of directories come and go."""
     process_memory.install()
-    state = {f"p{i}": jnp.ones(8) for i in range(12)}
+    state = {f"p{i}": jnp.ones(8) for i in range(40)}
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         tracemalloc.start()
-        for step in range(1, 26):
+        for step in range(1, 46):
             checkpoints.save(step, state, data_state={}, meta={}, wait=True)
-            if step == 15:
+            if step == 35:
                 before = snapshot()
         after = snapshot()
         tracemalloc.stop()
     own = tracemalloc.Filter(False, tracemalloc.__file__)
     differences = after.filter_traces([own]).compare_to(before.filter_traces([own]), "lineno")
     grown = {str(s.traceback): s.count_diff for s in differences}
-    assert max(grown.values()) < 10 * 12, {place: count for place, count in grown.items() if count > 100}
+    assert max(grown.values()) < 10 * 40, {place: count for place, count in grown.items() if count > 100}
 
 
 @pytest.mark.parametrize(

@@ -2,32 +2,34 @@
 
 from typing import Any
 
-import datasets
 import pyarrow
 
 from radlads_jax.system.json_files import read_json
 from radlads_jax.system.storage import AnyPath
 from radlads_jax.system.untrusted import brief
 
-STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
+_STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _ADVICE = "Save the dataset again."
 
 
 def is_saved(path: AnyPath) -> bool:
-    return any((path / name).is_file() for name in (INFO, SPLITS))
+    return any((path / name).is_file() for name in (_INFO, _SPLITS))
 
 
 def open_saved(path: AnyPath) -> Any:
     """The dataset, or its splits; ValueError for files that are broken, missing or outside the directory."""
-    if (path / SPLITS).is_file():
-        splits = _read(path / SPLITS).get("splits")
+    if (path / _SPLITS).is_file():
+        splits = _read(path / _SPLITS).get("splits")
         if not isinstance(splits, list) or not all(map(_is_plain, splits)):
-            raise ValueError(f"{path / SPLITS} has splits {brief(splits)}; expected names of directories. {_ADVICE}")
+            raise ValueError(f"{path / _SPLITS} has splits {brief(splits)}; expected names of directories. {_ADVICE}")
         parts = [path / split for split in splits]
     else:
         parts = [path]
     for part in parts:
         _check_part(part)
+    # Here, for it takes every start a second of CPU time, and most runs read something else.
+    import datasets
+
     try:
         return datasets.load_from_disk(str(path))
     # datasets takes the files' values as they come, whatever their type.
@@ -38,17 +40,17 @@ def open_saved(path: AnyPath) -> Any:
 
 
 def _check_part(directory: AnyPath) -> None:
-    files = _read(directory / STATE).get("_data_files")
+    files = _read(directory / _STATE).get("_data_files")
     listed = files if isinstance(files, list) else [None]
     names: list[Any] = [file.get("filename") if isinstance(file, dict) else file for file in listed]
     if not all(map(_is_plain, names)):
         raise ValueError(
-            f"{directory / STATE} lists the files {brief(files)}; expected names of files in its directory. {_ADVICE}"
+            f"{directory / _STATE} lists the files {brief(files)}; expected names of files in its directory. {_ADVICE}"
         )
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
-        raise ValueError(f"{directory} lacks {brief(', '.join(missing))}, which {STATE} lists; expected it. {_ADVICE}")
-    _read(directory / INFO)
+        raise ValueError(f"{directory} lacks {brief(', '.join(missing))}, which {_STATE} lists; expected it. {_ADVICE}")
+    _read(directory / _INFO)
 
 
 def _read(path: AnyPath) -> dict[str, Any]:

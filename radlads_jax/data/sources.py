@@ -9,9 +9,8 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from io import TextIOBase
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import datasets
 import huggingface_hub
 import pyarrow
 import pyarrow.parquet
@@ -22,6 +21,9 @@ from radlads_jax.data.files import SUFFIXES, check_kind, data_files, each_once, 
 from radlads_jax.data.saved_dataset import is_saved, open_saved
 from radlads_jax.system.storage import AnyPath, as_path, in_bucket, open_text
 from radlads_jax.system.untrusted import brief, listed
+
+if TYPE_CHECKING:
+    import datasets
 
 READ_CHARACTERS = 1 << 20
 # Of a line of jsonl: a compressed file may hold one that has no end.
@@ -273,7 +275,10 @@ def _read_hf(source: Source) -> Iterator[str]:
         yield _text_of(record, source, f"{source.path}, row {number}")
 
 
-def _load_hf(source: Source) -> datasets.Dataset | datasets.IterableDataset:
+def _load_hf(source: Source) -> "datasets.Dataset | datasets.IterableDataset":
+    # Here, for it takes every start a second of CPU time, and most runs read something else.
+    import datasets
+
     path = as_path(source.path)
     try:
         if is_saved(path):

@@ -23,7 +23,7 @@ from radlads_jax.system.untrusted import brief, parse_json
 
 FILE = "logits.json"
 BLOCK_ROWS = 64
-PRECISIONS = ("float16", "float32")
+_PRECISIONS = ("float16", "float32")
 _VERSION = 1
 _SIZES = ("version", "top_k", "vocab_size", "seq_len", "rows", "block_rows")
 
@@ -143,9 +143,9 @@ def open_logits(directory: AnyPath) -> StoredLogits:
     recipe = parse_json(storage.read_text(path), path, advice)
     sizes = {name: recipe.get(name) for name in _SIZES} if isinstance(recipe, dict) else {"logits.json": recipe}
     wrong = [name for name, size in sizes.items() if type(size) is not int or size < 1]
-    if wrong or recipe["version"] != _VERSION or recipe.get("log_probs") not in PRECISIONS:
+    if wrong or recipe["version"] != _VERSION or recipe.get("log_probs") not in _PRECISIONS:
         raise ValueError(
             f"{path} says {brief(repr(recipe))}; expected version {_VERSION}, sizes of at least 1 and log_probs one of "
-            f"{', '.join(PRECISIONS)}. {advice}"
+            f"{', '.join(_PRECISIONS)}. {advice}"
         )
     return StoredLogits(directory, recipe)

@@ -20,7 +20,7 @@ def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
     """The student's dimensions. Raises ValueError for switches that contradict each other or the mixer."""
     chosen, spec = run.student, mixer_spec(run.student.mixer)
     _check_own_layers(chosen, teacher)
-    check_number(chosen, teacher)
+    _check_number(chosen, teacher)
     if chosen.mixer == SOFTMAX:
         needing = [name for name in run.stages if STAGES[name].needs_teacher]
         if needing:
@@ -115,7 +115,7 @@ def layers_to_choose(student: Student) -> int:
     return int(named[1]) if named else 0
 
 
-def check_number(student: Student, teacher: ModelConfig) -> None:
+def _check_number(student: Student, teacher: ModelConfig) -> None:
     """Raises ValueError for a number of softmax layers to choose that the teacher or the mixer has no choice of."""
     count, asked = layers_to_choose(student), f"config.student.attention_layers is 'auto:{layers_to_choose(student)}'"
     if not student.attention_layers or not isinstance(student.attention_layers[0], str):

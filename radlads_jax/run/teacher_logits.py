@@ -14,7 +14,7 @@ from radlads_jax.system.storage import as_path
 _COMPARED = ("teacher", "dtype", "tokenizer", "tokens", "documents", "vocab_size", "seq_len", "cross_document", "top_k")
 
 
-def reading_stages(run: RunConfig) -> list[str]:
+def _reading_stages(run: RunConfig) -> list[str]:
     """The run's stages whose loss can read stored logits."""
     return [name for name in run.stages if STAGES[name].stored_loss_fn is not None]
 
@@ -26,7 +26,7 @@ def recipe(
 
     Raises ValueError where no stage reads them, or several do that have rows of other lengths.
     """
-    lengths = {name: run.stage(name).seq_len for name in reading_stages(run)}
+    lengths = {name: run.stage(name).seq_len for name in _reading_stages(run)}
     if len(set(lengths.values())) != 1:
         able = ", ".join(name for name, stage in STAGES.items() if stage.stored_loss_fn is not None)
         raise ValueError(

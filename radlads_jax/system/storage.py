@@ -31,7 +31,7 @@ from radlads_jax.system.untrusted import brief
 AnyPath: TypeAlias = Path | epath.Path
 
 # A request's overhead is small beside either, and so is what a host has in memory twice.
-DOWNLOAD_BYTES, UPLOAD_BYTES = 1 << 24, 1 << 26
+_DOWNLOAD_BYTES, _UPLOAD_BYTES = 1 << 24, 1 << 26
 _REQUESTS_AT_ONCE = 32
 _ROLES = "roles/storage.objectAdmin and roles/storage.legacyBucketReader"
 
@@ -229,7 +229,7 @@ def writing(path: AnyPath) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         return
-    upload = _filesystem().open(str(path), "wb", block_size=UPLOAD_BYTES)
+    upload = _filesystem().open(str(path), "wb", block_size=_UPLOAD_BYTES)
     try:
         yield upload
     except BaseException:
@@ -259,9 +259,9 @@ def read_ranges(path: AnyPath, ranges: Sequence[tuple[int, int]]) -> list[bytes 
     if not in_bucket(path):
         return _read_local_ranges(path, ranges)
     requests = [
-        (number, begin, min(begin + DOWNLOAD_BYTES, stop))
+        (number, begin, min(begin + _DOWNLOAD_BYTES, stop))
         for number, (start, stop) in enumerate(ranges)
-        for begin in range(start, stop, DOWNLOAD_BYTES)
+        for begin in range(start, stop, _DOWNLOAD_BYTES)
     ]
     _, begins, ends = zip(*requests, strict=True) if requests else ((), (), ())
     fetched = _filesystem().cat_ranges(

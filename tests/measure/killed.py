@@ -2,7 +2,7 @@
 
     python tests/measure/killed.py [--kills 50] [--signal KILL|TERM|HUP|INT|INTINT] [--mixer rad_rwkv7] [--seed 0]
                                    [--directory DIR]
-    python tests/measure/killed.py --short    # in seconds: stage 1 alone, a few kills, right before operations on files
+    python tests/measure/killed.py --short    # in seconds: stage 1 alone, two kills, right before operations on files
 
 All three stages, a checkpoint at every second step, evaluation and export; each attempt is a process of its own, some
 started as a user does it, most forked from one that has imported everything, to save that time. Half of the moments
@@ -270,7 +270,7 @@ def main() -> int:
     args = parser.parse_args()
     steps = SHORT if args.short else STEPS
     if args.short:
-        args.kills, args.fresh = min(args.kills, 3), 0.0
+        args.kills, args.fresh = min(args.kills, 2), 0.0
     signals = "INT,INT" if args.signal == "INTINT" else args.signal
     if args.signal == "HUP":
         # Started by nohup, this process ignores it, and all that it starts would.

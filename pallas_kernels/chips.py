@@ -22,7 +22,8 @@ class Chip:
     kinds: tuple[str, ...] = ()
 
 
-# TPUs: docs.cloud.google.com/tpu/docs/v5e and its kin; a TPU7x chip is two devices. Of a v6e's HBM the page has said
+# TPUs: docs.cloud.google.com/tpu/docs/v5e and its kin; a TPU7x chip is two devices, and a ring over its links goes
+# through both. Of a v6e's HBM the page has said
 # 1640 and 1600 GB/s, and says 1638 now; of a v5e's 819 GB/s, and 800 GiB/s now. Clocks follow from the operations a
 # cycle of the MXUs, links are 45 GB/s one way (v5e) or 90, and the compiler keeps a part of a GiB of memory for itself.
 # GPUs: NVIDIA's data sheets, SXM cards without sparsity.
@@ -31,7 +32,7 @@ CHIPS = {
     "v5e": Chip(197e12, 15.75 * _GIB, 819e9, 90e9, 1.5e9, ("TPU v5 lite", "TPU v5e")),
     "v5p": Chip(459e12, 95.0 * _GIB, 2765e9, 180e9, 1.75e9, ("TPU v5", "TPU v5p")),
     "v6e": Chip(918e12, 31.25 * _GIB, 1638e9, 180e9, 1.75e9, ("TPU v6 lite", "TPU v6e")),
-    "tpu7x": Chip(1153.5e12, hbm_rate=3690e9, clock=2.2e9, kinds=("TPU7x",)),
+    "tpu7x": Chip(1153.5e12, 94.75 * _GIB, 3690e9, 180e9, 2.2e9, ("TPU7x",)),
     "a100": Chip(312e12, 76.0 * _GIB, kinds=("NVIDIA A100",)),
     "h100-pcie": Chip(756e12, kinds=("NVIDIA H100 PCIe",)),
     "h100": Chip(989e12, 76.0 * _GIB, kinds=("NVIDIA H100",)),

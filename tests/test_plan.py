@@ -187,7 +187,8 @@ def compilations(monkeypatch) -> list[tuple[str, int]]:
         }
 
     def devices(topology):
-        return np.array(jax.devices() * 32)[: plans.chip_count(topology)]
+        count = plans.chip_count(topology) * chips.CHIPS[topology.split(":")[0]].devices
+        return np.array(jax.devices() * 32)[:count]
 
     monkeypatch.setattr(stage_lib, "compiled", compiled)
     monkeypatch.setattr(plans, "topology_devices", devices)
@@ -247,7 +248,8 @@ def test_chips_are_ranked_by_cost(compilations, capsys):
     run = dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen2.5-72B-Instruct"), stages=("stage2",))
     ranking = planner_lib.make_planner(run, {"a100": 1e6}).auto()
     costs = [choice["usd_counted"] for choice in ranking]
-    assert len(ranking) == len(chips.CHIPS) and costs == sorted(costs) and ranking[-1]["chip"] == "a100"
+    priced = [name for name, price in chips.prices({}).items() if price is not None]
+    assert len(ranking) == len(priced) and costs == sorted(costs) and ranking[-1]["chip"] == "a100"
     by_chip = {choice["chip"]: choice for choice in ranking}
     # One share of every peak, so that slices differ by what a FLOP costs; a GPU has nothing else.
     for name in ("v6e", "h100"):
@@ -257,10 +259,25 @@ def test_chips_are_ranked_by_cost(compilations, capsys):
         by_chip["h100"]["usd"] == pytest.approx(by_chip["h100"]["usd_counted"]) and by_chip["h100"]["usd_spot"] is None
     )
     assert by_chip["v6e"]["usd_spot"] == pytest.approx(by_chip["v6e"]["usd"] * 0.96 / 2.70)
-    tables.show_ranking(ranking, chips.CHIPS, Console(width=200))
+    tables.show_ranking(ranking, chips.prices({"tpu7x": 9.0}), Console(width=200))
     shown = capsys.readouterr().out
     assert all(choice["stages"][0]["topology"] in shown for choice in ranking)
-    assert "arithmetic" in shown and "compiler" in shown and "Left out" not in shown
+    assert "arithmetic" in shown and "compiler" in shown and "without a known price" not in shown
+
+
+def test_a_chip_of_two_devices_is_priced_by_the_chip_and_only_with_a_price(compilations, capsys):
+    run = dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen2.5-7B-Instruct"), stages=("stage2",))
+    planned = planner_lib.make_planner(run, {}).topology("tpu7x:2x2x1")
+    assert (planned["chips"], planned["mesh"]["fsdp"], compilations) == (4, 8, [("stage2", 8)])
+    stage = planned["stages"][0]
+    assert stage["chip_hours"] == pytest.approx(4 * stage["hours"]) and (stage["usd"], planned["usd"]) == (None, None)
+    tables.show(planned, Console(width=200))
+    assert "--price tpu7x=USD" in capsys.readouterr().out
+    priced = planner_lib.make_planner(run, {"tpu7x": 9.0})
+    assert priced.topology("tpu7x:2x2x1")["usd"] == pytest.approx(9.0 * stage["chip_hours"])
+    tables.show_ranking(planner_lib.make_planner(run, {}).auto(), chips.prices({}), Console(width=200))
+    assert "without a known price: tpu7x" in capsys.readouterr().out
+    assert "tpu7x" in {choice["chip"] for choice in priced.auto()}
 
 
 def test_chips_without_a_slice_for_the_mesh_are_left_out(compilations, capsys):
@@ -269,7 +286,7 @@ def test_chips_without_a_slice_for_the_mesh_are_left_out(compilations, capsys):
     run = dataclasses.replace(run, mesh=Mesh(data=128), stage1=stage1)
     ranking = planner_lib.make_planner(run, {}).auto()
     assert {choice["chip"] for choice in ranking} == {"v5e", "v5p", "v6e"}
-    tables.show_ranking(ranking, chips.CHIPS, Console(width=200))
+    tables.show_ranking(ranking, chips.prices({}), Console(width=200))
     assert "config.mesh: a100, h100, h200, b200." in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"\b7 devices.*\bv5e:2x2\b.*\bb200:64\b"):
         planner_lib.make_planner(dataclasses.replace(run, mesh=Mesh(data=7)), {}).auto()
@@ -301,7 +318,7 @@ def test_a_step_is_compiled_with_the_options_of_its_chips(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the extra tpu)")
-@pytest.mark.parametrize(("topology", "price"), [("v5e:2x2", 1.2), ("v6e:2x2", 2.7)])
+@pytest.mark.parametrize(("topology", "price"), [("v5e:2x2", 1.2), ("v6e:2x2", 2.7), ("tpu7x:2x2x1", None)])
 def test_a_plan_for_a_pod_that_is_not_there(tmp_path, topology, price):
     """The JSON of a small model on four chips, and of one that is too large for them.
 
@@ -322,9 +339,9 @@ def test_a_plan_for_a_pod_that_is_not_there(tmp_path, topology, price):
         held = sum(stage[f"{part}_bytes"] for part in ("parameter", "optimizer", "teacher"))
         assert held < stage["peak_bytes"] < 8 * 2**30
         assert stage["chip_hours"] == pytest.approx(4 * 10 * stage["step_seconds"] / 3600)
-    assert done["usd"] == pytest.approx(price * done["chip_hours"])
-    too_large = launch_plan(topology, "--config.teacher.path=Qwen/Qwen2.5-14B-Instruct", "--config.stages=stage2")
-    assert not too_large["stages"][0]["fits"] and too_large["stages"][0]["peak_bytes"] > 31.25 * 2**30
+    assert done["usd"] == (price and pytest.approx(price * done["chip_hours"]))
+    too_large = launch_plan(topology, "--config.teacher.path=Qwen/Qwen2.5-72B-Instruct", "--config.stages=stage2")
+    assert not too_large["stages"][0]["fits"] and too_large["stages"][0]["peak_bytes"] > 94.75 * 2**30
     assert too_large["usd"] is None
 
 

@@ -9,15 +9,17 @@ from pallas_kernels import chips
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip(chips.Chip):
-    """price: USD an hour, on demand; spot: of one that may be taken away, 0 where none is known. slices: topologies by
-    size, smallest first; for a GPU how many. kernel_cycles: of a kernel on this chip to one on a v6e.
+    """price: USD an hour, on demand; spot: of one that may be taken away; None where none is known. slices: topologies
+    by size, smallest first; for a GPU how many. devices: how many JAX has on one chip; all figures but the prices are
+    of one. kernel_cycles: of a kernel on this chip to one on a v6e.
 
     Where its clock is 0, no compiler is asked, and a plan is arithmetic alone.
     """
 
-    price: float
-    spot: float = 0.0
+    price: float | None
+    spot: float | None = None
     slices: tuple[str, ...] = ()
+    devices: int = 1
     kernel_cycles: float = 2.0
 
     @property
@@ -25,7 +27,7 @@ class Chip(chips.Chip):
         return self.clock > 0
 
 
-def _rented(name: str, price: float, slices: tuple[str, ...], **more: Any) -> Chip:
+def _rented(name: str, price: float | None, slices: tuple[str, ...], **more: Any) -> Chip:
     return Chip(**vars(chips.CHIPS[name]), price=price, slices=slices, **more)
 
 
@@ -39,6 +41,7 @@ CHIPS = {
     "v5e": _rented("v5e", 1.20, _FLAT),
     "v5p": _rented("v5p", 4.20, _CUBES, spot=1.30),
     "v6e": _rented("v6e", 2.70, _FLAT, spot=0.96, kernel_cycles=1.0),
+    "tpu7x": _rented("tpu7x", None, _CUBES, devices=2, kernel_cycles=1.0),
     "a100": _rented("a100", 1.30, _GPUS),
     "h100": _rented("h100", 2.75, _GPUS),
     "h200": _rented("h200", 4.10, _GPUS),
@@ -56,8 +59,8 @@ def known_chip(topology: str) -> str:
     return name
 
 
-def prices(overrides: Mapping[str, float]) -> dict[str, float]:
-    """USD a chip-hour by chip. Raises ValueError for a chip that is not in CHIPS, or a price below 0."""
+def prices(overrides: Mapping[str, float]) -> dict[str, float | None]:
+    """USD a chip-hour by chip, None where none is known; ValueError for one not in CHIPS, or a price below 0."""
     for name, price in overrides.items():
         if name not in CHIPS or price < 0:
             raise ValueError(

@@ -31,7 +31,7 @@ class Planner:
         run: RunConfig,
         student: ModelConfig,
         teacher: ModelConfig,
-        prices: dict[str, float],
+        prices: dict[str, float | None],
         results: Path | None = None,
     ):
         self.run, self.student, self.teacher, self.prices, self.results = run, student, teacher, prices, results
@@ -42,21 +42,21 @@ class Planner:
     def stage(self, topology: str, name: str) -> dict[str, Any]:
         """One stage on one topology, priced; compiled unless that is known, or by arithmetic it can not fit."""
         chip = CHIPS[known_chip(topology)]
-        mesh = mesh_lib.make_abstract_mesh(self.run, chip_count(topology))
+        mesh = mesh_lib.make_abstract_mesh(self.run, _device_count(topology))
         record = stage_lib.by_arithmetic(self._plan(name, mesh))
         if chip.is_compiled_for and record["peak_bytes_by_hand"] <= chip.usable:
             record |= self._compiled(topology, name, dict(mesh.shape))
         else:
             record |= stage_lib.uncompiled(record)
-        return stage_lib.priced(record, chip, self.prices[known_chip(topology)], mesh.size)
+        return stage_lib.priced(record, chip, self.prices[known_chip(topology)], chip_count(topology))
 
     def topology(self, topology: str) -> dict[str, Any]:
         """Every stage on one topology: a document for JSON. Raises ValueError for a topology that is not known."""
         chip = CHIPS[known_chip(topology)]
-        mesh = mesh_lib.make_abstract_mesh(self.run, chip_count(topology))
-        document = {
+        mesh = mesh_lib.make_abstract_mesh(self.run, _device_count(topology))
+        document: dict[str, Any] = {
             "topology": topology,
-            "chips": mesh.size,
+            "chips": chip_count(topology),
             "mesh": dict(mesh.shape),
             "usd_per_chip_hour": self.prices[known_chip(topology)],
             "stages": [self.stage(topology, name) for name in self.run.stages],
@@ -65,9 +65,9 @@ class Planner:
         return document | totals(document["stages"])
 
     def slices(self, name: str) -> list[str]:
-        """Those of a chip's slices whose number of chips the run's mesh can take, the smallest first."""
+        """Those of a chip's slices whose number of devices the run's mesh can take, the smallest first."""
         slices = [f"{name}:{shape}" for shape in CHIPS[name].slices]
-        return [topology for topology in slices if chip_count(topology) % self._least_devices() == 0]
+        return [topology for topology in slices if _device_count(topology) % self._least_devices() == 0]
 
     def smallest(self, name: str) -> dict[str, Any]:
         """A chip's smallest slices: every stage on the first on which it fits, else as it is on the largest there is.
@@ -88,10 +88,11 @@ class Planner:
         """`smallest` of every chip, the cheapest first, those on which a stage fits nowhere last.
 
         Cheapest by their FLOPs at one share of their peaks: not by what is compiled for some and counted for others.
-        Chips without a slice for the run's mesh are not among them; raises ValueError where that is all of them.
+        Chips without a price, or a slice for the run's mesh, are not among them; raises ValueError where no slice is.
         """
-        self._require_slices(list(CHIPS))
-        ranking = [self.smallest(name) for name in CHIPS if self.slices(name)]
+        priced = [name for name in CHIPS if self.prices[name] is not None]
+        self._require_slices(priced)
+        ranking = [self.smallest(name) for name in priced if self.slices(name)]
         return sorted(ranking, key=lambda plan: math.inf if plan["usd_counted"] is None else plan["usd_counted"])
 
     def _least_devices(self) -> int:
@@ -177,6 +178,10 @@ def chip_count(topology: str) -> int:
             f"the topology is {topology!r}; expected a chip and its slice, as v5e:2x2, v5p:4x4x8 or h100:8."
         )
     return math.prod(int(part) for part in shape.split("x"))
+
+
+def _device_count(topology: str) -> int:
+    return chip_count(topology) * CHIPS[known_chip(topology)].devices
 
 
 def topology_devices(topology: str) -> Any:

@@ -94,11 +94,11 @@ def uncompiled(record: dict[str, Any]) -> dict[str, Any]:
     return counted | {"counts": None, "compile_seconds": 0.0}
 
 
-def priced(record: dict[str, Any], chip: Chip, price: float, chips: int) -> dict[str, Any]:
+def priced(record: dict[str, Any], chip: Chip, price: float | None, chips: int) -> dict[str, Any]:
     """The record with whether it fits, and where it does how long it takes and what that costs.
 
-    usd_spot: None where no such price is known. usd_counted: by FLOPs alone, whether or not it was compiled: what chips
-    are ranked by.
+    usd, usd_spot: None where no such price is known. usd_counted: by FLOPs alone, whether or not it was compiled: what
+    chips are ranked by.
     """
     fits = record["peak_bytes"] <= chip.usable
     if not fits:
@@ -133,11 +133,15 @@ def priced(record: dict[str, Any], chip: Chip, price: float, chips: int) -> dict
             "bound": timed.bound,
             "hours": hours,
             "chip_hours": hours * chips,
-            "usd": hours * chips * price,
-            "usd_spot": hours * chips * chip.spot if chip.spot else None,
-            "usd_counted": counted * record["steps"] / 3600 * chips * price,
+            "usd": _bill(hours * chips, price),
+            "usd_spot": _bill(hours * chips, chip.spot),
+            "usd_counted": _bill(counted * record["steps"] / 3600 * chips, price),
         }
     )
+
+
+def _bill(chip_hours: float, price: float | None) -> float | None:
+    return None if price is None else chip_hours * price
 
 
 def oom_bytes(message: str) -> int | None:

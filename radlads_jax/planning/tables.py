@@ -1,7 +1,7 @@
 """A plan as tables in a terminal."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -47,17 +47,19 @@ def show(result: dict[str, Any], console: Console) -> None:
             *cost,
             *map(_usd, (stage["usd"], stage["usd_spot"])),
         )
-    if result["usd"] is not None:
+    if result["chip_hours"] is not None:
         bill.add_row("all", "", "", "", f"{result['chip_hours']:,.1f}", *map(_usd, (result["usd"], result["usd_spot"])))
     for table in (memory, work, bill):
         console.print(table)
-    console.print(f"USD {result['usd_per_chip_hour']} a chip-hour. Assumed:")
+    name, price = result["topology"].split(":")[0], result["usd_per_chip_hour"]
+    told = f"No price of a {name} is known (--price {name}=USD)." if price is None else f"USD {price} a chip-hour."
+    console.print(f"{told} Assumed:")
     for line in result["assumptions"]:
         console.print(f"  {line}", soft_wrap=True)
 
 
-def show_ranking(ranking: list[dict[str, Any]], chips: Iterable[str], console: Console) -> None:
-    """What --topology auto found among the chips: a row for each, the cheapest first."""
+def show_ranking(ranking: list[dict[str, Any]], prices: Mapping[str, float | None], console: Console) -> None:
+    """What --topology auto found among the chips that have prices: a row for each, the cheapest first."""
     table = Table(title="Every stage on the smallest slice on which it fits", title_justify="left")
     for column in ("chip", "by", "stage: slice, hours, USD", "chip-hours", "USD", "on Spot", "counted"):
         table.add_column(column, justify="left" if column in ("chip", "by") or ":" in column else "right")
@@ -79,7 +81,10 @@ def show_ranking(ranking: list[dict[str, Any]], chips: Iterable[str], console: C
         "arithmetic is not to be compared with one that was compiled for.",
         soft_wrap=True,
     )
-    if left_out := [name for name in chips if name not in {plan["chip"] for plan in ranking}]:
+    if unpriced := [name for name, price in prices.items() if price is None]:
+        known = " ".join(f"--price {name}=USD" for name in unpriced)
+        console.print(f"Left out, without a known price: {', '.join(unpriced)}. Give it: {known}.", soft_wrap=True)
+    if left_out := [name for name in prices if name not in {*unpriced, *(plan["chip"] for plan in ranking)}]:
         console.print(f"Left out, with no slice for config.mesh: {', '.join(left_out)}.")
 
 

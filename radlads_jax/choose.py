@@ -10,14 +10,11 @@ import json
 import time
 from typing import Any
 
-import numpy as np
 from absl import flags
 from rich.console import Console
 
 from radlads_jax.decoding.loaded import DTYPES, load_model, read_model_config
-from radlads_jax.evaluation import probes
-from radlads_jax.evaluation.choice import Sizes, choose_layers, said, table
-from radlads_jax.evaluation.swaps import Batch
+from radlads_jax.evaluation.choice import Sizes, choose_layers, said, table, text_batch
 from radlads_jax.models.window import WindowOptions
 from radlads_jax.reporting.bars import layers_picture
 from radlads_jax.system import command, storage
@@ -70,21 +67,6 @@ def main(values: flags.FlagValues) -> None:
     if out is not None:
         storage.write_text(out / "choice.json", json.dumps(choice, indent=1) + "\n")
         storage.write_text(out / "choice.svg", layers_picture(choice["single"], choice["layers"], choice["warning"]))
-
-
-def text_batch(tokenizer: Any, sizes: Sizes, file: storage.AnyPath | None) -> Batch:
-    """Rows of one piece of the file's text, from a place that the seed draws, or of made-up tales."""
-    text, length = probes.Text(tokenizer, sizes.seed), sizes.texts * sizes.tokens
-    try:
-        ids = probes.document(text, length, file).ids
-    except ValueError as error:
-        raise ValueError(
-            f"--data {file} holds too little text for {sizes.texts} rows of {sizes.tokens} tokens; expected {length:,} "
-            "tokens. Give a longer text, or lower --texts or --tokens."
-        ) from error
-    rows = np.asarray(ids, np.int32).reshape(sizes.texts, sizes.tokens)
-    positions = np.broadcast_to(np.arange(sizes.tokens, dtype=np.int32), rows.shape)
-    return {"tokens": rows, "segment_ids": np.ones_like(rows), "positions": positions}
 
 
 if __name__ == "__main__":

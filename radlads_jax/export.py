@@ -6,29 +6,21 @@ HF_TOKEN=hf_... python -m radlads_jax.export --model RUN_OR_DIR --push=ORG/NAME 
 """
 
 import contextlib
-import dataclasses
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from rich.console import Console
 
 from radlads_jax.decoding.loaded import model_directory
-from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting import gguf, repository
 from radlads_jax.porting import push as hub_push
 from radlads_jax.porting.config_keys import read_config
-from radlads_jax.porting.hf_config import model_config_from_hf
-from radlads_jax.porting.load import load_params
-from radlads_jax.porting.model_card import with_use, write_model_card
-from radlads_jax.porting.save import EXPORT_DTYPES, MODEL_CARD, save_params
-from radlads_jax.porting.writers import names, writer_for
-from radlads_jax.porting.writers.writer import Writer
-from radlads_jax.system import backend, command, storage
-from radlads_jax.system.json_files import read_json
+from radlads_jax.porting.save import EXPORT_DTYPES
+from radlads_jax.porting.writers import names
+from radlads_jax.run.exporting import export_again, stored_dtype
+from radlads_jax.system import command, storage
 
 _console = Console(highlight=False)
 _GGUF_READER = "llama.cpp"
@@ -63,7 +55,7 @@ def main(values: flags.FlagValues) -> None:
     with _directory(values.output, values.gguf) as output:
         target = _export(values, output, writer)
         if values.gguf is not None:
-            gguf.convert(Path(target), Path(values.gguf), _stored_dtype(read_config(target)))
+            gguf.convert(Path(target), Path(values.gguf), stored_dtype(read_config(target)))
     _console.print(f"exported to {values.gguf or target}", markup=False)
 
 
@@ -114,64 +106,6 @@ def _directory(output: str | None, file: str | None) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(dir=Path(file or "").absolute().parent, prefix=".export") as place:
         yield str(Path(place) / "export")
-
-
-def export_again(
-    model: str | os.PathLike,
-    output: str | os.PathLike,
-    *,
-    dtype: str | None = None,
-    retie: bool = False,
-    untie: bool = False,
-    writer: str | None = None,
-) -> storage.AnyPath:
-    """Reads a student (of a run: its export/) and writes it to `output` with its tokenizer and a model card.
-
-    writer: a name of WRITERS or of an engine (default: the mixer's own). Raises ValueError for what is no model, for
-    retie with untie, and for what the format has no place for, before any weight is read.
-    """
-    if retie and untie:
-        raise ValueError("got --retie and --untie; expected one of them at most. Leave one out.")
-    backend.require()
-    source = model_directory(model)
-    config = read_config(source)
-    cfg = model_config_from_hf(config)
-    written = dataclasses.replace(cfg, tie_embeddings=(cfg.tie_embeddings or retie) and not untie)
-    form = writer_for(written, writer)
-    form.require(written, source)
-    dtype = dtype or _stored_dtype(config)
-    params = load_params(source, cfg, dtype=dtype)
-    if cfg.tie_embeddings and untie:
-        params["head"] = {"kernel": params["embed"]["embedding"].T}
-    kept = written if untie else cfg
-    card = _model_card(storage.as_path(model), source, written, form)
-    return save_params(
-        params,
-        kept,
-        output,
-        base_config=config,
-        dtype=dtype,
-        tokenizer_from=source,
-        retie=retie,
-        model_card=card,
-        writer=writer,
-    )
-
-
-def _stored_dtype(config: dict[str, Any]) -> str:
-    """The weights' dtype as config.json has it; float32 where it is none that an export may have."""
-    dtype = config.get("torch_dtype", config.get("dtype"))
-    return dtype if dtype in EXPORT_DTYPES else "float32"
-
-
-def _model_card(model: storage.AnyPath, source: storage.AnyPath, cfg: ModelConfig, form: Writer) -> str | None:
-    """Of a run: from its settings and its summary; else the student's own, where there is one."""
-    summary = model / "summary.json"
-    if cfg.recurrent_mixer is not None and summary.is_file() and source != model:
-        known = {"run": read_json(model / "config.json"), "summary": read_json(summary)}
-        return write_model_card(cfg, **known, use=form.use(cfg))
-    own = source / MODEL_CARD
-    return with_use(storage.read_text(own), form.use(cfg)) if own.is_file() else None
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
         from radlads_jax.evaluation.choice import choose_for_run, table
         from radlads_jax.run import choosing, preflight
         from radlads_jax.run.job import make_job
+        from radlads_jax.run.teacher_weights import TeacherWeights
         from radlads_jax.run.train import TooManyNonFinite, convert
         from radlads_jax.system import backend, hosts, process_memory
         from radlads_jax.system.workdir import held
@@ -79,7 +80,8 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
         hosts.require_same(settings_lib.flat_settings(_CONFIG.value.to_dict()))
         with held(workdir):
             job = make_job(run, workdir)
-            teacher = preflight.check(job, force=_FORCE.value, whole=_PREFLIGHT_ONLY.value)
+            teacher = TeacherWeights(job)
+            preflight.check(job, teacher, force=_FORCE.value, whole=_PREFLIGHT_ONLY.value)
             if _PREFLIGHT_ONLY.value:
                 return 0
 
@@ -89,7 +91,7 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
                 if hosts.is_first():
                     settings_lib.remember_config(workdir, settings)
 
-            job, teacher = choosing.decide(job, teacher, choose_for_run, table)
+            job = choosing.decide(job, teacher, choose_for_run, table)
             convert(job, teacher, begun)
     except Interrupted as stop:
         Console(stderr=True).print(str(stop), style="yellow", markup=False, emoji=False, soft_wrap=True)

@@ -28,7 +28,6 @@ from radlads_jax.data.sources import Source, documents, fingerprint
 from radlads_jax.decoding.loaded import load_model
 from radlads_jax.distill.mesh import make_mesh
 from radlads_jax.evaluation.model_scores import output_directory
-from radlads_jax.export import export_again
 from radlads_jax.models.decoder import abstract_params
 from radlads_jax.models.placement import shardings
 from radlads_jax.planning.planner import teacher_config
@@ -37,6 +36,7 @@ from radlads_jax.porting.save import save_params
 from radlads_jax.report import write_report
 from radlads_jax.reporting.metrics_file import read_metrics
 from radlads_jax.run import train
+from radlads_jax.run.exporting import export_again
 from radlads_jax.run.job import make_job
 from radlads_jax.run.metrics import MetricsLogger
 from radlads_jax.run.settings import check_same_config, remember_config

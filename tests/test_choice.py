@@ -24,6 +24,7 @@ from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.reporting.bars import layers_picture
 from radlads_jax.run import choosing, chosen, preflight, train
 from radlads_jax.run.job import make_job
+from radlads_jax.run.teacher_weights import TeacherWeights
 from radlads_jax.student import Student
 
 CFG = dataclasses.replace(TEACHER, stacks=(("attention", 4),), max_position_embeddings=256)
@@ -274,8 +275,9 @@ def test_a_run_chooses_once_and_goes_on_with_what_it_chose(run_of):
     assert "1 of 2 will be chosen" in said.result and "evenly spaced: 1" in said.result
     with pytest.raises(ValueError, match="nothing has chosen them"):
         train.convert(job)
-    decided, teacher = choosing.decide(job, None, choose, str)
-    assert teacher is None and asked == [((("attention", 2),), 1, 0)]
+    teacher = TeacherWeights(job)
+    decided = choosing.decide(job, teacher, choose, str)
+    assert not teacher.are_held and teacher.job is decided and asked == [((("attention", 2),), 1, 0)]
     # What the first stage reads first, and nothing of what is held out.
     np.testing.assert_array_equal(read[0]["tokens"][: tiny_run.ROWS], next(job.batches("stage1"))["tokens"])
     assert decided.student.layer_mixers == ("attention", "window") and decided.to_choose == 0
@@ -284,7 +286,7 @@ def test_a_run_chooses_once_and_goes_on_with_what_it_chose(run_of):
 
     summary = train.convert(decided)
     again = _job(workdir, settings)
-    assert again.student == decided.student and choosing.decide(again, None, choose, str)[0] is again
+    assert again.student == decided.student and choosing.decide(again, TeacherWeights(again), choose, str) is again
     assert len(asked) == 1
     exported = json.loads((workdir / "export" / "config.json").read_text())
     assert exported["attention_layers"] == [0] and summary["stages"][0]["steps"] == 1
@@ -300,7 +302,8 @@ def test_every_host_goes_on_with_the_first_ones_choice(run_of, tmp_path, monkeyp
         return json.dumps({"layers": [1]})
 
     monkeypatch.setattr(choosing.hosts, "said_by_first", first)
-    decided, _ = choosing.decide(_job(tmp_path, run_of[1]), None, lambda *rest, **more: {"layers": [0]}, str)
+    job = _job(tmp_path, run_of[1])
+    decided = choosing.decide(job, TeacherWeights(job), lambda *rest, **more: {"layers": [0]}, str)
     assert said == [[0]] and decided.student.layer_mixers == ("window", "attention")
     assert json.loads((tmp_path / chosen.FILE).read_text())["layers"] == [1]
 

@@ -28,6 +28,7 @@ from radlads_jax.porting import model_config_from_hf, read_config, save_params
 from radlads_jax.run import job as job_lib
 from radlads_jax.run import preflight, train
 from radlads_jax.run.checkpoint import Checkpoints
+from radlads_jax.run.teacher_weights import TeacherWeights
 from radlads_jax.system import space
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -60,6 +61,13 @@ def untrained(tmp_path) -> pathlib.Path:
     return save_params(random_params(cfg, 0.02), cfg, tmp_path / "untrained", base_config=base, tokenizer_from=TEACHER)
 
 
+def check(job, **more) -> TeacherWeights:
+    """The teacher's weights after the checks, which load them for one that reads them."""
+    teacher = TeacherWeights(job)
+    preflight.check(job, teacher, **more)
+    return teacher
+
+
 def lines(text: str) -> dict[str, str]:
     """What each check said, by its name, and its verdict."""
     return {line[2]: line[0].strip() for line in re.finditer(r"^  (ok|NO)  (\w+) .*$", text, re.M)}
@@ -69,7 +77,7 @@ def lines(text: str) -> dict[str, str]:
 def test_a_sound_run_gets_a_line_for_each_check(tmp_path, capsys, mesh):
     job = make(settings(**mesh), tmp_path / "run")
     before = sorted((tmp_path / "run").rglob("*"))
-    teacher = preflight.check(job)
+    teacher = check(job)
     said = lines(capsys.readouterr().out)
     assert list(said) == NAMES and all(line.startswith("ok") for line in said.values())
     assert "4 x tensor 2 of 8" in said["kernels"] if mesh else "one device of 8" in said["kernels"]
@@ -80,16 +88,16 @@ def test_a_sound_run_gets_a_line_for_each_check(tmp_path, capsys, mesh):
     loss = float(re.search(r"loss ([\d.]+)", said["teacher"])[1])
     assert loss < 2.5, "the demo's teacher has learnt its language"
     assert sorted((tmp_path / "run").rglob("*")) == before, "nothing stays behind"
-    assert teacher is not None
-    np.testing.assert_array_equal(teacher["norm"]["scale"], job.load_teacher("float32")["norm"]["scale"])
+    assert teacher.are_held
+    np.testing.assert_array_equal(teacher.held()["norm"]["scale"], job.load_teacher("float32")["norm"]["scale"])
 
 
 def test_an_untrained_teacher_is_refused_unless_forced(untrained, tmp_path, capsys):
     job = make(settings(untrained), tmp_path / "run")
     with pytest.raises(ValueError, match=r"has a loss of \d\.\d+ .*gives 6\.798; expected.*--force"):
-        preflight.check(job)
+        check(job)
     assert lines(capsys.readouterr().out)["teacher"].startswith("NO")
-    assert preflight.check(job, force=True) is not None
+    check(job, force=True)
 
 
 def test_a_full_disk_is_refused_with_what_is_needed(tmp_path, monkeypatch):
@@ -99,7 +107,7 @@ def test_a_full_disk_is_refused_with_what_is_needed(tmp_path, monkeypatch):
     finding = preflight.disk(job)
     assert "10 MB free" in finding.result and "lower config.train.keep_checkpoints" in finding.problem
     with pytest.raises(ValueError, match=rf"\d MB.*{re.escape(str(tmp_path))}.*\b10 MB\b"):
-        preflight.check(job)
+        check(job)
 
 
 def test_a_quota_is_known_before_the_first_checkpoint(tmp_path):
@@ -155,8 +163,8 @@ def test_the_disk_that_is_asked_for_is_what_a_run_fills(tmp_path, capsys):
     assert 0.8 * planned < checkpoints + third + exported <= planned
     # The run again: nothing is left to write, nothing is looked at, nothing is said.
     assert planned_bytes(job) == 0
-    assert preflight.check(job) is None and capsys.readouterr().out == ""
-    assert preflight.check(job, whole=True) is not None and list(lines(capsys.readouterr().out)) == NAMES
+    assert not check(job).are_held and capsys.readouterr().out == ""
+    assert check(job, whole=True).are_held and list(lines(capsys.readouterr().out)) == NAMES
 
 
 def filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -196,7 +204,7 @@ def test_a_checkpoint_that_comes_back_changed_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Checkpoints, "restore", damaged)
     with pytest.raises(ValueError, match="restored with other numbers"):
-        preflight.check(job, force=True)
+        check(job, force=True)
     assert not (tmp_path / "run" / ".preflight").exists()
 
 
@@ -205,7 +213,7 @@ def test_a_work_directory_that_hosts_do_not_share_is_refused(tmp_path, monkeypat
     # As a second process, for which the first one has written to another disk.
     monkeypatch.setattr(preflight.hosts, "is_first", lambda: False)
     with pytest.raises(ValueError, match=rf"process 0.*{re.escape(str(tmp_path))}"):
-        preflight.check(job, force=True)
+        check(job, force=True)
 
 
 def from_scratch(**more):
@@ -218,7 +226,7 @@ def from_scratch(**more):
 
 
 def test_fresh_weights_have_no_loss_to_be_judged_by(tmp_path, capsys):
-    assert preflight.check(make(from_scratch(), tmp_path / "run")) is None
+    assert not check(make(from_scratch(), tmp_path / "run")).are_held
     assert "teacher" not in lines(capsys.readouterr().out)
 
 

@@ -21,6 +21,7 @@ from radlads_jax.planning import stage as planning_stage
 from radlads_jax.run import preflight, storing, train
 from radlads_jax.run.job import make_job
 from radlads_jax.run.settings import check_same_config, remember_config
+from radlads_jax.run.teacher_weights import TeacherWeights
 
 VOCAB = TEACHER.vocab_size
 STEPS = {"stage2": 3}
@@ -228,7 +229,7 @@ def test_no_weights_are_held_while_stage_2_trains_and_a_run_goes_on_with_the_sam
     assert "stage2 reads the top 5 of 300" in said and "by stage1 (its loss is the distance to attention" in said
     job = job_of(teacher, tmp_path, **chosen)
     held = job.load_teacher("float32")
-    summary = train.convert(job, held)
+    summary = train.convert(job, TeacherWeights(job, held))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(held))
     # At the end it is compared with the teacher itself, of which five tokens tell less.
     assert summary["student"]["kl"] > summary["stages"][0]["last_loss"] > 0

@@ -9,6 +9,7 @@ import optax
 
 from radlads_jax.config import Optim, StageConfig
 from radlads_jax.distill.train_state import Params
+from radlads_jax.models.tree import joined
 
 
 def make_optimizer(stage: StageConfig, optim: Optim) -> optax.GradientTransformation:
@@ -62,7 +63,7 @@ def _decayed_matrices(rate: float) -> optax.GradientTransformation:
 
 def _own_rank(path: tuple, x: Any) -> int:
     """Dimensions of a parameter in one layer, without the axis along which a stack holds its layers."""
-    return x.ndim - ("stacks" in jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
+    return x.ndim - ("stacks" in joined(path).split("/"))
 
 
 def _kept_in(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
@@ -116,6 +117,6 @@ def param_groups(params: Params) -> Params:
     """The group's name of every parameter: "mixer" for what stands in a mixer, "rest" for all others."""
 
     def name(path: tuple, _: Any) -> str:
-        return "mixer" if "/mixer/" in jax.tree_util.keystr(path, simple=True, separator="/") else "rest"
+        return "mixer" if "/mixer/" in joined(path) else "rest"
 
     return jax.tree_util.tree_map_with_path(name, params)

@@ -26,6 +26,7 @@ from radlads_jax.evaluation.swaps import Batch, Measured, Rows, Swaps, prompt_ro
 from radlads_jax.models import ModelConfig
 from radlads_jax.models.decoder import Params
 from radlads_jax.models.window import WindowOptions
+from radlads_jax.system import storage
 
 KINDS = ("passkey", "multi_key", "recall")
 TOKENS = 512
@@ -73,6 +74,21 @@ def prompts(tokenizer: Any, sizes: Sizes, kinds: Sequence[str]) -> list[probes.E
     if longest > sizes.tokens:
         raise _no_room(sizes.tokens, kinds)
     return examples
+
+
+def text_batch(tokenizer: Any, sizes: Sizes, file: storage.AnyPath | None) -> Batch:
+    """Rows of one piece of the file's text, from a place that the seed draws, or of made-up tales."""
+    text, length = probes.Text(tokenizer, sizes.seed), sizes.texts * sizes.tokens
+    try:
+        ids = probes.document(text, length, file).ids
+    except ValueError as error:
+        raise ValueError(
+            f"--data {file} holds too little text for {sizes.texts} rows of {sizes.tokens} tokens; expected {length:,} "
+            "tokens. Give a longer text, or lower --texts or --tokens."
+        ) from error
+    rows = np.asarray(ids, np.int32).reshape(sizes.texts, sizes.tokens)
+    positions = np.broadcast_to(np.arange(sizes.tokens, dtype=np.int32), rows.shape)
+    return {"tokens": rows, "segment_ids": np.ones_like(rows), "positions": positions}
 
 
 def _no_room(tokens: int, kinds: Sequence[str]) -> ValueError:

@@ -15,6 +15,7 @@ from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.sharding import AnyMesh, moved
 from radlads_jax.models.spec import Tensor
 from radlads_jax.models.tensors import layer_tensors, tensor_of
+from radlads_jax.models.tree import joined
 
 
 def param_axes(cfg: ModelConfig, path: str, rank: int) -> tuple[Axes, ...]:
@@ -43,7 +44,7 @@ def shardings(mesh: AnyMesh | None, tree: Any, cfg: ModelConfig) -> Any:
         return None
 
     def of_leaf(path: tuple, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, fitting_spec(param_axes(cfg, _path(path), len(leaf.shape)), leaf.shape, mesh))
+        return NamedSharding(mesh, fitting_spec(param_axes(cfg, joined(path), len(leaf.shape)), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
@@ -61,7 +62,7 @@ def constrain_params(params: Any, cfg: ModelConfig) -> Any:
     if current_mesh() is None:
         return params
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: constrain(x, *param_axes(cfg, _path(path), len(x.shape))), params
+        lambda path, x: constrain(x, *param_axes(cfg, joined(path), len(x.shape))), params
     )
 
 
@@ -78,7 +79,7 @@ def gathered(layer: Any, cfg: ModelConfig, mixer: str, prefix: str = "") -> Any:
     counts = {"heads": cfg.num_heads, "kv_heads": cfg.num_kv_heads, "width": tensor_parts, "nothing": 1}
 
     def of_leaf(path: tuple, x: jax.Array) -> jax.Array:
-        tensor = table[prefix + _path(path).removesuffix("/value")]
+        tensor = table[prefix + joined(path).removesuffix("/value")]
         stored = fitting_spec(tensor.axes, x.shape, mesh)
         dropped = {"fsdp"} if counts[tensor.split_by] % tensor_parts == 0 else {"fsdp", "tensor"}
         used = tuple(_without(entry, dropped) for entry in stored)
@@ -96,7 +97,3 @@ def _layer_table(cfg: ModelConfig, mixer: str) -> dict[str, Tensor]:
 def _without(entry: Axes, dropped: set[str]) -> Axes:
     names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
     return tuple(name for name in names if name not in dropped) or None
-
-
-def _path(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

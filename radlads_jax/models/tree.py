@@ -1,10 +1,11 @@
 """Nested dicts of parameters, by path: split, merge, overlay, flatten."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
+_Tree = TypeVar("_Tree")
 _Params = dict[Any, Any]
 ParamPath = tuple[str | int, ...]
 
@@ -46,10 +47,26 @@ def overlay_params(below: _Params, above: _Params) -> _Params:
     }
 
 
+def joined(path: tuple) -> str:
+    """A leaf's path in a pytree, its keys joined with slashes."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def path_leaves(tree: Any) -> dict[str, Any]:
-    """Every leaf of a pytree by its "/"-joined path."""
+    """Every leaf of a pytree by its "/"-joined path; ValueError where two have the same."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    flat = {joined(path): leaf for path, leaf in leaves}
+    if len(flat) != len(leaves):
+        raise ValueError(
+            f"{len(leaves)} leaves have only {len(flat)} different paths: a key holds a '/' or a dict mixes 1 and '1'. "
+            "Rename the keys."
+        )
+    return flat
+
+
+def from_path_leaves(like: _Tree, flat: dict[str, Any]) -> _Tree:
+    """A tree like another, of leaves by their paths."""
+    return jax.tree.unflatten(jax.tree.structure(like), [flat[path] for path in path_leaves(like)])
 
 
 def keys_of(path: str) -> ParamPath:

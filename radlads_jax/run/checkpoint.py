@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from radlads_jax.models.tree import from_path_leaves, path_leaves
 from radlads_jax.run.checkpoint_files import damage, is_of_the_system, list_files, reason
 from radlads_jax.run.checkpoint_sums import DamagedCheckpoint, difference, shapes_sum, sums_document
 from radlads_jax.system import hosts, literal_names, process_memory
@@ -71,7 +72,7 @@ class Checkpoints:
         wait: return only when the checkpoint is whole; otherwise writing goes on in a thread, and its errors are
             raised by the next save, wait or close.
         """
-        flat = _flatten(state)
+        flat = path_leaves(state)
         _check_savable(flat)
         for name, document in {"data_state": data_state, "meta": meta}.items():
             _check_json(name, document)
@@ -119,8 +120,8 @@ class Checkpoints:
         Raises ValueError naming the paths that differ from the stored ones, DamagedCheckpoint where what was stored
         cannot be read or is not what was saved.
         """
-        arrays, documents = self._read(step, _flatten(abstract_state), self.shapes(step))
-        return _unflatten(abstract_state, arrays), documents["data"], documents["meta"]
+        arrays, documents = self._read(step, path_leaves(abstract_state), self.shapes(step))
+        return from_path_leaves(abstract_state, arrays), documents["data"], documents["meta"]
 
     def restore_params(self, step: int, abstract_params: _Tree, *, name: str = "params") -> _Tree:
         """Reads only the sub-tree `name` of a stored state; the optimizer's arrays are not touched.
@@ -129,10 +130,10 @@ class Checkpoints:
         Raises as `restore` does.
         """
         prefix = f"{name}/"
-        wanted = {prefix + path: leaf for path, leaf in _flatten(abstract_params).items()}
+        wanted = {prefix + path: leaf for path, leaf in path_leaves(abstract_params).items()}
         stored = {path: leaf for path, leaf in self.shapes(step).items() if path.startswith(prefix)}
         arrays, _ = self._read(step, wanted, stored)
-        return _unflatten(abstract_params, {path.removeprefix(prefix): array for path, array in arrays.items()})
+        return from_path_leaves(abstract_params, {path.removeprefix(prefix): array for path, array in arrays.items()})
 
     def restore_meta(self, step: int) -> dict[str, Any]:
         """Reads only the JSON document saved as `meta`. Raises DamagedCheckpoint where it is not what was saved."""
@@ -280,21 +281,6 @@ class Checkpoints:
         pattern = re.compile(re.escape(self.directory.name) + r"-\d+-damaged")
         names = children(as_path(self.directory.parent)) if self.directory.parent.exists() else {}
         return sorted(filter(pattern.fullmatch, names))
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    if len(flat) != len(leaves):
-        raise ValueError(
-            f"{len(leaves)} leaves have only {len(flat)} different paths: a key holds a '/' or a dict mixes 1 and '1'. "
-            "Rename the keys."
-        )
-    return flat
-
-
-def _unflatten(like: _Tree, flat: dict[str, jax.Array]) -> _Tree:
-    return jax.tree.unflatten(jax.tree.structure(like), [flat[path] for path in _flatten(like)])
 
 
 def _check_savable(flat: dict[str, Any]) -> None:

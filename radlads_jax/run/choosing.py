@@ -6,12 +6,12 @@ from typing import Any
 
 from radlads_jax.data import pipeline
 from radlads_jax.distill.stages import STAGES
-from radlads_jax.models.decoder import Params
 from radlads_jax.models.mixers import mixer_spec
 from radlads_jax.models.window import SPEC as WINDOW
 from radlads_jax.run import chosen
 from radlads_jax.run.display import say, show
 from radlads_jax.run.job import Job
+from radlads_jax.run.teacher_weights import TeacherWeights
 from radlads_jax.system import hosts
 
 # At most as many are read (evaluation.choice.Sizes).
@@ -19,24 +19,23 @@ _ROWS = 8
 
 
 def decide(
-    job: Job, teacher: Params | None, choose: Callable[..., dict[str, Any]], table: Callable[[dict[str, Any]], Any]
-) -> tuple[Job, Params | None]:
-    """The job with its softmax layers chosen, and the teacher's weights as far as they still fit it.
+    job: Job, teacher: TeacherWeights, choose: Callable[..., dict[str, Any]], table: Callable[[dict[str, Any]], Any]
+) -> Job:
+    """The job with its softmax layers chosen, for which the teacher's weights are loaded anew where they were.
 
     choose: evaluation.choice.choose_layers; table: what shows its figures. Every process takes part in the passes, the
     first one's choice is that of all.
     """
     if not job.to_choose:
-        return job, teacher
+        return job
     say(f"choosing {job.to_choose} of {job.teacher.num_layers} softmax layers by forward passes of the teacher")
-    weights = job.load_teacher(job.run.teacher.dtype) if teacher is None else teacher
     options = mixer_spec(WINDOW.name).choose(job.teacher.hidden_size, **_window(job))
     length = job.run.stage(job.run.stages[0]).seq_len
     if length <= options.sinks + options.window:
         say(f"rows of {length} tokens are no longer than the window: recall alone tells the layers apart")
     choice = choose(
         job.teacher,
-        weights,
+        teacher.held(),
         job.tokenizer,
         _texts(job),
         job.to_choose,
@@ -49,8 +48,9 @@ def decide(
     choice = json.loads(hosts.said_by_first(json.dumps(choice)))
     show(table(choice))
     chosen.write(job.workdir, choice, job.to_choose, job.depends)
-    # Its stacks are cut at other layers from here on: it is loaded again.
-    return job.with_layers(tuple(choice["layers"])), None
+    decided = job.with_layers(tuple(choice["layers"]))
+    teacher.load_anew_for(decided)
+    return decided
 
 
 def _window(job: Job) -> dict[str, Any]:

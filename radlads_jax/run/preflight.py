@@ -6,7 +6,7 @@ All of it together costs seconds. Over several hosts every process takes part, a
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from radlads_jax.reporting.run_log import ranges
 from radlads_jax.run import ending, heldout, rates
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.job import Job
+from radlads_jax.run.teacher_weights import TeacherWeights
 from radlads_jax.run.tokens import described, described_chats
 from radlads_jax.system import hosts
 from radlads_jax.system.space import free_bytes, shown_bytes
@@ -52,8 +53,8 @@ class Finding(NamedTuple):
     problem: str = ""
 
 
-def check(job: Job, *, force: bool = False, whole: bool = False) -> Params | None:
-    """Prints a line for each check; returns the teacher's weights, where they had to be loaded for one.
+def check(job: Job, teacher: TeacherWeights, *, force: bool = False, whole: bool = False) -> None:
+    """Prints a line for each check; one of them reads a whole teacher, and with it its weights.
 
     A run that continues was found well when it began: of it only what is left to write is compared with the disk, and
     nothing is printed where that fits; `whole` checks all the same. Raises ValueError with all problems in one
@@ -61,7 +62,6 @@ def check(job: Job, *, force: bool = False, whole: bool = False) -> Params | Non
     """
     ending.check(job)
     begun = hosts.agreed(int((epath.Path(job.workdir) / "checkpoints").exists()))
-    teacher = None
     if begun and not whole:
         findings = [disk(job)]
     else:
@@ -71,8 +71,7 @@ def check(job: Job, *, force: bool = False, whole: bool = False) -> Params | Non
         findings += [softmax_layers(job)] if job.student.kept_attention is not None else []
         findings += [tokenizer(job), _checkpoints(job), export_format(job)]
         if job.source is not None and job.student.recurrent_mixer:
-            teacher = job.load_teacher(job.run.teacher.dtype)
-            findings.append(_teacher_loss(job, teacher))
+            findings.append(_teacher_loss(job, cast(Params, teacher.held())))
         findings.append(_kernels(job))
     problems = [finding.problem for finding in findings if finding.problem]
     if hosts.is_first() and (problems or whole or not begun):
@@ -80,7 +79,6 @@ def check(job: Job, *, force: bool = False, whole: bool = False) -> Params | Non
     if hosts.agreed(len(problems)) and not force:
         said = " ".join(problems) or "another process found a problem, and tells which."
         raise ValueError(f"{said} (--force begins all the same.)")
-    return teacher
 
 
 def disk(job: Job) -> Finding:

@@ -8,10 +8,21 @@ from radlads_jax.run.job import Job
 
 
 class TeacherWeights:
-    """The teacher's weights, from when they are first asked for; those of a job with stored logits are given up too."""
+    """The teacher's weights, from when they are first asked for, by whatever part of a run asks first.
 
-    def __init__(self, job: Job, params: Params | None):
+    params: what is loaded already, in the dtype it is run in. Those of a job with stored logits are given up again.
+    """
+
+    def __init__(self, job: Job, params: Params | None = None):
         self.job, self._params = job, params
+
+    @property
+    def are_held(self) -> bool:
+        return self._params is not None
+
+    def load_anew_for(self, job: Job) -> None:
+        """For another job from here on, whose stacks are cut at other layers."""
+        self.job, self._params = job, None
 
     def held(self) -> Params | None:
         """None where the student has no teacher."""

@@ -89,11 +89,13 @@ class _Clock:
         }
 
 
-def convert(job: Job, teacher: Params | None = None, begun: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def convert(
+    job: Job, teacher: TeacherWeights | None = None, begun: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Runs what is left of the job, exports, evaluates; returns the summary that DIR/summary.json holds.
 
-    teacher: its weights in the dtype it is run in, where they are loaded already. begun: called when nothing of the
-    settings can be refused any more: a step has been computed, or none is left to do; by every process.
+    teacher: its weights, where something else has asked for them before. begun: called when nothing of the settings can
+    be refused any more: a step has been computed, or none is left to do; by every process.
     """
     if job.to_choose:
         raise ValueError(
@@ -105,8 +107,7 @@ def convert(job: Job, teacher: Params | None = None, begun: Callable[[], None] =
         begun()
         return ending.go_on(job, summary)
     fingerprint.remember(job.workdir, job.depends)
-    weights = TeacherWeights(job, teacher)
-    del teacher
+    weights = teacher or TeacherWeights(job)
     project, settings = job.run.train.wandb_project, job.run.settings()
     wandb = WandbCurves(job.workdir, project, settings) if project and hosts.is_first() else None
     with MetricsLogger(job.workdir, wandb=wandb) as logger, stop_signals() as stopping:

@@ -15,12 +15,12 @@ from untrained import TEACHER, random_params, save_teacher, student_of
 from radlads_jax import config
 from radlads_jax.decoding.loaded import load_model
 from radlads_jax.distill.stages import STAGES
-from radlads_jax.export import export_again
 from radlads_jax.models.tree import path_leaves
 from radlads_jax.planning.planner import make_planner
 from radlads_jax.porting import load_params, model_config_from_hf, read_config, save_params
 from radlads_jax.porting.families import FAMILIES
 from radlads_jax.porting.writers import WRITERS
+from radlads_jax.run.exporting import export_again
 from radlads_jax.run.job import make_job
 
 TERN = dataclasses.replace(TEACHER, family="tern", qkv_bias=False, qk_norm=True, max_position_embeddings=64)

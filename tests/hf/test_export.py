@@ -11,12 +11,12 @@ import pytest
 from untrained import save_tokenizer
 
 from radlads_jax.config import RunConfig, Teacher
-from radlads_jax.export import export_again
 from radlads_jax.models import MIXERS, ModelConfig
 from radlads_jax.models.tree import nest
 from radlads_jax.porting import load_params, model_config_from_hf, param_shapes, read_config, save_params
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.writers import WRITERS
+from radlads_jax.run.exporting import export_again
 from radlads_jax.student import Student
 
 TEACHER = ModelConfig("qwen2", 259, 32, 48, 4, 2, 8, (("attention", 3),), qkv_bias=True, max_position_embeddings=256)

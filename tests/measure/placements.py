@@ -13,7 +13,6 @@ import pathlib
 
 import numpy as np
 
-from radlads_jax import choose
 from radlads_jax.decoding.loaded import load_model
 from radlads_jax.evaluation import choice
 from radlads_jax.evaluation.choice import Sizes
@@ -59,7 +58,7 @@ def main() -> None:
     for length in args.lengths:
         sizes = Sizes(args.prompts, args.texts, length, args.batch, SEED)
         texts, num_texts = text_rows(
-            [choose.text_batch(model.tokenizer, sizes, storage.as_path(args.data))], args.texts, args.batch, length
+            [choice.text_batch(model.tokenizer, sizes, storage.as_path(args.data))], args.texts, args.batch, length
         )
         prompts, num_prompts = prompt_rows(choice.prompts(model.tokenizer, sizes, args.kinds), args.batch, length)
         swaps = Swaps(model.cfg, model.params, Rows(texts, prompts, num_texts, num_prompts), WindowOptions())

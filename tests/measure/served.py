@@ -31,9 +31,9 @@ import numpy as np
 from llama_cpp_roundtrip import ours
 from served_programs import post
 
-from radlads_jax.export import export_again
 from radlads_jax.porting import model_config_from_hf, read_config
 from radlads_jax.porting.hub import load_tokenizer
+from radlads_jax.run.exporting import export_again
 from radlads_jax.system.json_files import read_json
 
 TOLERANCE = 1e-5

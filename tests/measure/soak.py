@@ -58,6 +58,7 @@ def child(directory: Path) -> int:
     from radlads_jax.run import heldout, train
     from radlads_jax.run.checkpoint import Checkpoints
     from radlads_jax.run.job import make_job
+    from radlads_jax.run.teacher_weights import TeacherWeights
 
     config = defaults()
     config.dtype = config.teacher.dtype = "float32"
@@ -78,7 +79,7 @@ def child(directory: Path) -> int:
 
     Checkpoints.save = save_and_evaluate
     try:
-        train.convert(job, teacher)
+        train.convert(job, TeacherWeights(job, teacher))
     except Interrupted as stop:
         return 128 + stop.signum
     return 0

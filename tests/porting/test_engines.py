@@ -8,7 +8,6 @@ import pytest
 from safetensors.numpy import load_file
 from untrained import TEACHER, random_params, save_tokenizer, student_of
 
-from radlads_jax import export
 from radlads_jax.config import Export, RunConfig
 from radlads_jax.models.config import ModelConfig, RopeScaling
 from radlads_jax.porting import gguf
@@ -18,7 +17,7 @@ from radlads_jax.porting.load import load_params
 from radlads_jax.porting.model_card import with_use, write_model_card
 from radlads_jax.porting.save import save_params
 from radlads_jax.porting.writers import WRITERS, writer_for
-from radlads_jax.run import ending, preflight
+from radlads_jax.run import ending, exporting, preflight
 from radlads_jax.run.job import Job
 
 QWEN3 = ModelConfig("qwen3", 259, 32, 48, 4, 2, 16, (("attention", 4),), qk_norm=True, max_position_embeddings=128)
@@ -85,8 +84,8 @@ def test_one_engines_directory_becomes_anothers(tmp_path):
     """Biases of o that are 0 go and come back; the card says anew what loads it."""
     tokenizer = save_tokenizer(tmp_path / "tokenizer", 259)
     first = saved(tmp_path / "mlx", PADDED, writer="mlx", tokenizer_from=tokenizer)
-    second = export.export_again(first, tmp_path / "llama.cpp", writer="llama.cpp")
-    third = export.export_again(second, tmp_path / "again", writer="mlx")
+    second = exporting.export_again(first, tmp_path / "llama.cpp", writer="llama.cpp")
+    third = exporting.export_again(second, tmp_path / "again", writer="mlx")
     assert written(third).keys() == written(first).keys() > written(second).keys()
     np.testing.assert_equal(written(third), written(first))
     assert read_config(third) == read_config(first)

@@ -1,0 +1,75 @@
+"""Writes what a run has exported, or any student, once more: another dtype, head or format."""
+
+import dataclasses
+import os
+from typing import Any
+
+from radlads_jax.decoding.loaded import model_directory
+from radlads_jax.models.config import ModelConfig
+from radlads_jax.porting.config_keys import read_config
+from radlads_jax.porting.hf_config import model_config_from_hf
+from radlads_jax.porting.load import load_params
+from radlads_jax.porting.model_card import with_use, write_model_card
+from radlads_jax.porting.save import EXPORT_DTYPES, MODEL_CARD, save_params
+from radlads_jax.porting.writers import writer_for
+from radlads_jax.porting.writers.writer import Writer
+from radlads_jax.system import backend, storage
+from radlads_jax.system.json_files import read_json
+
+
+def export_again(
+    model: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    retie: bool = False,
+    untie: bool = False,
+    writer: str | None = None,
+) -> storage.AnyPath:
+    """Reads a student (of a run: its export/) and writes it to `output` with its tokenizer and a model card.
+
+    writer: a name of WRITERS or of an engine (default: the mixer's own). Raises ValueError for what is no model, for
+    retie with untie, and for what the format has no place for, before any weight is read.
+    """
+    if retie and untie:
+        raise ValueError("got --retie and --untie; expected one of them at most. Leave one out.")
+    backend.require()
+    source = model_directory(model)
+    config = read_config(source)
+    cfg = model_config_from_hf(config)
+    written = dataclasses.replace(cfg, tie_embeddings=(cfg.tie_embeddings or retie) and not untie)
+    form = writer_for(written, writer)
+    form.require(written, source)
+    dtype = dtype or stored_dtype(config)
+    params = load_params(source, cfg, dtype=dtype)
+    if cfg.tie_embeddings and untie:
+        params["head"] = {"kernel": params["embed"]["embedding"].T}
+    kept = written if untie else cfg
+    card = _model_card(storage.as_path(model), source, written, form)
+    return save_params(
+        params,
+        kept,
+        output,
+        base_config=config,
+        dtype=dtype,
+        tokenizer_from=source,
+        retie=retie,
+        model_card=card,
+        writer=writer,
+    )
+
+
+def stored_dtype(config: dict[str, Any]) -> str:
+    """The weights' dtype as config.json has it; float32 where it is none that an export may have."""
+    dtype = config.get("torch_dtype", config.get("dtype"))
+    return dtype if dtype in EXPORT_DTYPES else "float32"
+
+
+def _model_card(model: storage.AnyPath, source: storage.AnyPath, cfg: ModelConfig, form: Writer) -> str | None:
+    """Of a run: from its settings and its summary; else the student's own, where there is one."""
+    summary = model / "summary.json"
+    if cfg.recurrent_mixer is not None and summary.is_file() and source != model:
+        known = {"run": read_json(model / "config.json"), "summary": read_json(summary)}
+        return write_model_card(cfg, **known, use=form.use(cfg))
+    own = source / MODEL_CARD
+    return with_use(storage.read_text(own), form.use(cfg)) if own.is_file() else None

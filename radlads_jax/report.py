@@ -6,6 +6,7 @@ python -m radlads_jax.report --workdir runs/demo [--usd_per_hour=12.5]
 from absl import flags
 
 from radlads_jax.distill.stages import stage_losses
+from radlads_jax.models.mixers import mixer_titles
 from radlads_jax.reporting.sections import write_report
 from radlads_jax.system import command
 
@@ -19,7 +20,8 @@ def main(values: flags.FlagValues) -> None:
     """Writes the page and prints its path."""
     if values.workdir is None:
         raise ValueError("expected --workdir DIR, the directory of a run, e.g. --workdir runs/demo.")
-    print(write_report(values.workdir, usd_per_hour=values.usd_per_hour, losses=stage_losses()))
+    words = {"losses": stage_losses(), "mixers": mixer_titles()}
+    print(write_report(values.workdir, usd_per_hour=values.usd_per_hour, **words))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from radlads_jax.run import ending, heldout, preflight, train
 from radlads_jax.run import job as job_module
 from radlads_jax.run.job import Job, make_job
 from radlads_jax.run.settings import check_same_config, remember_config
+from radlads_jax.run.teacher_weights import TeacherWeights
 
 STEPS = {"stage1": 5}
 
@@ -156,9 +157,11 @@ def with_train(job: Job, **fields: Any) -> Job:
 
 @pytest.mark.parametrize("prompt", ["", " \n", "half \ud83d of one", "long " * 600])
 def test_a_prompt_that_can_not_be_continued_is_refused_first(prompt: str, job: Job) -> None:
-    for check in (ending.check, preflight.check, train.convert):
+    asked = with_train(job, sample_prompts=("What is", prompt))
+    weights = TeacherWeights(asked)
+    for check in (ending.check, lambda job: preflight.check(job, weights), train.convert):
         with pytest.raises(ValueError, match=r"config\.train\.sample_prompts holds") as caught:
-            check(with_train(job, sample_prompts=("What is", prompt)))
+            check(asked)
         str(caught.value).encode()
 
 

@@ -12,3 +12,8 @@ def mixer_spec(name: str) -> MixerSpec:
     if name not in MIXERS:
         raise ValueError(f"config.student.mixer is {name!r}; expected one of {', '.join(MIXERS)}.")
     return MIXERS[name]
+
+
+def mixer_titles() -> dict[str, str]:
+    """What each mixer is called in text."""
+    return {name: spec.title for name, spec in MIXERS.items()}

@@ -32,23 +32,27 @@ from radlads_jax.system.space import shown_bytes
 
 
 def write_report(
-    workdir: str | os.PathLike, *, usd_per_hour: Real | None = None, losses: Mapping[str, str] | None = None
+    workdir: str | os.PathLike,
+    *,
+    usd_per_hour: Real | None = None,
+    losses: Mapping[str, str] | None = None,
+    mixers: Mapping[str, str] | None = None,
 ) -> storage.AnyPath:
     """Writes the page from what the directory holds so far; returns its path.
 
-    usd_per_hour: price of the whole machine, for the cost. losses: what each stage's loss is, in words. Raises
-    ValueError where there is no run.
+    usd_per_hour: price of the whole machine, for the cost. losses: what each stage's loss is, in words. mixers: what
+    each mixer is called, where not by its setting. Raises ValueError where there is no run.
     """
-    html = _report_html(read_run(workdir), usd_per_hour, losses)
+    html = _report_html(read_run(workdir), usd_per_hour, losses or {}, mixers or {})
     path = storage.as_path(workdir) / "report" / "index.html"
     path.parent.mkdir(exist_ok=True)
     storage.write_text(path, html)
     return path
 
 
-def _report_html(run: RunLog, usd_per_hour: Real | None = None, losses: Mapping[str, str] | None = None) -> str:
+def _report_html(run: RunLog, usd_per_hour: Real | None, losses: Mapping[str, str], mixers: Mapping[str, str]) -> str:
     """The page as text. Whatever comes from the run is escaped."""
-    teacher, student = _names_of(run)
+    teacher, student = _names_of(run, mixers)
     title = f"{Path(teacher).name or 'A run from scratch'} to {student}" if teacher or student else run.workdir.name
     trained = [stage for stage in run.stages if stage.records]
     sections = [
@@ -56,23 +60,23 @@ def _report_html(run: RunLog, usd_per_hour: Real | None = None, losses: Mapping[
         ("evaluation", "Evaluation", evaluation(run.evaluation)),
         ("samples", "Samples", samples(run.summary.get("samples") or [])),
         ("stages", "Stages", _stages_table(run)),
-        ("loss", "Loss", _loss_charts(trained, losses or {})),
+        ("loss", "Loss", _loss_charts(trained, losses)),
         ("rates", "Learning rate", _rate_charts(trained)),
         ("alignment", "Alignment error by layer", _alignment(run)),
         ("gradient", "Gradient norm", _one_chart_each(trained, "grad_norm", "norm before the clip")),
         ("throughput", "Throughput", _throughput(trained)),
         ("skipped", "Skipped steps and spikes", _skipped(trained) + _spikes(trained)),
         ("memory", "Memory and cost", _memory(run) + _cost(run, usd_per_hour)),
-        ("recipe", "Recipe and data", _recipe(run)),
+        ("recipe", "Recipe and data", _recipe(run, mixers)),
     ]
     return page(title, sections, _head(run))
 
 
-def _names_of(run: RunLog) -> tuple[str, str]:
+def _names_of(run: RunLog, mixers: Mapping[str, str]) -> tuple[str, str]:
     """The teacher's path and the student's mixer as one says them."""
     teacher = str((run.config.get("teacher") or {}).get("path") or "")
     mixer = str((run.config.get("student") or {}).get("mixer") or "")
-    return teacher, mixer.upper().replace("_", "-")
+    return teacher, mixers.get(mixer, mixer)
 
 
 def _head(run: RunLog) -> str:
@@ -221,11 +225,11 @@ def _cost(run: RunLog, usd_per_hour: Real | None) -> str:
     return f"<p>{said} <b>USD {usd:,.2f}</b></p>"
 
 
-def _recipe(run: RunLog) -> str:
+def _recipe(run: RunLog, mixers: Mapping[str, str]) -> str:
     """The settings one asks for first; all of them below, folded."""
     if not run.config:
         return none("The directory has no config.json.")
-    teacher, student = _names_of(run)
+    teacher, student = _names_of(run, mixers)
     data, student_config = run.config.get("data") or {}, run.config.get("student") or {}
     chosen = dataclasses.asdict(Student())
     switches = {k: v for k, v in student_config.items() if v not in ("", [], None, chosen.get(k)) and k != "mixer"}

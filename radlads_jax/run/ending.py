@@ -11,6 +11,7 @@ from typing import Any
 from radlads_jax.distill.stages import stage_losses
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import Params, abstract_params
+from radlads_jax.models.mixers import mixer_titles
 from radlads_jax.models.placement import shardings
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
@@ -93,8 +94,12 @@ def finish(job: Job, student: Params, teacher: Params | None, stages: list[dict[
         scored = True
     finally:
         if not scored and hosts.is_first():
-            write_report(job.workdir, losses=stage_losses())
+            _write_page(job)
     return _complete(job, summary, to_do, (cfg, student), teacher)
+
+
+def _write_page(job: Job) -> storage.AnyPath:
+    return write_report(job.workdir, losses=stage_losses(), mixers=mixer_titles())
 
 
 def finished(job: Job) -> dict[str, Any] | None:
@@ -120,7 +125,7 @@ def go_on(job: Job, summary: dict[str, Any]) -> dict[str, Any]:
     display.say(f"{job.workdir} is finished; nothing to do. Its results, from {job.workdir / 'summary.json'}:")
     display.show(heldout.results_table(summary))
     if hosts.is_first() and not (job.workdir / "report" / "index.html").exists():
-        write_report(job.workdir, losses=stage_losses())
+        _write_page(job)
     return summary
 
 
@@ -155,7 +160,7 @@ def _complete(
             _keep(job, summary, to_do)
     finally:
         if hosts.is_first():
-            write_report(job.workdir, losses=stage_losses())
+            _write_page(job)
     if "samples" in to_do:
         summary = {name: value for name, value in summary.items() if name != "samples"}
         if job.run.train.sample_prompts:
@@ -163,7 +168,7 @@ def _complete(
         _keep(job, summary, [])
     display.show(heldout.results_table(summary))
     if hosts.is_first():
-        display.say(f"how it went, as a page: {write_report(job.workdir, losses=stage_losses())}")
+        display.say(f"how it went, as a page: {_write_page(job)}")
     return summary
 
 

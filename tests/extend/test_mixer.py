@@ -16,6 +16,7 @@ from radlads_jax import config
 from radlads_jax.decoding.generation import generate
 from radlads_jax.decoding.loaded import load_model, state_bytes
 from radlads_jax.models import MIXERS, bind, init_state
+from radlads_jax.models.mixers import mixer_titles
 from radlads_jax.planning.planner import make_planner
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.reporting.metrics_file import read_metrics
@@ -69,7 +70,7 @@ def test_it_is_converted_and_reported(finished):
     assert [line["steps"] for line in summary["stages"]] == list(STEPS.values())
     assert summary["stages"][0]["last_loss"] < summary["stages"][0]["first_loss"]
     (workdir / "config.json").write_text(json.dumps({"student": {"mixer": "ema"}}))
-    assert "EMA" in write_report(workdir).read_text()
+    assert "moving average" in write_report(workdir, mixers=mixer_titles()).read_text()
     card = (workdir / "export" / "README.md").read_text()
     assert "# moving average student" in card and "half-life at the start | 8 tokens" in card
 

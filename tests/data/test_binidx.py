@@ -68,15 +68,15 @@ def test_empty_file_has_no_tokens(tmp_path: Path) -> None:
         (9, struct.pack("<Q", 2), "version 2; expected 1"),
         (17, b"\x06", r"dtype code 6; expected one of \[1, 2, 3, 4, 5, 8\]"),
         (18, struct.pack("<Q", 5), "for the 5 sequences"),
-        (18, struct.pack("<Q", 2**63), "counts are wrong"),
+        (18, struct.pack("<Q", 2**63), rf"\b{2**63} sequences\b"),
         (26, struct.pack("<Q", 4), "4 document boundaries"),
-        (SIZES_AT, struct.pack("<i", -3), "sequence 0 a size of -3"),
+        (SIZES_AT, struct.pack("<i", -3), r"sequence 0\b.* -3 tokens\b"),
         (SIZES_AT, struct.pack("<i", 2), "sequence 1 at byte 6; expected byte 4"),
         (SIZES_AT + 12, struct.pack("<i", 5), "expected 18 for the 9 tokens"),
         (SIZES_AT + 16, struct.pack("<q", 1 << 40), f"at byte {1 << 40}; expected byte 0"),
-        (SIZES_AT + 48, struct.pack("<q", 1), "does not rise from 0 to the 4 sequences"),
-        (SIZES_AT + 56, struct.pack("<q", 3), "does not rise from 0 to the 4 sequences"),
-        (SIZES_AT + 80, struct.pack("<q", 9), "does not rise from 0 to the 4 sequences"),
+        (SIZES_AT + 48, struct.pack("<q", 1), r"\b5 entries\b.*\b0 to the 4 sequences\b"),
+        (SIZES_AT + 56, struct.pack("<q", 3), r"\b5 entries\b.*\b0 to the 4 sequences\b"),
+        (SIZES_AT + 80, struct.pack("<q", 9), r"\b5 entries\b.*\b0 to the 4 sequences\b"),
     ],
 )
 def test_damaged_index(tmp_path: Path, at: int, value: bytes, message: str) -> None:
@@ -100,7 +100,7 @@ def test_truncated(tmp_path: Path, name: str, keep: int) -> None:
 def test_missing(tmp_path: Path, name: str) -> None:
     write(tmp_path / "t")
     (tmp_path / name).unlink()
-    with pytest.raises(ValueError, match=f"{name} does not exist"):
+    with pytest.raises(ValueError, match=rf"\b{name} .*\bt\.bin and t\.idx\b"):
         open_token_file(tmp_path / "t")
 
 
@@ -127,14 +127,14 @@ def test_an_interrupted_writer_is_gone_on_with(tmp_path: Path) -> None:
 
 def test_an_interrupted_writer_keeps_what_was_there(tmp_path: Path) -> None:
     write(tmp_path / "t")
-    with pytest.raises(ValueError, match="got token ids from 1 to 100; expected 0 to 99"):
+    with pytest.raises(ValueError, match=r"\b1 to 100\b.*\b0 to 99\b"):
         write(tmp_path / "t", [[1, 100]])
     assert open_token_file(tmp_path / "t").num_tokens == 8
 
 
 @pytest.mark.parametrize("bad", [[-1, 3], [3, 100]])
 def test_writer_refuses_ids_outside_the_vocabulary(tmp_path: Path, bad: list[int]) -> None:
-    with pytest.raises(ValueError, match="expected 0 to 99"):
+    with pytest.raises(ValueError, match=rf" {min(bad)} to {max(bad)}\b.*\b0 to 99\b"):
         write(tmp_path / "t", [bad])
 
 

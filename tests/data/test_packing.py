@@ -1,5 +1,6 @@
 """Rows against a loop over single tokens, and the split between training and held-out text."""
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -123,11 +124,11 @@ def test_held_out_text_is_cut_from_a_document_that_is_too_long(tmp_path: Path) -
 def test_sequence_length_has_to_be_positive(tmp_path: Path, seq_len: int) -> None:
     file = token_file(tmp_path, [10])
     for make in (lambda: train_rows(file, seq_len), lambda: eval_rows(file, seq_len, eval_tokens=5)):
-        with pytest.raises(ValueError, match=f"got a sequence length of {seq_len}; expected at least 1"):
+        with pytest.raises(ValueError, match=rf" {seq_len}\b.*\b1\b.*\bseq_len\b"):
             make()
 
 
 @pytest.mark.parametrize("eval_tokens", [-1, 11])
 def test_more_held_out_than_there_is(tmp_path: Path, eval_tokens: int) -> None:
-    with pytest.raises(ValueError, match="expected 0 to 10, the tokens in"):
+    with pytest.raises(ValueError, match=rf"eval_tokens={eval_tokens}\b.*\b0 to 10\b.*{re.escape(str(tmp_path))}"):
         held_out_start(token_file(tmp_path, [10]), eval_tokens)

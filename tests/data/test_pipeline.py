@@ -1,6 +1,7 @@
 """Batches: the order as a function of (seed, step), restoring, epochs, and any number of processes."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,8 @@ def test_the_order_never_changes() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seq_len": 0}, "got a sequence length of 0"),
-        ({"seq_len": 200}, "which make 5 rows of 200; expected at least one batch of 6 rows"),
+        ({"seq_len": 0}, r" 0\b.*\b1\b.*\bseq_len\b"),
+        ({"seq_len": 200}, r"\b5 rows of 200\b.*\b6 rows\b"),
         ({"batch_size": 0}, "got batch_size=0"),
         ({"rows_of_batch": np.array([4, 6])}, r"got rows_of_batch=\[4, 6\] of a batch of 6"),
         ({"rows_of_batch": np.array([], int)}, r"got rows_of_batch=\[\] of a batch of 6"),
@@ -163,5 +164,5 @@ def test_bad_settings(file: TokenFile, changes: dict[str, int], message: str) ->
 
 
 def test_eval_needs_tokens(file: TokenFile) -> None:
-    with pytest.raises(ValueError, match="got no held-out tokens"):
+    with pytest.raises(ValueError, match=rf"eval_tokens=0\b.*{re.escape(str(file.prefix))}"):
         make_eval_batches(file, seq_len=SEQ_LEN, batch_size=6, eval_tokens=0)

@@ -1,6 +1,7 @@
 """Preparing a source: the right tokens, found again while nothing has changed, and nothing left when it fails."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -146,14 +147,14 @@ def test_a_token_file_is_used_as_it_is(tmp_path: Path, trained: Tokenizer) -> No
     made = prepare(Source("synthetic", num_documents=3), trained, tmp_path, vocab_size=400, framing=ENDED)
     again = prepare(Source(str(made.prefix)), trained, tmp_path / "unused", vocab_size=400, framing=ENDED)
     assert again.tokens.tolist() == made.tokens.tolist()
-    with pytest.raises(ValueError, match="holds token id"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(made.prefix))}\.bin .*\b0 to 9\b"):
         prepare(Source(str(made.prefix)), trained, tmp_path, vocab_size=10, framing=ENDED)
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path, trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("radlads_jax.data.tokenise.BATCH_CHARACTERS", 5)
     (tmp_path / "a.jsonl").write_text('{"text": "whole line"}\n{"text": "half')
-    with pytest.raises(ValueError, match="line 2 is no JSON"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2 .*\bcolumn \d"):
         prepare(Source(str(tmp_path / "a.jsonl")), trained, tmp_path / "cache", vocab_size=400, framing=ENDED)
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -171,9 +172,7 @@ def test_empty_text(tmp_path: Path, trained: Tokenizer, text: str) -> None:
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("max_tokens", "message"), [(None, "got a synthetic source without an end"), (0, "got max_tokens=0")]
-)
+@pytest.mark.parametrize(("max_tokens", "message"), [(None, "max_tokens .*num_documents"), (0, "got max_tokens=0")])
 def test_bad_limits(tmp_path: Path, trained: Tokenizer, max_tokens: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prepare(Source("synthetic"), trained, tmp_path, vocab_size=400, framing=ENDED, max_tokens=max_tokens)

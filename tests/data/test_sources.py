@@ -108,7 +108,7 @@ def test_a_token_file_is_recognised(tmp_path: Path) -> None:
         writer.add([1])
     for name in ("t.v1", "t.v1.bin", "t.v1.idx"):
         assert resolve(Source(str(tmp_path / name))).kind == "binidx"
-    with pytest.raises(ValueError, match="it holds tokens already"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))}/t\.v1 .*open_token_file"):
         documents(Source(str(tmp_path / "t.v1")))
     with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}.*token files"):
         resolve(Source(str(tmp_path)))
@@ -139,30 +139,30 @@ def refuse(source: Source, message: str) -> None:
 
 def test_missing_paths(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
-    refuse(Source(missing), "missing does not exist; expected a file, a directory, hf:owner/name")
+    refuse(Source(missing), rf"{re.escape(missing)} .*hf:owner/name")
     for kind in ("text", "jsonl", "parquet"):
-        refuse(Source(missing, kind=kind), f"does not exist; expected a {kind} file")
-    refuse(Source(missing, kind="hf"), "cannot be opened")
-    refuse(Source("hf:nobody/nothing"), "the Hugging Face dataset nobody/nothing .* cannot be opened")
+        refuse(Source(missing, kind=kind), rf"{re.escape(missing)} .*\b{kind} file\b")
+    refuse(Source(missing, kind="hf"), rf"{re.escape(missing)} .*HF_TOKEN")
+    refuse(Source("hf:nobody/nothing"), "nobody/nothing .*HF_TOKEN")
 
 
 def test_unclear_paths(tmp_path: Path) -> None:
-    refuse(Source(str(tmp_path)), "no data of a known kind")
-    refuse(Source(write(tmp_path / "a.csv", "a,b")), "no data of a known kind")
-    refuse(Source(str(tmp_path), kind="parquet"), r"no file ending in \.parquet")
+    refuse(Source(str(tmp_path)), rf"{re.escape(str(tmp_path))} .*\bno data\b.*\.txt, \.jsonl")
+    refuse(Source(write(tmp_path / "a.csv", "a,b")), r"a\.csv .*\bno data\b.*\.txt, \.jsonl")
+    refuse(Source(str(tmp_path), kind="parquet"), rf"{re.escape(str(tmp_path))} .*\.parquet\b.*config\.data\.source")
     make_text(tmp_path), make_jsonl(tmp_path)
-    refuse(Source(str(tmp_path)), "data of the kinds text, jsonl")
+    refuse(Source(str(tmp_path)), "kinds text, jsonl")
     assert list(documents(Source(str(tmp_path), kind="jsonl"))) == TEXTS
-    refuse(Source(str(tmp_path), kind="txt"), "got source kind 'txt'; expected one of auto, binidx, text")
+    refuse(Source(str(tmp_path), kind="txt"), r"'txt'.*\bauto, binidx, text\b")
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "b"', "a.jsonl, line 2 is no JSON .* at column"),
-        ("[1]", "line 2 holds a list; expected a JSON object"),
-        ('{"body": "b", "id": 1}', "line 2 has no column 'text'; expected one of those it has: body, id"),
-        ('{"text": 3}', "line 2 has a int in 'text'; expected text"),
+        ('{"text": "b"', r"a\.jsonl, line 2 .*\bcolumn \d"),
+        ("[1]", r"line 2 .*\blist\b.*JSON object"),
+        ('{"body": "b", "id": 1}', r"line 2 .*'text'.*: body, id\b.*text_field"),
+        ('{"text": 3}', r"line 2 .*\bint in 'text'.*text_field"),
     ],
 )
 def test_bad_lines(tmp_path: Path, line: str, message: str) -> None:
@@ -170,25 +170,25 @@ def test_bad_lines(tmp_path: Path, line: str, message: str) -> None:
 
 
 def test_missing_columns(tmp_path: Path) -> None:
-    refuse(Source(str(make_parquet(tmp_path)), text_field="body"), "no column 'body'; expected one of .*: id, text")
+    refuse(Source(str(make_parquet(tmp_path)), text_field="body"), r"'body'.*: id, text\b.*text_field")
     refuse(Source(f"hf:{tmp_path}", text_field="body", streaming=True), "no column 'body'")
-    refuse(Source(str(make_saved_dataset(tmp_path)), text_field="body"), "no column 'body'; .*: text, id")
-    refuse(Source(str(make_parquet(tmp_path)), kind="parquet", text_field="id"), "has a int in 'id'; expected text")
+    refuse(Source(str(make_saved_dataset(tmp_path)), text_field="body"), r"'body'.*: text, id\b.*text_field")
+    refuse(Source(str(make_parquet(tmp_path)), kind="parquet", text_field="id"), r"\bint in 'id'.*text_field")
 
 
 def test_missing_split(tmp_path: Path) -> None:
-    refuse(Source(str(make_saved_splits(tmp_path)), split="dev"), "no split 'dev'; expected one of train, test")
+    refuse(Source(str(make_saved_splits(tmp_path)), split="dev"), r"'dev'.*\btrain, test\b")
 
 
 def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    refuse(Source(str(tmp_path / "a.txt")), "a.txt is no UTF-8 text")
+    refuse(Source(str(tmp_path / "a.txt")), r"a\.txt .*UTF-8")
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}')
-    refuse(Source(str(tmp_path / "a.jsonl")), "a.jsonl is no UTF-8 text")
+    refuse(Source(str(tmp_path / "a.jsonl")), r"a\.jsonl .*UTF-8")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
-    refuse(Source(str(tmp_path / "a.parquet")), "a.parquet is not a whole parquet file")
+    refuse(Source(str(tmp_path / "a.parquet")), r"a\.parquet .*\bwhole parquet\b")
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:-12])
-    refuse(Source(str(tmp_path / "a.jsonl.gz")), "a.jsonl.gz is not a whole gzip file")
+    refuse(Source(str(tmp_path / "a.jsonl.gz")), r"a\.jsonl\.gz .*\bgzip\b")
     (tmp_path / "b.jsonl.gz").write_bytes(b"plain")
-    refuse(Source(str(tmp_path / "b.jsonl.gz")), "b.jsonl.gz is not a whole gzip file")
-    refuse(Source(write(tmp_path / "c.txt", "a"), separator=""), "got an empty separator")
+    refuse(Source(str(tmp_path / "b.jsonl.gz")), r"b\.jsonl\.gz .*\bgzip\b")
+    refuse(Source(write(tmp_path / "c.txt", "a"), separator=""), "separator")

@@ -247,20 +247,20 @@ def test_bad_arguments_are_refused(no_shape_annotations):
     inputs = {n: jnp.asarray(x) for n, x in gated_delta_inputs(1, 8, 2, 4, 16, 16).items()}
     with pytest.raises(ValueError, match=r"'chunked'.*'reference'"):
         gdn(**inputs, implementation="fastest")
-    with pytest.raises(ValueError, match="power of two"):
+    with pytest.raises(ValueError, match=r"chunk_size=12\b.*\b16, 32 or 64\b"):
         gdn(**inputs, chunk_size=12)
     with pytest.raises(ValueError, match=r"k of shape \(1, 5, 2, 16\)"):
         gdn(**(inputs | {"k": inputs["k"][:, :5]}))
-    with pytest.raises(ValueError, match=r"multiple of the 2 key heads"):
+    with pytest.raises(ValueError, match=r"\bv\b.*\(1, 8, 3, 16\).*\b2 key heads\b"):
         gdn(**(inputs | {"v": inputs["v"][:, :, :3]}))
-    with pytest.raises(ValueError, match="log_g of shape"):
+    with pytest.raises(ValueError, match=r"\blog_g\b.*\(1, 8, 4, 1\).*\(1, 8, 4\)"):
         gdn(**(inputs | {"log_g": inputs["log_g"][..., None]}))
-    with pytest.raises(ValueError, match="initial_state of shape"):
+    with pytest.raises(ValueError, match=r"initial_state\b.*\(1, 2, 16, 16\).*\(1, 4, 16, 16\)"):
         gdn(**inputs, initial_state=jnp.zeros((1, 2, 16, 16)))
-    with pytest.raises(ValueError, match="T >= 1"):
+    with pytest.raises(ValueError, match=r"\(1, 0, 2, 16\).*\bT >= 1"):
         gdn(**{n: x[:, :0] for n, x in inputs.items()})
     tokens = {n: x[:, 0] for n, x in inputs.items()}
-    with pytest.raises(ValueError, match=r"one token of each row, \[B,G,K\]"):
+    with pytest.raises(ValueError, match=r"\(1, 8, 2, 16\).*\[B,G,K\]"):
         gdn_step(**inputs, state=jnp.zeros((1, 4, 16, 16)))
-    with pytest.raises(ValueError, match="state of shape"):
+    with pytest.raises(ValueError, match=r"\bstate\b.*\(1, 2, 16, 16\).*\(1, 4, 16, 16\)"):
         gdn_step(**tokens, state=jnp.zeros((1, 2, 16, 16)))

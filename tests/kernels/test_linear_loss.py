@@ -194,18 +194,18 @@ def test_bad_arguments_are_refused(data, no_shape_annotations):
     hidden, kernel, targets, weights = (data[name] for name in ("hidden", "kernel", "targets", "weights"))
     with pytest.raises(ValueError, match="layout 'vd'"):
         linear_cross_entropy(hidden, kernel, targets, weights, kernel_layout="vd")
-    with pytest.raises(ValueError, match="weights of shape"):
+    with pytest.raises(ValueError, match=rf"\bweights\b.*\({TOKENS},\).*\(5,\)"):
         linear_cross_entropy(hidden[:5], kernel, targets[:5], weights)
-    with pytest.raises(ValueError, match="slice_tokens"):
+    with pytest.raises(ValueError, match=r"slice_tokens.*\b0\b"):
         linear_cross_entropy(hidden, kernel, targets, weights, slice_tokens=0)
-    with pytest.raises(ValueError, match="teacher vocabulary"):
+    with pytest.raises(ValueError, match=rf"\b{VOCAB}\b.*\b{VOCAB - 1}\b"):
         linear_kl(hidden, kernel, hidden, kernel[:, :-1], weights)
     for options in ({"temperature": 0.0}, {"temperature": float("nan")}, {"top_k": VOCAB + 1}, {"top_k": -1}):
-        with pytest.raises(ValueError, match=f"top_k from 1 to the vocabulary's {VOCAB}"):
+        with pytest.raises(ValueError, match=rf"temperature .*top_k .*\b{VOCAB}\b"):
             linear_kl(hidden, kernel, hidden, kernel, weights, **options)
     with pytest.raises(ValueError, match="teacher_indices"):
         linear_topk_kl(hidden, kernel, jnp.zeros((TOKENS, 3)), jnp.zeros((TOKENS, 2), jnp.int32), weights)
-    with pytest.raises(ValueError, match="both or neither"):
+    with pytest.raises(ValueError, match="teacher_hidden and teacher_kernel"):
         linear_stats(hidden, kernel, targets, weights, hidden)
 
 

@@ -279,16 +279,16 @@ def test_bad_arguments_are_refused(operation, no_shape_annotations):
     run = OPERATIONS[operation]
     with pytest.raises(ValueError, match=r"'chunked'.*'reference'"):
         run(**inputs, implementation="fastest")
-    with pytest.raises(ValueError, match="power of two"):
+    with pytest.raises(ValueError, match=r"chunk_size=12\b.*\b16, 32 or 64\b"):
         run(**inputs, chunk_size=12)
-    with pytest.raises(ValueError, match="k of shape"):
+    with pytest.raises(ValueError, match=r"\bk\b.*\(1, 5, 2, 16\).*\(1, 8, 2, 16\)"):
         run(**(inputs | {"k": inputs["k"][:, :5]}))
-    with pytest.raises(ValueError, match="initial_state of shape"):
+    with pytest.raises(ValueError, match=r"initial_state\b.*\(1, 2, 16, 8\).*\(1, 2, 16, 16\)"):
         run(**inputs, initial_state=jnp.zeros((1, 2, 16, 8)))
-    with pytest.raises(ValueError, match="T >= 1"):
+    with pytest.raises(ValueError, match=r"\(1, 0, 2, 16\).*\bT >= 1"):
         run(**{n: x[:, :0] for n, x in inputs.items()})
     tokens = {n: x[:, 0] for n, x in inputs.items()}
-    with pytest.raises(ValueError, match=r"one token of each row, \[B,H,K\]"):
+    with pytest.raises(ValueError, match=r"\(1, 8, 2, 16\).*\[B,H,K\]"):
         STEPS[operation](**inputs, state=jnp.zeros((1, 2, 16, 16)))
-    with pytest.raises(ValueError, match="state of shape"):
+    with pytest.raises(ValueError, match=r"\bstate\b.*\(1, 2, 16, 8\).*\(1, 2, 16, 16\)"):
         STEPS[operation](**tokens, state=jnp.zeros((1, 2, 16, 8)))

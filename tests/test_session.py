@@ -77,7 +77,7 @@ def test_what_is_no_run_is_neither_saved_nor_fetched_nor_overwritten(hub: FakeHu
 
 def test_a_hub_that_does_not_answer_is_no_new_run(hub: FakeHub, tmp_path: pathlib.Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match=f"{NAME} could not be fetched"):
+    with pytest.raises(ValueError, match=rf"{NAME} .*\bfetched .*\breached\b"):
         on_hub.bring_back(tmp_path / "run", NAME)
     assert os.listdir(tmp_path) == []
 
@@ -156,4 +156,4 @@ def test_without_a_token_nothing_begins(session: ModuleType, monkeypatch: Any, c
 @pytest.mark.parametrize("flag", ["--hours=0", "--hours=nan", "--save_every=-1"])
 def test_a_session_of_no_time_is_refused(session: ModuleType, monkeypatch: Any, capsys: Any, flag: str) -> None:
     monkeypatch.setattr(sys, "argv", ["session.py", "--workdir=runs/mine", "--hours=1", flag])
-    assert session.main() == 1 and "expected more than 0 for both" in " ".join(capsys.readouterr().err.split())
+    assert session.main() == 1 and flag.replace("=", " ") in " ".join(capsys.readouterr().err.split())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 
 import numpy as np
 import pytest
@@ -54,9 +55,8 @@ def written(directory) -> dict[str, np.ndarray]:
 def test_what_an_engine_does_not_load_is_named_and_refused(cfg, engine, named):
     (reason,) = USUAL.readers(cfg)[engine]
     assert named in reason
-    with pytest.raises(ValueError, match="has no place for") as raised:
+    with pytest.raises(ValueError, match=rf"{USUAL.name} .*{re.escape(named)}"):
         USUAL.forms[engine].require(cfg, None)
-    assert named in str(raised.value)
 
 
 @pytest.mark.parametrize("engine", USUAL.forms)
@@ -173,7 +173,7 @@ def test_gguf_is_llama_cpps_own_converters(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     file = tmp_path / "model.gguf"
     gguf.require_converter(file)
-    with pytest.raises(ValueError, match="not there"):
+    with pytest.raises(ValueError, match=rf"--gguf .*{re.escape(str(tmp_path / 'missing' / 'model.gguf'))}"):
         gguf.require_converter(tmp_path / "missing" / "model.gguf")
     gguf.convert(tmp_path, file, "float32")
     assert f"{tmp_path} --outtype f32" in file.read_text() and "--no-mtp" in file.read_text()

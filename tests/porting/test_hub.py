@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 
 import pytest
@@ -40,7 +41,7 @@ def test_an_existing_directory_is_itself(model_dir):
 
 def test_a_directory_of_pickles_is_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match="pickles are never loaded"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin.*\bpickles\b.*save_pretrained"):
         hub.resolve_model_dir(tmp_path)
 
 
@@ -48,7 +49,7 @@ def test_a_directory_of_pickles_is_refused(tmp_path):
 def test_neither_a_directory_nor_an_id(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
-    with pytest.raises(ValueError, match="expected a model directory"):
+    with pytest.raises(ValueError, match=rf"{re.escape(repr(name))}.*'organisation/name'"):
         hub.resolve_model_dir(name)
 
 
@@ -141,7 +142,7 @@ def test_the_tokenizer_is_the_files_own(tokenizer_dir):
 
 
 def test_a_missing_tokenizer_is_a_value_error(tmp_path):
-    with pytest.raises(ValueError, match="no tokenizer that can be read"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))} .*tokenizer\.json"):
         hub.load_tokenizer(tmp_path)
 
 

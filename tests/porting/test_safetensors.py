@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import struct
 
 import hypothesis
@@ -211,19 +212,19 @@ def test_of_a_tensor_in_two_files_the_index_says_which(tmp_path):
 
 
 def test_a_directory_without_weights_says_what_it_holds(tmp_path):
-    with pytest.raises(ValueError, match="no weights"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))} .*\bno weights\b.*{re.escape(SINGLE_FILE)}"):
         open_checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin.*pickle.*save_pretrained"):
         open_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match="no directory"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / 'missing'))} .*\bdirectory\b"):
         open_checkpoint(tmp_path / "missing")
 
 
 def test_files_without_an_index_are_refused_unless_there_is_one(tmp_path):
     sharded(tmp_path, {})
     os.remove(tmp_path / INDEX_FILE)
-    with pytest.raises(ValueError, match="2 safetensors files and no"):
+    with pytest.raises(ValueError, match=rf"\b2 safetensors files\b.*{re.escape(INDEX_FILE)}"):
         open_checkpoint(tmp_path)
     os.remove(tmp_path / "two.safetensors")
     assert open_checkpoint(tmp_path).keys() == {"a"}
@@ -246,5 +247,5 @@ def test_files_are_filled_up_to_the_limit_and_indexed(tmp_path):
 
 def test_a_tensor_other_than_planned_is_refused(tmp_path):
     wrong = PlannedTensor("a", (3,), np.dtype(np.float32), lambda: np.ones(4, np.float32))
-    with pytest.raises(ValueError, match="a came as float32"):
+    with pytest.raises(ValueError, match=r"^a .*float32 \(4,\).*float32 \(3,\)"):
         write_file(tmp_path / "x.safetensors", [wrong])

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors import safe_open
 
+from radlads_jax.models.tensors import param_shapes
 from radlads_jax.porting import hf_config_from_model, save
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
@@ -244,14 +246,14 @@ def test_other_peoples_directories_are_not_replaced(small, tmp_path, content):
     if content == "notes":
         os.rmdir(target / "sub")
         (target / "config.json").rename(target / "notes.txt")
-    with pytest.raises(ValueError, match="no earlier export"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(target))} .*config\.json"):
         save_params(params, cfg, target, **options)
     assert target.exists()
 
 
 def test_the_teachers_own_directory_is_not_replaced(small, tmp_path):
     params, cfg, options = small
-    with pytest.raises(ValueError, match="the teacher's own directory"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / 'teacher'))}, .*\bteacher's own\b"):
         save_params(params, cfg, tmp_path / "teacher", tokenizer_from=tmp_path / "teacher", **options)
 
 
@@ -272,9 +274,9 @@ def test_wrong_options_are_refused(small, tmp_path, options, named):
 
 def test_parameters_of_another_model_are_listed(small, models, tmp_path):
     params, cfg, options = small
-    with pytest.raises(ValueError, match=r"missing: .*stacks/0/mixer/decay/base") as raised:
+    count = len(param_shapes(models["rad_rwkv7"]))
+    with pytest.raises(ValueError, match=rf"missing: .*stacks/0/mixer/decay/base.*\b{count}\b"):
         save_params(params, models["rad_rwkv7"], tmp_path / "b", **options)
-    assert "expected the" in str(raised.value)
     with pytest.raises(ValueError, match=r"misshapen: embed/embedding \[40, 24\] \(expected \[41, 24\]\)"):
         save_params(params, dataclasses.replace(cfg, vocab_size=41), tmp_path / "b", **options)
     params["extra"] = {"kernel": np.ones(3)}

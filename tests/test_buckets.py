@@ -244,14 +244,14 @@ def test_an_export_that_fails_is_none_and_is_replaced(gcs, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         save("gs://bucket/export")
     assert gcs.names("bucket", "export/") == ["export/.partial"]
-    with pytest.raises(ValueError, match="holds no weights"):
+    with pytest.raises(ValueError, match=r"gs://bucket/export .*\bno weights\b.*model\.safetensors"):
         load_model("gs://bucket/export")
     monkeypatch.undo()
     save("gs://bucket/export")
     assert {"export/config.json", "export/model.safetensors"} <= set(gcs.names("bucket", "export/"))
     assert "export/.partial" not in gcs.names("bucket")
     gcs.put("bucket", "mine/deep/notes.txt", b"mine", {})
-    with pytest.raises(ValueError, match="no earlier export"):
+    with pytest.raises(ValueError, match=r"gs://bucket/mine .*config\.json"):
         save("gs://bucket/mine")
 
 
@@ -272,10 +272,10 @@ def test_what_was_logged_beyond_a_checkpoint_is_dropped_in_a_bucket_too(gcs):
 @pytest.mark.parametrize(
     ("where", "said"),
     [
-        ("gs://nowhere/run", "the bucket gs://nowhere does not exist; expected one that does"),
-        ("gs:/bucket/run", "is no path; expected one of this disk, or gs://BUCKET/NAME"),
-        ("s3://bucket/run", "is no path; expected one of this disk, or gs://BUCKET/NAME"),
-        ("gs://", "is no path; expected one of this disk, or gs://BUCKET/NAME"),
+        ("gs://nowhere/run", r"gs://nowhere .*buckets create gs://nowhere\b"),
+        ("gs:/bucket/run", "gs:/bucket/run .*gs://BUCKET/NAME"),
+        ("s3://bucket/run", "s3://bucket/run .*gs://BUCKET/NAME"),
+        ("gs://", "^gs:// .*gs://BUCKET/NAME"),
     ],
 )
 def test_urls_that_lead_nowhere(gcs, where, said):
@@ -287,12 +287,12 @@ def test_urls_that_lead_nowhere(gcs, where, said):
 def test_a_missing_permission_is_told_before_any_work(gcs, monkeypatch, method):
     path = storage.as_path("gs://bucket/may")
     monkeypatch.setattr(gcs, "denied", {method})
-    with pytest.raises(ValueError, match="may make, read, list and remove objects") as refused:
+    with pytest.raises(ValueError, match=r"gs://bucket/may .*roles/storage\.objectAdmin") as refused:
         storage.require_writable(path)
     assert "someone" in str(refused.value) and len(str(refused.value)) < 700
     if method == "GET":
         storage._require_bucket.cache_clear()
-        with pytest.raises(ValueError, match="the bucket gs://bucket cannot be read"):
+        with pytest.raises(ValueError, match=r"gs://bucket .*roles/storage\.objectViewer"):
             storage.as_path("gs://bucket/may")
 
 

@@ -134,7 +134,7 @@ def test_parameters_alone_are_read_without_the_optimizer(tmp_path: pathlib.Path)
         assert_same(checkpoints.restore_params(1, abstract(state.params)), state.params)
         mixer = checkpoints.restore_params(1, abstract(state.params["mixer"]), name="params/mixer")
         assert_same(mixer, state.params["mixer"])
-        with pytest.raises(ValueError, match=r"norm\.scale is in the checkpoint only"):
+        with pytest.raises(ValueError, match=r"norm\.scale .*\bonly\b"):
             checkpoints.restore_params(1, {"mixer": abstract(state.params["mixer"])})
 
 
@@ -243,7 +243,7 @@ def test_mismatches_are_named(tmp_path: pathlib.Path) -> None:
         assert re.search(r"\bn\b.*\bint32\b.*\bfloat32\b", message)
         with pytest.raises(ValueError, match="and 11 more") as caught:
             checkpoints.restore(1, {"n": state["n"]})
-        assert str(caught.value).count("is in the checkpoint only") == 10
+        assert str(caught.value).count("checkpoint only") == 10
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_bad_arguments(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="every is -1"):
         Checkpoints(tmp_path, every=-1)
     with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(ValueError, match="data_state is not JSON"):
+        with pytest.raises(ValueError, match=r"data_state .*JSON.*float32"):
             checkpoints.save(1, {"x": jnp.zeros(1)}, data_state={"x": np.float32(1)}, meta={})
-        with pytest.raises(ValueError, match=r"no checkpoint of step 4 in .*; it has steps \[\]"):
+        with pytest.raises(ValueError, match=rf"step 4 in {re.escape(str(tmp_path))}.*\[\]"):
             checkpoints.restore(4, {"x": jnp.zeros(1)})

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -153,9 +154,9 @@ def test_parse_arg():
     assert parse_arg(None, n=1, on=False, name="a").to_dict() == {"n": 1, "on": False, "name": "a"}
     assert parse_arg("n=7,on,name=b=c", n=1, on=False, name="a").to_dict() == {"n": 7, "on": True, "name": "b=c"}
     assert parse_arg("on=0", on=True).on is False
-    assert "did you mean 'long'?" in refusal(lambda: parse_arg("lnog=true", long=False))
-    assert "expected true or false" in refusal(lambda: parse_arg("long=maybe", long=False))
-    assert "expected a whole number" in refusal(lambda: parse_arg("n=1.5", n=1))
+    assert re.search("'lnog'.*'long'", refusal(lambda: parse_arg("lnog=true", long=False)))
+    assert re.search(r"\blong\b.*'maybe'.*\btrue or false\b", refusal(lambda: parse_arg("long=maybe", long=False)))
+    assert re.search(r"\bn\b.*'1\.5'.*\bwhole number\b", refusal(lambda: parse_arg("n=1.5", n=1)))
 
 
 def test_names_that_two_files_know_agree():

@@ -287,7 +287,7 @@ def test_softmax_layers_of_other_sizes_or_gates_are_refused():
         student(dataclasses.replace(OWN, mixer=GdnOptions(2, 2, 8, 8)))
     gated = dataclasses.replace(OWN, stacks=(("attention", 2),), mixer=None)
     for mixer in ("gdn", "rad_rwkv7", "rad_rwkv6"):
-        with pytest.raises(ValueError, match="output gate"):
+        with pytest.raises(ValueError, match=rf"{mixer} .*\boutput gate\b.*config\.student\.mixer"):
             make_student_config(gated, dataclasses.replace(RunConfig(), student=Student(mixer=mixer)))
 
 

@@ -140,7 +140,7 @@ def test_flags_reach_jax(monkeypatch: pytest.MonkeyPatch) -> None:
         (("off", None, None, 0), "--process_id=0"),
         (("auto", "node1:8476", 2, 0), "expected either --distributed=auto alone"),
         (("off", "node1:8476", 2, 2), "--process_id is 2 and --num_processes 2"),
-        (("off", "node1:8476", 2, -1), "a number from 0"),
+        (("off", "node1:8476", 2, -1), "--process_id is -1 and --num_processes 2"),
         (("off", "node1", 2, 0), "expected HOST:PORT of process 0"),
     ],
 )
@@ -153,8 +153,12 @@ def test_what_does_not_fit_is_refused(arguments: tuple, said: str, monkeypatch: 
 @pytest.mark.parametrize(
     ("raised", "kind", "said"),
     [
-        (ValueError("coordinator_address should be defined."), ValueError, "--distributed=auto found no cluster"),
-        (RuntimeError("no such host"), ConnectionError, "could not join the others: no such host"),
+        (
+            ValueError("coordinator_address should be defined."),
+            ValueError,
+            "--distributed=auto .*coordinator_address.*--coordinator",
+        ),
+        (RuntimeError("no such host"), ConnectionError, ": no such host"),
     ],
 )
 def test_what_jax_raises_is_explained(
@@ -192,5 +196,5 @@ def test_a_task_per_node_has_all_of_its_devices() -> None:
 )
 def test_first_host(nodes: str, first: str) -> None:
     assert hosts.first_host(nodes) == first
-    with pytest.raises(ValueError, match="expected a list of hosts"):
+    with pytest.raises(ValueError, match=r"SLURM_STEP_NODELIST is ''.*--coordinator"):
         hosts.first_host("")

@@ -54,7 +54,7 @@ def test_every_licence_is_a_known_one() -> None:
     assert licences["jax"] == ["Apache-2.0"] and licences["tqdm"] == ["MPL-2.0", "MIT"]
     assert licences["numpy"][0] == "BSD"
     for unknown in ("GPL-3.0-only", "MIT AND LGPL-2.1-only", "none"):
-        with pytest.raises(ValueError, match="Read it before it is added"):
+        with pytest.raises(ValueError, match=rf"'{unknown.split()[-1]}'.*Apache-2\.0"):
             audit.families(unknown)
 
 
@@ -77,5 +77,5 @@ affected:
         read, wrong = audit.advisories(tmp_path / "pins.txt", tmp_path)
         assert read == 1 and bool(wrong) == (version in affected), version
         assert not wrong or wrong == [f"Some_Package {version}: PYSEC-1 Numbers are added wrongly."]
-    with pytest.raises(ValueError, match="has no vulns/"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / 'vulns'))} .*advisory-database"):
         audit.advisories(tmp_path / "pins.txt", tmp_path / "vulns")

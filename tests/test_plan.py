@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,10 +163,10 @@ def test_teachers_without_a_network(tmp_path):
     for path in ("Qwen/Qwen3-8B", str(tmp_path)):
         run = dataclasses.replace(RunConfig(), teacher=Teacher(path=path))
         assert planner_lib.teacher_config(run).hidden_size == 4096
-    with pytest.raises(ValueError, match="the shapes of some/model are not known"):
+    with pytest.raises(ValueError, match=r"some/model\b.*config\.json\b.*Qwen/Qwen3-8B"):
         planner_lib.teacher_config(dataclasses.replace(RunConfig(), teacher=Teacher(path="some/model")))
     planner = planner_lib.make_planner(dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen3-8B")), {})
-    for topology, words in (("gpu:8", "'gpu:8' is not known"), ("v5e:2by2", "'v5e:2by2'; expected a chip and its")):
+    for topology, words in (("gpu:8", r"'gpu:8'.*\bv6e\b"), ("v5e:2by2", r"'v5e:2by2'.*\bv5p:4x4x8\b")):
         with pytest.raises(ValueError, match=words):
             planner.topology(topology)
 
@@ -217,7 +218,7 @@ def test_the_smallest_slices_are_found_and_kept(compilations, tmp_path):
     again = planner_lib.make_planner(run, {"v6e": 2.0}, results).smallest("v6e")
     assert again == smallest and not compilations
     results.write_text("[1]\n")
-    with pytest.raises(ValueError, match="holds no results of plans"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(results))} .*--results"):
         planner_lib.make_planner(run, {}, results)
 
 

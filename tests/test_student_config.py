@@ -1,6 +1,7 @@
 """The student's switches: what each of them makes of a teacher, and which contradict each other."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -131,7 +132,7 @@ def test_layers_that_stay_attention():
         ("rad_rwkv7", 1),
         ("attention", 1),
     )
-    assert "names all 4 layers" in refusal(attention_layers=(0, 1, 2, 3))
+    assert re.search(r"\battention_layers\b.*\b4 layers\b", refusal(attention_layers=(0, 1, 2, 3)))
     assert "[4]" in refusal(attention_layers=(0, 4))
 
 

@@ -78,7 +78,7 @@ def test_a_run_stopped_in_a_trial_makes_the_others_once(teacher, swept, tmp_path
 
     monkeypatch.setattr(sweep, "_trial", stopped_in_the_second)
     job = job_of(teacher, tmp_path, stage2__sweep=True)
-    with pytest.raises(Interrupted, match="SIGTERM at a trial of stage2's rates"):
+    with pytest.raises(Interrupted, match=r"SIGTERM .*\btrial of stage2\b"):
         train.convert(job)
     assert tried == pytest.approx([0.01, 0.03])
     summary = train.convert(job)
@@ -99,7 +99,7 @@ def test_a_stage_that_has_begun_keeps_its_rates(teacher, swept, tmp_path, monkey
     monkeypatch.undo()
     chosen = (tmp_path / "sweep.json").read_text()
     (tmp_path / "sweep.json").unlink()
-    with pytest.raises(ValueError, match=r"sweep\.json does not have the rates that stage2 was begun with"):
+    with pytest.raises(ValueError, match=r"sweep\.json .*config\.stage2\.sweep"):
         train.convert(job)
     (tmp_path / "sweep.json").write_text(chosen)
     monkeypatch.setattr(sweep, "_trial", None)

@@ -97,7 +97,7 @@ def test_an_untrained_teacher_is_refused_unless_forced(untrained, tmp_path, caps
     with pytest.raises(ValueError, match=r"has a loss of \d\.\d+ .*gives 6\.798; expected.*--force"):
         check(job)
     assert lines(capsys.readouterr().out)["teacher"].startswith("NO")
-    check(job, force=True)
+    assert check(job, force=True).are_held
 
 
 def test_a_full_disk_is_refused_with_what_is_needed(tmp_path, monkeypatch):

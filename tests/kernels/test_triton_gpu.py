@@ -157,8 +157,8 @@ def parts(operation: str) -> float:
 
 def permuted(operation: str) -> bool:
     """Permuting batch and heads permutes the result to the bit."""
-    inputs = {name: jnp.asarray(x) for name, x in inputs_of(operation, 2, 9, 2, 64, 64).items()}
-    batch, heads = jnp.array([1, 0]), jnp.array([1, 0])
+    inputs = {name: jnp.asarray(x) for name, x in inputs_of(operation, 2, 9, 3, 64, 64).items()}
+    batch, heads = jnp.array([1, 0]), jnp.array([2, 0, 1])
     run = functools.partial(OPERATIONS[operation], implementation="triton_gpu")
     out, state = run(**inputs)
     other_out, other_state = run(**{name: x[batch][:, :, heads] for name, x in inputs.items()})

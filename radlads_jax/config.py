@@ -186,7 +186,7 @@ class Export:
 class RunConfig:
     """A whole run. dtype: of the student's activations and matmuls; its weights are float32.
 
-    added: recipes of stages beside the five, by name (`add_stage`).
+    added: recipes of stages beside the five, by name (distill/stages.py, `add_stage`).
     """
 
     seed: int = 0
@@ -226,8 +226,8 @@ _GROUPS = {field.name for field in dataclasses.fields(RunConfig) if dataclasses.
 _ADDED: dict[str, StageConfig] = {}
 
 
-def add_stage(name: str, recipe: StageConfig) -> None:
-    """Makes config.<name> a stage's recipe with these defaults; to be called before `defaults()`, where its file is."""
+def add_recipe(name: str, recipe: StageConfig) -> None:
+    """Makes config.<name> a stage's recipe with these defaults, in what `defaults()` makes from then on."""
     if name in typing.get_type_hints(RunConfig):
         raise ValueError(f"a stage is called {name!r}, which is a setting already; expected a new name.")
     _ADDED[name] = recipe

@@ -70,6 +70,8 @@ def model_flops(
     the layers' one forward pass that is computed again, but for the head: its loss keeps what it needs. stored: the
     teacher's logits are read, not computed.
     """
+    if (own_count := STAGES[name].flops) is not None:
+        return own_count(student, teacher, seq_len)
     head = 2.0 * teacher.vocab_size * teacher.hidden_size
     whole_teacher = 2.0 * matmul_weights(teacher) + mixing_flops(teacher, seq_len)
     if not STAGES[name].whole_student:

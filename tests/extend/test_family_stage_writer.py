@@ -14,8 +14,9 @@ from untrained import TEACHER, random_params, save_teacher, student_of
 
 from radlads_jax import config
 from radlads_jax.decoding.loaded import load_model
-from radlads_jax.distill.stages import STAGES
+from radlads_jax.distill.stages import STAGES, add_stage
 from radlads_jax.models.tree import path_leaves
+from radlads_jax.planning.cost import model_flops
 from radlads_jax.planning.planner import make_planner
 from radlads_jax.porting import load_params, model_config_from_hf, read_config, save_params
 from radlads_jax.porting.families import FAMILIES
@@ -29,7 +30,8 @@ STEPS = {"stage1": 2, mixers_alone.NAME: 3}
 
 @pytest.fixture(autouse=True, scope="module")
 def registered():
-    FAMILIES["tern"], STAGES[mixers_alone.NAME], WRITERS["plain"] = tern.FAMILY, mixers_alone.STAGE, plain.WRITER
+    FAMILIES["tern"], WRITERS["plain"] = tern.FAMILY, plain.WRITER
+    add_stage(mixers_alone.NAME, mixers_alone.STAGE)
     yield
     del FAMILIES["tern"], STAGES[mixers_alone.NAME], WRITERS["plain"]
 
@@ -105,8 +107,21 @@ def test_its_settings_are_checked_as_any_stages(teacher_dir):
         config.validate(chosen)
     with pytest.raises(ValueError, match="tokesn"):
         config.check_override(f"{mixers_alone.NAME}.tokesn", "5")
-    with pytest.raises(ValueError, match="mesh"):
-        config.add_stage("mesh", config.StageConfig())
+
+
+def test_a_setting_and_another_stages_id_are_no_stages():
+    with pytest.raises(ValueError, match="'mesh'"):
+        add_stage("mesh", mixers_alone.STAGE._replace(id=70_002))
+    with pytest.raises(ValueError, match=rf"{STAGES['stage2'].id}, which is stage2's"):
+        add_stage("another", mixers_alone.STAGE._replace(id=STAGES["stage2"].id))
+    assert not {"mesh", "another"} & STAGES.keys() and "another" not in config.defaults()
+
+
+def test_a_stage_may_count_its_own_flops(teacher_dir, monkeypatch):
+    teacher = model_config_from_hf(read_config(teacher_dir))
+    of_trained = model_flops(teacher, teacher, mixers_alone.NAME, 16)
+    monkeypatch.setitem(STAGES, mixers_alone.NAME, mixers_alone.STAGE._replace(flops=lambda s, t, length: 5.0 * length))
+    assert of_trained != model_flops(teacher, teacher, mixers_alone.NAME, 16) == 80.0
 
 
 def test_the_writer_writes_its_own_format(finished, tmp_path):

@@ -214,6 +214,11 @@ class RunConfig:
     def stage(self, name: str) -> StageConfig:
         return self.added[name] if name in self.added else getattr(self, name)
 
+    @property
+    def recipes(self) -> dict[str, StageConfig]:
+        """Of the stages that run, in their order."""
+        return {name: self.stage(name) for name in self.stages}
+
     def settings(self) -> dict[str, Any]:
         """Every setting as nested dicts, added stages among the others: as a config file has them."""
         settings = dataclasses.asdict(self)
@@ -293,9 +298,9 @@ def validate(config: ConfigDict) -> RunConfig:
     # Stages that are not run are not looked at.
     for name in _GROUPS - set(STAGE_NAMES):
         fields.check_bounds(f"config.{name}", getattr(run, name))
-    for name in run.stages:
-        fields.check_bounds(f"config.{name}", run.stage(name))
-        _check_stage(f"config.{name}", run.stage(name), run.mesh.context)
+    for name, recipe in run.recipes.items():
+        fields.check_bounds(f"config.{name}", recipe)
+        _check_stage(f"config.{name}", recipe, run.mesh.context)
     _check_teacher(run.teacher)
     check_student(run.student)
     has_data = bool(run.data.path) or run.data.source == "synthetic"

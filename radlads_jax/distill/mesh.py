@@ -66,7 +66,7 @@ def make_abstract_mesh(run: config_lib.RunConfig, devices: int) -> AbstractMesh:
 
 
 def _rows_at_once(run: config_lib.RunConfig) -> dict[str, int]:
-    return {name: run.stage(name).batch_size // max(run.stage(name).accumulate, 1) for name in run.stages}
+    return {name: recipe.batch_size // max(recipe.accumulate, 1) for name, recipe in run.recipes.items()}
 
 
 def batch_parts(recipe: config_lib.StageConfig, mesh: AnyMesh | None) -> int:

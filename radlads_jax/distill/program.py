@@ -103,8 +103,8 @@ def _trains(run: RunConfig, student: ModelConfig, name: str, path: str) -> bool:
 def check_trainable(run: RunConfig, student: ModelConfig) -> None:
     """Raises ValueError for a `freeze` pattern that no parameter's path matches, or a stage that trains nothing."""
     paths = list(path_leaves(abstract_params(student)))
-    for name in run.stages:
-        frozen = run.stage(name).freeze
+    for name, recipe in run.recipes.items():
+        frozen = recipe.freeze
         for pattern in frozen:
             if not any(re.search(pattern, path) for path in paths):
                 raise ValueError(

@@ -149,7 +149,7 @@ def _kept_attention(run: RunConfig, student: ModelConfig, *, converts: bool = Tr
     chosen = run.student
     scale = chosen.attention_log_scale
     if scale is None:
-        scale = 0.0 if chosen.attention_rope else float(max(run.stage(name).seq_len for name in run.stages))
+        scale = 0.0 if chosen.attention_rope else float(max(recipe.seq_len for recipe in run.recipes.values()))
     kept = KeptAttention(chosen.attention_rope, scale, chosen.attention_output_gate)
     if kept == KeptAttention():
         return None

@@ -142,8 +142,8 @@ def _check_softening(run: RunConfig, teacher: ModelConfig) -> None:
 def _check_sweeps(run: RunConfig) -> None:
     """Raises ValueError where a stage is to be swept whose student the held-out KL can not judge."""
     able = [name for name, stage in STAGES.items() if stage.needs_teacher and stage.whole_student]
-    for name in run.stages:
-        if run.stage(name).sweep and name not in able:
+    for name, recipe in run.recipes.items():
+        if recipe.sweep and name not in able:
             raise ValueError(
                 f"config.{name}.sweep is true, and {name}'s loss is {STAGES[name].loss}; expected a stage that the "
                 f"held-out KL judges, one of {', '.join(able)}. Leave it out."
@@ -260,22 +260,21 @@ def _check_rows(
     run: RunConfig, token_file: binidx.TokenFile, chat_file: binidx.TokenFile | None, eval_tokens: int
 ) -> None:
     """Raises ValueError where a stage, even the last one, could not fill a single batch."""
-    for name in run.stages:
-        stage = run.stage(name)
-        kinds = {"data": (token_file, stage.batch_size)}
+    for name, recipe in run.recipes.items():
+        kinds = {"data": (token_file, recipe.batch_size)}
         if STAGES[name].reads_chats:
             assert chat_file is not None
-            replayed = round(run.data.replay * stage.batch_size)
-            whole = f"a share that leaves whole rows of both in config.{name}.batch_size={stage.batch_size}, or 0"
-            is_whole = not run.data.replay or 0 < replayed < stage.batch_size
+            replayed = round(run.data.replay * recipe.batch_size)
+            whole = f"a share that leaves whole rows of both in config.{name}.batch_size={recipe.batch_size}, or 0"
+            is_whole = not run.data.replay or 0 < replayed < recipe.batch_size
             require(is_whole, "config.data.replay", run.data.replay, whole)
-            kinds = {"data": (token_file, replayed), "conversations": (chat_file, stage.batch_size - replayed)}
+            kinds = {"data": (token_file, replayed), "conversations": (chat_file, recipe.batch_size - replayed)}
         for what, (file, wanted) in kinds.items():
             held_out = 0 if file is chat_file else eval_tokens
-            rows = pipeline.rows_available(file, stage.seq_len, held_out)
+            rows = pipeline.rows_available(file, recipe.seq_len, held_out)
             if rows < wanted:
                 raise ValueError(
-                    f"the {what} make {rows} rows of {stage.seq_len} tokens for {name} ({file.num_tokens:,} tokens, "
+                    f"the {what} make {rows} rows of {recipe.seq_len} tokens for {name} ({file.num_tokens:,} tokens, "
                     f"{held_out:,} of them held out); expected at least one batch of {wanted} rows. Bring more, or "
                     f"lower config.{name}.batch_size, config.{name}.seq_len or config.data.eval_rows."
                 )

@@ -85,16 +85,16 @@ def disk(job: Job) -> Finding:
     """What checkpoints and export will take at most, by their shapes, beside the room that disk and quota leave."""
     directory, run = epath.Path(job.workdir), job.run
     largest = left = 0
-    for name in run.stages:
+    for name, recipe in run.recipes.items():
         written = {path.name for path in _entries(directory / "checkpoints" / name) if path.name.isdigit()}
-        if str(run.stage(name).steps) in written:
+        if str(recipe.steps) in written:
             continue
         size = sum(
             _bytes(leaf.shape, leaf.dtype)
             for leaf in jax.tree.leaves(abstract_state(job.stage_plan(name).on_one_device()))
         )
         # One that was stopped between two of them has saved once more.
-        saves = max(-(-run.stage(name).steps // run.train.checkpoint_every), len(written) + 1)
+        saves = max(-(-recipe.steps // run.train.checkpoint_every), len(written) + 1)
         left += max(min(run.train.keep_checkpoints, saves) - len(written), 0) * size
         # An old checkpoint is deleted only after its successor is whole.
         largest = max(largest, size if saves > run.train.keep_checkpoints else 0)
@@ -208,13 +208,12 @@ def _read_by(readers: Mapping[str, list[str]]) -> str:
 def data(job: Job) -> Finding:
     """How often every stage goes through the data."""
     shares = []
-    for name in job.run.stages:
-        stage = job.run.stage(name)
-        tokens = stage.steps * stage.batch_size * stage.seq_len
+    for name, recipe in job.run.recipes.items():
+        tokens = recipe.steps * recipe.batch_size * recipe.seq_len
         if STAGES[name].reads_chats:
             shares.append(_conversations(job, name, tokens))
             continue
-        share = pipeline.repeats(job.token_file, stage.seq_len, tokens, job.eval_tokens)
+        share = pipeline.repeats(job.token_file, recipe.seq_len, tokens, job.eval_tokens)
         shares.append(f"{name} reads {f'{share:.0%} of them' if share <= 1 else f'them {share:.1f} times'}")
     count = job.token_file.num_tokens - job.eval_tokens
     read = f"{count:,} tokens besides {job.eval_tokens:,} held out, of {described(job.token_file, job.depends['data'])}"

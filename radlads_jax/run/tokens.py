@@ -82,7 +82,7 @@ def _tokenise(
 ) -> binidx.TokenFile:
     """Makes a run's token file in a directory, or finds it there. around: by default what the config says."""
     data = run.data
-    needed = max((run.stage(name).tokens for name in run.stages), default=0)
+    needed = max((recipe.tokens for recipe in run.recipes.values()), default=0)
     limit = data.max_tokens or (needed + needed // 50 + 10**6 if data.streaming else None)
     return prepare.prepare(
         _source(run),

@@ -366,8 +366,8 @@ def _calibrated(job: Job, mixers: Params, teacher: Params | None) -> Params:
 def _check_frozen(job: Job, mixers: Params) -> None:
     """Raises ValueError where the mixers' weights that a stage freezes are not those that the run began with."""
     values: dict[str, list[float]] = {}
-    for name in job.run.stages:
-        if job.run.stage(name).freeze:
+    for name, recipe in job.run.recipes.items():
+        if recipe.freeze:
             _, frozen = split_params(mixers, job.stage_plan(name).trains)
             values |= fingerprint.of_values(path_leaves(frozen))
     if values:

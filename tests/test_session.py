@@ -70,7 +70,7 @@ def test_what_is_no_run_is_neither_saved_nor_fetched_nor_overwritten(hub: FakeHu
     hub.repos[NAME] = Repo(private=True)
     assert not on_hub.bring_back(tmp_path / "again", NAME)
     hub.repos[NAME].files["model.safetensors"] = b"precious"
-    with pytest.raises(ValueError, match=r"model\.safetensors.*saved run"):
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
         on_hub.save(begun(tmp_path / "run"), NAME)
     assert hub.repos[NAME].files["model.safetensors"] == b"precious"
 

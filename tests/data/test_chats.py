@@ -174,7 +174,7 @@ def test_a_run_learns_from_conversations_and_goes_on(tmp_path, capsys):
     summary = tiny_run.convert(tmp_path / "run", settings)
     assert [stage["name"] for stage in summary["stages"]] == ["stage2c"]
     assert len(read_metrics(tmp_path / "run")) == 3
-    with pytest.raises(ValueError, match=r"config\.data\.replay.*whole rows"):
+    with pytest.raises(ValueError, match=r"config\.data\.replay is 0\.01.*config\.stage2c\.batch_size="):
         tiny_run.convert(tmp_path / "other", settings | {"data.replay": 0.01})
     write(tmp_path / "talks.jsonl", [TALK[:2]] * 80)
     (tmp_path / "run" / "summary.json").unlink()

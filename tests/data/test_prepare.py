@@ -167,7 +167,7 @@ def test_a_model_with_a_smaller_vocabulary(tmp_path: Path, trained: Tokenizer) -
 
 @pytest.mark.parametrize("text", ["", "\n\n\n\n\n\n  \n"])
 def test_empty_text(tmp_path: Path, trained: Tokenizer, text: str) -> None:
-    with pytest.raises(ValueError, match=r"tales\.txt.* no text"):
+    with pytest.raises(ValueError, match=r"tales\.txt"):
         prepare(text_source(tmp_path, [text]), trained, tmp_path / "cache", vocab_size=400, framing=ENDED)
     assert list((tmp_path / "cache").iterdir()) == []
 

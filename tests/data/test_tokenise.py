@@ -116,7 +116,7 @@ def test_the_bos_setting(llama_like, byte_level, bos, llama, gpt2, qwen):
     assert tokens.framing(run, wrapped(byte_level, bos_token=END, eos_token=END)).beginning == gpt2
     without = wrapped(byte_level, eos_token=END)
     if qwen is None:
-        with pytest.raises(ValueError, match=r"config\.data\.bos.* no token"):
+        with pytest.raises(ValueError, match=r"config\.data\.bos"):
             tokens.framing(run, without)
     else:
         assert tokens.framing(run, without).beginning == qwen

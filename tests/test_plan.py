@@ -334,12 +334,16 @@ def test_a_plan_for_a_pod_that_is_not_there(tmp_path, topology, price):
     )
     done = launch_plan(topology, f"--config.teacher.path={tmp_path}", "--config.stage3.accumulate=1", *flat)
     assert [stage["name"] for stage in done["stages"]] == ["stage1", "stage2", "stage3"]
-    for stage in done["stages"]:
+    # A student with a softmax layer, at a length from which attention is the library's kernel.
+    long = ("--config.stages=stage2", "--config.stage2.seq_len=2048", "--config.student.attention_layers=1")
+    hybrid = launch_plan(topology, f"--config.teacher.path={tmp_path}", *flat, *long)["stages"]
+    assert {"splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"} < hybrid[0]["counts"]["kernels"].keys()
+    for stage in done["stages"] + hybrid:
         assert stage["fits"] and stage["loops_of_unknown_length"] == 0
         assert 0.95 < stage["compiled_flops"] / stage["ideal_flops"] < 2
         held = sum(stage[f"{part}_bytes"] for part in ("parameter", "optimizer", "teacher"))
         assert held < stage["peak_bytes"] < 8 * 2**30
-        assert stage["chip_hours"] == pytest.approx(4 * 10 * stage["step_seconds"] / 3600)
+        assert stage["chip_hours"] == pytest.approx(4 * stage["steps"] * stage["step_seconds"] / 3600)
     assert done["usd"] == (price and pytest.approx(price * done["chip_hours"]))
     too_large = launch_plan(topology, "--config.teacher.path=Qwen/Qwen2.5-72B-Instruct", "--config.stages=stage2")
     assert not too_large["stages"][0]["fits"] and too_large["stages"][0]["peak_bytes"] > 94.75 * 2**30

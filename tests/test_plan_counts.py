@@ -264,3 +264,24 @@ def test_a_kernel_is_counted_by_its_first_result():
     assert counts.kernels == {"wkv7_forward": 4 * 2 * 16 * 512}
     # 10 tokens and heads, at twice a v6e's cycles, two cycles a second.
     assert cost.step_time(CHIP, Counts(kernels={"wkv7_forward": 1280.0})).compute == pytest.approx(2 * 3.6 * 10 / 2)
+
+
+def test_attention_is_counted_by_its_scores():
+    """As the library names its kernels: with results of one block, and metadata of a line of its own."""
+
+    def line(name, results):
+        return (
+            f"  %{name}.1 = ({results}) custom-call(%x), "
+            'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n"xprof":"{}"\n}}, '
+            f'metadata={{op_name="jit(step)/{name}/{name}/pallas_call"}}\n'
+        )
+
+    forward = "f32[2,128,128]{2,1,0}, bf16[2,3,4096,64]{3,2,1,0}"
+    lines = line("splash_mha_fwd_segmented_residuals", forward) + line("splash_mha_dq_no_residuals", forward)
+    counts = hlo.count(PROGRAM.replace("  %slice = bf16", f"{lines}  %slice = bf16"))
+    elements = 2 * 3 * 4096 * 64
+    assert counts.kernels == dict.fromkeys(("splash_mha_fwd", "splash_mha_dq"), 4 * elements * 4096)
+    assert counts.cycles == hlo.count(PROGRAM).cycles
+    # Two products forward and seven backward of half of all pairs, at 45% of the peak.
+    expected = 4 * (2 + 7) * 2 * elements * 4096 / 2 / (0.45 * CHIP.flops)
+    assert cost.step_time(CHIP, Counts(kernels=counts.kernels)).compute == pytest.approx(expected)

@@ -9,6 +9,8 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r" ?([\w\-]+)\(")
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+# A kernel's metadata has lines of its own.
+_CONTINUED = re.compile(r'\n(?="|\}\})')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
@@ -30,7 +32,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     """Every computation by name, and the entry's name."""
     computations: dict[str, Computation] = {}
     entry, current = "", {}
-    for line in text.splitlines():
+    for line in _CONTINUED.sub(" ", text).splitlines():
         if header := _HEADER.match(line):
             current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry

@@ -8,16 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.attention import attention
+from pallas_kernels.attention.blocks import attention_by_blocks
 from pallas_kernels.sharded import ROWS, WHOLE_HEADS, parts, per_shard
 from radlads_jax.models import heads, rope, sharding
 from radlads_jax.models.config import KeptAttention, ModelConfig
 from radlads_jax.models.layers import RMSNorm, linear, repeat_kv, split_heads
 from radlads_jax.models.spec import MixerSpec, StateArray, Tensor, linear_tensors
-
-# Scores are [B, H, block, S]: with blocks of queries a long row needs memory linear in its length and skips the
-# keys behind each block.
-_QUERY_BLOCK = 512
-SMALLEST_BLOCK = 128
 
 
 class Context(NamedTuple):
@@ -142,37 +139,15 @@ def softmax_attention(
     Query t stands at key offset + t. Without a decoding state S = T and offset = 0.
     """
     if context.offset is not None:
-        return _attend(q, k, v, context.segment_ids, context.offset, context.key_segment_ids)
+        return attention_by_blocks(q, k, v, context.segment_ids, context.offset, context.key_segment_ids)
     if k.shape[2] % parts(WHOLE_HEADS, q.shape[2]):
         k, v = repeat_kv(k, q.shape[2]), repeat_kv(v, q.shape[2])
-    attend = per_shard(_attend, ("sequence", "sequence", "sequence", "rows"), "sequence")
-    return attend(q, k, v, context.segment_ids)
 
+    def attend(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+        return attention(q, k, v, segment_ids=segment_ids)
 
-def _attend(
-    q: Array, k: Array, v: Array, segment_ids: Array | None, offset: Array | None = None, keys: Array | None = None
-) -> Array:
-    """`softmax_attention` with the context's parts; keys: the segments of a decoding state's keys."""
-    key_segments = segment_ids if keys is None else keys
-
-    def block(queries: Array, first: int, keys: Array, values: Array) -> Array:
-        rows = (0 if offset is None else offset) + first + jnp.arange(queries.shape[1])
-        mask = (rows[:, None] >= jnp.arange(keys.shape[1])[None, :])[None, None]
-        if segment_ids is not None and key_segments is not None:
-            own = segment_ids[:, first : first + queries.shape[1]]
-            mask = mask & (own[:, None, :, None] == key_segments[:, None, None, : keys.shape[1]])
-        return jax.nn.dot_product_attention(queries, keys, values, mask=mask)
-
-    total = q.shape[1]
-    size = min(_QUERY_BLOCK, max(total // 4, SMALLEST_BLOCK))
-    if total <= size:
-        return block(q, 0, k, v)
-    outputs = []
-    for i in range(0, total, size):
-        end = k.shape[1] if offset is not None else min(i + size, total)
-        output = jax.checkpoint(block, static_argnums=1)(q[:, i : i + size], i, k[:, :end], v[:, :end])
-        outputs.append(output)
-    return jnp.concatenate(outputs, axis=1)
+    kinds = ("sequence", "sequence", "sequence", "rows")
+    return per_shard(attend, kinds, "sequence")(q, k, v, context.segment_ids)
 
 
 def projection_tensors(

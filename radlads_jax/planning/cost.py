@@ -1,6 +1,7 @@
 """The arithmetic of a plan: a model's own FLOPs, and how long a step takes at best."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from radlads_jax.distill.stages import STAGES, is_aligned_mixer
 from radlads_jax.models.config import ModelConfig
@@ -15,10 +16,16 @@ _KERNEL_COLUMNS = 128
 _STEPS_ALONE = "hours are of training steps alone: no compilation, loading, checkpoints, evaluation or preemption."
 # Of the peak, where nothing was compiled: what well-kept training of dense models gets.
 _EFFICIENCY = 0.4
+# Of the library's attention, for an element of q and a position of its row: of two products forward, of seven backward,
+# of which those of dk and dv are counted with dq's; keys behind a query are skipped. Of the peak: no compiler and no
+# simulation says it.
+_ATTENTION_FLOPS = {"splash_mha_fwd": 2.0, "splash_mha_dq": 7.0, "splash_mha_dkv": 0.0}
+_ATTENTION_EFFICIENCY = 0.45
 ASSUMPTIONS = (
     "step = max(compiler's cycles / clock, FLOPs / peak, HBM bytes / rate) + what links can not do beside it; cycles "
     "are the TPU compiler's static estimates of its own operations, which tend to be 1.3 to 1.8 times too many.",
     "the recurrence runs as this project's TPU kernels, at their static cycles on a v6e, twice as many on v5e and v5p.",
+    f"attention from 2,048 tokens a row on is the library's kernel, at {_ATTENTION_EFFICIENCY:.0%} of the peak.",
     "links: one ring over one torus axis, at its full rate; a collective runs beside what the compiler scheduled "
     "between its start and its end.",
     _STEPS_ALONE,
@@ -96,15 +103,22 @@ class _StepTime:
     exposed: float
 
 
-def kernel_seconds(chip: Chip, name: str, elements: float) -> float:
-    """Of a kernel of this project, by the elements of its first result."""
+def kernel_seconds(chip: Chip, name: str, work: float) -> float:
+    """Of a kernel, by what it computes (`hlo.Operation.work`)."""
+    if name in _ATTENTION_FLOPS:
+        return attention_flops({name: work}) / (_ATTENTION_EFFICIENCY * chip.flops)
     cycles = {name: each for spec in MIXERS.values() if spec.operator for name, each in spec.operator.cycles.items()}
-    return chip.kernel_cycles * cycles[name] * elements / _KERNEL_COLUMNS / chip.clock
+    return chip.kernel_cycles * cycles[name] * work / _KERNEL_COLUMNS / chip.clock
+
+
+def attention_flops(kernels: Mapping[str, float]) -> float:
+    """Of the library's attention among a program's kernels (`hlo.Counts.kernels`)."""
+    return sum(each * kernels.get(name, 0.0) for name, each in _ATTENTION_FLOPS.items())
 
 
 def step_time(chip: Chip, counts: Counts) -> _StepTime:
     """See ASSUMPTIONS."""
-    own = sum(kernel_seconds(chip, name, elements) for name, elements in counts.kernels.items())
+    own = sum(kernel_seconds(chip, name, work) for name, work in counts.kernels.items())
     compute = max(counts.cycles / chip.clock + own, counts.flops / chip.flops)
     memory, network = counts.hbm_bytes / chip.hbm_rate, counts.all_link_bytes / chip.link_rate
     exposed = counts.exposed_link_bytes / chip.link_rate

@@ -25,6 +25,8 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "s16": 2, 
 _BYTES |= {"f64": 8, "u64": 8, "s64": 8, "c64": 8}
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*op_name="(?:[^"]*/)?(\w+)/pallas_call')
+# The library's attention, whichever of its variants.
+_ATTENTION = re.compile(r"splash_mha_(?:fwd|dq|dkv)")
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 # Three ways to write groups: listed, as [groups, size], or as axes (or parts of axes) of a mesh.
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\]|mesh\[([^\]]*)\] ?\{([^}]*)\})")
@@ -39,8 +41,8 @@ _HALVES = ("-done", "-update")
 class Counts:
     """Of one device in one run. link_bytes: what collectives bring it, by kind; exposed_link_bytes: those that nothing
     runs beside. begun: of collectives with a start and an end, bytes, cycles of what is scheduled between these, and
-    how often. cycles: the compiler's estimate of its own operations, 0 where it makes none. kernels: elements of the
-    first result of every kernel by its name, of whose insides the compiler says nothing.
+    how often. cycles: the compiler's estimate of its own operations, 0 where it makes none. kernels: what every kernel
+    computes, by its name (`Operation.work`), of whose insides the compiler says nothing.
     """
 
     flops: float = 0.0
@@ -87,12 +89,19 @@ class Operation:
     def kernel(self) -> str | None:
         """The name of the kernel that it runs, if any."""
         match = _KERNEL.search(self.instruction.rest)
-        return match[1] if match else None
+        if match is None:
+            return None
+        attention = _ATTENTION.match(match[1])
+        return attention[0] if attention else match[1]
 
     @property
-    def elements(self) -> int:
-        """Of its first result."""
-        return math.prod(_dims(self.instruction.type))
+    def work(self) -> int:
+        """Elements of its first result; of attention, elements of its largest one times the row's positions."""
+        if self.kernel is None or not _ATTENTION.match(self.kernel):
+            return math.prod(_dims(self.instruction.type))
+        # The others are a block's own, of two dimensions.
+        results = (_sizes(dims) for _, dims, _ in _SHAPE.findall(self.instruction.type))
+        return max(math.prod(sizes) * sizes[-2] for sizes in results if len(sizes) > 2)
 
 
 def count(text: str, each: Callable[[Operation], None] = lambda _: None) -> Counts:
@@ -145,7 +154,7 @@ def _run(
             now += cycles
             counts.cycles += times * cycles
             if kernel := operation.kernel:
-                counts.kernels[kernel] = counts.kernels.get(kernel, 0.0) + times * operation.elements
+                counts.kernels[kernel] = counts.kernels.get(kernel, 0.0) + times * operation.work
         for role, names in called(instruction):
             inner_times = times
             if role == "body":
@@ -324,7 +333,11 @@ def _size(type_text: str, *, hbm: bool = False) -> int:
 def _dims(type_text: str) -> list[int]:
     match = _SHAPE.search(type_text)
     assert match is not None, type_text
-    return [int(d) for d in match[2].split(",") if d]
+    return _sizes(match[2])
+
+
+def _sizes(dims: str) -> list[int]:
+    return [int(d) for d in dims.split(",") if d]
 
 
 def _numbers(match: re.Match | None) -> list[int]:

@@ -111,7 +111,7 @@ def priced(record: dict[str, Any], chip: Chip, price: float | None, chips: int) 
         counts = hlo.Counts(**record["counts"] | {"begun": begun})
         timed = cost.step_time(chip, counts)
         done = {
-            "compiled_flops": counts.flops,
+            "compiled_flops": counts.flops + cost.attention_flops(counts.kernels),
             "hbm_bytes": counts.hbm_bytes,
             "link_bytes": counts.link_bytes,
             "exposed_link_bytes": counts.exposed_link_bytes,

@@ -61,7 +61,7 @@ def of_program(text: str, chip: Chip) -> dict[str, Any]:
         if kind is None:
             return
         name = operation.kernel
-        each = cost.kernel_seconds(chip, name, operation.elements) if name else operation.cycles / chip.clock
+        each = cost.kernel_seconds(chip, name, operation.work) if name else operation.cycles / chip.clock
         seconds = operation.times * each
         hbm_seconds = operation.times * operation.hbm_bytes / chip.hbm_rate
         if not seconds and not hbm_seconds:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from untrained import random_params
 
-from radlads_jax.models import MIXERS, ModelConfig, attention, bind, init_params, init_state, layers
+from radlads_jax.models import MIXERS, ModelConfig, bind, init_params, init_state, layers
 from radlads_jax.models.decoder import graphdef
 from radlads_jax.models.gdn import GdnOptions
 from radlads_jax.models.mixers import mixer_spec
@@ -217,22 +217,3 @@ def test_matmul_has_the_gradients_of_jax_itself(dtype, tolerance):
         assert ours.dtype == theirs.dtype
         ours, theirs = (np.asarray(gradient, np.float32) for gradient in (ours, theirs))
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
-
-
-def test_attention_by_blocks_of_queries_is_that_of_the_whole_row(monkeypatch):
-    rng = np.random.default_rng(1)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, 300, heads, 8)), jnp.float32) for heads in (4, 2, 2))
-    segment_ids = jnp.asarray(np.repeat([[1, 2, 3], [1, 1, 0]], 100, axis=1), jnp.int32)
-    context = attention.Context(q, q, segment_ids)
-
-    def value_and_gradients():
-        def loss(q, k, v):
-            out = attention.softmax_attention(q, k, v, context)
-            return jnp.sum(jnp.sin(out)), out
-
-        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
-
-    blocks = value_and_gradients()
-    monkeypatch.setattr(attention, "SMALLEST_BLOCK", 300)
-    for ours, whole in zip(jax.tree.leaves(blocks), jax.tree.leaves(value_and_gradients()), strict=True):
-        np.testing.assert_allclose(ours, whole, rtol=1e-4, atol=1e-5)

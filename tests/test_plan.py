@@ -266,6 +266,24 @@ def test_chips_are_ranked_by_cost(compilations, capsys):
     assert "arithmetic" in shown and "compiler" in shown and "without a known price" not in shown
 
 
+def test_a_bill_is_a_range_and_a_step_the_measured_one(compilations, monkeypatch):
+    """The factor is of compiled steps alone."""
+    run = dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen2.5-7B-Instruct"), stages=("stage2",))
+
+    def planned(topology, **changed):
+        chip = topology.split(":")[0]
+        monkeypatch.setitem(chips.CHIPS, chip, dataclasses.replace(chips.CHIPS[chip], **changed))
+        return planner_lib.make_planner(run, {chip: 1.0}).topology(topology)["stages"][0]
+
+    for topology, factor in (("v6e:4x4", 2.0), ("h100:16", 1.0)):
+        plain, slower = (planned(topology, step_factor=each, step_spread=0.1) for each in (1.0, 2.0))
+        assert slower["step_seconds"] == factor * plain["step_seconds"] == factor * slower["raw_step_seconds"]
+        assert slower["mfu"] == pytest.approx(plain["mfu"] / factor) and slower["usd"] == factor * plain["usd"]
+        hours = slower["hours"]
+        assert slower["usd_low"] == pytest.approx(16 * (0.9 * hours + 0.05))
+        assert slower["usd_high"] == pytest.approx(16 * (1.1 * 1.05 * hours + 0.25 * (1 + hours / 24)))
+
+
 def test_a_chip_of_two_devices_is_priced_by_the_chip_and_only_with_a_price(compilations, capsys):
     run = dataclasses.replace(RunConfig(), teacher=Teacher(path="Qwen/Qwen2.5-7B-Instruct"), stages=("stage2",))
     planned = planner_lib.make_planner(run, {}).topology("tpu7x:2x2x1")

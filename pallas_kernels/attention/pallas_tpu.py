@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 
 SMALLEST_BLOCK = 128  # of positions: a row is a whole number of them
-_BLOCKS = (512, 256, SMALLEST_BLOCK)
+_BLOCKS = (1024, 512, 256, SMALLEST_BLOCK)
 
 
 def attention_pallas_tpu(

@@ -11,7 +11,8 @@ from pallas_kernels import chips
 class Chip(chips.Chip):
     """price: USD an hour, on demand; spot: of one that may be taken away; None where none is known. slices: topologies
     by size, smallest first; for a GPU how many. devices: how many JAX has on one chip; all figures but the prices are
-    of one. kernel_cycles: of a kernel on this chip to one on a v6e.
+    of one. kernel_cycles: of a kernel on this chip to one on a v6e. step_factor: a step's seconds to what its compiled
+    program says; step_spread: the share by which they may still be off (tests/measure/plan_calibration.py).
 
     Where its clock is 0, no compiler is asked, and a plan is arithmetic alone.
     """
@@ -21,6 +22,8 @@ class Chip(chips.Chip):
     slices: tuple[str, ...] = ()
     devices: int = 1
     kernel_cycles: float = 2.0
+    step_factor: float = 1.0
+    step_spread: float = 0.25
 
     @property
     def is_compiled_for(self) -> bool:

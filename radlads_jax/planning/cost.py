@@ -13,7 +13,15 @@ from radlads_jax.planning.chips import Chip
 from radlads_jax.planning.hlo import Counts
 
 _KERNEL_COLUMNS = 128
-_STEPS_ALONE = "hours are of training steps alone: no compilation, loading, checkpoints, evaluation or preemption."
+# Of an hour, at best and at worst, what loading and compiling take at a start; the share of the steps that saving takes
+# or that is trained again after a restart, of which there is one a day.
+_START_HOURS = (0.05, 0.25)
+_LOST = 0.05
+_STEPS_ALONE = (
+    "hours, chip-hours and USD are of training steps alone; the range of USD adds to what the steps may take less or "
+    f"more {60 * _START_HOURS[0]:.0f} to {60 * _START_HOURS[1]:.0f} minutes of a start, and at most another one a day "
+    f"and {_LOST:.0%} of the steps, for saving and for what is trained again. No evaluation."
+)
 # Of the peak, where nothing was compiled: what well-kept training of dense models gets.
 _EFFICIENCY = 0.4
 # Of the library's attention, for an element of q and a position of its row: of two products forward, of seven backward,
@@ -87,6 +95,13 @@ def model_flops(
     own = 2.0 * matmul_weights(student) + mixing_flops(student, seq_len)
     again = own - head if remat else 0.0
     return 3 * own + again + (whole_teacher if STAGES[name].needs_teacher and not stored else 0.0)
+
+
+def rented_hours(hours: float, spread: float) -> tuple[float, float]:
+    """What a stage takes at least and at most, by its steps' hours and the share by which these may be off."""
+    restarts = hours / 24
+    least = (1 - spread) * hours + _START_HOURS[0]
+    return least, (1 + spread) * (1 + _LOST) * hours + _START_HOURS[1] * (1 + restarts)
 
 
 @dataclasses.dataclass(frozen=True)

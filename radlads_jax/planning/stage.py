@@ -19,8 +19,8 @@ from radlads_jax.planning.chips import Chip
 
 _HBM_OOM = re.compile(r"([\d.]+)([KMGT])\) exceeds available HBM|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-BILLS = ("usd", "usd_spot", "usd_counted")
-_TIMES = ("step_seconds", "tokens_per_second", "mfu", "bound", "hours", "chip_hours")
+BILLS = ("usd", "usd_low", "usd_high", "usd_spot", "usd_counted")
+_TIMES = ("raw_step_seconds", "step_seconds", "tokens_per_second", "mfu", "bound", "hours", "chip_hours")
 
 
 def by_arithmetic(plan: StagePlan) -> dict[str, Any]:
@@ -97,19 +97,20 @@ def uncompiled(record: dict[str, Any]) -> dict[str, Any]:
 def priced(record: dict[str, Any], chip: Chip, price: float | None, chips: int) -> dict[str, Any]:
     """The record with whether it fits, and where it does how long it takes and what that costs.
 
-    usd, usd_spot: None where no such price is known. usd_counted: by FLOPs alone, whether or not it was compiled: what
-    chips are ranked by.
+    raw_step_seconds: before the chip's factor. usd, usd_spot: of the steps; usd_low, usd_high: with what a chip's times
+    may be off by, starts, saves and restarts (cost.ASSUMPTIONS); None where no such price is known. usd_counted: by
+    FLOPs alone, whether or not it was compiled: what chips are ranked by.
     """
     fits = record["peak_bytes"] <= chip.usable
     if not fits:
         return record | {"fits": False} | dict.fromkeys((*_TIMES, *BILLS))
     if record["counts"] is None:
-        timed, done = cost.step_time_uncompiled(chip, record["ideal_flops"]), {}
+        timed, done, factor = cost.step_time_uncompiled(chip, record["ideal_flops"]), {}, 1.0
     else:
         # A file of results has lists.
         begun = [tuple(map(float, transfer)) for transfer in record["counts"]["begun"]]
         counts = hlo.Counts(**record["counts"] | {"begun": begun})
-        timed = cost.step_time(chip, counts)
+        timed, factor = cost.step_time(chip, counts), chip.step_factor
         done = {
             "compiled_flops": counts.flops + cost.attention_flops(counts.kernels),
             "hbm_bytes": counts.hbm_bytes,
@@ -121,19 +122,24 @@ def priced(record: dict[str, Any], chip: Chip, price: float | None, chips: int) 
             "network_seconds": timed.network,
         }
     counted = cost.step_time_uncompiled(chip, record["ideal_flops"]).step
-    hours = timed.step * record["steps"] / 3600
+    seconds = factor * timed.step
+    hours = seconds * record["steps"] / 3600
+    low, high = cost.rented_hours(hours, chip.step_spread)
     return (
         record
         | done
         | {
             "fits": True,
-            "step_seconds": timed.step,
-            "tokens_per_second": record["tokens_per_step"] / timed.step,
-            "mfu": record["model_flops"] / (timed.step * chip.flops),
+            "raw_step_seconds": timed.step,
+            "step_seconds": seconds,
+            "tokens_per_second": record["tokens_per_step"] / seconds,
+            "mfu": record["model_flops"] / (seconds * chip.flops),
             "bound": timed.bound,
             "hours": hours,
             "chip_hours": hours * chips,
             "usd": _bill(hours * chips, price),
+            "usd_low": _bill(low * chips, price),
+            "usd_high": _bill(high * chips, price),
             "usd_spot": _bill(hours * chips, chip.spot),
             "usd_counted": _bill(counted * record["steps"] / 3600 * chips, price),
         }

@@ -20,7 +20,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     for column in ("stage", "model TFLOP", "compiled TFLOP", "of ideal", "HBM GB", "links GB", "bound", "s", "MFU"):
         work.add_column(column, justify="left" if column in ("stage", "bound") else "right")
     bill = Table(title="The recipe", title_justify="left")
-    for column in ("stage", "steps", "tokens/s", "hours", "chip-hours", "USD", "USD on Spot"):
+    for column in ("stage", "steps", "tokens/s", "hours", "chip-hours", "USD", "from", "to", "USD on Spot"):
         bill.add_column(column, justify="left" if column == "stage" else "right")
     for stage in result["stages"]:
         held = [stage[f"{part}_bytes"] for part in ("parameter", "optimizer", "teacher")]
@@ -45,10 +45,10 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{stage['steps']:,}",
             f"{stage['tokens_per_second']:,.0f}",
             *cost,
-            *map(_usd, (stage["usd"], stage["usd_spot"])),
+            *_bills(stage),
         )
     if result["chip_hours"] is not None:
-        bill.add_row("all", "", "", "", f"{result['chip_hours']:,.1f}", *map(_usd, (result["usd"], result["usd_spot"])))
+        bill.add_row("all", "", "", "", f"{result['chip_hours']:,.1f}", *_bills(result))
     for table in (memory, work, bill):
         console.print(table)
     name, price = result["topology"].split(":")[0], result["usd_per_chip_hour"]
@@ -61,7 +61,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 def show_ranking(ranking: list[dict[str, Any]], prices: Mapping[str, float | None], console: Console) -> None:
     """What --topology auto found among the chips that have prices: a row for each, the cheapest first."""
     table = Table(title="Every stage on the smallest slice on which it fits", title_justify="left")
-    for column in ("chip", "by", "stage: slice, hours, USD", "chip-hours", "USD", "on Spot", "counted"):
+    for column in ("chip", "by", "stage: slice, hours, USD", "chip-hours", "USD", "from", "to", "on Spot", "counted"):
         table.add_column(column, justify="left" if column in ("chip", "by") or ":" in column else "right")
     for plan in ranking:
         stages = plan["stages"]
@@ -72,8 +72,9 @@ def show_ranking(ranking: list[dict[str, Any]], prices: Mapping[str, float | Non
             else f"{stage['name']}: fits none, {stage['peak_bytes'] / 2**30:.1f} GiB on {stage['topology']}"
             for stage in stages
         ]
-        usd = [_usd(plan[key]) for key in ("usd", "usd_spot", "usd_counted")]
-        bill = (f"{plan['chip_hours']:,.1f}", *usd) if plan["usd"] is not None else ()
+        bill = (
+            (f"{plan['chip_hours']:,.1f}", *_bills(plan), _usd(plan["usd_counted"])) if plan["usd"] is not None else ()
+        )
         table.add_row(plan["chip"], how, "\n".join(each), *bill)
     console.print(table)
     console.print(
@@ -86,6 +87,10 @@ def show_ranking(ranking: list[dict[str, Any]], prices: Mapping[str, float | Non
         console.print(f"Left out, without a known price: {', '.join(unpriced)}. Give it: {known}.", soft_wrap=True)
     if left_out := [name for name in prices if name not in {*unpriced, *(plan["chip"] for plan in ranking)}]:
         console.print(f"Left out, with no slice for config.mesh: {', '.join(left_out)}.")
+
+
+def _bills(priced: Mapping[str, Any]) -> list[str]:
+    return [_usd(priced[key]) for key in ("usd", "usd_low", "usd_high", "usd_spot")]
 
 
 def _usd(price: float | None) -> str:

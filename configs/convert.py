@@ -33,19 +33,21 @@ What one needs, each as --config.<name>=<value> (radlads_jax/config.py has them 
 
 Behind the config's name, parted by commas: lr, the learning rate after stage 1, and long=true, stage 2a (4096 tokens a
 row) in place of stage 2. Without lr, or with 0, stages 2 and 2a take the paper's 1e-5, made for 500M tokens, from 50M
-on; with fewer it grows to 1e-4 at 5M (radlads_jax/recipes.py, rate_for; try less for 4B parameters and more).
+on; with fewer it grows to 1e-4 at 5M (radlads_jax/recipes.py, rate_for; try less for 4B parameters and more). Stage 1
+begins with the paper's 1e-3 from 3M tokens on; with fewer it grows to 3e-3 at 1M.
 """
 
 from ml_collections import ConfigDict
 
 from radlads_jax.config import defaults, parse_arg
-from radlads_jax.recipes import let_rates_follow
+from radlads_jax.recipes import let_aligning_rates_follow, let_rates_follow
 
 
 def get_config(arg: str = "") -> ConfigDict:
     known = parse_arg(arg, long=False, lr=0.0)
     config = defaults()
     config.stages = ("stage1", "stage2a" if known.long else "stage2")
+    let_aligning_rates_follow(config.stage1)
     for stage in (config.stage2, config.stage2a):
         let_rates_follow(stage)
     # Stage 2a keeps the mixers' rate high, and lets it fall near the end.

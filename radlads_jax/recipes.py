@@ -9,6 +9,9 @@ PAPER_RATE = 1e-5
 # Tokens from which stage 2 has the paper's rate, which was chosen for 500M.
 PAPER_RATE_TOKENS = 50_000_000
 _LARGEST_RATE = 1e-4
+PAPER_RATE_ALIGNING = 1e-3
+PAPER_RATE_ALIGNING_TOKENS = 3_000_000
+_LARGEST_RATE_ALIGNING = 3e-3
 
 
 def paper(teacher: str, mixer: str, arg: str | None = None, *, tensor: int = 1) -> ConfigDict:
@@ -43,6 +46,21 @@ def rate_for(tokens: int) -> float:
     tokens. Wider teachers take less: HALO's peaks are 5e-5 for 4B and 3e-5 for 8B.
     """
     return min(_LARGEST_RATE, PAPER_RATE * max(1.0, PAPER_RATE_TOKENS / max(tokens, 1)))
+
+
+def rate_for_aligning(tokens: int) -> float:
+    """Stage 1's rate to begin with: the paper's 1e-3 from 3M tokens on, with fewer 1e-3 * 3M / tokens, at most 3e-3.
+
+    The most is what was best of 1e-3, 3e-3 and 1e-2 for the layers of a 135M in 0.15M tokens (docs/RESULTS.md, Rates).
+    """
+    few = PAPER_RATE_ALIGNING * PAPER_RATE_ALIGNING_TOKENS / max(tokens, 1)
+    return min(_LARGEST_RATE_ALIGNING, max(PAPER_RATE_ALIGNING, few))
+
+
+def let_aligning_rates_follow(stage: ConfigDict) -> None:
+    """The rate that a stage 1 begins with, by its tokens; what is set stays as set."""
+    for name in ("lr", "mixer_lr"):
+        follow(stage, name, rate_for_aligning, "tokens")
 
 
 def let_rates_follow(stage: ConfigDict) -> None:

@@ -12,7 +12,7 @@ from radlads_jax.config import RunConfig, StageConfig, validate
 from radlads_jax.distill.program import StagePlan
 from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.recipes import paper, rate_for
+from radlads_jax.recipes import paper, rate_for, rate_for_aligning
 from radlads_jax.run import rates
 from radlads_jax.run.settings import check_same_config, keep_begun_rules, remember_config, with_whole_paths
 
@@ -68,6 +68,14 @@ def test_converts_rate_grows_where_tokens_are_few(tokens, rate, arg, name):
     assert stage.mixer_lr == pytest.approx(1e-4 if name == "stage2a" else rate)
 
 
+@pytest.mark.parametrize(("tokens", "rate"), [(10**8, 1e-3), (3 * 10**6, 1e-3), (2 * 10**6, 1.5e-3), (10**5, 3e-3)])
+def test_converts_stage_1_begins_higher_where_tokens_are_few(tokens, rate):
+    assert rate_for_aligning(tokens) == pytest.approx(rate)
+    stage = validate(convert(stage1__tokens=tokens)).stage1
+    assert (stage.lr, stage.lr_final, stage.mixer_lr, stage.mixer_lr_final) == pytest.approx((rate, 1e-5, rate, 1e-5))
+    assert validate(convert(stage1__tokens=tokens, stage1__mixer_lr=7e-4)).stage1.mixer_lr == 7e-4
+
+
 @pytest.mark.parametrize("lr", [1e-5, 3e-4])
 def test_a_rate_that_is_given_wins(lr):
     few = {"stage2__tokens": 100_000}
@@ -94,9 +102,11 @@ def test_preflight_says_which_rate_and_why():
     assert re.search(r"1e-05 \(low for 100,000 tokens.*\b0\.0001\b", described("stage2", 0, **few))
     assert described("stage2", 0, **few, **dict.fromkeys(rate, 2e-3)) == "stage2 0.002"
     assert described("stage2", 0, tokens=500_000_000) == "stage2 1e-05"
-    assert described("stage1", 0, **few, mixer_lr=1e-3) == (
-        "stage1 0.001 to 1e-05 (config.stage1.lr 1e-05 trains nothing)"
-    )
+    low = described("stage1", 0, **few, mixer_lr=1e-3)
+    assert low.startswith("stage1 0.001 to 1e-05 (low for 100,000 tokens")
+    assert low.endswith("0.003, config.stage1.lr 1e-05 trains nothing)")
+    assert "default for 100,000 tokens; the paper's 0.001 is for 100M" in described("stage1", 0, **few, mixer_lr=3e-3)
+    assert described("stage1", 0, tokens=3_000_000, lr=1e-3, mixer_lr=1e-3) == "stage1 0.001 to 1e-05"
     apart = described("stage2a", 0, tokens=600_000_000, mixer_lr=1e-4)
     assert apart == "stage2a mixers 0.0001 to 1e-05, the rest 1e-05"
 

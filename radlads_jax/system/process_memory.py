@@ -1,7 +1,7 @@
 """Keeps a process from growing with every checkpoint.
 
 What tensorstore makes for Python out of its JSON has one reference too many in _VERSIONS, and stays for as long as the
-process lives. Orbax asks for such values in two places.
+process lives. Orbax asks for such values in two places. No issue of github.com/google/tensorstore is about it yet.
 
 glibc gives threads heaps of their own, up to eight for a core. What a checkpoint's threads take from one and free is
 rarely reused by those that run next, so that with every save a little more of each heap has been touched.

@@ -30,8 +30,8 @@ _EFFICIENCY = 0.4
 _ATTENTION_FLOPS = {"splash_mha_fwd": 2.0, "splash_mha_dq": 7.0, "splash_mha_dkv": 0.0}
 _ATTENTION_EFFICIENCY = 0.45
 ASSUMPTIONS = (
-    "step = max(compiler's cycles / clock, FLOPs / peak, HBM bytes / rate) + what links can not do beside it; cycles "
-    "are the TPU compiler's static estimates of its own operations, which tend to be 1.3 to 1.8 times too many.",
+    "step = factor x (max(compiler's cycles / clock, FLOPs / peak, HBM bytes / rate) + what links do alone); "
+    "cycles are the TPU compiler's static estimates of its own operations, the factor is of a published run.",
     "the recurrence runs as this project's TPU kernels, at their static cycles on a v6e, twice as many on v5e and v5p.",
     f"attention from 2,048 tokens a row on is the library's kernel, at {_ATTENTION_EFFICIENCY:.0%} of the peak.",
     "links: one ring over one torus axis, at its full rate; a collective runs beside what the compiler scheduled "

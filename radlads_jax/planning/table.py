@@ -35,8 +35,12 @@ def _read_config(path: Path) -> config_lib.RunConfig:
 def _row(name: str, plan: dict[str, Any]) -> tuple[str, ...]:
     """One run on one chip, from `Planner.smallest`."""
     stages = {stage["name"]: stage for stage in plan["stages"]}
-    bills = [totals([stages[stage] for stage in recipe])["usd"] for recipe in _RECIPES]
-    return (name, plan["chip"], *map(_cell, stages.values()), *("" if usd is None else f"{usd:,.0f}" for usd in bills))
+    bills = [_bill(totals([stages[stage] for stage in recipe])) for recipe in _RECIPES]
+    return (name, plan["chip"], *map(_cell, stages.values()), *bills)
+
+
+def _bill(total: dict[str, Any]) -> str:
+    return "" if total["usd"] is None else "{usd:,.0f} ({usd_low:,.0f} to {usd_high:,.0f})".format(**total)
 
 
 def _cell(stage: dict[str, Any]) -> str:

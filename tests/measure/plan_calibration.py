@@ -3,9 +3,9 @@
     python tests/measure/plan_calibration.py --results FILE.jsonl [v6e ...]
 
 The step is that of stage pretrain with softmax attention in every layer, whose activations are computed again (remat
-full) where the published run may keep them on the host. Compiled once each, in minutes (extra tpu); FILE keeps what
-was. Printed are seconds, and of every chip the geometric mean of published over planned with its range: what
-`radlads_jax/planning/chips.py` multiplies a step's seconds by. "raw" is without that factor.
+full) where the published run may keep them on the host: so one may not fit here, and is timed all the same. Compiled
+once each, in minutes (extra tpu); FILE keeps what was. Printed are seconds before a chip's factor, and of every chip
+the geometric mean of published over planned with its range, for `step_factor` in radlads_jax/planning/chips.py.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from radlads_jax import config as config_lib
+from radlads_jax.planning import cost, hlo
 from radlads_jax.planning.chips import CHIPS, known_chip
 from radlads_jax.planning.planner import make_planner, prepare_environment
 
@@ -87,11 +88,16 @@ CASES = (
 )  # fmt: skip
 
 
-def planned(case: Case, results: Path) -> dict[str, Any]:
-    """The plan's record of the case's step, without the chip's factor."""
+def planned(case: Case, results: Path) -> tuple[float, dict[str, Any]]:
+    """Seconds of the case's step without the chip's factor, whether or not it fits, and the plan's record of it."""
     chips = math.prod(int(size) for size in case.topology.partition(":")[2].split("x"))
     (stage,) = make_planner(case.config(chips), {}, results).topology(case.topology)["stages"]
-    return stage
+    if stage["counts"] is None:
+        raise RuntimeError(f"{case.name} on {case.topology} was not compiled: it needs {stage['peak_bytes']:,} bytes.")
+    begun = [tuple(transfer) for transfer in stage["counts"]["begun"]]
+    return cost.step_time(
+        CHIPS[known_chip(case.topology)], hlo.Counts(**stage["counts"] | {"begun": begun})
+    ).step, stage
 
 
 def main() -> None:
@@ -101,22 +107,18 @@ def main() -> None:
     args = parser.parse_args()
     prepare_environment()
     table = Table(title="A step, published and planned")
-    for column in ("case", "topology", "published s", "planned s", "planned / published", "GiB", "bound", "source"):
+    for column in ("case", "topology", "published s", "planned s", "planned / published", "GiB", "source"):
         table.add_column(column)
     factors: dict[str, list[float]] = {}
     for case in CASES:
         chip = known_chip(case.topology)
         if args.chips and chip not in args.chips:
             continue
-        stage = planned(case, args.results)
-        gib = f"{stage['peak_bytes'] / 2**30:.1f}"
-        if not stage["fits"]:
-            table.add_row(case.name, case.topology, f"{case.seconds}", "does not fit", "", gib, "", case.source)
-            continue
-        factors.setdefault(chip, []).append(case.seconds / stage["raw_step_seconds"])
-        ratio = f"{stage['step_seconds'] / case.seconds:.2f}, raw {stage['raw_step_seconds'] / case.seconds:.2f}"
-        seconds = f"{stage['step_seconds']:.2f}"
-        table.add_row(case.name, case.topology, f"{case.seconds}", seconds, ratio, gib, stage["bound"], case.source)
+        seconds, stage = planned(case, args.results)
+        factors.setdefault(chip, []).append(case.seconds / seconds)
+        gib = f"{stage['peak_bytes'] / 2**30:.1f}{'' if stage['fits'] else ', does not fit'}"
+        ratio = f"{seconds / case.seconds:.2f}"
+        table.add_row(case.name, case.topology, f"{case.seconds}", f"{seconds:.2f}", ratio, gib, case.source)
     console = Console(width=200)
     console.print(table)
     for chip, each in factors.items():

@@ -25,6 +25,14 @@ from radlads_jax.models.tree import path_leaves, split_params
 
 # What the compiler is asked for beside its defaults, by the kind of chip.
 COMPILER_OPTIONS: dict[str, dict[str, str]] = {
+    # A v5p: weights are gathered in steps beside matrix products, as MaxText asks for.
+    "TPU v5": {
+        "xla_tpu_enable_async_collective_fusion": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+        "xla_tpu_overlap_compute_collective_tc": "true",
+        "xla_enable_async_all_gather": "true",
+    },
     "TPU v6 lite": {
         # The sparse cores gather and scatter weights beside the matrix units, along two axes of the torus too; several
         # transfers may wait there while others run.
@@ -34,7 +42,7 @@ COMPILER_OPTIONS: dict[str, dict[str, str]] = {
         "xla_tpu_enable_sparse_core_offload_queuing_in_lhs": "true",
         # One operation may take half of the 128 MiB of VMEM: larger tiles of a matrix product.
         "xla_tpu_scoped_vmem_limit_kib": "65536",
-    }
+    },
 }
 # Of those that a message names.
 _NAMED_PATHS = 3

@@ -42,7 +42,7 @@ _GPUS = ("1", "2", "4", "8", "16", "32", "64")
 # change: see --price. Factors are of one published run each (docs/PODS.md); how far another would be off is a guess.
 CHIPS = {
     "v5e": _rented("v5e", 1.20, _FLAT, step_factor=0.74),
-    "v5p": _rented("v5p", 4.20, _CUBES, spot=1.30, step_factor=0.80),
+    "v5p": _rented("v5p", 4.20, _CUBES, spot=1.30, step_factor=0.84),
     "v6e": _rented("v6e", 2.70, _FLAT, spot=0.96, kernel_cycles=1.0, step_factor=0.94),
     "tpu7x": _rented("tpu7x", None, _CUBES, devices=2, kernel_cycles=1.0),
     "a100": _rented("a100", 1.30, _GPUS),

@@ -114,7 +114,7 @@ def show_where(result: dict[str, Any], console: Console) -> None:
             table.add_row(escape(line["line"]), *_where_figures(line), escape(_short(line["largest"])))
         console.print(table)
     console.print(
-        "s: the compiler's static estimates of its operations, and this project's kernels at their static cycles; "
+        "s: the compiler's static estimates of its operations, and kernels as a plan has them, without its factor; "
         "HBM s: their bytes at the memory's full rate.",
         soft_wrap=True,
     )

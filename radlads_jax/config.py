@@ -329,6 +329,9 @@ def _check_stage(where: str, stage: StageConfig, shards: int) -> None:
         stage.decay_begin,
         f"0 <= decay_begin < decay_end <= 1 (decay_end is {stage.decay_end})",
     )
+    for name, first in (("lr", stage.lr), ("mixer_lr", stage.mixer_lr)):
+        final = getattr(stage, f"{name}_final")
+        require(final <= first, f"{where}.{name}_final", final, f"at most {name}, {first:g}, for rates fall")
     for pattern in stage.freeze:
         fields.check_regex(f"{where}.freeze", pattern)
 

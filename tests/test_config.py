@@ -191,6 +191,8 @@ def test_a_misspelt_field_can_not_be_set():
         ("stage1.lr_final", float("inf"), ["config.stage1.lr_final is inf"]),
         ("stage1.warmup_steps", -1, ["config.stage1.warmup_steps is -1"]),
         ("stage1.decay_begin", 1.0, ["config.stage1.decay_begin is 1.0", "decay_end is 1.0"]),
+        ("stage2.lr_final", 1.0, ["config.stage2.lr_final is 1.0", "at most lr, 1e-05"]),
+        ("stage1.mixer_lr", 1e-6, ["config.stage1.mixer_lr_final is 1e-05", "at most mixer_lr, 1e-06"]),
         ("stage1.remat", "some", ["config.stage1.remat is 'some'", "'none', 'dots' or 'full'"]),
         ("stage1.freeze", ("mlp(",), ["config.stage1.freeze", "'mlp('", "no regular expression"]),
         ("stage1.freeze", "mlp", ["config.stage1.freeze is 'mlp'", "a tuple of str"]),

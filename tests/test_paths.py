@@ -55,6 +55,11 @@ def test_one_reading_of_a_path(kind: Any, named: str, meant: str, tmp_path: path
     assert storage.as_path(str(place)) == place
 
 
+def test_a_home_that_is_nobodys_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"~nobody-here/run .*nobody-here.*\./~nobody-here/run"):
+        storage.as_path("~nobody-here/run")
+
+
 def test_urls_and_hub_ids_are_left_as_they_are(tmp_path: pathlib.Path) -> None:
     for name in ("gs://bucket/~/x", "", "s3://bucket/x"):
         assert storage.whole_name(name) == storage.whole_name_or_id(name) == name

@@ -171,6 +171,14 @@ def test_records_that_are_refused(tmp_path, record, told):
         read_prompts(file)
 
 
+@pytest.mark.parametrize("line", ['{"prompt": "a", "prompt": "b"}', '{"messages": [{"role": "user", "role": "x"}]}'])
+def test_a_key_that_is_given_twice_is_refused(tmp_path, line):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(line)
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 1 .*twice"):
+        read_prompts(file)
+
+
 def test_calls_of_tools_need_no_text(tmp_path):
     file = tmp_path / "prompts.jsonl"
     messages = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "clock"}}]}]

@@ -32,11 +32,7 @@ def chat_text(
     tools: what the model may call, as JSON schemas. Raises ValueError where the tokenizer has no template, where the
     template refuses the messages, and where it makes nothing of tools.
     """
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"the tokenizer of {directory} has no chat template, so its model was not made for chats; expected one. "
-            "Give a --prompt to continue instead."
-        )
+    require_template(tokenizer, directory, "Give a --prompt to continue instead.")
     text = rendered(tokenizer, messages, tools, directory)
     if tools and text == rendered(tokenizer, messages, None, directory):
         raise ValueError(
@@ -44,6 +40,15 @@ def chat_text(
             'that was made for tools. Leave "tools" out.'
         )
     return text
+
+
+def require_template(tokenizer: Any, whose: Any, advice: str) -> None:
+    """Raises ValueError, which ends in `advice`, for a tokenizer without a chat template."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer of {whose} has no chat template, so its model was not made for chats; expected one. "
+            f"{advice}"
+        )
 
 
 def rendered(

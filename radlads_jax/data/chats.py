@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from radlads_jax.data.binidx import TokenFile, TokenFileWriter, open_token_file
-from radlads_jax.data.chat_template import Message, rendered
+from radlads_jax.data.chat_template import Message, rendered, require_template
 from radlads_jax.data.packing import Batch, PackedRows
 from radlads_jax.data.prepare import made_before, progress_bar, publish_recipe, tokenizer_hash
 from radlads_jax.data.sources import Source, fingerprint, json_records
@@ -68,8 +68,11 @@ def prepare_chats(path: str, messages_field: str, tokenizer: Any, cache_dir: Any
 
     One that was made before of the same conversations with the same tokenizer and template is opened.
     tokenizer: transformers' own. Raises ValueError for a line that holds no conversation (with its number), for a
-    template that refuses it, and where no assistant says anything.
+    template that refuses it, for a tokenizer without one, and where no assistant says anything.
     """
+    require_template(
+        tokenizer, "the run", "Set config.data.tokenizer to the same one with a template, such as its chat model's."
+    )
     source = Source(path, kind="jsonl", text_field=messages_field)
     recipe = {
         "chats": fingerprint(source),

@@ -47,7 +47,7 @@ def write_model_card(
     its summary.json holds, for the scores and, of every stage, what it trained and the tokens that it really read. What
     is not given is left out. use: the section on how to use it; default: with the files' own code.
     """
-    base = (run or {}).get("teacher", {}).get("path", "")
+    base = _place((run or {}).get("teacher", {}).get("path", ""))
     sections = [_header(base), _description(cfg, base), use or _USE]
     if run is not None:
         sections.append(_recipe(run, summary))
@@ -73,10 +73,16 @@ def tags(card: str) -> set[str]:
     return {line.removeprefix("- ") for line in listed[1].splitlines()} if listed else set()
 
 
+def _place(name: str) -> str:
+    """An id of the hub as it is; of a path of somebody's disk or bucket, which a card says to all, the last part."""
+    is_id = _HUB_ID.fullmatch(name) and not Path(name).exists()
+    return name if is_id else name.rstrip("/").rpartition("/")[2]
+
+
 def _header(base: str) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    # The hub reads it as an id: a directory of somebody's disk is none.
-    if _HUB_ID.fullmatch(base) and not Path(base).exists():
+    # The hub reads it as an id.
+    if _HUB_ID.fullmatch(base):
         lines.append(f"base_model: {base}")
     return "\n".join([*lines, "tags:", "- linear-attention", "- rwkv", f"- {OWN_TAG}", "---"])
 
@@ -124,7 +130,7 @@ def kept_said(kept: KeptAttention) -> list[str]:
 def _recipe(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
     done = {line["name"]: line for line in (summary or {}).get("stages", ())}
     data = run["data"]
-    text = data.get("path") or data.get("source", "")
+    text = _place(data.get("path", "")) or data.get("source", "")
     lines = [
         "## Recipe",
         "",

@@ -3,7 +3,6 @@
 Source: the safetensors format: an 8-byte little-endian header length, a JSON header, then the tensors without gaps.
 """
 
-import collections
 import dataclasses
 import math
 import mmap
@@ -152,7 +151,7 @@ def read_header(path: AnyPath) -> dict[str, StoredTensor]:
                 f"{_MAX_HEADER_BYTES}); expected a whole safetensors file. {_AGAIN}"
             )
         text = file.read(length)
-    header = parse_json(text, f"{path}: the header", _AGAIN, strict=True, object_pairs_hook=_without_duplicates)
+    header = parse_json(text, f"{path}: the header", _AGAIN, strict=True)
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the header is a JSON {type(header).__name__}; expected an object. {_AGAIN}")
     metadata = header.pop("__metadata__", {})
@@ -200,13 +199,6 @@ def _read_indexed(index: AnyPath) -> dict[str, StoredTensor]:
 def _is_plain(name: str) -> bool:
     """Whether a file name stays inside its directory on every system."""
     return name.endswith(".safetensors") and not any(sign in name for sign in "/\\:\0") and not name.startswith(".")
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    counts = collections.Counter(key for key, _ in pairs)
-    if len(counts) != len(pairs):
-        raise ValueError(f"the key {brief(next(key for key, count in counts.items() if count > 1))} is there twice")
-    return dict(pairs)
 
 
 def _stored_tensor(path: AnyPath, name: str, entry: Any, data_start: int) -> StoredTensor:

@@ -1,5 +1,6 @@
 """What strangers' files say: parsed within bounds, and quoted in messages so that a terminal shows it as text."""
 
+import collections
 import json
 from collections.abc import Collection
 from typing import Any
@@ -22,24 +23,32 @@ def listed(names: Collection[Any]) -> str:
     return ", ".join(first) + (f" and {more:,} more" if more > 0 else "")
 
 
-def parse_json(
-    text: str | bytes, where: Any, advice: str = "Download the file again.", *, strict: bool = False, **options: Any
-) -> Any:
+def parse_json(text: str | bytes, where: Any, advice: str = "Download the file again.", *, strict: bool = False) -> Any:
     """The value of a JSON text; ValueError naming `where` for what is none, nested without end or a number without end.
 
-    strict: also for what Python alone reads, NaN, Infinity and halves of surrogate pairs. options: json.loads' own.
+    strict: also for what Python alone reads, NaN, Infinity and halves of surrogate pairs, and for a name that an object
+    has twice, of which it reads the last.
     """
-    options |= {"parse_constant": _refuse_constant} if strict else {}
     try:
-        value = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, **options)
-        if strict:
-            json.dumps(value, ensure_ascii=False).encode()
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        if not strict:
+            return json.loads(text)
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object_of_distinct)
+        json.dumps(value, ensure_ascii=False).encode()
         return value
     except RecursionError as error:
         raise ValueError(f"{where} is JSON nested too deeply; expected a few levels. {advice}") from error
     # Also of bytes that are no UTF-8, and of numbers with more digits than Python reads.
     except ValueError as error:
         raise ValueError(f"{where} is not JSON ({brief(error)}); expected one JSON object. {advice}") from error
+
+
+def _object_of_distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        raise ValueError(f"{brief(next(name for name, count in counts.items() if count > 1))!r} is given twice")
+    return value
 
 
 def _refuse_constant(name: str) -> None:

@@ -110,6 +110,13 @@ def test_what_is_no_conversation_is_refused_by_its_line(tokenizer, tmp_path, lin
     assert all(part in str(caught.value) for part in named), caught.value
 
 
+def test_a_tokenizer_without_a_template_is_refused(tokenizer, tmp_path, monkeypatch):
+    path = write(tmp_path / "talks.jsonl", [TALK])
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(ValueError, match=r"chat template.*config\.data\.tokenizer"):
+        chats.prepare_chats(path, "messages", tokenizer, tmp_path / "data", vocab_size=len(tokenizer))
+
+
 def test_what_the_assistant_does_not_say_has_no_gradient():
     """None at all: what stands where nothing is learnt, and reaches no answer, changes no bit of it."""
     student, teacher = random_params(TEACHER, 0.08), random_params(TEACHER, 0.1)

@@ -93,8 +93,15 @@ def test_model_card_of_a_run():
 def test_model_card_leaves_out_what_is_not_known():
     card = write_model_card(student("rad_rwkv7"))
     assert "base_model" not in card and "## Recipe" not in card and "## Scores" not in card
-    local = write_model_card(student("rad_rwkv7"), run=run_settings("/models/mine"))
-    assert "base_model" not in local and "student of /models/mine" in local and "100,000,000" in local
+
+
+@pytest.mark.parametrize("path", ["/home/me/mine", "gs://bucket/models/mine/", "~/mine"])
+def test_model_card_keeps_to_itself_where_things_lay(path):
+    run = run_settings(path)
+    run["data"]["path"] = "/home/me/corpus.txt"
+    card = write_model_card(student("rad_rwkv7"), run=run)
+    assert "base_model" not in card and "student of mine\n" in card and "100,000,000" in card
+    assert "Text: corpus.txt." in card and "/home" not in card and "gs://" not in card
 
 
 def test_a_run_is_exported_again_in_another_dtype(exported, tmp_path):

@@ -55,7 +55,7 @@ def written(directory) -> dict[str, np.ndarray]:
 def test_what_an_engine_does_not_load_is_named_and_refused(cfg, engine, named):
     (reason,) = USUAL.readers(cfg)[engine]
     assert named in reason
-    with pytest.raises(ValueError, match=rf"{USUAL.name} .*{re.escape(named)}"):
+    with pytest.raises(ValueError, match=rf"{USUAL.name} for {engine} .*{re.escape(named)}"):
         USUAL.forms[engine].require(cfg, None)
 
 

@@ -216,12 +216,12 @@ def _config(cfg: ModelConfig, base: dict[str, Any], form: _Form) -> dict[str, An
     return qwen3_5.nested(config) if form.nested else config
 
 
-def _writer(form: _Form, engine: engines.Engine | None = None, forms: dict[str, Writer] | None = None) -> Writer:
+def _writer(name: str, form: _Form, engine: engines.Engine | None, forms: dict[str, Writer]) -> Writer:
     def readers(cfg: ModelConfig) -> dict[str, list[str]]:
         return engines.readers(_native(cfg, form), nested=form.nested)
 
     return Writer(
-        "qwen3_5",
+        name,
         functools.partial(_tensors, form=form),
         functools.partial(_config, form=form),
         obstacles=functools.partial(_obstacles, engine=engine),
@@ -229,8 +229,16 @@ def _writer(form: _Form, engine: engines.Engine | None = None, forms: dict[str, 
         expected=f"softmax layers of {', '.join(_TEACHERS)} and mixers of the kind {qwen3_5.MIXER}",
         use=lambda cfg: engines.how_to_use(readers(cfg)),
         readers=readers,
-        forms=forms or {},
+        forms=forms,
     )
 
 
-WRITER = _writer(_USUAL, forms={name: _writer(_form_for(engine), engine) for name, engine in engines.ENGINES.items()})
+def _writers() -> Writer:
+    forms = {
+        engine: _writer(f"qwen3_5 for {engine}", _form_for(facts), facts, {})
+        for engine, facts in engines.ENGINES.items()
+    }
+    return _writer("qwen3_5", _USUAL, None, forms)
+
+
+WRITER = _writers()

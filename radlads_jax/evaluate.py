@@ -1,7 +1,7 @@
 """Scores of a student beside its teacher: lm-eval's tasks, the paper's suite among them, and long-context probes.
 
 python -m radlads_jax.evaluate --model DIR [--teacher DIR [--control]] [--tasks radlads|recall|name,...|file.yaml]
-                               [--limit N] [--probes] [--completions N]
+                               [--limit N] [--probes [--probe_kinds passkey,...]] [--completions N]
 
 Writes evaluation.json and evaluation.md into --output or else beside the model; a run's report draws the probes.
 """
@@ -22,7 +22,7 @@ from radlads_jax.evaluation.model_scores import (
     wants_probes,
 )
 from radlads_jax.evaluation.probe_scores import DEFAULT_SAMPLES
-from radlads_jax.evaluation.probes import DEFAULT_LENGTHS
+from radlads_jax.evaluation.probes import DEFAULT_LENGTHS, PROBES
 from radlads_jax.evaluation.table import as_markdown
 from radlads_jax.evaluation.task_code import check_task_code
 from radlads_jax.evaluation.tasks import SUITE_NAME, compare, expand_tasks, load_tasks
@@ -45,6 +45,8 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_boolean("probes", False, "Run the long-context probes, and the loss by position.", **put)
     flags.DEFINE_list("probe_lengths", [str(n) for n in DEFAULT_LENGTHS], "Their contexts, in tokens.", **put)
+    kinds = "Those of them with an answer that are asked, out of all."
+    flags.DEFINE_list("probe_kinds", [*PROBES], kinds, **put)
     samples = "How many of each probe and length up to 4096; fewer of longer ones, at least 8 of them."
     flags.DEFINE_integer("probe_samples", DEFAULT_SAMPLES, samples, **put)
     text = "A text file for the loss by position and for --completions. Default: made-up tales."
@@ -67,6 +69,12 @@ def main(values: flags.FlagValues) -> None:
     wrong = [n for n in values.probe_lengths if not n.isdigit() or int(n) < 1]
     if wrong:
         raise ValueError(f"--probe_lengths has {', '.join(wrong)}; expected numbers of tokens, e.g. 512,4096.")
+    unknown = [kind for kind in values.probe_kinds if kind not in PROBES]
+    if unknown or not values.probe_kinds:
+        raise ValueError(f"--probe_kinds has {', '.join(unknown) or 'none'}; expected some of {', '.join(PROBES)}.")
+    of_probes = [name for name in ("probe_lengths", "probe_samples", "probe_kinds") if values[name].present]
+    if of_probes and not wants_probes(values):
+        raise ValueError(f"--{of_probes[0]} changes nothing without probes; expected --probes or --tasks=recall too.")
     for name in ("batch_size", "probe_samples"):
         if getattr(values, name) < 1:
             raise ValueError(f"{name} is {getattr(values, name)}; expected at least 1. Change --{name}.")

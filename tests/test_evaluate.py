@@ -130,6 +130,9 @@ def command_line(*arguments: str) -> flags.FlagValues:
         ([], "expected --model DIR"),
         (["--model=x"], "expected --tasks"),
         (["--model=x", "--probes", "--probe_lengths=5,many"], "--probe_lengths has many"),
+        (["--model=x", "--probes", "--probe_kinds=passkey,copi"], "--probe_kinds has copi; .*copy_tokens"),
+        (["--model=x", "--probes", "--probe_kinds="], "--probe_kinds has none"),
+        (["--model=x", "--tasks=piqa", "--probe_samples=8"], "--probe_samples .*--probes"),
         (["--model=x", "--probes", "--batch_size=0"], "batch_size is 0"),
         (["--model=org/name", "--probes"], "org/name .*--output DIR"),
         (["--model=x", "--tasks=recall", "--control"], "--control .*--teacher DIR"),
@@ -181,13 +184,15 @@ def test_the_recall_suite_with_the_control(directories, tmp_path, monkeypatch, c
     asked = []
 
     def probed(model, **options):
-        asked.append((model.cfg.layer_mixers[0], options["by_position"], options["samples"]))
+        asked.append((model.cfg.layer_mixers[0], options["by_position"], options["samples"], options["kinds"]))
         return {"recall": by_mixer[model.cfg.layer_mixers[0]]}
 
     monkeypatch.setattr(model_scores, "run_probes", probed)
     models = [f"--model={directories['student']}", f"--teacher={directories['teacher']}", f"--output={tmp_path}"]
-    evaluate.main(command_line(*models, "--tasks=recall", "--control", "--probe_lengths=1024,512"))
-    assert asked == [("attention", False, 32), ("window", False, 32), ("rad_rwkv7", False, 32)]
+    evaluate.main(
+        command_line(*models, "--tasks=recall", "--control", "--probe_lengths=1024,512", "--probe_kinds=recall")
+    )
+    assert asked == [(mixer, False, 32, ["recall"]) for mixer in ("attention", "window", "rad_rwkv7")]
     result = json.loads((tmp_path / "evaluation.json").read_text())
     assert result["control"] == {"sinks": 4, "window": 64} and list(result["probes"]) == [
         "teacher",

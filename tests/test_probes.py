@@ -106,6 +106,7 @@ def test_too_short_a_probe_is_refused(tokenizer):
     probes.check_lengths(tokenizer, [4000, 600])
     with pytest.raises(ValueError, match=r"\b120 tokens\b.*--probe_lengths"):
         probes.check_lengths(tokenizer, [4000, 120])
+    probes.check_lengths(tokenizer, [4000, 60], kinds=["copy"])
 
 
 def test_intervals():
@@ -175,3 +176,5 @@ def test_a_models_probes(model):
     assert results["loss_by_position"]["loss"] == pytest.approx([np.log(300)] * 8, rel=0.1)
     assert results["passkey"]["accuracy"] == results["passkey"]["generated"] == [0.0]
     assert results == probe_scores.run_probes(model, **options)
+    some = probe_scores.run_probes(model, kinds=["recall", "passkey"], by_position=False, **options)
+    assert some == {name: results[name] for name in ("recall", "passkey")}

@@ -42,7 +42,7 @@ def check_models(values: flags.FlagValues) -> None:
     """Raises ValueError for what would stop the evaluation later: the probes' lengths, and a control that is none."""
     if wants_probes(values):
         text_file = _text_file(values) if values.probes else None
-        check_lengths(load_tokenizer(model_directory(values.model)), _lengths(values), text_file)
+        check_lengths(load_tokenizer(model_directory(values.model)), _lengths(values), text_file, values.probe_kinds)
     if values.control:
         check_control(read_model_config(values.teacher), read_model_config(values.model))
     if values.completions:
@@ -101,6 +101,7 @@ def _measured(
             batch_size=values.batch_size,
             text_file=_text_file(values),
             by_position=values.probes,
+            kinds=values.probe_kinds,
             log=lambda line: console.print(f"{role}: {line}"),
         )
     kl: dict[str, Any] = {}

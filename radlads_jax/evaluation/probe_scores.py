@@ -50,10 +50,11 @@ def run_probes(
     batch_size: int = 8,
     text_file: storage.AnyPath | None = None,
     by_position: bool = True,
+    kinds: Sequence[str] = tuple(PROBES),
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """{probe: {"lengths", "generated", "interval", "accuracy", "chance", "samples"} for PROBES, "loss_by_position":
-    {"positions", "loss"} where by_position is asked for} of one model.
+    """{probe: {"lengths", "generated", "interval", "accuracy", "chance", "samples"} for the kinds of PROBES,
+    "loss_by_position": {"positions", "loss"} where by_position is asked for} of one model.
 
     generated: the share of right answers (for copies: of right tokens); interval: of 95%; accuracy: teacher-forced.
     chance: of always giving the same answer. loss: nats a token, over positions from the bin before up to this one. The
@@ -61,10 +62,10 @@ def run_probes(
     probe has no room, before the first one runs.
     """
     lengths = sorted(lengths)
-    check_lengths(model.tokenizer, lengths, text_file if by_position else None)
+    check_lengths(model.tokenizer, lengths, text_file if by_position else None, kinds)
     results: dict[str, Any] = {}
-    for name, make in PROBES.items():
-        lines = []
+    for name in kinds:
+        make, lines = PROBES[name], []
         for length in lengths:
             text = Text(model.tokenizer, seed + length)
             examples = [make(text, length) for _ in range(samples_of(length, samples))]

@@ -6,7 +6,7 @@ Contexts are put together from token ids, so that their lengths are known.
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -184,11 +184,16 @@ PROBES: dict[str, Callable[[Text, int], Example]] = {
 COPYING = ("copy", "copy_tokens")
 
 
-def check_lengths(tokenizer: Any, lengths: Sequence[int], text_file: storage.AnyPath | None = None) -> None:
+def check_lengths(
+    tokenizer: Any,
+    lengths: Sequence[int],
+    text_file: storage.AnyPath | None = None,
+    kinds: Collection[str] = tuple(PROBES),
+) -> None:
     """Raises ValueError where a probe has no room in the smallest length, or the file too little text."""
     text, least = Text(tokenizer, 0), min(lengths)
-    for name, make in PROBES.items():
-        example = make(text, least)
+    for name in kinds:
+        example = PROBES[name](text, least)
         if len(example.ids) > least or example.start >= len(example.ids):
             raise ValueError(
                 f"--probe_lengths has {least}, in which {name} has no room for a question and its answer; expected "

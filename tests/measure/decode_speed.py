@@ -1,16 +1,16 @@
 """Tokens/s of decoding at several contexts: a student of ours in JAX and as its exported torch model, beside
 transformers' softmax model, float32 on CPU.
 
-    python tests/measure/decode_speed.py TEACHER_DIR [--contexts 128,4096,32768] [--mixer rad_rwkv7] [--tokens 16]
-                                         [--turns 5]
+    python tests/measure/decode_speed.py TEACHER_DIR [--contexts 128,4096,32768] [--mixer rad_rwkv7]
+                                         [--attention_every 0] [--tokens 16] [--turns 5]
 
 The student has fresh weights and the teacher's shape: they change no time. Contexts are not read but made up, as random
-states, keys and values of the size they have after so many tokens. torch runs with one thread and with one a core, and
-its better figure counts. All take turns in one process; printed are the medians of the turns.
+states, keys and values of the size they have after so many tokens; an exported hybrid alone reads them, and every turn
+adds to them. torch runs with one thread and with one a core, and its better figure counts. All take turns in one
+process; printed are the medians of the turns.
 """
 
 import argparse
-import dataclasses
 import os
 import statistics
 import tempfile
@@ -25,19 +25,23 @@ import numpy as np
 import torch
 import transformers
 
+from radlads_jax.config import RunConfig
 from radlads_jax.decoding.loop import BLOCK, Sequences, decode, empty_sequences, unrolled
 from radlads_jax.decoding.writer import memory_line
-from radlads_jax.models import MIXERS, ModelConfig, init_params
+from radlads_jax.distill.student_config import make_student_config
+from radlads_jax.models import ModelConfig, init_params
 from radlads_jax.models.decoder import Params
+from radlads_jax.models.state import grows
 from radlads_jax.porting import model_config_from_hf, read_config, save_params
+from radlads_jax.student import Student
 
 Runs = dict[str, Callable[[], None]]
 
 
-def make_student(directory: Path, mixer: str) -> tuple[ModelConfig, Params]:
+def make_student(directory: Path, student: Student) -> tuple[ModelConfig, Params]:
     """A fresh student of the teacher's shape."""
-    teacher = dataclasses.replace(model_config_from_hf(read_config(directory)), dtype="float32")
-    cfg = unrolled(teacher.as_student(mixer, MIXERS[mixer].choose(teacher.hidden_size)))
+    run = RunConfig(dtype="float32", student=student)
+    cfg = unrolled(make_student_config(model_config_from_hf(read_config(directory)), run))
     return cfg, jax.jit(lambda: init_params(cfg, 0))()
 
 
@@ -47,7 +51,7 @@ def ours(cfg: ModelConfig, params: Params, contexts: list[int], tokens: int) -> 
         print(f"{context:6}: {memory_line(cfg, context)}")
 
     def run(context: int) -> None:
-        sequences = empty_sequences(cfg, 1, context)
+        sequences = empty_sequences(cfg, 1, context + tokens)
         state = jax.tree.map(lambda x: x + 0.1 if x.ndim > 3 else x, sequences.state)
         state["segment_ids"] = jnp.ones_like(state["segment_ids"])
         sequences = Sequences(state | {"length": jnp.asarray(context)}, jnp.full((1,), context, jnp.int32))
@@ -63,11 +67,13 @@ def exported(directory: Path, cfg: ModelConfig, params: Params, contexts: list[i
     with tempfile.TemporaryDirectory() as written:
         export = save_params(params, cfg, Path(written) / "export", base_config=read_config(directory), dtype="float32")
         model = load_torch(export, trust_remote_code=True)
+    reads = grows(cfg)
 
     def after(context: int) -> transformers.Cache:
+        prompt = torch.ones(1, context if reads else 1, dtype=torch.long)
         with torch.inference_mode():
-            cache = model(torch.ones(1, 1, dtype=torch.long), use_cache=True).past_key_values
-        for layer in cache.layers:
+            cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+        for layer in () if reads else cache.layers:
             layer.length = context
         return cache
 
@@ -105,7 +111,7 @@ def torch_runs(
         token, cache = torch.ones(1, 1, dtype=torch.long), caches[context]
         for _ in range(tokens):
             token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        if isinstance(cache, transformers.DynamicCache):
+        if name == "theirs":
             cache.crop(-tokens)
 
     threads = sorted({1, len(os.sched_getaffinity(0))})
@@ -117,14 +123,16 @@ def main() -> None:
     parser.add_argument("teacher", type=Path)
     parser.add_argument("--contexts", default="128,4096,32768")
     parser.add_argument("--longest_cache", type=int, default=4096, help="longer contexts are run with ours alone")
-    parser.add_argument("--mixer", default="rad_rwkv7", choices=["rad_rwkv6", "rad_rwkv7"])
+    parser.add_argument("--mixer", default="rad_rwkv7", choices=["rad_rwkv6", "rad_rwkv7", "gdn"])
+    parser.add_argument("--attention_every", type=int, default=0, help="softmax layers where (i + 1) %% N == 0")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--turns", type=int, default=5)
     args = parser.parse_args()
     contexts = [int(c) for c in args.contexts.split(",")]
-    cfg, params = make_student(args.teacher, args.mixer)
-    runs = ours(cfg, params, contexts, args.tokens) | exported(args.teacher, cfg, params, contexts, args.tokens)
-    runs |= theirs(args.teacher, [c for c in contexts if c <= args.longest_cache], args.tokens)
+    cfg, params = make_student(args.teacher, Student(args.mixer, attention_every=args.attention_every))
+    cached = [c for c in contexts if c <= args.longest_cache]
+    runs = ours(cfg, params, contexts, args.tokens) | theirs(args.teacher, cached, args.tokens)
+    runs |= exported(args.teacher, cfg, params, cached if grows(cfg) else contexts, args.tokens)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(args.turns + 1):
         for name, run in runs.items():

@@ -11,13 +11,12 @@ import time
 from typing import Any
 
 from absl import flags
-from rich.console import Console
 
 from radlads_jax.decoding.loaded import DTYPES, load_model, read_model_config
 from radlads_jax.evaluation.choice import Sizes, choose_layers, said, table, text_batch
 from radlads_jax.models.window import WindowOptions
 from radlads_jax.reporting.bars import layers_picture
-from radlads_jax.system import command, storage
+from radlads_jax.system import command, storage, terminal
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -61,7 +60,7 @@ def main(values: flags.FlagValues) -> None:
     begun = time.monotonic()
     choice = choose_layers(model.cfg, model.params, model.tokenizer, [batch], values.keep, options=options, sizes=sizes)
     seconds = time.monotonic() - begun
-    console = Console()
+    console = terminal.tables()
     console.print(table(choice))
     console.print(f"{said(choice)}. {choice['passes']:,} passes of {sizes.batch_size} rows in {seconds:,.0f} s.")
     if out is not None:

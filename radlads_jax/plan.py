@@ -19,7 +19,7 @@ from rich.console import Console
 from radlads_jax import config as config_lib
 from radlads_jax.planning.planner import make_planner, prepare_environment
 from radlads_jax.planning.tables import show, show_ranking, show_where
-from radlads_jax.system import storage
+from radlads_jax.system import storage, terminal
 from radlads_jax.system.command import explain, parse_flags, refuse
 
 _TOPOLOGY = flags.DEFINE_string(
@@ -73,11 +73,11 @@ def main(argv: list[str]) -> int:
     if _JSON.value:
         print(json.dumps(result, indent=2))
     elif _WHERE.value is not None:
-        show_where(result, Console())
+        show_where(result, terminal.tables())
     elif automatic:
-        show_ranking(result, planner.prices, Console())
+        show_ranking(result, planner.prices, terminal.tables())
     else:
-        show(result, Console())
+        show(result, terminal.tables())
     return 0
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from radlads_jax.system import hosts
+from radlads_jax.system import hosts, terminal
 
 _PLAIN_LINE_SECONDS = 30.0
 
@@ -20,7 +20,7 @@ def say(text: str) -> None:
 def show(table: Any) -> None:
     """Prints what rich can draw, once for all processes."""
     if hosts.is_first():
-        Console().print(table)
+        terminal.tables().print(table)
 
 
 class _Timer:

@@ -72,10 +72,8 @@ def whole_name_or_id(name: str) -> str:
 def _absolute(text: str) -> str:
     expanded = os.path.expanduser(text)
     if re.match(r"~[^/]+/", expanded):
-        raise ValueError(
-            f"{text} is below the home of {expanded[1:].split('/')[0]!r}, a user whom this machine lacks; expected one "
-            f"that it has. Correct the path, or write ./{text} for a directory of that name."
-        )
+        user = expanded[1:].split("/")[0]
+        raise ValueError(f"{text}: {user} is no user of this machine; expected one, or ./{text} for such a directory.")
     # Not normalised: what ".." means behind a link, the disk knows.
     return expanded if os.path.isabs(expanded) else os.path.join(os.getcwd(), expanded)
 

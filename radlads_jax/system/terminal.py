@@ -1,0 +1,15 @@
+"""Where tables are printed."""
+
+import os
+
+from rich.console import Console
+
+# Of what is no terminal: a log is scrolled sideways, and rich's 80 columns cut the words of a table.
+_WIDTH_OF_LOGS = 160
+
+
+def tables() -> Console:
+    """As wide as the terminal or notebook, and as COLUMNS says; a file or pipe has 160 columns."""
+    console = Console()
+    known = console.is_terminal or console.is_jupyter or "COLUMNS" in os.environ
+    return console if known else Console(width=_WIDTH_OF_LOGS)

@@ -56,7 +56,7 @@ def test_one_reading_of_a_path(kind: Any, named: str, meant: str, tmp_path: path
 
 
 def test_a_home_that_is_nobodys_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"~nobody-here/run .*nobody-here.*\./~nobody-here/run"):
+    with pytest.raises(ValueError, match=r"~nobody-here/run: nobody-here .*\./~nobody-here/run"):
         storage.as_path("~nobody-here/run")
 
 

@@ -96,6 +96,9 @@ def test_other_prompts_are_continued_by_the_export(run: Any, monkeypatch: Any) -
     assert [sample["prompt"] for sample in again["samples"]] == ["What is", "A tale"]
     assert again["samples"][0] == first["samples"][1] and "A tale" in (run.workdir / "samples.md").read_text()
     assert again["student"] == first["student"]
+    longer = run.go_on(**{"train.sample_prompts": ("What is", "A tale"), "train.sample_tokens": 9})
+    assert longer["samples"] != again["samples"] and longer["samples"][0]["prompt"] == "What is"
+    assert longer["samples"][0]["student"].startswith(again["samples"][0]["student"])
     assert "samples" not in run.go_on(**{"train.sample_prompts": ()})
 
 

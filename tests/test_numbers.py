@@ -34,8 +34,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def run(
     teacher: pathlib.Path, workdir: pathlib.Path, steps: dict[str, int], mixer: str = "rad_rwkv7", **more: Any
-) -> None:
+) -> pathlib.Path:
     tiny_run.convert(workdir, tiny_run.settings(teacher, mixer, steps) | more)
+    return workdir
 
 
 def bits(tree: Any) -> list[bytes]:
@@ -77,14 +78,21 @@ def bad_weights(values: dict[int, float]) -> Callable[[int, Any, Any], tuple[Any
 
 def test_a_bad_weight_changes_nothing_and_is_named(teacher, tmp_path, monkeypatch, capsys) -> None:
     seen = planting(monkeypatch, bad_weights({2: np.nan, 4: np.inf, 5: -np.inf}))
-    run(teacher, tmp_path, STEPS)
+    falling = {"stage3.lr_final": 1e-4, "stage3.mixer_lr_final": 1e-4}
+    run(teacher, tmp_path, STEPS, **falling)
     assert [step for step, same in seen if same] == [2, 4, 5] and len(seen) == 11
+    monkeypatch.undo()
     said = capsys.readouterr().out
     for step, in_a_row in ((2, 1), (4, 1), (5, 2)):
         assert re.search(rf"stage3: step {step} is skipped\b.*\({in_a_row} in a row\)", said)
     lines = read_metrics(tmp_path)
     assert [line["finite"] for line in lines] == [1, 0, 1, 0, 0, 1, 1, 1, 1, 1, 1]
     assert [line["skipped"] for line in lines] == [0, 1, 1, 2, 3, 3, 3, 3, 3, 3, 3]
+    # The rates that were applied: three steps moved no schedule.
+    updates = [0, 1, 1, 2, 2, 2, 3, 4, 5, 6, 7]
+    undisturbed = read_metrics(run(teacher, tmp_path / "undisturbed", STEPS, **falling))
+    assert [line["lr_rest"] for line in lines] == [undisturbed[count]["lr_rest"] for count in updates]
+    assert len({line["lr_rest"] for line in undisturbed}) > 5
     assert np.isfinite(json.loads((tmp_path / "summary.json").read_text())["stages"][0]["last_loss"])
 
 

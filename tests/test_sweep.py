@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 
 import jax
@@ -64,6 +65,13 @@ def test_the_rate_of_the_least_held_out_kl_trains(teacher, swept, tmp_path):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["lr_mixer"] for line in lines][-1] == pytest.approx(0.03 * best)
     assert len(lines) == STEPS["stage2"]
+    # What is told of the run are the rates that trained it, also when it is told later.
+    assert summary["stages"][-1]["rates"]["mixer_lr"] == pytest.approx(0.03 * best)
+    assert f"{0.03 * best:g} to {0.03 * best:g}" in (workdir / "export" / "README.md").read_text()
+    shutil.copytree(workdir, tmp_path / "again")
+    (tmp_path / "again" / "summary.json").unlink()
+    told = train.convert(job_of(teacher, tmp_path / "again", stage2__sweep=True))
+    assert told["stages"][-1]["rates"] == summary["stages"][-1]["rates"]
 
 
 def test_a_run_stopped_in_a_trial_makes_the_others_once(teacher, swept, tmp_path, monkeypatch):

@@ -188,8 +188,9 @@ def _check_documents(path: Path, doc_idx: np.ndarray, sequences: int) -> None:
 class TokenFileWriter:
     """Writes a token file document by document; the pair appears under its name only when it is whole.
 
-    Used as a context manager. An error leaves nothing; where the process ends, or is told to, what it wrote waits under
-    another name: the next writer of the same prefix goes on behind its `num_documents`, and the caller skips so many.
+    Used as a context manager. A ValueError, of bad text, leaves nothing; where the process ends or is told to, the disk
+    is full or a server does not answer, what was written waits under another name: the next writer of the same prefix
+    goes on behind its `num_documents`, and the caller skips so many.
     Tokens are stored as uint16 for vocabularies below 65536, else as int32.
     """
 
@@ -225,10 +226,12 @@ class TokenFileWriter:
             if kind is None:
                 self._flush()
                 self._publish()
-            elif issubclass(kind, Exception):
+            elif issubclass(kind, ValueError) and not issubclass(kind, OSError):
                 self._written[0].unlink()
             else:
-                self._flush()
+                # What is not on the disk by then is made again.
+                with contextlib.suppress(OSError):
+                    self._flush()
                 return
             self._written[1].unlink()
 

@@ -56,10 +56,25 @@ def prepare(
         raise ValueError(f"got max_tokens={max_tokens}; expected at least 1, or None for all; change it.")
     made_from = _recipe(source, tokenizer_fingerprint or tokenizer_hash(tokenizer), vocab_size, framing, max_tokens)
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    there = made_before(as_path(cache_dir), digest)
-    if there is not None:
-        return open_token_file(there)
-    prefix = as_path(cache_dir) / f"{_readable(source)}-{digest}"
+    prefix = made_before(as_path(cache_dir), digest)
+    if prefix is None:
+        prefix = as_path(cache_dir) / f"{_readable(source)}-{digest}"
+        _write(prefix, source, tokenizer, vocab_size, framing, max_tokens, progress)
+    # Also beside a file whose maker ended between the two.
+    if not _beside(prefix).is_file():
+        publish_recipe(prefix, made_from | {"left_out": files_left_out(source)})
+    return open_token_file(prefix)
+
+
+def _write(
+    prefix: AnyPath,
+    source: Source,
+    tokenizer: BatchTokenizer,
+    vocab_size: int,
+    framing: Framing,
+    max_tokens: int | None,
+    progress: bool | None,
+) -> None:
     with TokenFileWriter(prefix, vocab_size) as writer, progress_bar(progress) as bar:
         task = bar.add_task(f"tokenising {source.path}", total=max_tokens, completed=writer.num_tokens)
         # A writer that goes on behind another has its first documents already.
@@ -73,8 +88,6 @@ def prepare(
                 f"{source.path} has no text in it; expected at least one document that is not empty; check the "
                 "path and text_field."
             )
-    publish_recipe(prefix, made_from | {"left_out": files_left_out(source)})
-    return open_token_file(prefix)
 
 
 def _recipe(

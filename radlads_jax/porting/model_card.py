@@ -141,8 +141,10 @@ def _recipe(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
     ]
     for name in run["stages"]:
         stage = run[name]
-        rates = (f"{stage[key]:g} to {stage[f'{key}_final']:g}" for key in ("lr", "mixer_lr"))
         of_stage = done.get(name, {})
+        # Those of a sweep are not the recipe's.
+        taken = stage | of_stage.get("rates", {})
+        rates = (f"{taken[key]:g} to {taken[f'{key}_final']:g}" for key in ("lr", "mixer_lr"))
         tokens = of_stage.get("tokens", stage["tokens"])
         trains = ", ".join(of_stage[key] for key in ("trains", "loss") if key in of_stage)
         sizes = f"{stage['seq_len']:,} | {stage['batch_size']:,}"

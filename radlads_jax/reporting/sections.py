@@ -203,7 +203,7 @@ def _spikes(stages: Sequence[StageLog]) -> str:
     if not rows:
         return ""
     said = "Their loss lay far above those of the 20 steps before: six deviations, and a tenth of it."
-    return table(["stage", "_spikes", "which"], rows) + f'<p class="soft">{said}</p>'
+    return table(["stage", "spikes", "which"], rows) + f'<p class="soft">{said}</p>'
 
 
 def _memory(run: RunLog) -> str:
@@ -247,13 +247,14 @@ def _recipe(run: RunLog, mixers: Mapping[str, str]) -> str:
         ("seed", str(run.config.get("seed", ""))),
     ]
     columns = ["stage", "tokens", "row length", "rows", "rate of mixers", "rate of the rest", "warm-up", "frozen"]
-    rows = [_recipe_row(stage) for stage in run.stages if stage.recipe]
+    rows = [_recipe_row(stage, run.stage_summary(stage.name)) for stage in run.stages if stage.recipe]
     whole = escape(json.dumps(run.config, indent=2, sort_keys=True, ensure_ascii=False))
     return facts(lines) + table(columns, rows) + f"<details><summary>All settings</summary><pre>{whole}</pre></details>"
 
 
-def _recipe_row(stage: StageLog) -> list[str]:
-    values = stage.recipe
+def _recipe_row(stage: StageLog, summary: Mapping[str, Any]) -> list[str]:
+    # The rates of a sweep are not the recipe's.
+    values = stage.recipe | (summary.get("rates") or {})
 
     def rate(prefix: str) -> str:
         first, last = (number(values.get(f"{prefix}{end}")) for end in ("", "_final"))

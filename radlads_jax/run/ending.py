@@ -115,7 +115,10 @@ def go_on(job: Job, summary: dict[str, Any]) -> dict[str, Any]:
     to_do, train = summary.pop(_TO_DO, []), job.run.train
     if summary.get("answers", {"tales": 0})["tales"] != train.answer_tales:
         to_do += ["answers", "card"]
-    if [sample["prompt"] for sample in summary.get("samples", [])] != list(train.sample_prompts):
+    prompts = [sample["prompt"] for sample in summary.get("samples", [])]
+    # Older versions did not say how long the samples are.
+    tokens = summary.get("sample_tokens", train.sample_tokens)
+    if prompts != list(train.sample_prompts) or (prompts and tokens != train.sample_tokens):
         to_do += ["samples"]
     if to_do:
         reads = bool(("answers" in to_do and train.answer_tales) or ("samples" in to_do and train.sample_prompts))
@@ -162,9 +165,10 @@ def _complete(
         if hosts.is_first():
             _write_page(job)
     if "samples" in to_do:
-        summary = {name: value for name, value in summary.items() if name != "samples"}
+        summary = {name: value for name, value in summary.items() if name not in ("samples", "sample_tokens")}
         if job.run.train.sample_prompts:
             summary["samples"] = heldout.write_samples(job, models)
+            summary["sample_tokens"] = job.run.train.sample_tokens
         _keep(job, summary, [])
     display.show(heldout.results_table(summary))
     if hosts.is_first():

@@ -309,7 +309,8 @@ def _round_trip(job: Job, place: epath.Path) -> bool:
 
 def _teacher_loss(job: Job, teacher: Params) -> Finding:
     """The teacher's loss per token on the first rows of the first batch; a problem where it is that of chance."""
-    run, rows = job.run, job.run.train.eval_batch_size
+    run = job.run
+    rows = min(run.train.eval_batch_size, run.stage(run.stages[0]).batch_size)
     batch = next(job.batches(run.stages[0], rows))
     measured = heldout.evaluate(job.teacher, teacher, [batch], rows, mesh=job.mesh)
     loss, chance = measured["student"]["loss"], math.log(job.teacher.vocab_size)

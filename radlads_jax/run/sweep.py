@@ -31,7 +31,7 @@ from radlads_jax.system.untrusted import brief
 
 _FILE = "sweep.json"
 _ADVICE = "Restore it, or remove it where the stage has not begun: its rates are tried again."
-_RATES = ("lr", "lr_final", "mixer_lr", "mixer_lr_final")
+RATES = ("lr", "lr_final", "mixer_lr", "mixer_lr_final")
 
 
 def decided(
@@ -57,7 +57,7 @@ def decided(
     for factor in RATE_FACTORS[len(trials) :]:
         trials.append(_trial(_with_rates(job, name, factor), name, teacher, start, stopping) | {"factor": factor})
         _write(job, name, trials)
-    best = min(trials, key=lambda trial: math.inf if trial["kl"] is None else trial["kl"])
+    best = _best(trials)
     if best["kl"] is None:
         tried = ", ".join(f"{trial['mixer_lr']:g}" for trial in trials)
         raise ValueError(
@@ -69,9 +69,22 @@ def decided(
     return _with_rates(job, name, best["factor"])
 
 
+def taken(job: Job, name: str) -> Job:
+    """The job with the rates that a stage, which is done, was trained by; with its own where there was no sweep.
+
+    Also where the file that has them is gone: nothing but what is told of the stage depends on it any more.
+    """
+    trials = _read(job, name, begun=True) if job.run.stage(name).sweep else []
+    return _with_rates(job, name, _best(trials)["factor"]) if trials else job
+
+
+def _best(trials: list[dict[str, Any]]) -> dict[str, Any]:
+    return min(trials, key=lambda trial: math.inf if trial["kl"] is None else trial["kl"])
+
+
 def _with_rates(job: Job, name: str, factor: float) -> Job:
     recipe = job.run.stage(name)
-    return _with_recipe(job, name, {rate: factor * getattr(recipe, rate) for rate in _RATES})
+    return _with_recipe(job, name, {rate: factor * getattr(recipe, rate) for rate in RATES})
 
 
 def _with_recipe(job: Job, name: str, values: dict[str, Any]) -> Job:

@@ -162,15 +162,14 @@ def _run_stage(run: _Run, name: str) -> dict[str, Any]:
         start, saved = newest or (0, None)
         if saved is not None and saved.state is None:
             say(f"{name}: all {last} steps are done already")
-            return _summary_line(job, name, saved.meta)
+            return _summary_line(sweep.taken(job, name), name, saved.meta)
         clock = _Clock(saved.meta if saved is not None else {})
         if saved is not None:
             say(f"{name}: continuing from the checkpoint of step {start} of {last}")
         if job.run.stage(name).sweep:
             start_of = functools.partial(_student_before, job, name)
-            run = dataclasses.replace(
-                run, job=sweep.decided(job, name, run.teacher, start_of, run.stopping, begun=saved is not None)
-            )
+            job = sweep.decided(job, name, run.teacher, start_of, run.stopping, begun=saved is not None)
+            run = dataclasses.replace(run, job=job)
         _StageRun(run, name, checkpoints, clock).train(start, saved)
     return _summary_line(job, name, clock.meta())
 
@@ -250,9 +249,11 @@ class _StageRun:
         """Logs the steps that have been computed since the last time; TooManyNonFinite where they are to end it."""
         for step, values in jax.device_get(self.pending).items():
             spike = self.clock.note_loss(float(values["loss"]))
-            lr = {f"lr_{group}": float(rate(step - 1)) for group, rate in self.rates.items()}
-            self.run.logger.log(self.name, step, values | lr | {"spike": spike})
             in_a_row = self.skipped_in_a_row = int(values["skipped_in_a_row"])
+            # A skipped step moves no schedule.
+            updates = step - 1 - int(values["skipped"]) + (in_a_row > 0)
+            lr = {f"lr_{group}": float(rate(updates)) for group, rate in self.rates.items()}
+            self.run.logger.log(self.name, step, values | lr | {"spike": spike})
             if in_a_row:
                 self.run.logger.say(
                     f"{self.name}: step {step} is skipped, its loss or gradient is not finite ({in_a_row} in a row)"
@@ -298,7 +299,8 @@ def _non_finite_message(workdir: storage.AnyPath, name: str, step: int, in_a_row
 def _summary_line(job: Job, name: str, meta: dict[str, Any]) -> dict[str, Any]:
     """A stage in summary.json. last_loss: the mean of the last steps; tokens_per_second: without compilation.
 
-    peak_bytes: the most memory that the first device, on a CPU the process, had taken by the stage's end.
+    peak_bytes: the most memory that the first device, on a CPU the process, had taken by the stage's end. rates: those
+    that trained it.
     """
     recipe = job.run.stage(name)
     tokens_per_step = recipe.batch_size * recipe.seq_len
@@ -314,6 +316,7 @@ def _summary_line(job: Job, name: str, meta: dict[str, Any]) -> dict[str, Any]:
         "first_loss": meta["first_loss"],
         "last_loss": statistics.fmean(meta["last_losses"]) if meta["last_losses"] else None,
         "peak_bytes": meta.get("peak_bytes"),
+        "rates": {rate: getattr(recipe, rate) for rate in sweep.RATES},
     }
 
 

@@ -1,5 +1,6 @@
 """Token files: the bytes of the format, round trips, and every way a file can be damaged."""
 
+import errno
 import struct
 from pathlib import Path
 
@@ -105,17 +106,19 @@ def test_missing(tmp_path: Path, name: str) -> None:
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(OSError), TokenFileWriter(tmp_path / "t", 100) as writer:
+    with pytest.raises(ValueError, match="bad text"), TokenFileWriter(tmp_path / "t", 100) as writer:
         writer.add([1, 2])
-        raise OSError
+        raise ValueError("bad text")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_writer_is_gone_on_with(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), TokenFileWriter(tmp_path / "t", 100) as writer:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ConnectionError, OSError(errno.ENOSPC, "full"), RuntimeError])
+def test_an_interrupted_writer_is_gone_on_with(tmp_path: Path, error: BaseException | type[BaseException]) -> None:
+    kind = error if isinstance(error, type) else type(error)
+    with pytest.raises(kind), TokenFileWriter(tmp_path / "t", 100) as writer:
         writer.add([1, 2])
         writer.add([])
-        raise KeyboardInterrupt
+        raise error
     assert not (tmp_path / "t.idx").exists() and not (tmp_path / "t.bin").exists()
     with TokenFileWriter(tmp_path / "t", 100) as writer, TokenFileWriter(tmp_path / "t", 100) as beside:
         assert (writer.num_documents, writer.num_tokens, beside.num_documents) == (2, 2, 0)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from radlads_jax.data import synthetic
 from radlads_jax.data.binidx import TokenFileWriter
-from radlads_jax.data.prepare import prepare
+from radlads_jax.data.prepare import made_from, prepare
 from radlads_jax.data.sources import Source
 from radlads_jax.data.tokenise import Framing
 
@@ -120,6 +120,19 @@ def test_what_was_interrupted_goes_on(
     assert made.document_starts.tolist() == whole.document_starts.tolist()
     assert tokenizer.documents - before <= (8 if lost == 0 else 9 if lost < 10 else 20)
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".bin", ".idx", ".json"]
+
+
+def test_what_tokens_were_made_from_is_said_beside_them_in_any_case(
+    tmp_path: Path, tokenizer: CountingTokenizer
+) -> None:
+    """The process may end when they are whole and this is not."""
+    source = Source("synthetic", num_documents=3)
+    made = prepare(source, tokenizer, tmp_path, vocab_size=400, framing=ENDED)
+    said = made_from(made)
+    (tmp_path / f"{made.prefix.name}.json").unlink()
+    before = tokenizer.documents
+    assert made_from(prepare(source, tokenizer, tmp_path, vocab_size=400, framing=ENDED)) == said != {}
+    assert tokenizer.documents == before
 
 
 @pytest.mark.parametrize("max_tokens", [1, 100, 30_000])

@@ -338,7 +338,8 @@ def test_a_choice_that_is_gone_or_wrong_is_refused_once_the_run_has_begun(run_of
 
 
 def test_a_choice_for_another_text_is_none(tmp_path):
-    depends = {"teacher": "a", "tokenizer": "b", "data": "c"}
-    chosen.write(tmp_path, {"layers": [1]}, 1, depends)
-    assert chosen.read(tmp_path, 1, 2, depends) == (1,)
-    assert chosen.read(tmp_path, 1, 2, depends | {"data": "d"}) == ()
+    depends, run = {"teacher": "a", "tokenizer": "b", "data": "c"}, RunConfig()
+    chosen.write(tmp_path, run, {"layers": [1]}, 1, depends)
+    assert chosen.read(tmp_path, run, 1, 2, depends) == (1,)
+    assert chosen.read(tmp_path, run, 1, 2, depends | {"data": "d"}) == ()
+    assert chosen.read(tmp_path, dataclasses.replace(run, seed=1), 1, 2, depends) == ()

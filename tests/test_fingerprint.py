@@ -179,7 +179,7 @@ def test_a_run_of_an_older_version_goes_on_with_its_tokens(place):
             path.unlink()
         else:
             path.rename(path.with_name(f"corpus-0123456789abcdef{path.suffix}"))
-    (place / "run" / "checkpoints").mkdir()
+    (place / "run" / "checkpoints" / "stage1" / "5").mkdir(parents=True)
     job = job_of(place)
     assert job.token_file.prefix.name == "corpus-0123456789abcdef"
     assert job.token_file.tokens.tolist() == before.token_file.tokens.tolist()
@@ -188,6 +188,22 @@ def test_a_run_of_an_older_version_goes_on_with_its_tokens(place):
     append_text(place)
     with pytest.raises(ValueError, match=r"files b\.txt was"):
         job_of(place)
+
+
+def test_a_run_that_has_not_begun_decides_nothing_of_the_next_one(place):
+    """As where the first step does not fit into memory: Orbax has made its directory by then."""
+    shutil.rmtree(place / "run")
+    first = job_of(place, data__max_tokens=600, data__bos=False)
+    fingerprint.begin(place / "run", first.depends)
+    fingerprint.remember(place / "run", {"frozen": {"a": [1.0]}})
+    (place / "run" / "checkpoints" / "stage1").mkdir(parents=True)
+    assert first.token_file.num_tokens == 600
+    change_tensor(place)
+    second = job_of(place)
+    assert second.token_file.num_tokens > 600
+    fingerprint.begin(place / "run", second.depends)
+    remember_config(place / "run", chosen(place).to_dict())
+    assert fingerprint.read(place / "run") == json.loads(json.dumps(second.depends))
 
 
 def test_a_separator_is_read_as_it_was_typed(place):

@@ -47,7 +47,7 @@ def decide(
     )
     choice = json.loads(hosts.said_by_first(json.dumps(choice)))
     show(table(choice))
-    chosen.write(job.workdir, choice, job.to_choose, job.depends)
+    chosen.write(job.workdir, job.run, choice, job.to_choose, job.depends)
     decided = job.with_layers(tuple(choice["layers"]))
     teacher.load_anew_for(decided)
     return decided

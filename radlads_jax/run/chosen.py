@@ -22,11 +22,11 @@ def with_layers(run: RunConfig, layers: tuple[int, ...]) -> RunConfig:
     return dataclasses.replace(run, student=dataclasses.replace(run.student, attention_layers=layers))
 
 
-def read(workdir: AnyPath, count: int, num_layers: int, depends: Mapping[str, Any]) -> tuple[int, ...]:
+def read(workdir: AnyPath, run: RunConfig, count: int, num_layers: int, depends: Mapping[str, Any]) -> tuple[int, ...]:
     """The layers that were chosen for this run; none where they are still to be chosen.
 
-    Those of a run that could not begin, with another teacher, text or number, are none. Raises ValueError for a run
-    that has begun and whose file is missing, or of another number of layers.
+    Those of a run that could not begin, with another teacher, text, number or what else decides them, are none. Raises
+    ValueError for a run that has begun and whose file is missing, or of another number of layers.
     """
     path = workdir / FILE
     # Written after the first step, before any checkpoint.
@@ -46,7 +46,7 @@ def read(workdir: AnyPath, count: int, num_layers: int, depends: Mapping[str, An
             f"{path}: layers is {brief(repr(layers))}; expected different layer numbers from 0 to {num_layers - 1}, "
             "rising. Restore it, or choose another --workdir."
         )
-    if len(layers) == count and (begun or choice.get("of run") == _identity(count, depends)):
+    if len(layers) == count and (begun or choice.get("of run") == _identity(run, count, depends)):
         return tuple(layers)
     if begun:
         raise ValueError(
@@ -56,16 +56,19 @@ def read(workdir: AnyPath, count: int, num_layers: int, depends: Mapping[str, An
     return ()
 
 
-def write(workdir: AnyPath, choice: Mapping[str, Any], count: int, depends: Mapping[str, Any]) -> None:
+def write(workdir: AnyPath, run: RunConfig, choice: Mapping[str, Any], count: int, depends: Mapping[str, Any]) -> None:
     """Writes DIR/choice.json whole or not at all; the first host does."""
     if hosts.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**choice, "of run": _identity(count, depends)}, indent=1)
+        text = json.dumps({**choice, "of run": _identity(run, count, depends)}, indent=1)
         storage.write_text(workdir / FILE, text + "\n")
     hosts.barrier()
 
 
-def _identity(count: int, depends: Mapping[str, Any]) -> str:
+def _identity(run: RunConfig, count: int, depends: Mapping[str, Any]) -> str:
     """Of what the choice depends on, by contents."""
-    told = json.dumps([count, {name: depends.get(name) for name in ("teacher", "tokenizer", "data")}], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    data = (run.data.eval_rows, run.data.cross_document)
+    rows = [(name, recipe.seq_len) for name, recipe in run.recipes.items()][:1]
+    told = [count, run.seed, data, rows, run.train.eval_batch_size, run.student.mixer, run.student.options]
+    contents = {name: depends.get(name) for name in ("teacher", "tokenizer", "data")}
+    return hashlib.sha256(json.dumps([repr(told), contents], sort_keys=True).encode()).hexdigest()[:16]

@@ -42,23 +42,42 @@ _ADVICE = {
 
 def read(workdir: AnyPath) -> dict[str, Any]:
     """What the run in DIR began with; empty where none has, or one of an older version."""
+    return _known(workdir) if has_begun(workdir) else {}
+
+
+def begin(workdir: AnyPath, parts: Mapping[str, Any]) -> None:
+    """Writes what the run depends on, as far as it is not known of one that has begun; the first host does."""
+    _write(workdir, {**parts, **read(workdir)})
+
+
+def remember(workdir: AnyPath, parts: Mapping[str, Any]) -> None:
+    """Adds what the run turns out to depend on, where it is not known yet; the first host does."""
+    _write(workdir, {**parts, **_known(workdir)})
+
+
+def _known(workdir: AnyPath) -> dict[str, Any]:
     path = workdir / FILE
     if not path.exists():
         return {}
     return parse_json(storage.read_text(path), path, "Choose another --workdir.")
 
 
-def remember(workdir: AnyPath, parts: Mapping[str, Any]) -> None:
-    """Writes what is not known yet of what the run depends on; the first host does."""
-    known = read(workdir)
-    merged = {**parts, **known}
-    if merged != known and hosts.is_first():
+def _write(workdir: AnyPath, parts: Mapping[str, Any]) -> None:
+    if hosts.is_first() and parts != _known(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        storage.write_text(workdir / FILE, json.dumps(merged, indent=1) + "\n")
+        storage.write_text(workdir / FILE, json.dumps(parts, indent=1) + "\n")
 
 
 def has_begun(workdir: AnyPath) -> bool:
-    return (workdir / "checkpoints").is_dir()
+    """Whether a run in DIR has computed a step: it has its settings, or, of an older version, a checkpoint.
+
+    One that was refused or ran out of memory before has no say in the next one.
+    """
+    place = workdir / "checkpoints"
+    if (workdir / "config.json").exists() or not place.is_dir():
+        return (workdir / "config.json").exists()
+    stages = [name for name, is_file in storage.children(place).items() if not is_file]
+    return any(step.isdigit() for stage in stages for step in storage.children(place / stage))
 
 
 def is_finished(workdir: AnyPath) -> bool:

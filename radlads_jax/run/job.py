@@ -223,7 +223,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     )
     if not (count := layers_to_choose(run.student)):
         return job
-    layers = chosen.read(workdir, count, original.num_layers, depends)
+    layers = chosen.read(workdir, run, count, original.num_layers, depends)
     return job.with_layers(layers) if layers else dataclasses.replace(job, teacher=original, to_choose=count)
 
 

@@ -30,7 +30,7 @@ from radlads_jax.porting.model_card import kept_said
 from radlads_jax.porting.names import disk_tensors
 from radlads_jax.porting.writers import writer_for
 from radlads_jax.reporting.run_log import ranges
-from radlads_jax.run import ending, heldout, rates
+from radlads_jax.run import ending, fingerprint, heldout, rates
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.job import Job
 from radlads_jax.run.teacher_weights import TeacherWeights
@@ -61,7 +61,7 @@ def check(job: Job, teacher: TeacherWeights, *, force: bool = False, whole: bool
     paragraph, unless `force` is given; in any case where no checkpoint can be written and read back, or OSError.
     """
     ending.check(job)
-    begun = hosts.agreed(int((epath.Path(job.workdir) / "checkpoints").exists()))
+    begun = hosts.agreed(int(fingerprint.has_begun(job.workdir)))
     if begun and not whole:
         findings = [disk(job)]
     else:

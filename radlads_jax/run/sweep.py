@@ -148,8 +148,9 @@ def _identity(job: Job, name: str) -> str:
     """Of what the trials depend on."""
     run, recipe = job.run, dataclasses.replace(job.run.stage(name), accumulate=1, remat="full")
     softened = (run.teacher.dtype, run.teacher.temperature, run.teacher.top_k)
-    told = (run.seed, run.stages, softened, job.student, run.student, run.optim, recipe, job.eval_tokens, RATE_FACTORS)
-    depends = {part: job.depends.get(part) for part in ("teacher", "tokenizer", "data")}
+    rows = (job.eval_tokens, run.data.cross_document, run.data.replay)
+    told = (run.seed, run.stages, softened, job.student, run.student, run.optim, recipe, rows, RATE_FACTORS)
+    depends = {part: job.depends.get(part) for part in ("teacher", "tokenizer", "data", "chats", "logits")}
     text = json.dumps([repr(told), depends], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

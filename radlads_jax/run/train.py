@@ -106,7 +106,7 @@ def convert(
     if (summary := ending.finished(job)) is not None:
         begun()
         return ending.go_on(job, summary)
-    fingerprint.remember(job.workdir, job.depends)
+    fingerprint.begin(job.workdir, job.depends)
     weights = teacher or TeacherWeights(job)
     project, settings = job.run.train.wandb_project, job.run.settings()
     wandb = WandbCurves(job.workdir, project, settings) if project and hosts.is_first() else None

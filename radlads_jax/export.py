@@ -70,6 +70,11 @@ def _writer(values: flags.FlagValues) -> str | None:
         raise ValueError(
             "got --gguf and --push; expected one of them. Push the directory, and upload the file by hand."
         )
+    if values.output is not None and storage.in_bucket(values.output):
+        raise ValueError(
+            f"got --gguf and --output={values.output}, in a bucket; expected a directory of this disk, which the "
+            "converter reads. Leave --output out."
+        )
     gguf.require_converter(Path(values.gguf))
     return _GGUF_READER
 

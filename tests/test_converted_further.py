@@ -23,6 +23,7 @@ from radlads_jax.models.tree import path_leaves
 from radlads_jax.planning import cost, memory
 from radlads_jax.planning.stage import by_arithmetic
 from radlads_jax.porting.config_keys import read_config
+from radlads_jax.porting.families import qwen3_5
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.save import save_params
@@ -115,8 +116,8 @@ def run(tmp_path_factory):
     """(teacher's directory, the run's, its summary): one step of stage 1, calibrated."""
     parent = tmp_path_factory.mktemp("further")
     teacher = save_teacher(parent, OWN)
-    keys = read_config(teacher)
     # As a published model has it, whose further layers are passed over.
+    keys = qwen3_5.nested(read_config(teacher))
     keys["text_config"]["mtp_num_hidden_layers"] = 1
     (teacher / "config.json").write_text(json.dumps(keys))
     settings = tiny_run.settings(teacher, "gdn", {"stage1": 1}) | {"student.attention_layers": (2,)}
@@ -138,8 +139,8 @@ def test_after_stage_1_all_but_the_converted_mixer_is_the_teachers_to_the_bit(ru
 def test_the_export_is_read_and_the_report_names_the_layer(run):
     _, workdir, summary = run
     keys = read_config(workdir / "export")
-    assert keys["text_config"]["layer_types"] == ["linear_attention"] * 2 + ["full_attention"]
-    assert "mtp_num_hidden_layers" not in keys["text_config"]
+    assert keys["layer_types"] == ["linear_attention"] * 2 + ["full_attention"]
+    assert "mtp_num_hidden_layers" not in keys
     cfg = model_config_from_hf(keys)
     assert cfg.mixer == GdnOptions(2, 4, 8, 8) and cfg.copied == () and cfg.stacks == (("gdn", 2), ("attention", 1))
     got = logits(cfg, load_params(workdir / "export", cfg))

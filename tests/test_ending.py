@@ -144,7 +144,7 @@ def job(teacher: pathlib.Path, tmp_path_factory: Any) -> Job:
 def test_a_tokenizer_that_an_export_would_change_is_refused_first(
     teacher: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any
 ) -> None:
-    def other(source: Any) -> None:
+    def other(source: Any, config: Any) -> None:
         raise ValueError(f"other ids of {source}")
 
     monkeypatch.setattr(job_module, "check_exportable", other)

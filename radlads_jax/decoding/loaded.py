@@ -21,6 +21,7 @@ from radlads_jax.porting import (
     read_config,
     resolve_model_dir,
 )
+from radlads_jax.porting.families.qwen3_5 import text_config
 from radlads_jax.porting.hub import check_ids
 from radlads_jax.system import backend
 from radlads_jax.system.json_files import read_json
@@ -112,7 +113,7 @@ def _stop_ids(directory: AnyPath, tokenizer: Any) -> tuple[int, ...]:
     """The end tokens of generation_config.json, of config.json and of the tokenizer."""
     ends = {tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):
-        named = read_json(directory / name).get("eos_token_id") if (directory / name).is_file() else None
+        named = text_config(read_json(directory / name)).get("eos_token_id") if (directory / name).is_file() else None
         ends |= set(named) if isinstance(named, list) else {named}
     return tuple(sorted(i for i in ends if type(i) is int))
 

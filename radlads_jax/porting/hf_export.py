@@ -9,6 +9,7 @@ from radlads_jax.models.config import SOFTMAX, ModelConfig, RopeScaling
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.spec import PublishedFormat
 from radlads_jax.porting.families import FAMILIES
+from radlads_jax.porting.families.qwen3_5 import text_config
 from radlads_jax.porting.hf_config import ROPE_KEYS, model_config_from_hf, rope_from_hf
 
 # What a student's config.json says of its softmax side; the mixer's own keys are its spec's.
@@ -39,6 +40,7 @@ def hf_config_from_model(cfg: ModelConfig, base: dict[str, Any]) -> dict[str, An
     written = {"model_type": cfg.family, "architectures": [family.architecture]}
     if published is not None:
         written = {"model_type": published.model_type, "architectures": [published.architecture]}
+    base = text_config(base)
     out = {key: value for key, value in base.items() if key not in (*_BASE_ONLY_KEYS, *_STUDENT_KEYS)}
     out |= written | {
         "vocab_size": cfg.vocab_size,

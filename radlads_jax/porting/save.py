@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.tensors import param_shapes
 from radlads_jax.models.tree import flatten, shown
+from radlads_jax.porting.families.qwen3_5 import text_config
 from radlads_jax.porting.load import Params
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.safetensors_write import PlannedTensor, plan_files, write_file, write_index
@@ -87,7 +88,7 @@ def save_params(
                 write_file(partial / name, planned)
             if len(files) > 1:
                 write_index(partial, files)
-            _copy_files(partial, tokenizer_from, [*form.files(cfg), *extra_files])
+            _copy_files(partial, tokenizer_from, config, [*form.files(cfg), *extra_files])
             if model_card:
                 write_text(partial / MODEL_CARD, model_card)
             _write_generation_config(partial, generation_config, tokenizer_from, base_config)
@@ -184,9 +185,14 @@ def _appearing(directory: AnyPath) -> Iterator[AnyPath]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _copy_files(target: AnyPath, tokenizer_from: AnyPath | None, extra_files: Sequence[str | os.PathLike]) -> None:
+def _copy_files(
+    target: AnyPath,
+    tokenizer_from: AnyPath | None,
+    config: dict[str, Any],
+    extra_files: Sequence[str | os.PathLike],
+) -> None:
     if tokenizer_from is not None:
-        write_tokenizer(tokenizer_from, target)
+        write_tokenizer(tokenizer_from, target, config)
     for file in map(as_path, extra_files):
         copy_file(file, target / file.name)
 
@@ -199,9 +205,11 @@ def _write_generation_config(
         copy_file(source, target / _GENERATION_CONFIG)
         return
     if config is None:
-        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-        config = {key: base_config[key] for key in ids if base_config.get(key) is not None}
-    _write_json(target / _GENERATION_CONFIG, config)
+        ids, base = ("bos_token_id", "eos_token_id", "pad_token_id"), text_config(base_config)
+        config = {key: base[key] for key in ids if base.get(key) is not None}
+    # An empty one would hide config.json's.
+    if config:
+        _write_json(target / _GENERATION_CONFIG, config)
 
 
 def _write_json(path: AnyPath, value: dict[str, Any]) -> None:

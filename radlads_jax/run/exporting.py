@@ -4,8 +4,11 @@ import dataclasses
 import os
 from typing import Any
 
+import jax.numpy as jnp
+
 from radlads_jax.decoding.loaded import model_directory
 from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.decoder import Params
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
@@ -15,6 +18,9 @@ from radlads_jax.porting.writers import writer_for
 from radlads_jax.porting.writers.writer import Writer
 from radlads_jax.system import backend, storage
 from radlads_jax.system.json_files import read_json
+
+# Of a head's size; training moved that of a tied teacher's student by less, and unrelated ones differ by more than 1.
+_FAR = 0.5
 
 
 def export_again(
@@ -42,6 +48,8 @@ def export_again(
     form.require(written, source)
     dtype = dtype or stored_dtype(config)
     params = load_params(source, cfg, dtype=dtype)
+    if retie and not cfg.tie_embeddings:
+        _check_same_head(params, source)
     if cfg.tie_embeddings and untie:
         params["head"] = {"kernel": params["embed"]["embedding"].T}
     kept = written if untie else cfg
@@ -57,6 +65,17 @@ def export_again(
         model_card=card,
         writer=writer,
     )
+
+
+def _check_same_head(params: Params, source: storage.AnyPath) -> None:
+    """Raises ValueError where a head is another matrix than the embedding, and not one that began as it."""
+    head, embedding = (params[a][b].astype(jnp.float32) for a, b in (("head", "kernel"), ("embed", "embedding")))
+    apart = float(jnp.linalg.norm(head.T - embedding) / jnp.linalg.norm(head))
+    if apart > _FAR:
+        raise ValueError(
+            f"got --retie for {source}, whose head differs from its embedding by {apart:.0%} of its size: with one for "
+            "both it would be another model. Expected a student of a teacher that ties them. Leave --retie out."
+        )
 
 
 def stored_dtype(config: dict[str, Any]) -> str:

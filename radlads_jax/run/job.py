@@ -24,10 +24,11 @@ from radlads_jax.models.placement import shardings
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.families import FAMILIES
 from radlads_jax.porting.hf_config import model_config_from_hf
-from radlads_jax.porting.hub import check_tokenizer, load_tokenizer, resolve_model_dir
+from radlads_jax.porting.hub import check_tokenizer, files_without_weights, load_tokenizer, resolve_model_dir
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.model_tensors import model_tensors
 from radlads_jax.porting.tokenizer_files import check_exportable
+from radlads_jax.porting.writers import writer_for
 from radlads_jax.run import chosen, fingerprint, teacher_logits
 from radlads_jax.run.settings import names_others
 from radlads_jax.run.tokens import Tokens, find_chats, find_tokens
@@ -163,6 +164,12 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
             "softmax attention, or of a family with recurrent layers of its own. Point config.teacher.path at the "
             "model it was made from."
         )
+    if FAMILIES[original.family].recurrent and original.o_bias:
+        raise ValueError(
+            f"the teacher {run.teacher.path} has biases of o, as an export with biases of q has, all of them 0: its "
+            "student would train them, and vLLM and llama.cpp leave them out. Expected none; python -m "
+            "radlads_jax.export --model TEACHER --output DIR --for=llama.cpp writes it without."
+        )
     if source is not None:
         # Only headers are read here: a damaged file shows now, not after the data has been tokenised.
         model_tensors(source, original)
@@ -185,7 +192,10 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
         tokenizer_dir = _tokenizer_dir(run, workdir, source)
         tokenizer = load_tokenizer(tokenizer_dir)
         check_tokenizer(tokenizer, student)
-        check_exportable(tokenizer_dir)
+        form = writer_for(student, run.export.engine)
+        # What has no place in it is told with all else that preflight finds.
+        if not form.obstacles(student, None):
+            check_exportable(tokenizer_dir, form.config(student, base_config))
         tokens = find_tokens(run, workdir, tokenizer, student.vocab_size)
         chat_file = find_chats(run, workdir, tokenizer, student.vocab_size)
     eval_tokens = run.data.eval_rows * (run.stage(run.stages[0]).seq_len if run.stages else _EVAL_SEQ_LEN)
@@ -282,7 +292,7 @@ def _check_rows(
 
 def _tokenizer_dir(run: RunConfig, workdir: AnyPath, source: AnyPath | None) -> AnyPath:
     if run.data.tokenizer:
-        return resolve_model_dir(run.data.tokenizer)
+        return files_without_weights(run.data.tokenizer)
     if source is not None:
         return source
     if run.data.source != "synthetic":

@@ -54,6 +54,8 @@ def exported(tmp_path_factory, tokenizer_dir):
     rng = np.random.default_rng(0)
     shapes = param_shapes(cfg).items()
     params = nest({path: jnp.asarray(rng.standard_normal(shape), jnp.float32) for path, shape in shapes})
+    # A head that has moved a little from the embedding, as that of a tied teacher's student.
+    params["head"]["kernel"] = 1.25 * params["embed"]["embedding"].T
     save_params(params, cfg, workdir / "export", base_config={"eos_token_id": 0}, tokenizer_from=tokenizer_dir)
     (workdir / "config.json").write_text(json.dumps(run_settings()))
     (workdir / "summary.json").write_text(json.dumps(SUMMARY))
@@ -113,6 +115,15 @@ def test_a_run_is_exported_again_in_another_dtype(exported, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype("bfloat16")), read, params)
     assert (target / "tokenizer.json").read_bytes() == (workdir / "export" / "tokenizer.json").read_bytes()
     assert "Qwen/Qwen2.5-0.5B-Instruct" in (target / "README.md").read_text()
+
+
+def test_a_head_of_its_own_is_not_left_out(exported, tmp_path):
+    workdir, params = exported
+    other = params | {"head": {"kernel": jnp.roll(params["head"]["kernel"], 1, axis=1)}}
+    cfg = model_config_from_hf(read_config(workdir / "export"))
+    save_params(other, cfg, tmp_path / "untied", base_config={})
+    with pytest.raises(ValueError, match=r"--retie for .*untied.*by 1\d\d% of its size"):
+        export_again(tmp_path / "untied", tmp_path / "tied", retie=True)
 
 
 def test_a_head_is_left_out_and_written_again(exported, tmp_path):

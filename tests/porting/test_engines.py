@@ -69,7 +69,7 @@ def test_a_directory_for_one_engine_is_read_by_it(cfg, engine, tmp_path):
     assert form.readers(cfg)[engine] == []
     target = saved(tmp_path / "for", cfg, params, writer=engine)
     keys, tensors = read_config(target), written(target)
-    assert (keys["model_type"] == "qwen3_5") == (engine != "sglang")
+    assert (keys["model_type"] == "qwen3_5") == (engine == "mlx")
     o_bias = cfg is PADDED and engine != "llama.cpp"
     assert any("o_proj.bias" in name for name in tensors) == o_bias
     back = model_config_from_hf(keys)
@@ -107,6 +107,7 @@ def test_the_card_says_what_loads_it_and_what_does_not():
     card = write_model_card(PADDED, use=USUAL.use(PADDED))
     assert "vllm serve" in card and "- sglang: biases of q, k and v" in card and "trust_remote_code" not in card
     assert "llama-server" not in card and "- llama.cpp: another form (--for=llama.cpp)" in card
+    assert "- mlx: another form (--for=mlx)" in card
     assert with_use(card, USUAL.use(HYBRID)).count("## Use") == 1
     assert "trust_remote_code" in write_model_card(student_of(QWEN3, "rad_rwkv7"))
 

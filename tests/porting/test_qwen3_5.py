@@ -1,6 +1,7 @@
 """The format of dense Qwen3.5: what is written in it is what transformers computes without our code."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -61,6 +62,20 @@ def test_softmax_layers_alone_are_the_teacher(family, tied, tmp_path):
     teacher = written(tmp_path / "teacher", cfg, params)
     served = written(tmp_path / "served", cfg, params, writer="qwen3_5")
     assert relative_rms(torch_logits(served), torch_logits(teacher)) < 2e-6
+    # Written once more, whatever lay around the first one's config.
+    keys = read_config(served)
+    nested = {"model_type": "qwen3_5", "text_config": keys | {"eos_token_id": 3}}
+    back = model_config_from_hf(keys)
+    again = save_params(load_params(served, back), back, tmp_path / "again", base_config=nested, dtype="float32")
+    assert relative_rms(torch_logits(again), torch_logits(teacher)) < 2e-6
+    assert json.loads((again / "generation_config.json").read_text()) == {"eos_token_id": 3}
+
+
+def test_what_a_teachers_own_attention_is_told_stays_with_it(tmp_path):
+    told = {"dual_chunk_attention_config": {"chunk_size": 8}, "use_sliding_window": False, "max_window_layers": 2}
+    cfg = student_of(TEACHERS["qwen2"], "gdn", (1, 3))
+    served = save_params(random_params(cfg), cfg, tmp_path / "served", base_config=told, dtype="float32")
+    assert not read_config(served).keys() & told.keys()
 
 
 @pytest.mark.parametrize("family", TEACHERS)
@@ -73,7 +88,7 @@ def test_a_hybrid_is_what_transformers_reads_and_what_comes_back(family, tmp_pat
     expected = our_logits(cfg, params)
     assert relative_rms(torch_logits(served), expected) < 1e-5
     keys = read_config(served)
-    assert "auto_map" not in keys and keys["text_config"]["full_attention_interval"] == 2
+    assert "auto_map" not in keys and keys["full_attention_interval"] == 2
     back = model_config_from_hf(keys)
     again = load_params(served, back)
     assert relative_rms(our_logits(back, again), expected) < 1e-5
@@ -81,7 +96,8 @@ def test_a_hybrid_is_what_transformers_reads_and_what_comes_back(family, tmp_pat
     twice = save_params(again, back, tmp_path / "twice", base_config=keys, dtype="float32")
     assert (twice / "model.safetensors").read_bytes() == (served / "model.safetensors").read_bytes()
     assert read_config(twice) == keys
-    assert model_config_from_hf(keys["text_config"]) == back
+    nested = read_config(written(tmp_path / "nested", cfg, params, writer="mlx"))
+    assert nested["text_config"] | {"torch_dtype": "float32"} == keys and model_config_from_hf(nested) == back
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_an_earlier_export_is_replaced_as_a_whole(small, tmp_path):
     save_params(params, cfg, tmp_path / "b", max_shard_size=10_000, **options)
     (tmp_path / "b" / "tokenizer.json").write_text("old")
     save_params(params, cfg, tmp_path / "b", **options)
-    assert names(tmp_path / "b") == {"config.json", "model.safetensors", "generation_config.json"}
+    assert names(tmp_path / "b") == {"config.json", "model.safetensors"}
     assert names(tmp_path) == {"b", "teacher"}
 
 
@@ -182,7 +182,7 @@ def test_a_relative_target_and_a_link_are_followed(small, tmp_path, monkeypatch)
     save_params(params, cfg, tmp_path / "link", **options)
     monkeypatch.chdir(tmp_path / "real")
     save_params(params, cfg, Path("."), **options)
-    assert names(tmp_path / "real") == {"config.json", "model.safetensors", "generation_config.json"}
+    assert names(tmp_path / "real") == {"config.json", "model.safetensors"}
     assert names(tmp_path) == {"real", "link", "teacher"}
 
 

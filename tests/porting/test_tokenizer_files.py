@@ -38,12 +38,13 @@ def save(directory, tokenizer: tokenizers.Tokenizer, **config) -> None:
     (directory / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
 
 
-def exported_ids(source, target, texts=(TEXT, *SAMPLES)) -> tuple[list[list[int]], list[list[int]]]:
+def exported_ids(source, target, config=None, texts=(TEXT, *SAMPLES)) -> tuple[list[list[int]], list[list[int]]]:
     """The ids that training has, and those of the written tokenizer through AutoTokenizer, as a student's export."""
     target.mkdir()
-    write_tokenizer(source, target)
     classes = {"AutoConfig": "configuration_rwkv7qwen2.RWKV7Qwen2Config"}
-    (target / "config.json").write_text(json.dumps({"model_type": "rwkv7qwen2", "auto_map": classes}))
+    config = config or {"model_type": "rwkv7qwen2", "auto_map": classes}
+    write_tokenizer(source, target, config)
+    (target / "config.json").write_text(json.dumps(config))
     written, own = transformers.AutoTokenizer.from_pretrained(target), hub.load_tokenizer(source)
     assert written.eos_token == "<|endoftext|>"
     return [own(text)["input_ids"] for text in texts], [written(text)["input_ids"] for text in texts]
@@ -57,6 +58,20 @@ def test_ids_are_those_of_training_whatever_class_the_teacher_names(tmp_path, na
     save(tmp_path / "teacher", byte_level_bpe(rule), **({"tokenizer_class": name} if name else {}))
     wanted, got = exported_ids(tmp_path / "teacher", tmp_path / "export")
     assert wanted == got == [byte_level_bpe(rule).encode(text).ids for text in (TEXT, *SAMPLES)]
+
+
+@pytest.mark.parametrize("rule", [WHOLE, DIGITS], ids=["whole", "digits"])
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "qwen3_5", "qwen2", "qwen3", "llama", "mistral"])
+def test_ids_are_those_of_training_whatever_the_models_type(tmp_path, kind, rule):
+    """transformers has classes of its own for some of them, whatever the tokenizer says."""
+    save(tmp_path / "teacher", byte_level_bpe(rule))
+    wanted, got = exported_ids(tmp_path / "teacher", tmp_path / "export", {"model_type": kind})
+    assert wanted == got == [byte_level_bpe(rule).encode(text).ids for text in (TEXT, *SAMPLES)]
+    own = (tmp_path / "export" / "tokenization_file.py").is_file()
+    assert own == (kind in ("qwen3_5", "qwen2"))
+    if own:
+        read = transformers.AutoTokenizer.from_pretrained(tmp_path / "export", trust_remote_code=True)
+        assert [read(text)["input_ids"] for text in (TEXT, *SAMPLES)] == wanted
 
 
 def test_other_settings_are_kept_and_code_is_not_named(tmp_path):
@@ -94,7 +109,7 @@ def test_a_teacher_of_words_gets_a_tokenizer_file(tmp_path):
     (tmp_path / "teacher" / "vocab.txt").write_text("\n".join(words))
     (tmp_path / "teacher" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
     (tmp_path / "export").mkdir()
-    write_tokenizer(tmp_path / "teacher", tmp_path / "export")
+    write_tokenizer(tmp_path / "teacher", tmp_path / "export", {"model_type": "rwkv7qwen2"})
     wanted = hub.load_tokenizer(tmp_path / "teacher")("it doll")["input_ids"]
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "export")("it doll")["input_ids"] == wanted
     assert 7 in wanted
@@ -110,4 +125,4 @@ def test_other_ids_are_refused_before_the_training(tmp_path, monkeypatch):
         lambda *args, **kwargs: transformers.PreTrainedTokenizerFast(tokenizer_object=other),
     )
     with pytest.raises(ValueError, match=r"teacher.*AutoTokenizer.*gives.*as in training"):
-        check_exportable(tmp_path / "teacher")
+        check_exportable(tmp_path / "teacher", {"model_type": "qwen3"})

@@ -33,6 +33,8 @@ from radlads_jax.system.storage import AnyPath
 
 _Fetch = Callable[[str], np.ndarray]
 _SIZES = ("key_heads", "value_heads", "key_size", "value_size")
+# What a teacher's own attention may be told and was not trained with: vLLM would heed it in this format too.
+_OF_OTHER_ATTENTION = ("dual_chunk_attention_config", "sliding_window", "use_sliding_window", "max_window_layers")
 _TEACHERS = ("qwen2", "qwen3", "llama", "mistral")
 
 
@@ -44,8 +46,9 @@ class _Form:
     o_bias: bool | None = None
 
 
-# What all but SGLang load of a model without biases, and all but it and llama.cpp of one with them.
-_USUAL = _Form(nested=True)
+# What all but MLX load of a model without biases; of one with them transformers and vLLM. Nested it would be MLX in the
+# place of SGLang, and transformers would put Qwen3.5's own rules of splitting text in the place of the tokenizer's.
+_USUAL = _Form(nested=False)
 
 
 def _form_for(engine: engines.Engine) -> _Form:
@@ -209,7 +212,8 @@ def _padded(array: np.ndarray, heads: int, which: str, kind: str, cfg: ModelConf
 
 def _config(cfg: ModelConfig, base: dict[str, Any], form: _Form) -> dict[str, Any]:
     # Of the layers that foretell further tokens no tensor is written (Family.left_out).
-    base = {key: value for key, value in qwen3_5.text_config(base).items() if not key.startswith("mtp_")}
+    base = qwen3_5.text_config(base)
+    base = {key: value for key, value in base.items() if not key.startswith("mtp_") and key not in _OF_OTHER_ATTENTION}
     config = hf_config_from_model(_native(cfg, form), base)
     # vLLM's name of it; without it there is no bias, and no word of that.
     config |= {"qkv_bias": True} if config["attention_bias"] else {}

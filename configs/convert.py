@@ -13,7 +13,7 @@ A first try on a CPU, to RAD-RWKV6; few tokens want small batches:
 
 What one needs, each as --config.<name>=<value> (radlads_jax/config.py has them all):
 
-    teacher.path             a Hugging Face directory or hub id: qwen2, qwen3, llama, or mistral without sliding window
+    teacher.path             a Hugging Face directory or hub id: qwen2, qwen3, llama, mistral or dense qwen3_5 (to gdn)
     student.mixer            rad_rwkv7, rad_rwkv6, or gdn (Gated DeltaNet, exported as Qwen3.5)
     student.attention_layers layers that stay softmax attention, e.g. 3,7,11; none by default
                              auto:N chooses N of them by forward passes of the teacher, before the run

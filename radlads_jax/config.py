@@ -186,7 +186,7 @@ class Export:
 class RunConfig:
     """A whole run. dtype: of the student's activations and matmuls; its weights are float32.
 
-    added: recipes of stages beside the five, by name (distill/stages.py, `add_stage`).
+    added: recipes of stages beside those of STAGE_NAMES, by name (distill/stages.py, `add_stage`).
     """
 
     seed: int = 0

@@ -1,1 +1,1 @@
-"""The recurrences and the fused head-and-loss: a folder per operation, with its public functions in front."""
+"""Recurrences, softmax attention, head and loss in one: a folder an operation, with its public functions in front."""

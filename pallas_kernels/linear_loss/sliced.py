@@ -100,7 +100,7 @@ def _topk_kl_slice(
     known = log_p > -jnp.inf
     partition = _log_partition(logits)
     log_q = logits - partition
-    # Of the student, the logarithm of what all unknown tokens have together; -inf where there are none.
+    # Of the student, the logarithm of what all unknown tokens have together; no number where there are none.
     log_rest = _log_partition(jnp.where(known, -jnp.inf, logits)) - partition
     rest = jnp.where(log_rest > -jnp.inf, jnp.maximum(1 - jnp.sum(jnp.exp(log_p), axis=-1, keepdims=True), 0), 0)
     of_known = jnp.sum(jnp.where(known, jnp.exp(log_p) * (log_p - log_q), 0.0), axis=-1)

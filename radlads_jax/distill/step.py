@@ -1,4 +1,4 @@
-"""The one training step: loss, accumulated gradient, clip, Adam; a non-finite step changes nothing but its counters."""
+"""The one training step: loss, accumulated gradient, clip, update; what is not finite changes nothing but counters."""
 
 from collections.abc import Callable
 from typing import Any

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+from flax import traverse_util
 
 _Tree = TypeVar("_Tree")
 _Params = dict[Any, Any]
@@ -12,19 +13,10 @@ ParamPath = tuple[str | int, ...]
 
 def split_params(params: _Params, predicate: Callable[[str], bool]) -> tuple[_Params, _Params]:
     """(those whose "/"-joined path fulfils the predicate, the others), both without empty dicts; nothing is copied."""
-    return _select(params, "", predicate), _select(params, "", lambda path: not predicate(path))
-
-
-def _select(params: _Params, prefix: str, predicate: Callable[[str], bool]) -> _Params:
-    chosen: _Params = {}
-    for key, value in params.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, dict):
-            if inner := _select(value, path + "/", predicate):
-                chosen[key] = inner
-        elif predicate(path):
-            chosen[key] = value
-    return chosen
+    flat = flatten(params)
+    chosen = {path for path in flat if predicate(shown(path))}
+    first, second = ({path: leaf for path, leaf in flat.items() if (path in chosen) == mine} for mine in (True, False))
+    return nest(first), nest(second)
 
 
 def merge_params(first: _Params, second: _Params) -> _Params:
@@ -76,24 +68,12 @@ def keys_of(path: str) -> ParamPath:
 
 def nest(flat: dict[ParamPath, Any]) -> dict[str, Any]:
     """A nested dict from values by path."""
-    tree: dict[Any, Any] = {}
-    for path, value in flat.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-    return tree
+    return traverse_util.unflatten_dict(flat)
 
 
 def flatten(tree: dict[Any, Any]) -> dict[ParamPath, Any]:
     """The leaves of a nested dict by path."""
-    flat: dict[ParamPath, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= {(key, *path): leaf for path, leaf in flatten(value).items()}
-        else:
-            flat[(key,)] = value
-    return flat
+    return traverse_util.flatten_dict(tree)
 
 
 def shown(path: ParamPath) -> str:

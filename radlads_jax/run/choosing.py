@@ -23,7 +23,7 @@ def decide(
 ) -> Job:
     """The job with its softmax layers chosen, for which the teacher's weights are loaded anew where they were.
 
-    choose: evaluation.choice.choose_layers; table: what shows its figures. Every process takes part in the passes, the
+    choose: evaluation.choice.choose_for_run; table: what shows its figures. Every process takes part in the passes, the
     first one's choice is that of all.
     """
     if not job.to_choose:

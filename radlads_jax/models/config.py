@@ -113,6 +113,11 @@ class ModelConfig:
         return self.is_changed(stack) and (self.is_converted(stack) or (kept is not None and not kept.rope))
 
     @property
+    def softmax_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers of softmax attention."""
+        return tuple(i for i, mixer in enumerate(self.layer_mixers) if mixer == SOFTMAX)
+
+    @property
     def converted_layers(self) -> tuple[int, ...]:
         """The numbers of a student's converted layers."""
         return self._layers_where(self.is_converted)
@@ -162,7 +167,7 @@ class ModelConfig:
         )
 
     def _require_softmax(self, layers: tuple[int, ...]) -> None:
-        softmax = [i for i, own in enumerate(self.layer_mixers) if own == SOFTMAX]
+        softmax = self.softmax_layers
         if others := [i for i in layers if i not in softmax]:
             raise ValueError(
                 f"softmax attention is to stay in the layers {', '.join(map(str, layers))}, but the teacher has it in "

@@ -5,7 +5,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from radlads_jax.models.config import SOFTMAX, ModelConfig, RopeScaling
+from radlads_jax.models.config import ModelConfig, RopeScaling
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.spec import PublishedFormat
 from radlads_jax.porting.families import FAMILIES
@@ -100,7 +100,7 @@ def _published(cfg: ModelConfig) -> PublishedFormat | None:
 
 
 def _student_keys(cfg: ModelConfig, published: PublishedFormat) -> dict[str, Any]:
-    attention = [i for i, name in enumerate(cfg.layer_mixers) if name == SOFTMAX]
+    attention = list(cfg.softmax_layers)
     are_last = attention == list(range(cfg.num_layers - len(attention), cfg.num_layers))
     keys: dict[str, Any] = {
         "teacher_model_type": cfg.family,

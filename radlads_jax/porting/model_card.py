@@ -90,7 +90,7 @@ def _header(base: str) -> str:
 def _description(cfg: ModelConfig, base: str) -> str:
     assert cfg.recurrent_mixer is not None
     spec = MIXERS[cfg.recurrent_mixer]
-    softmax = [i for i, name in enumerate(cfg.layer_mixers) if name == SOFTMAX]
+    softmax = cfg.softmax_layers
     in_bfloat16 = dataclasses.replace(cfg, dtype="bfloat16")
     per_token = _state_bytes(in_bfloat16, SOFTMAX)
     state = (cfg.num_layers - len(softmax)) * _state_bytes(in_bfloat16, spec.name)
@@ -197,7 +197,7 @@ def _state_bytes(cfg: ModelConfig, mixer: str) -> int:
     return sum(math.prod(array.shape) * jnp.dtype(array.dtype).itemsize for array in arrays)
 
 
-def _numbers(layers: list[int]) -> str:
+def _numbers(layers: Sequence[int]) -> str:
     return f"number {layers[0]} is" if len(layers) == 1 else f"numbers {_listed(layers)} are"
 
 

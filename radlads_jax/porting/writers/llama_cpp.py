@@ -14,7 +14,7 @@ def _obstacles(cfg: ModelConfig) -> list[str]:
     if cfg.recurrent_mixer != "rad_rwkv6":
         return [f"the mixer {cfg.recurrent_mixer or SOFTMAX} (only rad_rwkv6 has one)"]
     mixer = cfg.mixer
-    softmax = [i for i, name in enumerate(cfg.layer_mixers) if name == SOFTMAX]
+    softmax = list(cfg.softmax_layers)
     obstacles = {
         f"softmax layers {softmax}": bool(softmax),
         "RoPE (student.use_rope)": mixer.use_rope,

@@ -9,7 +9,8 @@ Change:  --hours       after which the run saves itself and this ends, before th
          --repo        a private repository that is made for it; without, nothing leaves this machine
          all other flags are those of python -m radlads_jax.launch
 
-Exit code: that of the run. 0 done, 1 refused or failed, 128 + signal stopped and saved: start it again.
+Exit code: that of the run. 0 done, 1 refused or failed (what it has is saved too), or done or stopped and not saved,
+128 + signal stopped and saved: start it again.
 """
 
 import argparse
@@ -23,6 +24,11 @@ from typing import Any
 from radlads_jax.porting.repository import require_name_and_token
 from radlads_jax.run import on_hub
 from radlads_jax.system.command import refuse
+from radlads_jax.system.stopping import SIGNALS
+from radlads_jax.system.storage import sizes_below
+
+# Below a work directory, what a run that is begun again need not do again.
+_KEPT = ("checkpoints", "choice.json", "data", "export", "samples.md", "summary.json", "sweep.json")
 
 
 def run_for(command: list[str], seconds: float) -> tuple[int, bool]:
@@ -43,18 +49,36 @@ def session(workdir: Path, repo: str, hours: float, save_every: float, rest: lis
     if repo and not workdir.exists():
         there = on_hub.bring_back(workdir, repo)
         print(f"session: fetched the run from {repo}" if there else "session: a new run", flush=True)
-    end = time.monotonic() + 3600 * hours
+    end, is_patient = time.monotonic() + 3600 * hours, False
     command = [sys.executable, "-m", "radlads_jax.launch", "--workdir", str(workdir), *rest]
     while True:
-        left = end - time.monotonic()
-        code, is_over = run_for(command, max(min(left, 3600 * save_every if repo else left), 0))
-        if code == 1:
-            return code
+        left, before = end - time.monotonic(), _progress(workdir)
+        code, is_over = run_for(command, max(min(left, 3600 * save_every if repo and not is_patient else left), 0))
         if repo:
-            saved = on_hub.save(workdir, repo)
-            print(f"session: saved the run to {repo}" if saved else "session: nothing to save yet", flush=True)
-        if code == 0 or not is_over or time.monotonic() > end - 60:
+            _save(workdir, repo, failed=code != 0 and code - 128 not in SIGNALS)
+        if code in (0, 1) or not is_over or time.monotonic() > end - 60:
             return code
+        is_patient = _progress(workdir) == before
+        if is_patient:
+            print(f"session: {save_every:g} h brought nothing to save; only --hours stops the next round", flush=True)
+
+
+def _save(workdir: Path, repo: str, *, failed: bool) -> None:
+    """Raises ValueError where that fails, but for a run that failed itself: its code and its message matter more."""
+    try:
+        saved = on_hub.save(workdir, repo)
+    except ValueError as error:
+        if not failed:
+            raise
+        refuse(error)
+    else:
+        print(f"session: saved the run to {repo}" if saved else "session: nothing to save yet", flush=True)
+
+
+def _progress(workdir: Path) -> dict[str, int]:
+    """The bytes of every file that is whole and of use to the next round; an export is made again, of the same size."""
+    sizes = sizes_below(workdir) if workdir.exists() else {}
+    return {name: size for name, size in sizes.items() if name.split("/")[0] in _KEPT and ".tmp-" not in name}
 
 
 def _interrupt(*_: Any) -> None:

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # A conversion on a TPU slice of Google Cloud without Kubernetes: asks for the slice as a queued resource, copies the
-# last commit to all of its workers, starts the same command on every one, and asks again when the slice is taken away.
+# last commit to all of its workers, starts the same command on every one, and does so again when a worker has lost it,
+# after a reboot say, or the slice is taken away.
 #
 # Run:     NAME=mine ZONE=europe-west4-a launch/tpu_pod.sh up --config configs/convert.py --workdir gs://BUCKET/mine ...
 #              until it is done: waits for the slice, sets it up, runs, and does all of it again after a preemption;
-#              the same line again watches a run that is under way. Ends with 1 where the slice can not be had.
+#              the same line again watches a run that is under way. Ends with 1 where the slice can not be had or the
+#              run fails.
 #          NAME=mine ZONE=... launch/tpu_pod.sh logs | stop | delete
 #              stop saves and ends the run, delete gives the slice back
 # Change:  NAME, ZONE       the slice's name, and where it is
@@ -12,8 +14,9 @@
 #          ACCELERATOR      v6e-8; also v5litepod-8, v5p-8, ...
 #          RUNTIME          v2-alpha-tpuv6e; the one for ACCELERATOR, see the TPU documentation
 #          SPOT=1           cheaper, and may be taken away at any time
-#          MOUNT            a command that makes a disk appear on every worker, where paths are to lie on one, e.g.
-#                           'sudo mkdir -p /mnt/runs && sudo mount -t nfs IP:/runs /mnt/runs'
+#          MOUNT            a command that makes a disk appear on every worker, where paths are to lie on one, and does
+#                           nothing where it is there, e.g.
+#                           'sudo mkdir -p /mnt/runs && mountpoint -q /mnt/runs || sudo mount -t nfs IP:/runs /mnt/runs'
 #          HF_TOKEN, WANDB_API_KEY   where set, the run gets them, in a file that its user alone can read; they are
 #                           in no command line, log or metadata. They are copied with the code, before the run starts
 #
@@ -114,8 +117,15 @@ write_secrets() {
     done
 }
 
+# On a worker: it has begun a run since it booted.
+mark=/run/radlads
+# What is left of a run there goes.
+clear="sudo rm -f $mark; sudo systemctl stop radlads || true; sudo systemctl reset-failed radlads || true"
+
 setup() {
-    git archive --format=tar.gz --output="$temporary/code.tar.gz" HEAD &&
+    # First: what runs would lose its code and its environment.
+    on all "$clear" &&
+        git archive --format=tar.gz --output="$temporary/code.tar.gz" HEAD &&
         copy "$temporary/code.tar.gz" radlads_jax.tar.gz &&
         # scp keeps the mode: nobody else can read it at any time.
         if [[ -s $temporary/secrets ]]; then copy "$temporary/secrets" "$secrets"; fi &&
@@ -125,61 +135,102 @@ setup() {
 }
 
 # A service, so that it outlives the connection, goes on after a signal or a crash (not after exit code 1, a mistake),
-# and is asked to save by SIGTERM when it is stopped or the host shuts down.
+# and is asked to save by SIGTERM when it is stopped or the host shuts down. gcloud sends the command again where the
+# connection broke, so that it may find the service begun.
 start() {
     local flags
     printf -v flags ' %q' "$@"
     # shellcheck disable=SC2016 # the worker expands these
-    on all 'sudo systemd-run --unit=radlads --collect --uid="$USER" --working-directory="$HOME/radlads_jax" \
+    on all "$clear"'; sudo systemd-run --unit=radlads --uid="$USER" --working-directory="$HOME/radlads_jax" \
         --property=EnvironmentFile=-"$HOME/'"$secrets"'" \
         --property=Restart=on-failure --property=RestartPreventExitStatus=1 --property=RestartSec=10 \
         --property=TimeoutStopSec=600 \
-        .venv/bin/python -m radlads_jax.launch --distributed=auto'"$flags"
+        .venv/bin/python -m radlads_jax.launch --distributed=auto'"$flags && sudo touch $mark"
 }
 
-# Prints active, or how the service ended; nothing where the slice can't be reached, for a reason that is then in
-# $temporary/said.
+money="The slice is still there, and costs money; the same command tries again, and to give it back:
+NAME=$name ZONE=$zone launch/tpu_pod.sh delete"
+
+begin() {
+    setup || die "the slice could not be set up, for the reason above. $money"
+    start "$@" || die "the run could not be started, for the reason above. $money"
+}
+
+how_it_ended='systemctl show radlads --property=ExecMainStatus'
+last_lines='journalctl --unit=radlads --lines=20 --no-pager'
+said_by_one() { grep -qxE "$2" <<<"$1"; }
+
+# How the run is on all workers together:
+#   unreached  one of them does not answer, for a reason that is then in $temporary/said
+#   lost       one of them has not begun it, or has booted since
+#   failed     it ended with code 1 on one of them
+#   ended      it runs on none
+#   parted     it has ended on one and goes on on another: it is ending, or waits for one that does not come back
+#   runs
 service() {
-    on 0 'systemctl is-active radlads || journalctl --unit=radlads --lines=20 --no-pager' 2>"$temporary/said" || true
+    local words
+    words=$(on all "if [ ! -e $mark ]; then echo lost; else systemctl is-active radlads || $how_it_ended; fi" \
+        2>"$temporary/said") || words=''
+    if [[ -z $words ]]; then
+        echo unreached
+    elif said_by_one "$words" lost; then
+        echo lost
+    elif said_by_one "$words" ExecMainStatus=1; then
+        echo failed
+    elif ! said_by_one "$words" 'active|activating|deactivating'; then
+        echo ended
+    # A host may take minutes to save; while it shuts down the service is deactivating.
+    elif said_by_one "$words" 'inactive|failed' && ! said_by_one "$words" deactivating; then
+        echo parted
+    else
+        echo runs
+    fi
 }
 
-# While a host shuts down the service is deactivating.
-is_running() { [[ $1 == active* || $1 == activating* || $1 == deactivating* ]]; }
 may_be_there() {
     [[ $1 != UNKNOWN ]] || echo "the slice's state can't be told: $(tail -n 1 "$temporary/said")" >&2
     [[ $1 == ACTIVE || $1 == UNKNOWN ]]
 }
 
-# Until the service runs, or the slice is gone. A worker that can't be reached yet may be in the middle of a run.
-bring_up() {
-    local said
-    while may_be_there "$(state)"; do
-        said=$(service)
-        if is_running "$said"; then
-            return
-        elif [[ -n $said ]]; then
-            setup || die "the slice could not be set up, for the reason above. It is still there, and costs money; the
-same command tries again, and to give it back: NAME=$name ZONE=$zone launch/tpu_pod.sh delete"
-            start "$@" || die "the run could not be started, for the reason above. The slice is still there, and costs
-money; the same command tries again, and to give it back: NAME=$name ZONE=$zone launch/tpu_pod.sh delete"
-            return
-        fi
-        echo "the slice can't be reached: $(tail -n 1 "$temporary/said")" >&2
-        sleep "$poll_seconds"
-    done
+# $1: ended or failed. One that failed on some workers would be begun again and again on the others.
+finish() {
+    if [[ $1 == failed ]]; then
+        on all "if $how_it_ended | grep -qx ExecMainStatus=1; then $last_lines; fi" || true
+        on all "$clear" || true
+        die "the run has failed, for the reason above, and was stopped on all workers. $money"
+    fi
+    on 0 "$last_lines" || true
 }
 
-# Until the run has ended (0) or the slice is no longer there (1).
-watch() {
-    local said
+# Begins the run, unless all workers have it, and again on all of them where one has lost it: it goes on from its
+# checkpoints. Until it has ended (0) or the slice is no longer there (1); dies where it failed.
+attend() {
+    local now before='' begun=0
     while may_be_there "$(state)"; do
-        sleep "$poll_seconds"
-        said=$(service)
-        # What ended with its slice goes on with the next.
-        if [[ -n $said ]] && ! is_running "$said" && may_be_there "$(state)"; then
-            echo "$said"
-            return 0
+        now=$(service)
+        case $now in
+            unreached) echo "a worker can't be reached: $(tail -n 1 "$temporary/said")" >&2 ;;
+            runs) begun=1 ;;
+            ended | failed)
+                if ((!begun)); then
+                    now=begin
+                # What ended with its slice goes on with the next.
+                elif may_be_there "$(state)"; then
+                    finish "$now"
+                    return 0
+                fi
+                ;;
+            # Once is no sign: they do not end at the same moment.
+            parted) [[ $before != parted ]] || now=begin ;;
+            lost) now=begin ;;
+        esac
+        if [[ $now == begin ]]; then
+            ((!begun)) || echo "a worker has lost the run; starting it again on all"
+            begin "$@"
+            begun=1
         fi
+        before=$now
+        sleep "$poll_seconds"
     done
     return 1
 }
@@ -195,8 +246,7 @@ a TPU7x from GKE (launch/jobset.yaml) or from Compute Engine, or e.g. ACCELERATO
     write_secrets
     while true; do
         await_slice
-        bring_up "$@"
-        if watch; then
+        if attend "$@"; then
             echo "the run has ended; give the slice back with: NAME=$name ZONE=$zone launch/tpu_pod.sh delete"
             return
         fi
@@ -209,7 +259,8 @@ command=${1:-}
 case $command in
     up) up "$@" ;;
     logs) on 0 'journalctl --unit=radlads --follow --lines=100' ;;
-    stop) on all 'sudo systemctl stop radlads' ;;
+    # Marked first: a worker that had lost the run is not to get it again.
+    stop) on all "sudo touch $mark; sudo systemctl stop radlads" ;;
     delete) give_back ;;
     *) die "got '$command'; expected up, logs, stop or delete." ;;
 esac

@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -107,7 +108,75 @@ def test_a_session_saves_as_it_goes_and_ends_with_its_run(
     monkeypatch.setattr(session, "run_for", lambda command, seconds: real(program, min(seconds, 1.5)))
     assert session.session(workdir, NAME, hours=1, save_every=0.1, rest=[]) == code
     assert (workdir / "parts").read_text() == "part\n" * 2
-    assert hub.repos[NAME].commits == (3 if code == 0 else 2), "a run that fails is not saved"
+    assert hub.repos[NAME].commits == 3, "what a run has that fails is saved too"
+    assert hub.repos[NAME].files["parts"] == b"part\n" * 2
+
+
+@pytest.mark.parametrize("code", [1, 128 + signal.SIGKILL])
+def test_a_save_that_fails_does_not_hide_how_the_run_failed(
+    hub: FakeHub, tmp_path: pathlib.Path, session: ModuleType, monkeypatch: Any, capsys: Any, code: int
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(session, "run_for", lambda *_: (code, False))
+    assert session.session(begun(tmp_path / "run"), NAME, hours=1, save_every=0.1, rest=[]) == code
+    assert NAME in capsys.readouterr().err
+    monkeypatch.setattr(session, "run_for", lambda *_: (128 + signal.SIGTERM, False))
+    with pytest.raises(ValueError, match=NAME):
+        session.session(tmp_path / "run", NAME, hours=1, save_every=0.1, rest=[])
+
+
+def test_what_another_run_is_at_work_in_is_not_saved(
+    hub: FakeHub, tmp_path: pathlib.Path, session: ModuleType, monkeypatch: Any, capsys: Any
+) -> None:
+    """The second run in a directory is refused, and ends with code 1."""
+    holds = "import fcntl, sys, time; file = open(sys.argv[1], 'r+'); fcntl.lockf(file, fcntl.LOCK_EX); print(1)"
+    lock = begun(tmp_path / "run") / ".lock"
+    program = [sys.executable, "-c", f"{holds}; sys.stdout.flush(); time.sleep(60)", str(lock)]
+    monkeypatch.setattr(session, "run_for", lambda *_: (1, False))
+    with subprocess.Popen(program, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        assert session.session(tmp_path / "run", NAME, hours=1, save_every=0.1, rest=[]) == 1
+        other.kill()
+    assert hub.repos == {} and "in use by another run (process 1)" in " ".join(capsys.readouterr().err.split())
+    assert session.session(tmp_path / "run", NAME, hours=1, save_every=0.1, rest=[]) == 1
+    assert "fingerprint.json" in hub.repos[NAME].files
+
+
+# What a round writes, by its number: trials and checkpoints are of use to the next, the rest is written by each anew.
+WRITES = {
+    "metrics.jsonl": lambda number: "{}\n" * number,
+    "report/index.html": lambda number: "page" * number,
+    ".export.partial/model.safetensors": lambda number: "w" * number,
+    "export/model.safetensors": lambda number: "weights",
+}
+
+
+@pytest.mark.parametrize(
+    ("grows", "stopped"),
+    [(None, [True, True, False]), ("sweep.json", [True] * 4), ("checkpoints/stage1/{}/d", [True] * 4)],
+    ids=["nothing", "a trial more", "a checkpoint more"],
+)
+def test_a_round_that_did_nothing_is_followed_by_one_that_is_not_stopped(
+    hub: FakeHub, tmp_path: pathlib.Path, session: ModuleType, monkeypatch: Any, capsys: Any, grows, stopped
+) -> None:
+    """A trial, or an export and its evaluation, that takes longer than --save_every; the export is there at once."""
+    asked: list[bool] = []
+
+    def run_for(command: list[str], seconds: float) -> tuple[int, bool]:
+        asked.append(seconds <= 360)
+        assert asked[-1] or 35_900 < seconds <= 36_000
+        texts = {name: text(len(asked)) for name, text in WRITES.items()}
+        texts |= {grows.format(len(asked)): "t" * len(asked)} if grows else {}
+        for name, text in texts.items():
+            (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "run" / name).write_text(text)
+        return (0, False) if len(asked) == len(stopped) else (128 + signal.SIGTERM, True)
+
+    monkeypatch.setattr(session, "run_for", run_for)
+    begun(tmp_path / "run")
+    assert session.session(tmp_path / "run", NAME, hours=10, save_every=0.1, rest=[]) == 0
+    assert asked == stopped
+    assert capsys.readouterr().out.count("0.1 h brought nothing to save") == stopped.count(False)
 
 
 def test_a_session_ends_when_its_hours_are_over(hub: FakeHub, tmp_path: pathlib.Path, session, monkeypatch) -> None:

@@ -5,7 +5,8 @@ import re
 import shlex
 import stat
 
-from test_launchers import run, stub
+import pytest
+from test_launchers import LAUNCH, run, stub
 
 NOT_FOUND = """ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource \
 'projects/p1/locations/z1/queuedResources/mine' was not found. This command is authenticated as somebody."""
@@ -32,6 +33,40 @@ case "$*" in
     *systemd-run*) touch started ;;
 esac
 """
+# A slice of as many workers as there are w*/ in `here`, which do what systemd is told: in a worker's directory `unit`
+# has its unit's state, `ended` the exit code, and what is in /run elsewhere lies beside them. Each time that the state
+# of the slice is asked for, the next line of `events` happens.
+WORKERS = """
+cd {here}
+case "$*" in
+    *describe*)
+        event=$(head -n 1 events) && sed -i 1d events && eval "$event"
+        cat state
+        ;;
+    *ssh*systemctl* | *ssh*journalctl*)
+        told=${{!#}} && told=${{told#--command=}}
+        code=0
+        workers=(w0) && [[ $8 == --worker=0 ]] || workers=(w*)
+        for worker in "${{workers[@]}}"; do
+            (cd "$worker" && PATH={here}/tools:$PATH bash -c "${{told//\\/run\\//./}}") || code=$?
+        done
+        exit $code
+        ;;
+esac
+"""
+TOOLS = {
+    "sudo": '"$@"',
+    "systemctl": """case $1 in
+        is-active) cat unit 2>/dev/null || { echo inactive; exit 3; }; [[ $(cat unit) == active ]] ;;
+        show) echo ExecMainStatus=$(cat ended 2>/dev/null || echo 0) ;;
+        stop) [[ -e unit ]] || exit 5; rm unit ;;
+        reset-failed) rm -f ended ;;
+    esac""",
+    "systemd-run": """[[ ! -e ../unreached/$(basename "$PWD") ]] || exit 255
+    [[ ! -e unit ]] || { echo 'Unit radlads.service already exists.' >&2; exit 1; }
+    echo active >unit; echo begun >>../begun""",
+    "journalctl": 'echo "the log of $(basename "$PWD")"',
+}
 TPU = {"NAME": "mine", "ZONE": "z1", "PROJECT": "p1", "POLL_SECONDS": "0", "HF_TOKEN": "", "WANDB_API_KEY": ""}
 
 
@@ -62,7 +97,7 @@ def test_tpu_pod_asks_again_for_a_slice_that_was_taken(tmp_path: pathlib.Path) -
     assert "--worker=all" in started
     assert not any("EXTRAS" in str(call) for call in calls)
     remote = next(word for word in started if word.startswith("--command=")).removeprefix("--command=")
-    words = shlex.split(remote)
+    words = shlex.split(remote.rpartition(" && ")[0])
     flags = ["--config", "configs/convert.py", "--config.data.path=a b"]
     assert words[words.index("radlads_jax.launch") + 1 :] == ["--distributed=auto", *flags]
     assert "--property=RestartPreventExitStatus=1" in words
@@ -117,3 +152,69 @@ def test_tpu_pod_starts_nothing_on_a_slice_that_was_not_set_up(tmp_path: pathlib
     code, calls, printed = pod_up(tmp_path, "*scp*) echo 'scp: connection lost' >&2; exit 1 ;;")
     assert code == 1 and "could not be set up" in printed
     assert happened(calls) == ["queued-resources create", " scp "]
+
+
+def pod_of_three(directory: pathlib.Path, *events: str) -> tuple[int, int, str]:
+    """`tpu_pod.sh up` on a slice that is there; (exit code, units begun, what was printed)."""
+    for place in ("w0", "w1", "w2", "tools", "unreached"):
+        (directory / place).mkdir(exist_ok=True)
+    for name, body in TOOLS.items():
+        stub(directory / "tools", name, body)
+    (directory / "state").write_text("ACTIVE\n")
+    # Nothing of what is told here takes that many looks.
+    (directory / "events").write_text("\n".join([*events, *["true"] * 20, "echo FAILED > state"]) + "\n")
+    stub(directory, "gcloud", WORKERS.format(here=shlex.quote(str(directory))))
+    code, _, printed = run("tpu_pod.sh", directory, "up", "--config", "configs/convert.py", **TPU)
+    return code, len((directory / "begun").read_text().split()), printed
+
+
+# A run that is done, and a worker after its reboot. The slice's state is asked for before each look at the workers, and
+# once more after one that found none of them running.
+DONE = "rm -f w*/unit"
+REBOOT = "rm -rf {0} && mkdir {0}"
+ALL_ENDED = "the run has ended; give the slice back"
+
+
+def test_tpu_pod_starts_again_what_began_on_some_workers_only(tmp_path: pathlib.Path) -> None:
+    """The connection to one worker breaks when it is to start; the same command then starts all of them."""
+    (tmp_path / "unreached").mkdir()
+    (tmp_path / "unreached" / "w2").touch()
+    code, begun, printed = pod_of_three(tmp_path)
+    assert (code, begun) == (1, 2) and "the same command tries again" in " ".join(printed.split())
+    (tmp_path / "unreached" / "w2").unlink()
+    code, begun, printed = pod_of_three(tmp_path, "true", "true", "true", DONE)
+    assert (code, begun) == (0, 2 + 3) and ALL_ENDED in printed, printed
+
+
+@pytest.mark.parametrize("lost", [("w2",), ("w0",), ("w0", "w1", "w2")], ids=["one", "the first", "all"])
+def test_tpu_pod_starts_again_on_all_where_a_worker_was_rebooted(tmp_path: pathlib.Path, lost: tuple[str, ...]) -> None:
+    reboots = "; ".join(REBOOT.format(worker) for worker in lost)
+    code, begun, printed = pod_of_three(tmp_path, "true", "true", "true", reboots, "true", "true", DONE)
+    assert (code, begun) == (0, 2 * 3) and ALL_ENDED in printed, printed
+    assert printed.count("a worker has lost the run; starting it again on all") == 1
+
+
+def test_tpu_pod_takes_workers_that_end_one_after_another_for_one_end(tmp_path: pathlib.Path) -> None:
+    code, begun, printed = pod_of_three(tmp_path, "true", "true", "true", "rm w0/unit", DONE)
+    assert (code, begun) == (0, 3) and ALL_ENDED in printed and "the log of w0" in printed, printed
+
+
+def test_tpu_pod_starts_again_where_the_others_wait_for_one_that_ended(tmp_path: pathlib.Path) -> None:
+    code, begun, printed = pod_of_three(tmp_path, "true", "true", "true", "rm w0/unit", "true", "true", DONE)
+    assert (code, begun) == (0, 2 * 3) and ALL_ENDED in printed, printed
+
+
+def test_tpu_pod_ends_where_the_run_fails_on_one_worker(tmp_path: pathlib.Path) -> None:
+    """The others would wait for it for ever."""
+    fails = "echo failed > w1/unit; echo 1 > w1/ended"
+    code, begun, printed = pod_of_three(tmp_path, "true", "true", "true", fails)
+    assert (code, begun) == (1, 3) and "the run has failed" in printed, printed
+    assert "the log of w1" in printed and "the log of w0" not in printed
+    assert not [*tmp_path.glob("w*/unit")], "it is stopped on the others"
+
+
+def test_tpu_pod_does_not_start_again_what_is_stopped(tmp_path: pathlib.Path) -> None:
+    """By `stop` in another terminal, on a slice of which one worker has been rebooted since the last look."""
+    stop = f"{REBOOT.format('w1')}; bash {shlex.quote(str(LAUNCH))}/tpu_pod.sh stop"
+    code, begun, printed = pod_of_three(tmp_path, "true", "true", "true", stop)
+    assert (code, begun) == (0, 3) and ALL_ENDED in printed, printed

@@ -9,6 +9,7 @@ from huggingface_hub import errors
 from radlads_jax.porting.repository import FAILURES, Kind, open_repository, refusal, require_name_and_token, send
 from radlads_jax.run.fingerprint import FILE
 from radlads_jax.system.storage import files_below
+from radlads_jax.system.workdir import require_free
 
 _RUN = Kind(f"a saved run, with a {FILE}", lambda found: any(file.rfilename == FILE for file in found.siblings or ()))
 # What the hub or this machine alone has to do with.
@@ -18,10 +19,12 @@ _LEFT_OUT = (".gitattributes", ".lock", ".cache")
 def save(workdir: Path, name: str) -> bool:
     """Makes the private repository's files those of a run that is not under way now; whether there was one to save.
 
-    A directory whose run has not begun holds none. Raises ValueError where it can not be saved.
+    A directory whose run has not begun holds none. Raises ValueError where it can not be saved, or another process is
+    at work in it.
     """
     if not (workdir / FILE).is_file():
         return False
+    require_free(workdir)
     files: dict[str, Path | bytes] = {
         str(file.relative_to(workdir)): Path(file)
         for file in files_below(workdir)

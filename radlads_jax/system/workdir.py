@@ -42,6 +42,17 @@ def held(workdir: str | os.PathLike) -> Iterator[None]:
         yield
 
 
+def require_free(workdir: pathlib.Path) -> None:
+    """Raises ValueError where another process has this disk's directory."""
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context((workdir / _LOCK).open("r+", encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        if refused := _taken(file, workdir):
+            raise ValueError(refused)
+
+
 def _remove_unfinished(workdir: str | os.PathLike) -> None:
     """Removes every file and directory that an interrupted write has left, each named in the log."""
     for pattern in _UNFINISHED:
@@ -64,6 +75,22 @@ def _locked(workdir: AnyPath, stack: contextlib.ExitStack) -> str | None:
         file = stack.enter_context((directory / _LOCK).open("a+", encoding="utf-8"))
     except OSError as error:
         return f"--workdir {workdir} cannot be written to: {error}. Choose another, or make room and give permission."
+    if refused := _taken(file, workdir):
+        return refused
+    if not _still_named(file, directory / _LOCK):
+        # A run that left nothing has removed it since it was opened: the lock on it would keep nobody out.
+        return _locked(workdir, stack)
+    stack.callback(_remove_lone_lock, directory)
+    # Without these lines the lock holds as well: a full disk is for what follows to tell of.
+    with contextlib.suppress(OSError):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+    return None
+
+
+def _taken(file: TextIO, workdir: AnyPath) -> str | None:
+    """Takes the lock on an open file; returns what to say where another process has it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -75,15 +102,6 @@ def _locked(workdir: AnyPath, stack: contextlib.ExitStack) -> str | None:
                 "for its end or stop it, or choose another --workdir."
             )
         logging.warning("%s is on a file system without locks: nothing keeps a second run out of it", workdir)
-    if not _still_named(file, directory / _LOCK):
-        # A run that left nothing has removed it since it was opened: the lock on it would keep nobody out.
-        return _locked(workdir, stack)
-    stack.callback(_remove_lone_lock, directory)
-    # Without these lines the lock holds as well: a full disk is for what follows to tell of.
-    with contextlib.suppress(OSError):
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        file.flush()
     return None
 
 

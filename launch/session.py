@@ -2,7 +2,8 @@
 """One session of a conversion on a machine that is taken away with its disk (Kaggle, Colab): the run lives on the hub.
 
 Run:     HF_TOKEN=hf_... python launch/session.py --workdir runs/mine --repo ORG/mine-run --hours 8 \
-             --config configs/qwen2_5_0_5b_rad_rwkv7.py --config.train.keep_checkpoints=1
+             --config configs/qwen2_5_0_5b_rad_rwkv7.py --config.train.keep_checkpoints=1 \
+             --config.optim.moment_dtype=bfloat16 --config.train.disk_gb=20
          The same line in the next session goes on there, and says so when all is done.
 Change:  --hours       after which the run saves itself and this ends, before the machine does: one number for each host
          --save_every  hours between two savings to the hub; what was trained since the last one may be lost

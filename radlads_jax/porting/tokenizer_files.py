@@ -94,7 +94,9 @@ def _as_read(target: AnyPath, config: Mapping[str, Any]) -> Any:
     with tempfile.TemporaryDirectory(prefix="radlads_jax-") as directory:
         whole = Path(directory)
         shutil.copytree(local_directory(target, SMALL_FILES), whole, dirs_exist_ok=True, ignore=_all_but_the_tokenizer)
-        _write_json(whole / "config.json", config)
+        # Of a type with code of its own transformers knows no tokenizer, and would say what it thinks of that.
+        if "auto_map" not in config:
+            _write_json(whole / "config.json", config)
         return transformers.AutoTokenizer.from_pretrained(whole, trust_remote_code=False)
 
 

@@ -6,7 +6,8 @@ Makes an environment for each engine below DIR (--tools), from the package index
 the others, which share this interpreter's torch. Each engine runs in a process of its own. One that can not be
 installed, or that refuses the directory, is a row with the reason; where the format has another form for it
 (`--for=ENGINE`), that form is tried next. Logits: RMS of the difference to ours over that of ours, a constant a row
-taken off both. Exit code 1 where an engine that computes in float32 differs by more than 1e-5, or in a token.
+taken off both. Exit code 1 where an engine that computes in float32 differs by more than 1e-5 or in a token, and where
+any makes other ids of text.
 """
 
 import argparse
@@ -31,14 +32,16 @@ import numpy as np
 from llama_cpp_roundtrip import ours
 from served_programs import post
 
+from radlads_jax.decoding.loaded import load_model
 from radlads_jax.porting import model_config_from_hf, read_config
 from radlads_jax.porting.hub import load_tokenizer
+from radlads_jax.porting.tokenizer_files import SAMPLES
 from radlads_jax.run.exporting import export_again
-from radlads_jax.system.json_files import read_json
 
 TOLERANCE = 1e-5
 PROGRAMS = Path(__file__).with_name("served_programs.py")
 PROMPT = "This is a tale of Dora and Emil. The number of Emil is 524. What is the number of Emil? The number"
+SAMPLE = "\n".join(SAMPLES)
 # For a tokenizer that has none.
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 PORT_WAIT = 1800
@@ -197,17 +200,22 @@ def in_engine(name: str, python: Path, directory: Path, label: str, args: argpar
         "vocab": logits.shape[1],
         "plain": args.plain,
     }
-    request |= {"positions": args.positions, "gguf": str(args.tools / f"{directory.name}.gguf")}
+    request |= {"positions": args.positions, "gguf": str(args.tools / f"{directory.name}.gguf"), "sample": SAMPLE}
     rows = []
     try:
+        own = load_tokenizer(directory)(SAMPLE)["input_ids"]
+        is_other = program(python, "tokenizer", request, args.timeout)["ids"].tolist() != own
         if name == "llama.cpp":
             known = program(python, "convert", request, args.timeout)["tokenizer"]
             note = "" if known.size else " (tokenizer unknown to the converter)"
         for which in ENGINES[name].programs:
             answer = program(python, which, request, args.timeout)
+            # llama.cpp has an implementation of its own.
+            is_other |= not note and answer.get("ids", np.asarray(own)).tolist() != own
+            told = label + note + " (text becomes other ids)" * is_other
             error, read = relative_rms(answer["logits"], logits), until(answer["text"].tolist(), args.ends)
-            failed = which not in IN_BFLOAT16 and (error > TOLERANCE or read != text)
-            rows.append(Row(which, label + note, f"{error:.1e}", compared(read, text), failed=failed))
+            failed = is_other or (which not in IN_BFLOAT16 and (error > TOLERANCE or read != text))
+            rows.append(Row(which, told, f"{error:.1e}", compared(read, text), failed=failed))
         if args.chat and name != "transformers":
             rows[-1] = rows[-1]._replace(chat=chat(name, python, request, args))
     except Refused as refused:
@@ -309,8 +317,7 @@ def main() -> int:
     tokenizer = load_tokenizer(args.export)
     args.ids, args.has_template = tokenizer(args.prompt)["input_ids"], bool(tokenizer.chat_template)
     args.plain = next(token for token in args.ids if tokenizer.decode([token]).strip().isalpha())
-    ends = read_json(args.export / "generation_config.json").get("eos_token_id", tokenizer.eos_token_id)
-    args.ends = set(ends if isinstance(ends, list) else [ends])
+    args.ends = set(load_model(args.export).stop_ids)
     args.positions = 128 * -(-(len(args.ids) + args.tokens + 1) // 128)
     cfg = model_config_from_hf(read_config(args.export))
     print(f"{args.export}: {cfg.family}, layers {', '.join(cfg.layer_mixers)}; {len(args.ids)} tokens read", flush=True)

@@ -27,6 +27,13 @@ def transformers(asked: dict[str, Any], dtype: str = "float32") -> dict[str, Any
     return {"logits": logits, "text": text}
 
 
+def tokenizer(asked: dict[str, Any]) -> dict[str, Any]:
+    """The ids of a text by the class that an engine takes, for all of these ask transformers."""
+    from transformers import AutoTokenizer
+
+    return {"ids": AutoTokenizer.from_pretrained(asked["directory"])(asked["sample"])["input_ids"]}
+
+
 def transformers_bfloat16(asked: dict[str, Any]) -> dict[str, Any]:
     return transformers(asked, "bfloat16")
 
@@ -98,7 +105,8 @@ def llama_cpp(asked: dict[str, Any]) -> dict[str, Any]:
         answer = completion(asked["ids"][: position + 1], 1, asked["vocab"])
         for token in answer["completion_probabilities"][0]["top_logprobs"]:
             logits[position, token["id"]] = token["logprob"]
-    return {"logits": logits, "text": completion(asked["ids"], asked["tokens"], 0)["tokens"]}
+    ids = post(f"{server.listening_address}/tokenize", {"content": asked["sample"], "add_special": True})["tokens"]
+    return {"logits": logits, "text": completion(asked["ids"], asked["tokens"], 0)["tokens"], "ids": ids}
 
 
 def llama_cpp_server(asked: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +139,7 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 PROGRAMS = {
+    "tokenizer": tokenizer,
     "transformers": transformers,
     "transformers-bfloat16": transformers_bfloat16,
     "vllm": vllm,

@@ -57,7 +57,7 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
     except ValueError as error:
         return refuse(error)
     except OSError as error:
-        return refuse(explain(error))
+        return refuse(error, explain(error))
     except storage.access_errors() as error:
         return refuse(error)
     # Imported late: the models and their compiler take seconds that a typo should not.

@@ -32,11 +32,16 @@ flags.DEFINE_alias("preflight-only", "preflight_only")
 _FORCE = flags.DEFINE_bool("force", False, "Begin although one of these checks found a problem.")
 
 _EXIT_STOPPED = 128
+_LESS_MEMORY = (
+    "Set config.<stage>.accumulate=0 and config.<stage>.remat=full, or config.optim.moment_dtype=bfloat16, lower "
+    "config.train.eval_batch_size, or split it over more devices: config.mesh.fsdp, config.mesh.tensor."
+)
 
 
 def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
     """Returns the exit code: 0 done, 1 refused or failed, 128 + signal when stopped by one (start it again).
 
+    75 where a network or a service did not answer (start it again).
     join: makes this process one of several, once the settings are known to be sound.
     """
     try:
@@ -78,7 +83,7 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
         join()
         backend.require()
         hosts.require_same(settings_lib.flat_settings(_CONFIG.value.to_dict()))
-        with held(workdir):
+        with held(workdir), backend.room_for("the run does", _LESS_MEMORY):
             job = make_job(run, workdir)
             teacher = TeacherWeights(job)
             preflight.check(job, teacher, force=_FORCE.value, whole=_PREFLIGHT_ONLY.value)

@@ -82,7 +82,7 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
     try:
         join()
         backend.require()
-        hosts.require_same(settings_lib.flat_settings(_CONFIG.value.to_dict()))
+        hosts.require_same({"--workdir": str(workdir)} | settings_lib.flat_settings(_CONFIG.value.to_dict()))
         with held(workdir), backend.room_for("the run does", _LESS_MEMORY):
             job = make_job(run, workdir)
             teacher = TeacherWeights(job)

@@ -41,7 +41,7 @@ _LESS_MEMORY = (
 def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
     """Returns the exit code: 0 done, 1 refused or failed, 128 + signal when stopped by one (start it again).
 
-    75 where a network or a service did not answer (start it again).
+    75 where a network or a service did not answer (start it again). An error of one of several processes ends all.
     join: makes this process one of several, once the settings are known to be sound.
     """
     try:
@@ -72,7 +72,7 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
         from radlads_jax.run.job import make_job
         from radlads_jax.run.teacher_weights import TeacherWeights
         from radlads_jax.run.train import TooManyNonFinite, convert
-        from radlads_jax.system import backend, hosts, process_memory
+        from radlads_jax.system import backend, failing, hosts, process_memory
         from radlads_jax.system.workdir import held
     # A variable for jax whose value is none.
     except ValueError as error:
@@ -98,13 +98,15 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
 
             job = choosing.decide(job, teacher, choose_for_run, table)
             convert(job, teacher, begun)
+            # The others stay until the first one has written its pages.
+            hosts.barrier()
     except Interrupted as stop:
         Console(stderr=True).print(str(stop), style="yellow", markup=False, emoji=False, soft_wrap=True)
         return _EXIT_STOPPED + stop.signum
     except (ValueError, NotImplementedError, TooManyNonFinite, OSError) as error:
-        return refuse(error)
+        return failing.end_all(refuse(error))
     except storage.access_errors() as error:
-        return refuse(error)
+        return failing.end_all(refuse(error))
     return 0
 
 

@@ -50,7 +50,7 @@ def main(values: flags.FlagValues) -> int:
         # Imported late: the models and their compiler take seconds that a typo should not.
         from radlads_jax.run import settings, storing
         from radlads_jax.run.job import make_job
-        from radlads_jax.system import backend, hosts
+        from radlads_jax.system import backend, failing, hosts
         from radlads_jax.system.workdir import held
 
         run = settings.with_whole_paths(run)
@@ -65,9 +65,9 @@ def main(values: flags.FlagValues) -> int:
             job = make_job(dataclasses.replace(run, teacher=dataclasses.replace(run.teacher, logits="")), output)
             stored = storing.store(job, output, values.precision)
     except (NotImplementedError, OSError) as error:
-        return refuse(error)
+        return failing.end_all(refuse(error))
     except storage.access_errors() as error:
-        return refuse(error)
+        return failing.end_all(refuse(error))
     if hosts.is_first():
         Console(soft_wrap=True, highlight=False).print(
             f"the top {stored.top_k} tokens of {stored.num_rows:,} rows are in {output}. A run reads them with "

@@ -16,7 +16,7 @@ from radlads_jax.decoding.loaded import DTYPES, load_model, read_model_config
 from radlads_jax.evaluation.choice import Sizes, choose_layers, said, table, text_batch
 from radlads_jax.models.window import WindowOptions
 from radlads_jax.reporting.bars import layers_picture
-from radlads_jax.system import command, storage, terminal
+from radlads_jax.system import backend, command, storage, terminal
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -55,10 +55,13 @@ def main(values: flags.FlagValues) -> None:
     out = storage.as_path(values.out) if values.out else None
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    model = load_model(values.model, dtype=values.dtype)
-    batch = text_batch(model.tokenizer, sizes, storage.as_path(values.data) if values.data else None)
-    begun = time.monotonic()
-    choice = choose_layers(model.cfg, model.params, model.tokenizer, [batch], values.keep, options=options, sizes=sizes)
+    with backend.room_for("the model does", "Lower --batch_size."):
+        model = load_model(values.model, dtype=values.dtype)
+        batch = text_batch(model.tokenizer, sizes, storage.as_path(values.data) if values.data else None)
+        begun = time.monotonic()
+        choice = choose_layers(
+            model.cfg, model.params, model.tokenizer, [batch], values.keep, options=options, sizes=sizes
+        )
     seconds = time.monotonic() - begun
     console = terminal.tables()
     console.print(table(choice))

@@ -26,7 +26,7 @@ from radlads_jax.evaluation.probes import DEFAULT_LENGTHS, PROBES
 from radlads_jax.evaluation.table import as_markdown
 from radlads_jax.evaluation.task_code import check_task_code
 from radlads_jax.evaluation.tasks import SUITE_NAME, compare, expand_tasks, load_tasks
-from radlads_jax.system import command, storage
+from radlads_jax.system import backend, command, storage
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -89,7 +89,8 @@ def main(values: flags.FlagValues) -> None:
     names = expand_tasks(values.tasks)
     tasks = load_tasks(names) if names else {}
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    by_role = evaluate_models(tasks, values)
+    with backend.room_for("the models do", "Lower --batch_size."):
+        by_role = evaluate_models(tasks, values)
     cfg, scores = by_role["student"].cfg, by_role["student"].scores
     result = {"model": values.model, "teacher": values.teacher, "limit": values.limit, "dtype": cfg.dtype}
     teacher, control = (by_role[role].scores if role in by_role else None for role in ("teacher", "control"))

@@ -32,11 +32,16 @@ flags.DEFINE_alias("preflight-only", "preflight_only")
 _FORCE = flags.DEFINE_bool("force", False, "Begin although one of these checks found a problem.")
 
 _EXIT_STOPPED = 128
+_LESS_MEMORY = (
+    "Set config.<stage>.accumulate=0 and config.<stage>.remat=full, or config.optim.moment_dtype=bfloat16, lower "
+    "config.train.eval_batch_size, or split it over more devices: config.mesh.fsdp, config.mesh.tensor."
+)
 
 
 def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
     """Returns the exit code: 0 done, 1 refused or failed, 128 + signal when stopped by one (start it again).
 
+    75 where a network or a service did not answer (start it again). An error of one of several processes ends all.
     join: makes this process one of several, once the settings are known to be sound.
     """
     try:
@@ -57,7 +62,7 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
     except ValueError as error:
         return refuse(error)
     except OSError as error:
-        return refuse(explain(error))
+        return refuse(error, explain(error))
     except storage.access_errors() as error:
         return refuse(error)
     # Imported late: the models and their compiler take seconds that a typo should not.
@@ -67,7 +72,7 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
         from radlads_jax.run.job import make_job
         from radlads_jax.run.teacher_weights import TeacherWeights
         from radlads_jax.run.train import TooManyNonFinite, convert
-        from radlads_jax.system import backend, hosts, process_memory
+        from radlads_jax.system import backend, failing, hosts, process_memory
         from radlads_jax.system.workdir import held
     # A variable for jax whose value is none.
     except ValueError as error:
@@ -77,8 +82,8 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
     try:
         join()
         backend.require()
-        hosts.require_same(settings_lib.flat_settings(_CONFIG.value.to_dict()))
-        with held(workdir):
+        hosts.require_same({"--workdir": str(workdir)} | settings_lib.flat_settings(_CONFIG.value.to_dict()))
+        with held(workdir), backend.room_for("the run does", _LESS_MEMORY):
             job = make_job(run, workdir)
             teacher = TeacherWeights(job)
             preflight.check(job, teacher, force=_FORCE.value, whole=_PREFLIGHT_ONLY.value)
@@ -93,13 +98,15 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
 
             job = choosing.decide(job, teacher, choose_for_run, table)
             convert(job, teacher, begun)
+            # The others stay until the first one has written its pages.
+            hosts.barrier()
     except Interrupted as stop:
         Console(stderr=True).print(str(stop), style="yellow", markup=False, emoji=False, soft_wrap=True)
         return _EXIT_STOPPED + stop.signum
     except (ValueError, NotImplementedError, TooManyNonFinite, OSError) as error:
-        return refuse(error)
+        return failing.end_all(refuse(error))
     except storage.access_errors() as error:
-        return refuse(error)
+        return failing.end_all(refuse(error))
     return 0
 
 

@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         return refuse(error)
     except OSError as error:
-        return refuse(explain(error))
+        return refuse(error, explain(error))
     except storage.access_errors() as error:
         return refuse(error)
     if _JSON.value:

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
 
         made = tokens.prepare_tokens(run, output)
     except OSError as error:
-        return refuse(explain(error))
+        return refuse(error, explain(error))
     except storage.access_errors() as error:
         return refuse(error)
     Console(soft_wrap=True, highlight=False).print(

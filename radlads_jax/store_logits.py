@@ -21,6 +21,9 @@ from radlads_jax.system.command import explain, parse_flags, refuse
 from radlads_jax.system.stopping import leave_on_signals
 
 _PRECISIONS = ("float16", "float32")
+_LESS_MEMORY = (
+    "Lower config.train.eval_batch_size, or split the teacher over more devices: config.mesh.fsdp, config.mesh.tensor."
+)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -35,7 +38,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def main(values: flags.FlagValues) -> int:
-    """Returns the exit code: 0 stored, now or before; 1 refused or failed."""
+    """Returns the exit code: 0 stored, now or before; 1 refused or failed; 75 where a network did not answer."""
     try:
         chosen = values["config"].value
         if chosen is None or values.output is None:
@@ -47,21 +50,24 @@ def main(values: flags.FlagValues) -> int:
         # Imported late: the models and their compiler take seconds that a typo should not.
         from radlads_jax.run import settings, storing
         from radlads_jax.run.job import make_job
-        from radlads_jax.system import hosts
+        from radlads_jax.system import backend, failing, hosts
         from radlads_jax.system.workdir import held
 
-        hosts.start(values.distributed, values.coordinator, values.num_processes, values.process_id)
-        hosts.require_same(settings.flat_settings(chosen.to_dict()))
         run = settings.with_whole_paths(run)
-        with held(output):
-            job = make_job(dataclasses.replace(run, teacher=dataclasses.replace(run.teacher, logits="")), output)
-            stored = storing.store(job, output, values.precision)
     except OSError as error:
-        return refuse(explain(error))
-    except NotImplementedError as error:
-        return refuse(error)
+        return refuse(error, explain(error))
     except storage.access_errors() as error:
         return refuse(error)
+    try:
+        hosts.start(values.distributed, values.coordinator, values.num_processes, values.process_id)
+        hosts.require_same({"--output": str(output)} | settings.flat_settings(chosen.to_dict()))
+        with held(output), backend.room_for("teacher and rows do", _LESS_MEMORY):
+            job = make_job(dataclasses.replace(run, teacher=dataclasses.replace(run.teacher, logits="")), output)
+            stored = storing.store(job, output, values.precision)
+    except (NotImplementedError, OSError) as error:
+        return failing.end_all(refuse(error))
+    except storage.access_errors() as error:
+        return failing.end_all(refuse(error))
     if hosts.is_first():
         Console(soft_wrap=True, highlight=False).print(
             f"the top {stored.top_k} tokens of {stored.num_rows:,} rows are in {output}. A run reads them with "

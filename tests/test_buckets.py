@@ -269,6 +269,23 @@ def test_what_was_logged_beyond_a_checkpoint_is_dropped_in_a_bucket_too(gcs):
     assert gcs.names("bucket", "log/tensorboard/stage1/events")
 
 
+def test_between_two_attempts_to_send_is_a_pause(gcs, monkeypatch):
+    """A client tries for minutes, and no step is to wait for it each time."""
+
+    def fail(*_, **__):
+        raise ConnectionError
+
+    mirror = storage.Mirror(storage.as_path("gs://bucket/pause"))
+    (mirror.path / "a").write_text("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(storage._filesystem(), "put_file", fail)
+        with pytest.raises(ConnectionError):
+            mirror.send()
+        assert not mirror.send(every=60)
+    assert mirror.send() and gcs.names("bucket", "pause/") == ["pause/a"]
+    mirror.close()
+
+
 @pytest.mark.parametrize(
     ("where", "said"),
     [

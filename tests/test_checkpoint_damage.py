@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.checkpoint_sums import DamagedCheckpoint, array_sum, document_sum
+from radlads_jax.system import storage
 
 DAMAGE = ("missing", "empty", "cut", "zeros", "flip", "flip", "flip")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32, jnp.uint8, jnp.bool_)
@@ -180,6 +181,16 @@ def test_without_a_list_of_files_most_damage_is_known(kind: str, saved: pathlib.
         (directory / "2" / "files.json").unlink()
         harm(directory / "2" / name, kind, random.Random(0))
         assert newest(directory) == expected(1), name
+
+
+def test_a_list_that_can_not_be_made_is_missing(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    def no_answer(_: Any) -> Any:
+        raise ConnectionError("503")
+
+    monkeypatch.setattr(storage, "sizes_below", no_answer)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state_of(1), data_state={"row": 1}, meta={"loss": 1 / 7, "none": None}, wait=True)
+    assert not (tmp_path / "1" / "files.json").exists() and newest(tmp_path) == expected(1)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shutil
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 import tiny_run
 from untrained import save_teacher
@@ -231,12 +232,21 @@ def test_config_json_appears_when_nothing_can_be_refused_any_more(
     """A step that does not fit into memory, or another of no use, leaves the directory to smaller settings."""
 
     def no_room(*_: Any) -> Any:
-        raise ValueError("RESOURCE_EXHAUSTED: no room")
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "make_step", lambda *_: no_room)
         assert launched(patched, teacher, tmp_path / "run") == 1
-        assert "no room" in capsys.readouterr().err and not (tmp_path / "run" / "config.json").exists()
+        said = " ".join(capsys.readouterr().err.split())
+        assert "allocating 9 bytes" in said and "<stage>.accumulate=0" in said
+        assert not (tmp_path / "run" / "config.json").exists()
+
+    def broken(*_: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("INTERNAL: a mistake")
+
+    with monkeypatch.context() as patched, pytest.raises(jax.errors.JaxRuntimeError, match="a mistake"):
+        patched.setattr(train, "make_step", lambda *_: broken)
+        launched(patched, teacher, tmp_path / "run")
 
     def stop(self: Any, step: int) -> Any:
         assert (tmp_path / "run" / "config.json").exists()

@@ -60,7 +60,9 @@ def join(arguments: list[dict], environs: list[dict[str, str]]) -> list[str]:
         for options, environ in zip(arguments, environs, strict=True)
     ]
     try:
-        return [process.communicate(timeout=120)[0] for process in started]
+        texts = [process.communicate(timeout=120)[0] for process in started]
+        assert [process.returncode for process in started] == [0] * len(started), texts
+        return texts
     finally:
         for process in started:
             process.kill()

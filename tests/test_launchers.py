@@ -221,14 +221,15 @@ def test_three_stages_is_the_run(tmp_path: pathlib.Path, code: int) -> None:
     [
         (0, "RUNNING", "0", False),
         (1, "RUNNING", "0", False),
+        (75, "RUNNING", "0", True),
         (143, "RUNNING", "3", True),
         (137, "RUNNING", "", True),
         (143, "RUNNING", "5", False),
         (143, "COMPLETING", "0", False),
     ],
-    ids=["done", "refused", "stopped", "killed", "too often", "cancelled"],
+    ids=["done", "refused", "no answer", "stopped", "killed", "too often", "cancelled"],
 )
-def test_slurm_queues_again_what_a_signal_ended(
+def test_slurm_queues_again_what_a_signal_or_an_outage_ended(
     tmp_path: pathlib.Path, code: int, state: str, restarts: str, again: bool
 ) -> None:
     stub(tmp_path, "srun", f"exit {code}")

@@ -106,7 +106,8 @@ def test_a_lost_process_ends_the_other_and_the_job_goes_on(
     pair.wait_for(lambda: during(pair))
     pair.processes[lost].send_signal(signal.SIGKILL)
     other = pair.processes[1 - lost]
-    assert other.wait(BOUND) != 0
+    # 1 would be a mistake, which no launcher tries again.
+    assert other.wait(BOUND) not in (0, 1)
     pair.finish()
     text = pair.logs[1 - lost].read_text()
     print(f"lost {lost}, {during.__name__}: the other ended with {other.returncode}: {text[-1500:]}")
@@ -133,7 +134,7 @@ def test_a_process_that_stands_still_is_waited_for(root: pathlib.Path, tmp_path:
 def test_a_process_of_other_settings_is_refused(root: pathlib.Path, tmp_path: pathlib.Path) -> None:
     texts = Pair(root, tmp_path / "run", second=("--config.stage2.lr=0.5",)).finish(1)
     for text in texts:
-        assert re.search(r"process 1 .*config\.stage2\.lr\b.*\b0\.5\b.*process 0 .*\b0\.001\b.*\(1 ", text)
+        assert re.search(r"process 1 .*config\.stage2\.lr\b.*\b0\.5\b.*process 0 .*\b0\.003\b.*\(1 ", text)
     assert not (tmp_path / "run").exists()
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import processes
@@ -50,12 +51,23 @@ def command(teacher: pathlib.Path, workdir: pathlib.Path, mesh: str, stages: tup
     settings |= {f"mesh.{size.split('=')[0]}": size.split("=")[1] for size in mesh.split(",")}
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
     # The teacher has learnt nothing.
-    words = ["--config=configs/convert.py", f"--workdir={workdir}", "--force"]
+    words = [f"--config={ROOT / 'configs' / 'convert.py'}", f"--workdir={workdir}", "--force"]
     return [sys.executable, "-m", "radlads_jax.launch", *words, *flags]
 
 
-def start(words: list[str], count: int, devices: int, disks: pathlib.Path | None = None) -> list[subprocess.Popen]:
-    """`count` of them, joined over gloo, with so many devices each. disks: where each has a cache of its own."""
+def start(
+    words: list[str],
+    count: int,
+    devices: int,
+    disks: pathlib.Path | None = None,
+    *,
+    places: Sequence[pathlib.Path] = (),
+    more: Sequence[str] = (),
+) -> list[subprocess.Popen]:
+    """`count` of them, joined over gloo, with so many devices each. disks: where each has a cache of its own.
+
+    places: the working directory of each. more: a flag of each.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -67,8 +79,10 @@ def start(words: list[str], count: int, devices: int, disks: pathlib.Path | None
     caches = [{"XDG_CACHE_HOME": str(disks / str(i))} if disks else {} for i in range(count)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return [
-        subprocess.Popen([*words, *more], env=environ | cache, cwd=ROOT, text=True, **pipes)
-        for more, cache in zip(flags, caches, strict=True)
+        subprocess.Popen([*words, *joined, *own], env=environ | cache, cwd=place, text=True, **pipes)
+        for joined, own, cache, place in zip(
+            flags, [[flag] for flag in more] or count * [[]], caches, places or count * [ROOT], strict=True
+        )
     ]
 
 

@@ -110,6 +110,25 @@ def test_tensorboard_curves(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPa
     assert [e.step for e in events if e.session_log.status == 1] == [5], "points beyond the resumed step are purged"
 
 
+def test_a_bucket_that_does_not_answer_is_told_once(tmp_path: pathlib.Path, monkeypatch: Any, caplog: Any) -> None:
+    answers = iter([False, False, True, False, False])
+
+    def send(*_: Any, **__: Any) -> bool:
+        if not next(answers):
+            raise ConnectionError("503")
+        return True
+
+    monkeypatch.setattr(metrics.Mirror, "send", send)
+    with MetricsLogger(tmp_path, console=quiet()) as logger:
+        logger.begin("stage1", 0, 9, tokens_per_step=64)
+        for step in range(1, 4):
+            logger.log("stage1", step, {"loss": 3.0, "tag": 0})
+            logger.progress(step)
+        logger.sync()
+        assert len(caplog.records) == 2 and f"did not reach {tmp_path} (503)" in caplog.text
+    assert len(caplog.records) == 2 and steps(tmp_path, "stage1") == [(1, 0), (2, 0), (3, 0)]
+
+
 def test_closes_when_training_fails(tmp_path: pathlib.Path) -> None:
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
     with pytest.raises(RuntimeError, match="diverged"), MetricsLogger(tmp_path, console=terminal) as logger:

@@ -208,14 +208,6 @@ def test_a_checkpoint_that_comes_back_changed_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "run" / ".preflight").exists()
 
 
-def test_a_work_directory_that_hosts_do_not_share_is_refused(tmp_path, monkeypatch):
-    job = make(settings(), tmp_path / "run")
-    # As a second process, for which the first one has written to another disk.
-    monkeypatch.setattr(preflight.hosts, "is_first", lambda: False)
-    with pytest.raises(ValueError, match=rf"process 0.*{re.escape(str(tmp_path))}"):
-        check(job, force=True)
-
-
 def from_scratch(**more):
     config = settings(
         teacher__path="", data__tokenizer=str(TEACHER), stages=("pretrain",), student__mixer="attention", **more

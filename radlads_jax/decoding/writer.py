@@ -1,10 +1,8 @@
 """A model that writes to the terminal: prompts continued, chats answered, and how fast it went."""
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-import jax
 from absl import flags
 from rich.console import Console
 
@@ -14,9 +12,8 @@ from radlads_jax.decoding.loop import compile_for
 from radlads_jax.decoding.sampling import Sampling
 from radlads_jax.models import ModelConfig
 from radlads_jax.models.state import grows
-from radlads_jax.system import command
+from radlads_jax.system import backend, command
 from radlads_jax.system.space import shown_bytes
-from radlads_jax.system.untrusted import brief
 
 console = Console(stderr=True, highlight=False)
 
@@ -40,7 +37,8 @@ class Writer:
         model, longest = self.model, max(map(len, prompts))
         capacity = longest + self.max_tokens if memory is None else memory.capacity
         # Before the clock starts, so that it shows what a second prompt will take.
-        with _room_for(len(prompts), capacity):
+        what = f"{len(prompts)} sequences with room for {capacity:,} tokens do"
+        with backend.room_for(what, "Lower --max_tokens, --batch_size or, in a chat, --context."):
             compile_for(model.cfg, model.params, len(prompts), longest, capacity, self.sampling, model.stop_ids)
         texts, later = [""] * len(prompts), 0
         steps = generate(
@@ -107,20 +105,6 @@ class Writer:
                 messages.pop()
                 continue
             messages.append({"role": "assistant", "content": "".join(answer)})
-
-
-@contextlib.contextmanager
-def _room_for(rows: int, capacity: int) -> Iterator[None]:
-    """Raises ValueError where so many sequences of so many tokens do not fit into memory."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise ValueError(
-            f"{rows} sequences with room for {capacity:,} tokens do not fit into memory ({brief(error)}); expected "
-            "fewer. Lower --max_tokens, --batch_size or, in a chat, --context."
-        ) from error
 
 
 def print_now(text: str) -> None:

@@ -165,7 +165,7 @@ def _downloaded(model_id: str, revision: str | None, *, weights: bool = True) ->
         revision = snapshot.name if _COMMIT.fullmatch(snapshot.name) else revision
         has_index = (snapshot / INDEX_FILE).is_file()
         return _fetched(model_id, revision, indexed_files(snapshot / INDEX_FILE) if has_index else ["*.safetensors"])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if _is_refused(error):
             raise ValueError(

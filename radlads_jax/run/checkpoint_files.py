@@ -25,8 +25,8 @@ _DAMAGE_CODES = (None, "NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "FAILED_PRECOND
 
 def list_files(directory: AnyPath) -> None:
     """Writes the list of a whole checkpoint's files. Without one, as on a disk with no room, less damage is known."""
-    files = {name: [size, _sum(directory / name, size)] for name, size in storage.sizes_below(directory).items()}
     with contextlib.suppress(*storage.access_errors()):
+        files = {name: [size, _sum(directory / name, size)] for name, size in storage.sizes_below(directory).items()}
         storage.write_text(directory / _LIST, json.dumps(files))
 
 

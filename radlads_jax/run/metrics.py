@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
+from absl import logging
 from rich.console import Console
 
 from pallas_kernels.chips import chip_of_kind
@@ -22,7 +23,8 @@ from radlads_jax.reporting.metrics_file import FILE_NAME, read_metrics
 from radlads_jax.run.curves import Curves
 from radlads_jax.run.display import Bar, Lines
 from radlads_jax.run.wandb_curves import WandbCurves
-from radlads_jax.system.storage import Mirror, as_path
+from radlads_jax.system.storage import Mirror, access_errors, as_path
+from radlads_jax.system.untrusted import brief
 
 _SPIKE_NEEDS = 10
 # Between two sendings of all that was logged, where the work directory is in a bucket.
@@ -46,6 +48,7 @@ class MetricsLogger:
         self._display: Bar | Lines | None = None
         self._stage: str | None = None
         self._last_step = 0
+        self._unsent = False
         self._tokens_per_step = 0
         self._flops_per_token: float | None = None
 
@@ -106,7 +109,7 @@ class MetricsLogger:
         """Has what was logged reach the bucket, or the disk itself, where a machine that is switched off leaves it."""
         if self._file is not None:
             os.fsync(self._file.fileno())
-            self._mirror.send()
+            self._send()
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
@@ -127,7 +130,7 @@ class MetricsLogger:
         if utilization is not None:
             self._writer.add_scalar("mfu", utilization, step)
         self._writer.flush()
-        self._mirror.send(every=_SEND_SECONDS)
+        self._send(every=_SEND_SECONDS)
         self._display.move(step, tokens_per_second, utilization)
 
     def close(self) -> None:
@@ -146,6 +149,20 @@ class MetricsLogger:
     ) -> None:
         self.close()
 
+    def _send(self, *, every: float = 0.0) -> None:
+        """Sends to the bucket; where that fails the training goes on, with one warning until it succeeds again."""
+        try:
+            if self._mirror.send(every=every):
+                self._unsent = False
+        except access_errors() as error:
+            if not self._unsent:
+                logging.warning(
+                    "metrics and curves did not reach %s (%s); the run goes on, and tries again",
+                    self.workdir,
+                    brief(error) or type(error).__name__,
+                )
+            self._unsent = True
+
     def _end_stage(self) -> None:
         display, file, writer = self._display, self._file, self._writer
         self._display = self._file = self._writer = self._stage = None
@@ -153,7 +170,7 @@ class MetricsLogger:
             # All of them, in the reverse order, whatever one of them raises. The terminal first: a bar left running
             # hides the cursor and garbles a traceback. The bucket last.
             if writer is not None:
-                stack.callback(self._mirror.send)
+                stack.callback(self._send)
             if writer is not None:
                 stack.callback(writer.close)
             if file is not None:

@@ -265,21 +265,12 @@ def _own_vocabulary(job: Job) -> dict[str, int]:
 def _checkpoints(job: Job) -> Finding:
     """Saves and restores a small checkpoint in the work directory, its array split over all devices.
 
-    Raises ValueError where the hosts do not share the directory, or the numbers come back changed.
+    Raises ValueError where the numbers come back changed.
     """
     place = epath.Path(job.workdir) / ".preflight"
-    with hosts.first_alone("preflight"):
-        if hosts.is_first():
-            place.rmtree(missing_ok=True)
-            place.mkdir(parents=True)
-            # A bucket has no directory without a file.
-            (place / "seen").touch()
-        seen = (place / "seen").exists()
-    if hosts.agreed(int(not seen)):
-        raise ValueError(
-            f"what process 0 wrote to {job.workdir} is not there for all processes; expected a work directory that all "
-            "hosts share. Put it on a disk that all of them see, or in a bucket."
-        )
+    if hosts.is_first():
+        place.rmtree(missing_ok=True)
+    hosts.barrier()
     try:
         same = _round_trip(job, place)
     finally:

@@ -1,10 +1,14 @@
 """What the user's environment makes of jax, before anything is computed."""
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 
 import jax
 from absl import logging
+
+from radlads_jax.system.untrusted import brief
 
 # Programs here say themselves what is computed in which precision; under other rules than jax's own they do not trace.
 _OWN_RULES = {"jax_enable_x64": False, "jax_numpy_dtype_promotion": "standard", "jax_numpy_rank_promotion": "allow"}
@@ -30,4 +34,17 @@ def require() -> None:
         raise ValueError(
             f"JAX_PLATFORMS is {asked!r}, and jax can not use that here ({reason}); expected one of this machine's. "
             "Unset JAX_PLATFORMS to have the best one there is, or install jax for it, e.g. jax[cuda12] or jax[tpu]."
+        ) from error
+
+
+@contextlib.contextmanager
+def room_for(what: str, advice: str) -> Iterator[None]:
+    """Raises ValueError in the place of jax's error where a device's memory is full; its other errors pass."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(
+            f"{what} not fit into a device's memory ({brief(error)}); expected less at once. {advice}"
         ) from error

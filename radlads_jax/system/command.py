@@ -1,4 +1,7 @@
-"""A command line of absl flags whose mistakes, like every refusal, end in one paragraph and exit code 1."""
+"""A command line of absl flags whose mistakes, like every refusal, end in one paragraph and exit code 1.
+
+Where a network or a service does not answer the code is 75, sysexits.h's EX_TEMPFAIL: the same command may succeed.
+"""
 
 import io
 import re
@@ -12,9 +15,9 @@ from absl import app, flags, logging
 from rich.console import Console
 
 from radlads_jax import config as config_lib
-from radlads_jax.system import storage
+from radlads_jax.system import outage, storage
 
-EXIT_FAILED = 1
+EXIT_FAILED, EXIT_OUTAGE = 1, 75
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 
@@ -59,14 +62,17 @@ def guarded(main: Callable[[flags.FlagValues], None], values: flags.FlagValues) 
     return 0
 
 
-def refuse(error: Exception | str) -> int:
-    """Prints the error as one paragraph; returns the exit code. --verbosity=1 shows where it was raised."""
-    text = " ".join(str(error).split())
+def refuse(error: Exception | str, said: str | None = None) -> int:
+    """Prints the error as one paragraph; returns the exit code. --verbosity=1 shows where it was raised.
+
+    said: in the place of what it says itself.
+    """
+    text = " ".join((said or str(error)).split())
     Console(stderr=True).print(
         f"error: {text}", style="red", markup=False, emoji=False, highlight=False, soft_wrap=True
     )
     logging.debug("where it was raised", exc_info=True)
-    return EXIT_FAILED
+    return EXIT_OUTAGE if isinstance(error, Exception) and outage.is_outage(error) else EXIT_FAILED
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -77,7 +83,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         positional = flags.FLAGS([_with_home(word) for word in argv])
     # A locked ConfigDict raises AttributeError or KeyError for a field that it lacks, TypeError for a value's type.
     except (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError) as error:
-        sys.exit(refuse(explain(error)))
+        sys.exit(refuse(error, explain(error)))
     if flags.FLAGS["verbosity"].using_default_value:
         # The libraries tell much about every checkpoint.
         logging.set_verbosity(logging.WARNING)

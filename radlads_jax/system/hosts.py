@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from radlads_jax.system import failing
+
 # A Slurm job's port: above those that Linux hands out, and another for every job that shares a host.
 FIRST_PORT, PORTS = 61440, 4096
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "radlads-jax")
@@ -47,6 +49,7 @@ def start(
         ) from error
     except RuntimeError as error:
         raise ConnectionError(f"this process could not join the others: {error}") from error
+    failing.watch()
 
 
 def is_first() -> bool:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHOW_CURSOR = "\x1b[?25h"
@@ -111,6 +111,15 @@ class _Output(io.FileIO):
             return len(data)
 
 
+def leave(code: int, said: str) -> NoReturn:
+    """Ends the process at once, from any thread and whatever the others do. said: on stderr."""
+    cursor = _SHOW_CURSOR if sys.stderr.isatty() else ""
+    # Nobody may be left to read it.
+    with contextlib.suppress(OSError):
+        os.write(2, f"{cursor}{said}".encode())
+    os._exit(code)
+
+
 def _heeded() -> list[signal.Signals]:
     """SIGNALS, but for SIGHUP where it is ignored: so nohup starts a run that is to outlive its terminal."""
     return [s for s in SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
@@ -130,9 +139,5 @@ def _watch(reader: int, leave: tuple[int, ...]) -> None:
 
 
 def _leave(signum: int) -> None:
-    cursor = _SHOW_CURSOR if sys.stderr.isatty() else ""
     name = signal.Signals(signum).name
-    # Nobody may be left to read it.
-    with contextlib.suppress(OSError):
-        os.write(2, f"{cursor}\nleaving at once by {name}; the same command continues from what is saved.\n".encode())
-    os._exit(128 + signum)
+    leave(128 + signum, f"\nleaving at once by {name}; the same command continues from what is saved.\n")

@@ -382,16 +382,17 @@ class Mirror:
         if self._temporary and not (self.path / name).exists() and (self._target / name).exists():
             (self.path / name).write_bytes((self._target / name).read_bytes())
 
-    def send(self, *, every: float = 0.0) -> None:
-        """Puts what has changed into the bucket, unless that was done in the last `every` seconds."""
+    def send(self, *, every: float = 0.0) -> bool:
+        """Puts what has changed into the bucket, unless that was tried in the last `every` seconds; returns whether."""
         if not self._temporary or time.monotonic() - self._time < every:
-            return
+            return False
+        self._time = time.monotonic()
         for file in files_below(self.path):
             name, state = file.relative_to(self.path).as_posix(), (file.stat().st_size, file.stat().st_mtime_ns)
             if self._sent.get(name) != state:
                 _filesystem().put_file(str(file), f"{self._target}/{name}")
                 self._sent[name] = state
-        self._time = time.monotonic()
+        return True
 
     def close(self) -> None:
         """Ends the use of this disk; what was not sent is lost."""

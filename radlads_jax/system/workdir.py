@@ -7,18 +7,20 @@ import os
 import pathlib
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from typing import TextIO
 
+import jax
 from absl import logging
 from etils import epath
 
 from radlads_jax.system import hosts
-from radlads_jax.system.storage import AnyPath, as_path, in_bucket
+from radlads_jax.system.storage import AnyPath, as_path, in_bucket, write_text
 
 _LOCK = ".lock"
 # Under these names files and directories are written before they get their own.
-_UNFINISHED = (".*.partial", "*/.*.partial", "metrics.tmp", "data/*.tmp-*")
+_UNFINISHED = (".seen-*", ".*.partial", "*/.*.partial", "metrics.tmp", "data/*.tmp-*")
 # What a file system says that has no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
@@ -31,12 +33,13 @@ def held(workdir: str | os.PathLike) -> Iterator[None]:
     between processes of one machine, and between machines where the file system passes locks on, as NFS and Lustre do.
     A bucket has none, and nothing keeps a second run out of it. Of several processes of one run the first has the lock.
     Where the body leaves nothing, neither the lock nor directories made for it stay. Raises ValueError, in every
-    process, where another run has it.
+    process, where another run has it, and where the processes do not share the directory.
     """
     with contextlib.ExitStack() as stack:
         refused = _locked(as_path(workdir), stack) if hosts.is_first() else None
         if hosts.agreed(int(refused is not None)):
             raise ValueError(refused or f"process 0 could not begin in {workdir}, and says why.")
+        _require_shared(as_path(workdir))
         if hosts.is_first():
             _remove_unfinished(workdir)
         yield
@@ -51,6 +54,28 @@ def require_free(workdir: pathlib.Path) -> None:
             return
         if refused := _taken(file, workdir):
             raise ValueError(refused)
+
+
+def _require_shared(workdir: AnyPath) -> None:
+    """Raises ValueError, in every process, where one of them does not see what the first one writes to the directory.
+
+    Such a process finds no checkpoint, and begins what the others continue.
+    """
+    if jax.process_count() == 1:
+        return
+    # A name that nobody has asked for before: a network's file system may remember that it was not there.
+    mark = workdir / hosts.said_by_first(f".seen-{uuid.uuid4().hex}")
+    if hosts.is_first():
+        write_text(mark, "")
+    hosts.barrier()
+    unseen = hosts.agreed(int(not mark.exists()))
+    if hosts.is_first():
+        mark.unlink()
+    if unseen:
+        raise ValueError(
+            f"what process 0 wrote to {workdir} is not there for all processes; expected a work directory that all "
+            "hosts share. Put it on a disk that all of them see, or in a bucket."
+        )
 
 
 def _remove_unfinished(workdir: str | os.PathLike) -> None:

@@ -11,7 +11,7 @@ Change:  --hours       after which the run saves itself and this ends, before th
          all other flags are those of python -m radlads_jax.launch
 
 Exit code: that of the run. 0 done, 1 refused or failed (what it has is saved too), or done or stopped and not saved,
-128 + signal stopped and saved: start it again.
+75 where a service did not answer, 128 + signal stopped and saved: start it again.
 """
 
 import argparse

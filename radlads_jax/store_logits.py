@@ -17,7 +17,7 @@ from rich.console import Console
 
 from radlads_jax import config as config_lib
 from radlads_jax.system import storage
-from radlads_jax.system.command import explain, parse_flags, refuse
+from radlads_jax.system.command import explain, parse_flags, refusals, refuse
 from radlads_jax.system.stopping import leave_on_signals
 
 _PRECISIONS = ("float16", "float32")
@@ -58,9 +58,7 @@ def main(values: flags.FlagValues) -> int:
             stored = storing.store(job, output, values.precision)
     except OSError as error:
         return refuse(explain(error))
-    except NotImplementedError as error:
-        return refuse(error)
-    except storage.access_errors() as error:
+    except refusals() as error:
         return refuse(error)
     if hosts.is_first():
         Console(soft_wrap=True, highlight=False).print(

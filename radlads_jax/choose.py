@@ -12,9 +12,10 @@ from typing import Any
 
 from absl import flags
 
-from radlads_jax.decoding.loaded import DTYPES, load_model, read_model_config
-from radlads_jax.evaluation.choice import Sizes, choose_layers, said, table, text_batch
+from radlads_jax.decoding.loaded import DTYPES, load_model, model_directory, read_model_config
+from radlads_jax.evaluation.choice import KINDS, Sizes, choose_layers, prompts, said, table, text_batch
 from radlads_jax.models.window import WindowOptions
+from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.reporting.bars import layers_picture
 from radlads_jax.system import backend, command, storage, terminal
 
@@ -52,12 +53,14 @@ def main(values: flags.FlagValues) -> None:
             f"--keep is {values.keep} and --model {kind}; expected a model of softmax attention alone, and 1 to "
             f"{cfg.num_layers - 1} of them to keep. Change --keep or --model."
         )
+    tokenizer = load_tokenizer(model_directory(values.model))
+    prompts(tokenizer, sizes, KINDS)
+    batch = text_batch(tokenizer, sizes, storage.as_path(values.data) if values.data else None)
     out = storage.as_path(values.out) if values.out else None
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     with backend.room_for("the model does", "Lower --batch_size."):
         model = load_model(values.model, dtype=values.dtype)
-        batch = text_batch(model.tokenizer, sizes, storage.as_path(values.data) if values.data else None)
         begun = time.monotonic()
         choice = choose_layers(
             model.cfg, model.params, model.tokenizer, [batch], values.keep, options=options, sizes=sizes

@@ -4,6 +4,7 @@ python -m radlads_jax.generate --model DIR [--prompt TEXT | --chat | --prompts F
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -39,6 +40,21 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("dtype", None, DTYPES, "Default: bfloat16, on a CPU float32.", **put)
 
 
+def _refuse_idle(values: flags.FlagValues, prompts: Sequence[Prompt]) -> None:
+    """Raises ValueError for a flag that is given and changes nothing beside the others."""
+    drawn = (values.temperature > 0, "a --temperature above 0, at which tokens are drawn")
+    has_chat = values.chat or any(isinstance(prompt.content, list) for prompt in prompts)
+    needed = {
+        **dict.fromkeys(("top_k", "top_p", "seed"), drawn),
+        "system": (has_chat, "--chat, or prompts with messages"),
+        "context": (values.chat and not prompts, "--chat without prompts; each of those has the room that it needs"),
+        "batch_size": (bool(values.prompts), "--prompts FILE"),
+    }
+    for name, (is_there, expected) in needed.items():
+        if values[name].present and not is_there:
+            raise ValueError(f"--{name} changes nothing here; expected with it {expected}. Leave it out, or add that.")
+
+
 def main(values: flags.FlagValues) -> None:
     """Raises ValueError for settings that are wrong or contradict each other."""
     if values.model is None:
@@ -49,6 +65,7 @@ def main(values: flags.FlagValues) -> None:
         raise ValueError("got both --prompt and --prompts; expected one of them.")
     prompts = read_prompts(storage.as_path(values.prompts)) if values.prompts else list(map(Prompt, values.prompt))
     sampling = Sampling(values.temperature, values.top_k, values.top_p)
+    _refuse_idle(values, prompts)
     model = load_model(values.model, dtype=values.dtype, for_decoding=True)
     writer = Writer(model, sampling, values)
     if not prompts:

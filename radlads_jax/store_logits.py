@@ -17,7 +17,7 @@ from rich.console import Console
 
 from radlads_jax import config as config_lib
 from radlads_jax.system import storage
-from radlads_jax.system.command import explain, parse_flags, refuse
+from radlads_jax.system.command import explain, parse_flags, refusals, refuse
 from radlads_jax.system.stopping import leave_on_signals
 
 _PRECISIONS = ("float16", "float32")
@@ -56,7 +56,7 @@ def main(values: flags.FlagValues) -> int:
         run = settings.with_whole_paths(run)
     except OSError as error:
         return refuse(error, explain(error))
-    except storage.access_errors() as error:
+    except refusals() as error:
         return refuse(error)
     try:
         hosts.start(values.distributed, values.coordinator, values.num_processes, values.process_id)
@@ -64,9 +64,7 @@ def main(values: flags.FlagValues) -> int:
         with held(output), backend.room_for("teacher and rows do", _LESS_MEMORY):
             job = make_job(dataclasses.replace(run, teacher=dataclasses.replace(run.teacher, logits="")), output)
             stored = storing.store(job, output, values.precision)
-    except (NotImplementedError, OSError) as error:
-        return failing.end_all(refuse(error))
-    except storage.access_errors() as error:
+    except refusals() as error:
         return failing.end_all(refuse(error))
     if hosts.is_first():
         Console(soft_wrap=True, highlight=False).print(

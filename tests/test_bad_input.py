@@ -177,7 +177,7 @@ CASES: dict[str, tuple[Callable[[Path], object], dict, list[str]]] = {
     "missing text": (nothing, {"data__path": "/no/such/text"}, ["/no/such/text does not exist"]),
     "too little text": (text("One sentence. " * 8), {}, ["one batch of 4 rows"]),
     "nothing left to train on": (text("One sentence."), {}, ["eval_tokens=64", "hold out fewer tokens"]),
-    "lines that are no JSON": (text("{"), {"data__source": "jsonl"}, ["line 1 is no JSON"]),
+    "lines that are no JSON": (text("{"), {"data__source": "jsonl"}, ["line 1 is not JSON"]),
     "no such column": (text('{"body": "a"}'), {"data__source": "jsonl"}, ["no column 'text'", "body"]),
     "token file that is none": (nothing, {"data__source": "binidx"}, ["text.txt"]),
     "sequence length 0": (nothing, {"stage2__seq_len": 0}, ["config.stage2.seq_len is 0"]),

@@ -183,13 +183,19 @@ def test_the_command_chooses_writes_and_says_where_a_teacher_is_at_chance(tmp_pa
         ("--keep=4", r"--keep is 4\b.*\b1 to 3\b"),
         ("--prompts=0", "prompts is 0"),
         ("--tokens=40", "prompts of 40 tokens"),
+        ("--data={place}/none.txt", r"No such file .*none\.txt"),
+        ("--data={place}/short.txt", r"--data .*short\.txt holds too little text .*\b4,096 tokens"),
+        ("--data={place}/latin.txt", r"latin\.txt is not UTF-8"),
     ],
 )
-def test_the_command_refuses(flag, words, tmp_path, monkeypatch):
+def test_the_command_refuses_before_the_weights_are_read(flag, words, tmp_path, monkeypatch):
+    (tmp_path / "short.txt").write_text("A king.")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 9_000)
+    monkeypatch.setattr(choose, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     values = flags.FlagValues()
     choose.define_flags(values)
-    values(["choose", f"--model={save_teacher(tmp_path, CFG)}", "--keep=1", flag])
-    with pytest.raises(ValueError, match=words):
+    values(["choose", f"--model={save_teacher(tmp_path, CFG)}", "--keep=1", flag.format(place=tmp_path)])
+    with pytest.raises((ValueError, OSError), match=words):
         choose.main(values)
 
 

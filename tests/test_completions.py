@@ -11,7 +11,7 @@ from untrained import TEACHER, random_params, save_teacher, save_tokenizer, stud
 
 from radlads_jax import evaluate
 from radlads_jax.decoding.loaded import Model
-from radlads_jax.evaluation import completions
+from radlads_jax.evaluation import completions, model_scores
 from radlads_jax.evaluation.completions import Sizes
 from radlads_jax.models import bind
 from radlads_jax.porting import load_tokenizer
@@ -103,6 +103,22 @@ def _values(*arguments):
 def test_the_command_refuses(arguments, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         evaluate.main(_values("--model=x", f"--output={tmp_path}", *arguments))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"A king.", r"text\.txt holds \d tokens; expected 384, .*--completions"),
+        (b"\xe9" * 9, r"text\.txt is not UTF-8"),
+    ],
+)
+def test_the_text_is_looked_at_before_a_model_is_loaded(data, words, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_bytes(data)
+    monkeypatch.setattr(model_scores, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    teacher = save_teacher(tmp_path)
+    asked = [f"--model={teacher}", f"--teacher={teacher}", "--completions=3", f"--probe_text={tmp_path / 'text.txt'}"]
+    with pytest.raises(ValueError, match=words):
+        evaluate.main(_values(*asked))
 
 
 def test_the_command_writes_it_beside_the_control(tmp_path, capsys):

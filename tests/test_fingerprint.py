@@ -296,8 +296,11 @@ def test_a_corpus_that_is_prepared_before_is_the_same_run(place, capsys):
     # Again is quick, another text in the same directory is not taken in, tokens are no text.
     assert tokens.prepare_tokens(config.validate(chosen(place)), place / "tokens").file.prefix == made.file.prefix
     append_text(place)
+    there = sorted((place / "tokens").iterdir())
     with pytest.raises(ValueError, match=rf"{re.escape(str(place / 'tokens'))} .*--output"):
         tokens.prepare_tokens(config.validate(chosen(place)), place / "tokens")
+    assert sorted((place / "tokens").iterdir()) == there
+    assert job_of(place, "other run", **token_file).token_file.prefix == made.file.prefix
     with pytest.raises(ValueError, match=r"config\.data\.source .*'binidx'.*config\.data\.path"):
         tokens.prepare_tokens(config.validate(chosen(place, **token_file)), place / "tokens")
 

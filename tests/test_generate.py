@@ -339,6 +339,13 @@ def test_chat(directories, loaded, monkeypatch, capsys):
         (["--model=x", "--prompt=a", "--prompts=b"], "both --prompt and --prompts"),
         (["--model=x", "--prompt=a", "--temperature=-1"], "temperature is -1.0"),
         (["--model=x", "--prompt=a", "--top_p=0"], "top_p is 0.0"),
+        (["--model=x", "--prompt=a", "--top_p=0.9"], "--top_p .*--temperature"),
+        (["--model=x", "--chat", "--top_k=5", "--temperature=0"], "--top_k .*--temperature"),
+        (["--model=x", "--prompt=a", "--seed=0"], "--seed .*--temperature"),
+        (["--model=x", "--prompt=a", "--system=b"], "--system .*--chat"),
+        (["--model=x", "--prompts={texts}", "--system=b"], "--system .*messages"),
+        (["--model=x", "--chat", "--prompt=a", "--context=9"], "--context .*--chat without prompts"),
+        (["--model=x", "--prompt=a", "--batch_size=2"], "--batch_size .*--prompts FILE"),
         (["--model=no/such/model/at/all", "--prompt=a"], "'no/such/model/at/all'.*'organisation/name'"),
         (["--model={model}", "--prompt=a", "--max_tokens=0"], "max_tokens"),
         (["--model={model}", "--prompt=a", "--stop="], "empty.*--stop"),
@@ -349,7 +356,9 @@ def test_chat(directories, loaded, monkeypatch, capsys):
 def test_refusals(directories, tmp_path, arguments, message):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "file.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    places = {"model": directories["attention"], "file": tmp_path / "file.jsonl", "run": tmp_path / "run"}
+    (tmp_path / "texts.txt").write_text("a\n")
+    places = {"model": directories["attention"], "run": tmp_path / "run"}
+    places |= {"file": tmp_path / "file.jsonl", "texts": tmp_path / "texts.txt"}
     with pytest.raises((ValueError, flags.IllegalFlagValueError), match=message):
         generate.main(command_line(*(argument.format(**places) for argument in arguments)))
 

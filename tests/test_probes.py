@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from untrained import save_tokenizer
 
+from radlads_jax.data import synthetic, tokenise
 from radlads_jax.decoding.generation import Step
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.evaluation import probe_scores, probes
@@ -125,6 +126,32 @@ def test_text_of_a_file(tokenizer, tmp_path):
     assert len(example.ids) == 100 and tokenizer.decode(example.ids[1:]) in file.read_text()
     with pytest.raises(ValueError, match=rf"{re.escape(str(file))} .*\b100000\b.*--probe_text"):
         probes.document(Text(tokenizer, 0), 100_000, file)
+
+
+def test_a_file_is_tokenised_once_and_in_pieces(tokenizer, model, tmp_path, monkeypatch):
+    file = tmp_path / "text.txt"
+    file.write_text("<|im_start|>" + "\n".join(synthetic.documents(3, 60)))
+    reads, pieces = [], []
+    whole, encoded = Text(tokenizer, 0).ids(file.read_text()), tokenise._encode_piece
+
+    def encode_piece(text, begin, end, backend):
+        pieces.append(end - begin)
+        return encoded(text, begin, end, backend)
+
+    monkeypatch.setattr(tokenise, "PIECE_CHARACTERS", 4_000)
+    monkeypatch.setattr(tokenise, "OVERLAP_CHARACTERS", 512)
+    monkeypatch.setattr(tokenise, "_encode_piece", encode_piece)
+    monkeypatch.setattr(probes.storage, "read_text", lambda path: reads.append(path) or path.read_text())
+    monkeypatch.setattr(probe_scores, "score_rows", lambda _, __, rows, *___: [Score(np.zeros(63), None) for _ in rows])
+    probe_scores.run_probes(model, lengths=[64], samples=5, text_file=file, kinds=[])
+    assert len(reads) == 2, "to see whether it is long enough, and for the model"
+    assert Text(tokenizer, 0).of_file(file).tolist() == whole and max(pieces) == 4_000
+
+
+def test_a_file_that_is_no_text_is_said_to_be_none(tokenizer, tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"caf\xe9 " * 1000)
+    with pytest.raises(ValueError, match=r"text\.txt is not UTF-8 .*expected text"):
+        probes.document(Text(tokenizer, 0), 100, tmp_path / "text.txt")
 
 
 def test_right_answers_are_counted(model, monkeypatch):

@@ -261,6 +261,26 @@ def test_a_batch_is_no_larger_than_its_file(model, monkeypatch, tmp_path, capsys
     assert sizes == [2] and len(capsys.readouterr().out.splitlines()) == 2
 
 
+def test_what_fills_a_batch_is_not_counted(model, monkeypatch, tmp_path, capsys):
+    # Two tokens a row and second; of three prompts, two at once, the second batch is one of them twice.
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
+    clock = iter(range(100))
+
+    def answer(model, prompts, **_):
+        for _ in range(5):
+            yield Step(["x"] * len(prompts), [[1, 1]] * len(prompts))
+
+    monkeypatch.setattr(generate, "load_model", lambda *_, **__: model)
+    monkeypatch.setattr("radlads_jax.decoding.writer.generate", answer)
+    monkeypatch.setattr("radlads_jax.decoding.writer.compile_for", lambda *_: None)
+    monkeypatch.setattr("radlads_jax.decoding.writer.time.perf_counter", lambda: float(next(clock)))
+    generate.main(command_line("--model=m", f"--prompts={tmp_path / 'prompts.txt'}", "--batch_size=2"))
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 3
+    speeds = [line for line in err.replace("\n", " ").split("first token") if "tokens/s" in line]
+    assert ["4.0 tokens/s" in speeds[0], "2.0 tokens/s" in speeds[1]] == [True, True], err
+
+
 def test_what_does_not_fit_into_memory_is_told(model, monkeypatch):
     def full(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")

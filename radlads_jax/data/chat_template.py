@@ -24,6 +24,17 @@ _TEMPLATE_ERRORS = (
 )
 
 
+def is_message(value: Any) -> bool:
+    """Whether it is an object with a role and text; without text where the assistant called a tool.
+
+    Most templates write anything else as Python shows it, or leave it out.
+    """
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    content = value.get("content")
+    return isinstance(content, str) or (content is None and bool(value.get("tool_calls")))
+
+
 def chat_text(
     tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, directory: Any
 ) -> str:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from radlads_jax.data.binidx import TokenFile, TokenFileWriter, open_token_file
-from radlads_jax.data.chat_template import Message, rendered, require_template
+from radlads_jax.data.chat_template import Message, check_text, is_message, rendered, require_template
 from radlads_jax.data.packing import Batch, PackedRows
 from radlads_jax.data.prepare import made_before, progress_bar, publish_recipe, tokenizer_hash
 from radlads_jax.data.sources import Source, fingerprint, json_records
@@ -114,11 +114,12 @@ def _messages(record: dict[str, Any], field: str, where: str) -> list[Message]:
             "config.data.messages_field, or mend the line."
         )
     messages = record[field]
-    whole = isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
-    if not whole or not messages:
+    is_list = isinstance(messages, list) and bool(messages)
+    wrong = [message for message in messages if not is_message(message)] if is_list else [messages]
+    if wrong:
         raise ValueError(
-            f"{where} has {brief(messages)} in {field!r}; expected a list of messages, each an object with a role and "
-            "a content. Mend the line."
+            f"{where} has {brief(wrong[0])} in {field!r}; expected a list of messages, each an object with a role and "
+            "a content, both text. Mend the line."
         )
     return messages
 
@@ -140,7 +141,7 @@ def trainings(tokenizer: Any, messages: Sequence[Message], where: str) -> list[_
 def _answer(tokenizer: Any, messages: Sequence[Message], where: str) -> _Training:
     """The text up to the last message, which is the assistant's."""
     before = rendered(tokenizer, messages[:-1], None, where)
-    text = rendered(tokenizer, messages, None, where, begins_answer=False).rstrip()
+    text = check_text(rendered(tokenizer, messages, None, where, begins_answer=False).rstrip(), where)
     if not text.startswith(before):
         begins = len(_common(text, before))
         raise ValueError(

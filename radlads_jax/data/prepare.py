@@ -14,7 +14,7 @@ from radlads_jax.data.binidx import TokenFile, TokenFileWriter, open_token_file
 from radlads_jax.data.sources import Source, documents, files_left_out, fingerprint, resolve
 from radlads_jax.data.tokenise import BatchTokenizer, Framing, tokenised
 from radlads_jax.system.storage import AnyPath, as_path, children, in_bucket, read_text, write_text
-from radlads_jax.system.untrusted import parse_json
+from radlads_jax.system.untrusted import listed, parse_json
 
 
 def prepare(
@@ -27,6 +27,7 @@ def prepare(
     max_tokens: int | None = None,
     tokenizer_fingerprint: str | None = None,
     progress: bool | None = None,
+    alone: bool = False,
 ) -> TokenFile:
     """Tokenise a source into a token file below `cache_dir`, or open the one made before.
 
@@ -39,6 +40,7 @@ def prepare(
         max_tokens: stop reading when there are so many; the last document is cut to fit.
         tokenizer_fingerprint: tells tokenizers apart; by default the hash of tokenizer.to_str().
         progress: show a progress bar; None shows it on a terminal.
+        alone: refuse a directory with another token file, before anything is written.
 
     Raises:
         ValueError: bad text (see sources.documents), no text at all, an id outside the vocabulary.
@@ -57,6 +59,8 @@ def prepare(
     made_from = _recipe(source, tokenizer_fingerprint or tokenizer_hash(tokenizer), vocab_size, framing, max_tokens)
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     prefix = made_before(as_path(cache_dir), digest)
+    if alone:
+        _require_alone(as_path(cache_dir), prefix)
     if prefix is None:
         prefix = as_path(cache_dir) / f"{_readable(source)}-{digest}"
         _write(prefix, source, tokenizer, vocab_size, framing, max_tokens, progress)
@@ -64,6 +68,18 @@ def prepare(
     if not _beside(prefix).is_file():
         publish_recipe(prefix, made_from | {"left_out": files_left_out(source)})
     return open_token_file(prefix)
+
+
+def _require_alone(directory: AnyPath, prefix: AnyPath | None) -> None:
+    """Raises ValueError where the directory holds other token files than that one."""
+    own = None if prefix is None else f"{prefix.name}.idx"
+    names = children(directory) if directory.is_dir() else {}
+    others = [name for name in sorted(names) if name.endswith(".idx") and name != own]
+    if others:
+        raise ValueError(
+            f"{directory} holds {listed(others)}, made of other text or by other settings; expected a directory of its "
+            "own, so that a run can be given it by name. Remove what is old, or choose another --output."
+        )
 
 
 def _write(

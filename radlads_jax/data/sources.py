@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import hashlib
 import itertools
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from radlads_jax.data import synthetic
 from radlads_jax.data.files import SUFFIXES, check_kind, data_files, each_once, identities, left_out
 from radlads_jax.data.saved_dataset import is_saved, open_saved
 from radlads_jax.system.storage import AnyPath, as_path, in_bucket, open_text
-from radlads_jax.system.untrusted import brief, listed
+from radlads_jax.system.untrusted import brief, listed, parse_json
 
 if TYPE_CHECKING:
     import datasets
@@ -235,17 +234,7 @@ def _parse(line: str, where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where} has {_LINE_CHARACTERS} characters or more; expected a document a line; write it as several."
         )
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where} is no JSON ({error.msg} at column {error.colno}); expected one object a line; mend or remove it."
-        ) from error
-    # Nested too deeply, or a number of too many digits.
-    except (RecursionError, ValueError) as error:
-        raise ValueError(
-            f"{where} is no JSON ({brief(error)}); expected one object a line; mend or remove it."
-        ) from error
+    record = parse_json(line, where, "Mend or remove the line.")
     if not isinstance(record, dict):
         raise ValueError(f"{where} holds a {type(record).__name__}; expected a JSON object with the text; mend it.")
     return record
@@ -271,8 +260,34 @@ def _read_hf(source: Source) -> Iterator[str]:
     if data.column_names is not None:
         _check_column(list(data.column_names), source, source.path)
         data = data.select_columns([source.text_field])
-    for number, record in enumerate(data):
+    for number, record in enumerate(_rows(data, source)):
         yield _text_of(record, source, f"{source.path}, row {number}")
+
+
+def _rows(data: "datasets.Dataset | datasets.IterableDataset", source: Source) -> Iterator[dict[str, Any]]:
+    """The records; a dataset that streams meets only here what its files hold."""
+    try:
+        yield from data
+    except _dataset_errors() as error:
+        raise _unreadable(source, error) from error
+
+
+def _dataset_errors() -> tuple[type[Exception], ...]:
+    """What datasets raises for files that are not there, broken, or unlike each other, and for a lost connection."""
+    import datasets
+
+    return (*_HUB_ERRORS, datasets.exceptions.DatasetsError, pyarrow.ArrowException)
+
+
+def _unreadable(source: Source, error: Exception) -> ValueError:
+    said, cause = str(error), str(error.__cause__ or "")
+    # Of files that do not go together datasets says no more than that; its error's cause tells which and how.
+    said = " ".join((said if cause in said else f"{said}: {cause}").split())
+    return ValueError(
+        f"the Hugging Face dataset {source.path} (config {source.config}, split {source.split}) cannot be read: "
+        f"{brief(said.rstrip('.'), 600)}; expected a directory that save_to_disk wrote or a dataset on the hub, with "
+        "files that are alike; check the name and the files, and set HF_TOKEN for a gated one."
+    )
 
 
 def _load_hf(source: Source) -> "datasets.Dataset | datasets.IterableDataset":
@@ -291,13 +306,8 @@ def _load_hf(source: Source) -> "datasets.Dataset | datasets.IterableDataset":
                 revision=source.revision,
                 streaming=source.streaming,
             )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"the Hugging Face dataset {source.path} (config {source.config}, split {source.split}) cannot be opened: "
-            f"{reason} Expected a directory that save_to_disk wrote or a dataset on the hub; check the name, "
-            "and set HF_TOKEN for a gated one."
-        ) from error
+    except _dataset_errors() as error:
+        raise _unreadable(source, error) from error
     if isinstance(data, datasets.DatasetDict):
         if source.split not in data:
             raise ValueError(

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from radlads_jax.data.chat_template import Message
+from radlads_jax.data.chat_template import Message, is_message
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.system import storage
 from radlads_jax.system.untrusted import listed, parse_json
@@ -66,18 +66,11 @@ def _is_prompt(record: dict[str, Any]) -> bool:
     if "prompt" in record:
         return isinstance(record["prompt"], str) and bool(record["prompt"])
     messages = record["messages"]
-    return _is_list_of_objects(messages) and bool(messages) and all(map(_is_message, messages))
+    return isinstance(messages, list) and bool(messages) and all(map(is_message, messages))
 
 
 def _is_list_of_objects(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
-
-
-def _is_message(message: Message) -> bool:
-    """Role and text; without text where the assistant called a tool."""
-    has_text = isinstance(message.get("content"), str)
-    calls = message.get("content") is None and bool(message.get("tool_calls"))
-    return isinstance(message.get("role"), str) and (has_text or calls)
 
 
 def encoded(model: Model, prompt: Prompt, *, chat: bool, system: str) -> list[int]:

@@ -33,7 +33,10 @@ class Writer:
         numbers: Sequence[int] | None = None,
         memory: Memory | None = None,
     ) -> list[str]:
-        """The continuations of prompts; show: gets each delta of the first one's text as soon as it is there."""
+        """The continuations of prompts, whose numbers differ but for those that are there twice.
+
+        show: gets each delta of the first one's text as soon as it is there.
+        """
         model, longest = self.model, max(map(len, prompts))
         capacity = longest + self.max_tokens if memory is None else memory.capacity
         # Before the clock starts, so that it shows what a second prompt will take.
@@ -41,6 +44,8 @@ class Writer:
         with backend.room_for(what, "Lower --max_tokens, --batch_size or, in a chat, --context."):
             compile_for(model.cfg, model.params, len(prompts), longest, capacity, self.sampling, model.stop_ids)
         texts, later = [""] * len(prompts), 0
+        # A number that comes again only fills the batch.
+        rows = range(len(prompts)) if numbers is None else [numbers.index(number) for number in set(numbers)]
         steps = generate(
             model,
             prompts,
@@ -57,14 +62,14 @@ class Writer:
             if first == start:
                 first = last
             else:
-                later += sum(map(len, step.tokens))
+                later += sum(len(step.tokens[row]) for row in rows)
             texts = [text + new for text, new in zip(texts, step.texts, strict=True)]
             if show is not None:
                 show(step.texts[0])
         if show is not None:
             show("\n")
         speed = f", then {later / (last - first):.1f} tokens/s" if later else ""
-        context = longest + 1 + later // len(prompts)
+        context = longest + 1 + later // len(rows)
         console.print(
             f"first token after {first - start:.2f} s{speed}; {memory_line(self.model.cfg, context)}", style="dim"
         )

@@ -77,15 +77,17 @@ def prompts(tokenizer: Any, sizes: Sizes, kinds: Sequence[str]) -> list[probes.E
 
 
 def text_batch(tokenizer: Any, sizes: Sizes, file: storage.AnyPath | None) -> Batch:
-    """Rows of one piece of the file's text, from a place that the seed draws, or of made-up tales."""
+    """Rows of one piece of the file's text, from a place that the seed draws, or of made-up tales.
+
+    Raises ValueError for a file with too little text, or that is not UTF-8.
+    """
     text, length = probes.Text(tokenizer, sizes.seed), sizes.texts * sizes.tokens
-    try:
-        ids = probes.document(text, length, file).ids
-    except ValueError as error:
+    if file is not None and len(text.of_file(file)) < length:
         raise ValueError(
             f"--data {file} holds too little text for {sizes.texts} rows of {sizes.tokens} tokens; expected {length:,} "
             "tokens. Give a longer text, or lower --texts or --tokens."
-        ) from error
+        )
+    ids = probes.document(text, length, file).ids
     rows = np.asarray(ids, np.int32).reshape(sizes.texts, sizes.tokens)
     positions = np.broadcast_to(np.arange(sizes.tokens, dtype=np.int32), rows.shape)
     return {"tokens": rows, "segment_ids": np.ones_like(rows), "positions": positions}

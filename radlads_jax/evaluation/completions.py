@@ -81,14 +81,27 @@ def check_sizes(sizes: Sizes, teacher: ModelConfig, student: ModelConfig) -> Non
         )
 
 
+def text_rows(tokenizer: Any, sizes: Sizes, text_file: storage.AnyPath | None = None) -> Int[np.ndarray, "N T"]:
+    """Prompts with what follows them in the file's text, or in made-up tales; `tokenizer` is the teacher's.
+
+    Raises ValueError for a file with too little text, or that is not UTF-8.
+    """
+    text, length = probes.Text(tokenizer, sizes.seed), sizes.prompts * sizes.tokens
+    if text_file is not None and (there := len(text.of_file(text_file))) < length:
+        raise ValueError(
+            f"--probe_text {text_file} holds {there:,} tokens; expected {length:,}, for {sizes.prompts} prompts and "
+            "what follows them. Give a longer text, or lower --completions."
+        )
+    ids = probes.document(text, length, text_file).ids
+    return np.asarray(ids, np.int32).reshape(sizes.prompts, sizes.tokens)
+
+
 def reference(teacher: Model, sizes: Sizes, text_file: storage.AnyPath | None = None) -> Reference:
     """The teacher's continuations of prompts out of the file, or of made-up tales, and its hidden states on both.
 
-    Raises ValueError for a file with too little text, and where the teacher ends all of its answers at once.
+    Raises ValueError as `text_rows`, and where the teacher ends all of its answers at once.
     """
-    text = probes.Text(teacher.tokenizer, sizes.seed)
-    ids = probes.document(text, sizes.prompts * sizes.tokens, text_file).ids
-    tokens = np.asarray(ids, np.int32).reshape(sizes.prompts, sizes.tokens)
+    tokens = text_rows(teacher.tokenizer, sizes, text_file)
     whole = np.ones((sizes.prompts, sizes.new_tokens), np.float32)
     rows = {"text": _Rows(tokens, whole), "completions": _continued(teacher, sizes, tokens)}
     hidden = {name: _hidden_states(teacher, of, sizes) for name, of in rows.items()}

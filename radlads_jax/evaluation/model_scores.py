@@ -39,7 +39,7 @@ def wants_probes(values: flags.FlagValues) -> bool:
 
 
 def check_models(values: flags.FlagValues) -> None:
-    """Raises ValueError for what would stop the evaluation later: the probes' lengths, and a control that is none."""
+    """Raises ValueError for what would stop the evaluation later: lengths, too short a text, a control that is none."""
     if wants_probes(values):
         text_file = _text_file(values) if values.probes else None
         check_lengths(load_tokenizer(model_directory(values.model)), _lengths(values), text_file, values.probe_kinds)
@@ -48,6 +48,7 @@ def check_models(values: flags.FlagValues) -> None:
     if values.completions:
         sizes = completion_sizes(values)
         completions.check_sizes(sizes, read_model_config(values.teacher), read_model_config(values.model))
+        completions.text_rows(load_tokenizer(model_directory(values.teacher)), sizes, _text_file(values))
 
 
 def completion_sizes(values: flags.FlagValues) -> completions.Sizes:

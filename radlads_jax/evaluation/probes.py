@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from radlads_jax.data import synthetic
+from radlads_jax.data.tokenise import Framing, tokenised
 from radlads_jax.system import storage
 
 DEFAULT_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -56,9 +57,20 @@ class Text:
 
     def __init__(self, tokenizer: Any, seed: int):
         self.tokenizer, self.rng = tokenizer, np.random.default_rng(seed)
+        self._of_files: dict[storage.AnyPath, np.ndarray] = {}
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def of_file(self, file: storage.AnyPath) -> np.ndarray:
+        """The ids of a file's text, which is read once; ValueError for one that is not UTF-8."""
+        if file not in self._of_files:
+            try:
+                text = storage.read_text(file)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file} is not UTF-8 ({error}); expected text. Convert the file to UTF-8.") from error
+            (self._of_files[file],) = tokenised([text], self.tokenizer.backend_tokenizer, Framing(special_tokens=True))
+        return self._of_files[file]
 
     def beginning(self) -> list[int]:
         """What stands before every context, so that its first token has one before it."""
@@ -206,7 +218,7 @@ def check_lengths(
 def document(text: Text, length: int, file: storage.AnyPath | None) -> Example:
     """`length` tokens of the file's text from a random place, or of made-up tales; scored from the first on.
 
-    Raises ValueError for a file with less text than that.
+    Raises ValueError for a file with less text than that, or that is not UTF-8.
     """
     begin = text.beginning()
     if file is None:
@@ -214,11 +226,11 @@ def document(text: Text, length: int, file: storage.AnyPath | None) -> Example:
         while len(ids) < length:
             ids += text.ids(synthetic.document(int(text.rng.integers(1 << 30)), 0) + "\n\n")
         return Example((begin + ids)[:length], 1)
-    ids = text.ids(storage.read_text(file))
-    if len(ids) < length:
+    of_file = text.of_file(file)
+    if len(of_file) < length:
         raise ValueError(
-            f"{file} holds {len(ids)} tokens; expected at least the {length} of the longest probe. Give a longer "
+            f"{file} holds {len(of_file)} tokens; expected at least the {length} of the longest probe. Give a longer "
             "--probe_text, or smaller --probe_lengths."
         )
-    start = int(text.rng.integers(len(ids) - length + 1))
-    return Example((begin + ids[start : start + length])[:length], 1)
+    start = int(text.rng.integers(len(of_file) - length + 1))
+    return Example((begin + of_file[start : start + length].tolist())[:length], 1)

@@ -78,9 +78,18 @@ def _same_source(run: RunConfig, workdir: AnyPath, begun: dict[str, Any]) -> dic
 
 
 def _tokenise(
-    run: RunConfig, directory: AnyPath, tokenizer: Any, vocab_size: int, around: Framing | None = None
+    run: RunConfig,
+    directory: AnyPath,
+    tokenizer: Any,
+    vocab_size: int,
+    around: Framing | None = None,
+    *,
+    alone: bool = False,
 ) -> binidx.TokenFile:
-    """Makes a run's token file in a directory, or finds it there. around: by default what the config says."""
+    """Makes a run's token file in a directory, or finds it there.
+
+    around: by default what the config says. alone: as of `prepare.prepare`.
+    """
     data = run.data
     needed = max((recipe.tokens for recipe in run.recipes.values()), default=0)
     limit = data.max_tokens or (needed + needed // 50 + 10**6 if data.streaming else None)
@@ -91,6 +100,7 @@ def _tokenise(
         vocab_size=vocab_size,
         framing=around or framing(run, tokenizer),
         max_tokens=limit,
+        alone=alone,
     )
 
 
@@ -133,13 +143,7 @@ def prepare_tokens(run: RunConfig, output: AnyPath) -> Tokens:
     directory = files_without_weights(run.data.tokenizer or run.teacher.path, revision)
     tokenizer = load_tokenizer(directory)
     vocab_size = 1 + max(tokenizer.get_vocab().values())
-    there = [name for name in children(output) if name.endswith(".idx")] if output.is_dir() else []
-    file = _tokenise(run, output, tokenizer, vocab_size)
-    if there not in ([], [f"{file.prefix.name}.idx"]):
-        raise ValueError(
-            f"{output} holds {listed(there)} too, made of other text or by other settings; expected a directory of its "
-            "own, so that a run can be given it by name. Remove what is old, or choose another --output."
-        )
+    file = _tokenise(run, output, tokenizer, vocab_size, alone=True)
     said = prepare.made_from(file)
     return Tokens(file, said, tuple(said["beginning"]))
 

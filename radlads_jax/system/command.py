@@ -55,11 +55,14 @@ def guarded(main: Callable[[flags.FlagValues], None], values: flags.FlagValues) 
     """Runs main; returns the exit code."""
     try:
         main(values)
-    except (ValueError, NotImplementedError, OSError) as error:
-        return refuse(error)
-    except storage.access_errors() as error:
+    except refusals() as error:
         return refuse(error)
     return 0
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """What ends a command in one paragraph: what is wrong or can not be, and what cannot be read or written."""
+    return (NotImplementedError, *storage.access_errors())
 
 
 def refuse(error: Exception | str, said: str | None = None) -> int:

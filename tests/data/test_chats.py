@@ -98,6 +98,11 @@ def test_rows_hold_the_ids_and_count_the_answers(tokenizer, tmp_path):
         ({"talk": []}, ["line 1", "messages", "talk"]),
         ({"messages": "hello"}, ["line 1", "hello", "role"]),
         ({"messages": [{"content": "x"}]}, ["line 1", "role"]),
+        ({"messages": [*TALK, {"role": "user", "content": [{"type": "text", "text": "x"}]}]}, ["line 1", "'type'"]),
+        ({"messages": [TALK[0], {"role": "assistant", "content": None}]}, ["line 1", "None", "content"]),
+        ({"messages": [TALK[0], {"role": "assistant", "contents": "A door"}]}, ["line 1", "'contents'", "content"]),
+        ({"messages": [*TALK, None]}, ["line 1", "None", "role"]),
+        ({"messages": [TALK[0], {"role": "assistant", "content": "\ud800"}]}, ["line 1", "surrogate"]),
         ({"messages": TALK[:1]}, ["assistant", "config.data.chats"]),
     ],
 )
@@ -108,6 +113,15 @@ def test_what_is_no_conversation_is_refused_by_its_line(tokenizer, tmp_path, lin
             str(tmp_path / "talks.jsonl"), "messages", tokenizer, tmp_path / "data", vocab_size=len(tokenizer)
         )
     assert all(part in str(caught.value) for part in named), caught.value
+
+
+def test_an_answer_that_calls_a_tool_needs_no_text(tokenizer, tmp_path, monkeypatch):
+    calls = TEMPLATE.replace("m['content']", "m['content'] or m['tool_calls'][0]['name']")
+    monkeypatch.setattr(tokenizer, "chat_template", calls)
+    talk = [TALK[0], {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}]
+    path = write(tmp_path / "talks.jsonl", [talk])
+    file = chats.prepare_chats(path, "messages", tokenizer, tmp_path / "data", vocab_size=len(tokenizer))
+    assert tokenizer.decode((file.tokens[file.tokens % 2 == 1] // 2).tolist()) == "clock<end>"
 
 
 def test_a_tokenizer_without_a_template_is_refused(tokenizer, tmp_path, monkeypatch):

@@ -81,6 +81,27 @@ def test_a_dataset_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(documents(source)) == TEXTS
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("second", "said"), [('{"other": 1}\n', "column names"), ('{"text": "a"\n{', "JSON parse")])
+def test_a_dataset_whose_files_disagree_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool, second: str, said: str
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    make_jsonl(tmp_path / "data")
+    write(tmp_path / "data" / "b.jsonl", second)
+    where = re.escape(str(tmp_path / "data"))
+    refuse(Source(f"hf:{tmp_path / 'data'}", streaming=streaming), rf"{where} .*{said}.*; expected")
+
+
+def test_any_error_of_datasets_own_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_, **__) -> None:
+        raise datasets.exceptions.NonMatchingSplitsSizesError([{"expected": 3, "recorded": 2}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    refuse(Source("hf:owner/name"), r"owner/name .*\brecorded\b.*; expected")
+
+
 def test_another_split(tmp_path: Path) -> None:
     assert list(documents(Source(str(make_saved_splits(tmp_path)), split="test"))) == TEXTS[:1]
 
@@ -161,6 +182,8 @@ def test_unclear_paths(tmp_path: Path) -> None:
     [
         ('{"text": "b"', r"a\.jsonl, line 2 .*\bcolumn \d"),
         ("[1]", r"line 2 .*\blist\b.*JSON object"),
+        ("[" * 100_000, r"line 2 .*\bnested too deeply\b"),
+        (f'{{"text": {"9" * 5_000}}}', r"line 2 .*\bnot JSON\b.*digits"),
         ('{"body": "b", "id": 1}', r"line 2 .*'text'.*: body, id\b.*text_field"),
         ('{"text": 3}', r"line 2 .*\bint in 'text'.*text_field"),
     ],

@@ -351,6 +351,15 @@ def test_a_group_is_one_score_over_all_its_documents(directories, task_files, tm
     assert result["both"]["chance"] == pytest.approx(1 / 3)
 
 
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_perplexity_is_one_score_among_others(directories, task_files):
+    tasks = suite.load_tasks([str(task_files["rolling"]), str(task_files["writing"])])
+    scores = suite.run_tasks(load_model(directories["student"]), tasks, limit=3)
+    assert scores["local_rolling"]["score"] > 1 and scores["local_rolling"]["options"] is None
+    assert scores["local_writing"]["documents"] == 3 and scores["local_writing"]["options"] is None
+
+
 @pytest.fixture
 def broken(task_files, tmp_path):
     """A task whose data is missing."""

@@ -113,9 +113,8 @@ def run_tasks(
         for task, scores in _topmost(evaluated).items():
             leaves = _leaves(evaluated, task)
             results[task] = _summary(task, scores, evaluated, leaves)
-            results[task]["options"] = _options(
-                adapter, [(loaded["tasks"][leaf], evaluated["samples"][leaf]) for leaf in leaves]
-            )
+            parts = [(loaded["tasks"][leaf], evaluated["samples"][leaf]) for leaf in leaves]
+            results[task]["options"] = rotation.check(adapter, parts)
             line = f"{model.directory.name}: {task} {results[task]['metric']} {shown(results[task]['score'])}"
             console.print(line, markup=False)
     return results
@@ -133,12 +132,6 @@ def _leaves(evaluated: dict[str, Any], task: str) -> list[str]:
     """The tasks that a group is made of, through groups of groups; the task itself where it is none."""
     parts = evaluated.get("group_subtasks", {}).get(task)
     return [leaf for part in parts for leaf in _leaves(evaluated, part)] if parts else [task]
-
-
-def _options(adapter: Any, parts: list[tuple[Any, list[dict[str, Any]]]]) -> dict[str, Any] | None:
-    """The most stuck of a group's parts."""
-    checks = [each for task, samples in parts if (each := rotation.check(adapter, task, samples)) is not None]
-    return max(checks, key=lambda each: each["share"], default=None)
 
 
 def _summary(task: str, scores: dict[str, Any], evaluated: dict[str, Any], leaves: list[str]) -> dict[str, Any]:

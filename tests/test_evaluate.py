@@ -91,8 +91,8 @@ def test_suite_stands_for_the_papers_tasks():
 
 
 def result_of(score: float, metric: str = "acc", chance: float | None = 0.25) -> dict:
-    numbers = {"score": score, "stderr": 0.01, "chance": chance, "always": 0.26, "documents": 40}
-    return {"metric": metric, "metrics": {metric: score}} | numbers
+    numbers = {"score": score, "stderr": 0.01, "chance": chance, "always": 0.26, "documents": 40, "num_fewshot": [0]}
+    return {"metric": metric, "filter": None, "metrics": {f"{metric},none": score}} | numbers
 
 
 def test_comparison_and_its_page():
@@ -106,15 +106,28 @@ def test_comparison_and_its_page():
     assert result["tasks"]["text"]["relative"] is None
     assert result["mean_relative"] == pytest.approx((0.7 + 1.25) / 2)
     page = table.as_markdown({"model": "S", "teacher": "T", "limit": 40.0} | result)
-    assert "| arc_easy | acc | 40 | 25.0 | 26.0 | 75.0 ± 1.0 | 60.0 ± 1.0 | 70.0 | 81.5 | 81.7 | 100.4 |" in page
-    assert "| text | word_perplexity | 40 |  | 26.0 | 17.12 | 17.12 |  |  |  |  |" in page
-    assert "Mean relative score: 97.5" in page and "first 40 documents" in page
+    assert "| arc_easy | acc | 40 | 0 | 25.0 | 26.0 | 75.0 ± 1.0 | 60.0 ± 1.0 | 70.0 | 81.5 | 81.7 | 100.4 |" in page
+    assert "| text | word_perplexity | 40 | 0 |  | 26.0 | 17.12 | 17.12 |  |  |  |  |" in page
+    assert "Mean relative score: 97.5, of 2 of 3 tasks" in page and "first 40 documents" in page
+    assert "first 10% of the documents of" in table.as_markdown({"model": "S", "limit": 0.1})
     beside = suite.compare(student, scores, teacher, {"arc_easy": result_of(0.3), "lambada_openai": result_of(0.1)})
     page = table.as_markdown({"model": "S", "teacher": "T", "control": {"sinks": 4, "window": 64}} | beside)
-    assert "| arc_easy | acc | 40 | 25.0 | 26.0 | 75.0 ± 1.0 | 30.0 ± 1.0 | 60.0 ± 1.0 | 70.0 |" in page
+    assert "| arc_easy | acc | 40 | 0 | 25.0 | 26.0 | 75.0 ± 1.0 | 30.0 ± 1.0 | 60.0 ± 1.0 | 70.0 |" in page
     assert "the first 4 and the latest 64 keys" in page
     alone = suite.compare(STUDENT, scores, None)
     assert alone["mean_relative"] is None and "published" not in alone["tasks"]["arc_easy"]
+
+
+def test_a_teacher_at_the_floor_is_no_measure():
+    """(28 - 25) / (26 - 25) would be 300%, from a teacher that may have guessed."""
+    scores = {"arc_easy": result_of(0.28), "piqa": result_of(0.7, chance=0.5), "none": result_of(0.2, chance=0.0)}
+    teacher = {"arc_easy": result_of(0.26), "piqa": result_of(0.75, chance=0.5), "none": result_of(0.0, chance=0.0)}
+    result = suite.compare(STUDENT, scores, teacher)
+    assert [line["relative"] for line in result["tasks"].values()] == [None, pytest.approx(0.8), None]
+    assert result["mean_relative"] == pytest.approx(0.8) and result["relative_tasks"] == 1
+    page = table.as_markdown({"model": "S", "teacher": "T"} | result)
+    assert "| arc_easy | acc | 40 | 0 | 25.0 | 26.0 | 26.0 ± 1.0 | 28.0 ± 1.0 | teacher at the floor |" in page
+    assert "Mean relative score: 80.0, of 1 of 3 tasks" in page
 
 
 def command_line(*arguments: str) -> flags.FlagValues:
@@ -308,7 +321,7 @@ def test_adapter_agrees_with_lm_evals_own_model(directories, task_files):
         options = {"task_manager": TaskManager(include_defaults=False), "bootstrap_iters": int(name == "local_choices")}
         expected = lm_eval.simple_evaluate(own, tasks=[task], **options)["results"][name]
         for metric, value in ours[name]["metrics"].items():
-            assert value == pytest.approx(expected[f"{metric},none"], rel=1e-4), (name, metric)
+            assert value == pytest.approx(expected[metric], rel=1e-4), (name, metric)
         if name == "local_choices":
             assert ours[name]["stderr"] == pytest.approx(expected["acc_stderr,none"], rel=1e-4)
 
@@ -327,7 +340,8 @@ def test_command_line(directories, task_files, tmp_path, capsys):
     assert choices["student"]["documents"] == choices["teacher"]["documents"] == 6
     assert result["tasks"]["local_words"]["chance"] == 0.0
     student, teacher = (choices[role]["score"] for role in ("student", "teacher"))
-    assert choices["relative"] == paper.relative_score(student, teacher, choices["chance"])
+    relative = None if choices["at_floor"] else paper.relative_score(student, teacher, choices["chance"])
+    assert choices["relative"] == relative and choices["num_fewshot"] == [0]
     # Of labels 0, 1, 2, 0, 1, 2; words have no letters to be stuck on.
     assert choices["always"] == pytest.approx(1 / 3) and choices["student"]["options"] is None
     assert result["tasks"]["local_words"]["always"] is None
@@ -349,6 +363,38 @@ def test_a_group_is_one_score_over_all_its_documents(directories, task_files, tm
     assert list(result) == ["both"]
     assert result["both"]["score"] == pytest.approx(alone["score"]) and result["both"]["documents"] == 12
     assert result["both"]["chance"] == pytest.approx(1 / 3)
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_perplexity_is_one_score_among_others(directories, task_files):
+    tasks = suite.load_tasks([str(task_files["rolling"]), str(task_files["writing"])])
+    scores = suite.run_tasks(load_model(directories["student"]), tasks, limit=3)
+    assert scores["local_rolling"]["score"] > 1 and scores["local_rolling"]["options"] is None
+    assert scores["local_writing"]["documents"] == 3 and scores["local_writing"]["options"] is None
+
+
+FILTERS = """\
+filter_list:
+  - {name: strict, filter: [{function: regex, regex_pattern: "(nothing like it)"}, {function: take_first}]}
+  - {name: all, filter: [{function: take_first}]}
+"""
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_of_several_filters_the_first_one_counts(directories, task_files, tmp_path, monkeypatch):
+    from radlads_jax.evaluation.adapter import RadladsLM
+
+    file = tmp_path / "filters.yaml"
+    file.write_text(task_files["writing"].read_text() + FILTERS)
+    monkeypatch.setattr(RadladsLM, "generate_until", lambda self, requests, **_: [" king"] * len(requests))
+    scores = suite.run_tasks(load_model(directories["student"]), suite.load_tasks([str(file)]), limit=6)
+    result = scores["local_writing"]
+    assert result["documents"] == 6 and result["metrics"] == {"exact_match,strict": 0.0, "exact_match,all": 1.0}
+    assert (result["metric"], result["filter"], result["score"], result["stderr"]) == ("exact_match", "strict", 0, 0)
+    page = table.as_markdown({"model": "S"} | suite.compare(STUDENT, scores, None))
+    assert "| local_writing | exact_match, strict | 6 |" in page
 
 
 @pytest.fixture

@@ -63,9 +63,9 @@ def samples(before=""):
 # With examples before the question too.
 @pytest.mark.parametrize("before", ["", "Where is the dog?\nA. here\nAnswer: A\n\n"])
 def test_the_pick_follows_the_option_or_the_letter(before):
-    checked = rotation.check(Adapter(knows), Task(), samples(before))
+    checked = rotation.check(Adapter(knows), [(Task(), samples(before))])
     assert checked == {"documents": 4, "letter": "A", "share": pytest.approx(1 / 3), "follows": 1.0, "stuck": False}
-    checked = rotation.check(Adapter(stuck), Task(), samples(before))
+    checked = rotation.check(Adapter(stuck), [(Task(), samples(before))])
     assert checked == {"documents": 4, "letter": "B", "share": 1.0, "follows": 0.0, "stuck": True}
 
 
@@ -82,7 +82,29 @@ def test_options_in_their_own_words_or_nowhere_are_not_moved():
         sample["doc"]["hints"] = ["x", "y", "z"]
     task = Task()
     task.doc_to_text = lambda doc: Task().doc_to_text({"choices": (doc["choices"] + ["", ""])[:3]})
-    assert [rotation.check(Adapter(stuck), task, each) for each in (words, nowhere, twice)] == [None] * 3
+    assert [rotation.check(Adapter(stuck), [(task, each)]) for each in (words, nowhere, twice)] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    "arguments", [[("A whole text.",)], [("Where?", {"until": ["."]})], [("Where?", {}), ("Who?", {})], []]
+)
+def test_what_is_no_choice_is_not_asked_again(arguments):
+    """A perplexity's requests are of one text, those for text to be written hold settings in a letter's place."""
+    sample = {"doc": {"choices": ["x", "y"]}, "arguments": arguments, "target": ""}
+    assert rotation.check(Adapter(stuck), [(Task(), [sample])]) is None
+
+
+def test_the_picks_of_a_groups_parts_count_together():
+    def stuck_in_one(context, letter):
+        return stuck(context, letter) if "part two" in context else knows(context, letter)
+
+    parts = [(Task(), samples()), (Task(), samples("part two\n")), (Task(), samples("\n"))]
+    checked = rotation.check(Adapter(stuck_in_one), parts)
+    # Of 36 picks the 12 of one part are all B, and a third of the others'.
+    assert checked["documents"] == 12 and checked["letter"] == "B"
+    assert checked["share"] == pytest.approx(20 / 36) and not checked["stuck"]
+    scores = {"letters": {"student": {"options": rotation.check(Adapter(stuck), parts)}}}
+    assert "100% of its picks" in rotation.warnings(scores, ["student"])[0]
 
 
 def test_the_best_constant_answer():
@@ -111,4 +133,4 @@ def test_a_planted_stuck_model_is_flagged_in_the_page(tmp_path, monkeypatch):
     assert scores["letters"]["score"] == scores["letters"]["always"] == 0.5
     assert scores["letters"]["options"]["stuck"] and scores["letters"]["options"]["letter"] == "B"
     page = table.as_markdown({"model": "S"} | suite.compare(TEACHER, scores, None))
-    assert "student is stuck on B in letters: 100%" in page and "| letters | acc | 6 | 33.3 | 50.0 |  | 50.0" in page
+    assert "student is stuck on B in letters: 100%" in page and "| letters | acc | 6 | 0 | 33.3 | 50.0 |  | 50.0" in page

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Documents of a task that are asked again, each once less than it has options.
+# Documents of a task, or of each part of a group, that are asked again, each once less than it has options.
 _DOCUMENTS = 50
 
 
@@ -30,16 +30,20 @@ def best_constant(samples: Sequence[Mapping[str, Any]]) -> float | None:
     return max(Counter(targets).values()) / len(targets)
 
 
-def check(adapter: Any, task: Any, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Of the first documents: {"documents", "letter", "share", "follows", "stuck"}; None for a task without letters.
+def check(adapter: Any, parts: Sequence[tuple[Any, Sequence[Mapping[str, Any]]]]) -> dict[str, Any] | None:
+    """Of the first documents: {"documents", "letter", "share", "follows", "stuck"}; None for tasks without letters.
 
-    letter, share: the most picked one, and how often it is over all moves; follows: the share of moved picks that are
-    of the same option as before. stuck: the share is above the middle between an even one and always.
+    parts: a task and its samples; of a group all of them, whose picks count together. letter, share: the most picked
+    one, and how often it is over all moves; follows: the share of moved picks that are of the same option as before.
+    stuck: the share is above the middle between an even one and always. Of several sets of letters the most frequent
+    one is asked.
     """
-    asked = [question for sample in samples[:_DOCUMENTS] if (question := _question(task, sample)) is not None]
+    questions = (_question(task, sample) for task, samples in parts for sample in samples[:_DOCUMENTS])
+    asked = [question for question in questions if question is not None]
     if not asked:
         return None
-    letters = asked[0][0]
+    (common, _), *_ = Counter(tuple(letters) for letters, _ in asked).most_common(1)
+    letters = list(common)
     picks = np.asarray([_picks(adapter, *question) for question in asked if question[0] == letters])
     counts = np.bincount(picks.ravel(), minlength=len(letters))
     share = float(counts.max() / counts.sum())
@@ -56,7 +60,11 @@ def check(adapter: Any, task: Any, samples: Sequence[Mapping[str, Any]]) -> dict
 
 def _question(task: Any, sample: Mapping[str, Any]) -> tuple[list[str], list[str]] | None:
     """The letters, and the contexts with the options moved by 0, 1, ... places; None where that can not be done."""
-    contexts, letters = zip(*(arguments[:2] for arguments in sample["arguments"]), strict=True)
+    pairs = [arguments[:2] for arguments in sample["arguments"]]
+    # A text that is scored by itself has no context, and one that is to be written no letter.
+    if not pairs or any(len(pair) < 2 or not isinstance(pair[1], str) for pair in pairs):
+        return None
+    contexts, letters = zip(*pairs, strict=True)
     if len(letters) < 2 or any(len(letter.strip()) != 1 for letter in letters) or len(set(contexts)) > 1:
         return None
     document, text = sample["doc"], task.doc_to_text(sample["doc"])

@@ -6,7 +6,9 @@ from radlads_jax.evaluation import completions, rotation
 from radlads_jax.evaluation.paper import relative_score
 
 # A task's score is the first of these that it has.
-METRICS = ("acc", "exact_match", "pass@1", "f1", "acc_norm")
+METRICS = ("acc", "exact_match", "f1", "acc_norm")
+# In the place of a relative score.
+_AT_FLOOR = "teacher at the floor"
 
 
 def as_markdown(result: dict[str, Any]) -> str:
@@ -18,7 +20,7 @@ def as_markdown(result: dict[str, Any]) -> str:
         seen = f"the first {control['sinks']} and the latest {control['window']} keys"
         lines += ["", f"Control: the teacher, untrained, with {seen} where the student's layers are converted."]
     if result.get("limit"):
-        lines += ["", f"The first {result['limit']:g} documents of every task."]
+        lines += ["", f"{_limited(result['limit'])} of every task."]
     if result.get("tasks"):
         lines += ["", *_task_table(result)]
     if kl := result.get("kl"):
@@ -28,30 +30,38 @@ def as_markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _limited(limit: float) -> str:
+    """lm-eval's limit in words: documents, or below 1 their share."""
+    return f"The first {100 * limit:g}% of the documents" if limit < 1 else f"The first {limit:g} documents"
+
+
 def _task_table(result: dict[str, Any]) -> list[str]:
     published = result.get("published_model")
     roles = ["teacher", *(["control"] if result.get("control") else []), "student"]
-    head = ["task", "metric", "documents", "chance", "always one option", *roles, "relative"]
+    head = ["task", "metric", "documents", "shots", "chance", "always one option", *roles, "relative"]
     head += [f"{published}'s teacher", published, "relative"] if published else []
     rows = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     for task, line in result["tasks"].items():
         row = [
             task,
-            str(line["metric"]),
+            ", ".join(filter(None, (line["metric"], line["filter"]))),
             str(line["student"]["documents"]),
+            ", ".join(map(str, line["num_fewshot"])),
             shown(line["chance"]),
             shown(line["always"]),
         ]
-        row += [*(_with_error(line.get(role)) for role in roles), shown(line.get("relative"))]
+        relative = _AT_FLOOR if line.get("at_floor") else shown(line.get("relative"))
+        row += [*(_with_error(line.get(role)) for role in roles), relative]
         if published:
             row += [shown(line.get("published", {}).get(key)) for key in ("teacher", "student", "relative")]
         rows.append(row)
     lines = [f"| {' | '.join(row)} |" for row in rows]
     if result.get("mean_relative") is not None:
-        lines += ["", f"Mean relative score: {shown(result['mean_relative'])}"]
+        counted = f"{result['relative_tasks']} of {len(result['tasks'])} tasks"
+        lines += ["", f"Mean relative score: {shown(result['mean_relative'])}, of {counted}"]
     note = (
         "Relative is (student - chance) / (teacher - chance). Scores in percent, with standard errors; always one "
-        "option is what the best constant answer scores."
+        "option is what the best constant answer scores. A teacher at the floor is within its 95% interval of chance."
     )
     stuck = [line for warning in rotation.warnings(result["tasks"], roles) for line in ("", f"**{warning}**")]
     return [*lines, *stuck, "", note]
@@ -93,7 +103,7 @@ def _relative(student: dict[str, Any], teacher: dict[str, Any], i: int) -> str:
     """The student's share of what the teacher can do; of a teacher that may do nothing better than chance, that."""
     chance = teacher["chance"][i]
     if teacher["interval"][i][0] <= chance:
-        return "teacher at the floor"
+        return _AT_FLOOR
     return shown(relative_score(student["generated"][i], teacher["generated"][i], chance))
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.evaluation import rotation
 from radlads_jax.evaluation.paper import SUITE, published_scores, relative_score
+from radlads_jax.evaluation.probe_scores import Z
 from radlads_jax.evaluation.table import METRICS, shown
 from radlads_jax.models import ModelConfig
 from radlads_jax.system import storage
@@ -21,6 +22,8 @@ console = Console(stderr=True, highlight=False)
 SUITE_NAME = "radlads"
 # Of the probes with an answer, which are no tasks of lm-eval's.
 RECALL_NAME = "recall"
+# What a task's results say of it, whichever model they are of.
+_OF_TASK = ("metric", "filter", "chance", "always", "num_fewshot")
 
 
 def expand_tasks(tasks: Sequence[str]) -> list[str]:
@@ -88,12 +91,14 @@ def run_tasks(
     limit: float | None = None,
     num_fewshot: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """{task: {"metric", "score", "stderr", "chance", "always", "documents", "metrics": {name: value}, "options"}} of
-    one model.
+    """{task: {"metric", "filter", "score", "stderr", "chance", "always", "documents", "num_fewshot", "metrics": {"metric,
+    filter": value}, "options"}} of one model.
 
     tasks: as `load_tasks` gives them; a group such as mmlu has one entry. limit: documents of every task, below 1 their
-    share. chance: the score of answers drawn by lot, always: of always the same option, None where there is none, as
-    for perplexities. options: of a choice by letters, whether the model is stuck on one (rotation.py).
+    share. filter: where a task reads its answers in several ways, the first, of which all but metrics are. chance: the
+    score of answers drawn by lot, always: of always the same option, None where there is none, as for perplexities.
+    num_fewshot: the examples in the prompts, [5], of a group every number that its parts have. options: of a choice by
+    letters, whether the model is stuck on one (rotation.py).
     """
     results: dict[str, dict[str, Any]] = {}
     if not tasks:
@@ -111,11 +116,12 @@ def run_tasks(
             adapter, tasks=wanted, limit=limit, num_fewshot=num_fewshot, bootstrap_iters=0, task_manager=manager
         )
         for task, scores in _topmost(evaluated).items():
-            leaves = _leaves(evaluated, task)
-            results[task] = _summary(task, scores, evaluated, leaves)
-            results[task]["options"] = _options(
-                adapter, [(loaded["tasks"][leaf], evaluated["samples"][leaf]) for leaf in leaves]
-            )
+            metrics = _metrics(scores)
+            key = _chosen(task, metrics)
+            samples = {leaf: _filtered(evaluated["samples"][leaf], key) for leaf in _leaves(evaluated, task)}
+            results[task] = _summary(task, key, metrics, evaluated, samples)
+            parts = [(loaded["tasks"][leaf], documents) for leaf, documents in samples.items()]
+            results[task]["options"] = rotation.check(adapter, parts)
             line = f"{model.directory.name}: {task} {results[task]['metric']} {shown(results[task]['score'])}"
             console.print(line, markup=False)
     return results
@@ -135,28 +141,47 @@ def _leaves(evaluated: dict[str, Any], task: str) -> list[str]:
     return [leaf for part in parts for leaf in _leaves(evaluated, part)] if parts else [task]
 
 
-def _options(adapter: Any, parts: list[tuple[Any, list[dict[str, Any]]]]) -> dict[str, Any] | None:
-    """The most stuck of a group's parts."""
-    checks = [each for task, samples in parts if (each := rotation.check(adapter, task, samples)) is not None]
-    return max(checks, key=lambda each: each["share"], default=None)
+def _metrics(scores: dict[str, Any]) -> dict[str, float]:
+    """lm-eval's numbers by "metric,filter", without its errors."""
+    numbers = {key: value for key, value in scores.items() if "," in key and isinstance(value, int | float)}
+    return {key: value for key, value in numbers.items() if not key.split(",")[0].endswith("_stderr")}
 
 
-def _summary(task: str, scores: dict[str, Any], evaluated: dict[str, Any], leaves: list[str]) -> dict[str, Any]:
-    # Keys are "metric,filter".
-    metrics = {key.split(",")[0]: value for key, value in scores.items() if isinstance(value, int | float)}
-    metrics = {key: value for key, value in metrics.items() if key != "sample_len" and not key.endswith("_stderr")}
-    metric = SUITE[task].metric if task in SUITE else next((m for m in METRICS if m in metrics), None)
-    metric = metric if metric in metrics else next(iter(metrics), "")
-    samples = {leaf: evaluated["samples"][leaf] for leaf in leaves}
+def _chosen(task: str, metrics: dict[str, float]) -> str:
+    """The first "metric,filter" of the metric that counts; "" where there are no numbers."""
+    wanted = (SUITE[task].metric,) if task in SUITE else METRICS
+    keys = [key for metric in wanted for key in metrics if key.split(",")[0] == metric]
+    return next(iter([*keys, *metrics]), "")
+
+
+def _filtered(samples: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The documents, of which lm-eval has a sample for each filter, with this key's filter; else with the first."""
+    filters = list(dict.fromkeys(sample["filter"] for sample in samples))
+    kept = key.partition(",")[2]
+    kept = kept if kept in filters else next(iter(filters), "")
+    return [sample for sample in samples if sample["filter"] == kept]
+
+
+def _summary(
+    task: str,
+    key: str,
+    metrics: dict[str, float],
+    evaluated: dict[str, Any],
+    samples: dict[str, list[dict[str, Any]]],
+) -> dict[str, Any]:
+    metric, _, kept = key.partition(",")
+    others = [name for name in metrics if name.startswith(f"{metric},")]
     single = [sample.get(metric) for leaf in samples.values() for sample in leaf]
     chance = SUITE[task].chance if task in SUITE else _chance(evaluated, samples) if metric in METRICS else None
     return {
         "metric": metric,
-        "score": metrics.get(metric),
+        "filter": kept if len(others) > 1 else None,
+        "score": metrics.get(key),
         "stderr": _standard_error(single) if metric in METRICS else None,
         "chance": chance,
         "always": _always(evaluated, samples) if metric in METRICS else None,
         "documents": len(single),
+        "num_fewshot": sorted({evaluated["n-shot"][leaf] for leaf in samples}),
         "metrics": metrics,
     }
 
@@ -198,19 +223,23 @@ def compare(
     teacher: dict[str, Any] | None,
     control: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """{"tasks": {task: {"metric", "chance", "always", "student", "teacher", "control", "relative", "published"}}, ...}.
+    """{"tasks": {task: {"metric", "filter", "chance", "always", "num_fewshot", "student", "teacher", "control",
+    "relative", "at_floor", "published"}}, ...}.
 
-    relative: (student - chance) / (teacher - chance); published: the paper's scores of its student of this shape.
-    Beside the tasks stand "mean_relative" and "published_model".
+    relative: (student - chance) / (teacher - chance), None where the teacher may do nothing better than chance
+    (at_floor); published: the paper's scores of its student of this shape. Beside the tasks stand "mean_relative", over
+    the "relative_tasks" that have one, and "published_model".
     """
     name, published = published_scores(cfg) or (None, {})
     tasks = {}
     for task, result in student.items():
-        line = {name: result.get(name) for name in ("metric", "chance", "always")} | {"student": result}
+        line = {name: result.get(name) for name in _OF_TASK} | {"student": result}
         other = (teacher or {}).get(task)
         if other is not None:
             line["teacher"] = other
             known = None not in (result["score"], other["score"], result["chance"])
+            line["at_floor"] = known and other["score"] - Z * (other["stderr"] or 0.0) <= result["chance"]
+            known = known and not line["at_floor"]
             line["relative"] = relative_score(result["score"], other["score"], result["chance"]) if known else None
         if control is not None:
             line["control"] = control[task]
@@ -221,4 +250,4 @@ def compare(
         tasks[task] = line
     relatives = [line["relative"] for line in tasks.values() if line.get("relative") is not None]
     mean = sum(relatives) / len(relatives) if relatives else None
-    return {"tasks": tasks, "mean_relative": mean, "published_model": name}
+    return {"tasks": tasks, "mean_relative": mean, "relative_tasks": len(relatives), "published_model": name}

@@ -72,18 +72,26 @@ def _tasks(scores: dict[str, Any], tasks: dict[str, Any]) -> str:
     for task, line in tasks.items():
         line = _dict(line)
         student, paper = _dict(line.get("student")), _dict(line.get("published"))
-        cells = [task, *(_score(line, role) for role in roles), percent(line.get("relative"))]
+        relative = "teacher at the floor" if line.get("at_floor") is True else percent(line.get("relative"))
+        cells = [task, *(_score(line, role) for role in roles), relative]
         cells += [percent(paper.get(key)) for key in (*_ROLES, "relative")] if published else []
-        cells += [percent(line.get("chance")), str(line.get("metric")), amount(number(student.get("documents")))]
+        cells += [percent(line.get("chance")), _metric(line), amount(number(student.get("documents")))]
         rows.append([escape(cell) or "-" for cell in cells])
     said = "Relative is (student - chance) / (teacher - chance)."
     if mean := percent(scores.get("mean_relative")):
-        said += f" Its mean is {mean}."
-    if limit := amount(number(scores.get("limit"))):
-        said += f" The first {limit} documents of every task."
+        of = amount(number(scores.get("relative_tasks")))
+        said += f" Its mean is {mean}" + (f", of {of} tasks." if of else ".")
+    if limit := number(scores.get("limit")):
+        said += f" The first {f'{100 * limit:g}% of the' if limit < 1 else amount(limit)} documents of every task."
     if published:
         said += f" The paper's are those of {published}."
     return table([*columns, "chance", "metric", "docs"], rows) + f'<p class="soft">{escape(said)}</p>'
+
+
+def _metric(line: dict[str, Any]) -> str:
+    """Its name, and of several ways to read an answer the one that was taken."""
+    kept = line.get("filter")
+    return str(line.get("metric")) + (f", {kept}" if kept else "")
 
 
 def _score(line: dict[str, Any], role: str) -> str:

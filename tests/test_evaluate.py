@@ -70,66 +70,6 @@ def test_rows_are_padded_to_few_widths():
         score_rows(STUDENT, {}, [[1, 2]], [0])
 
 
-def test_relative_scores():
-    # RADLADS: QRWKV7-7B keeps (68.2 - 25) / (71.7 - 25) of mmlu and more than all of arc_challenge.
-    assert paper.relative_score(0.682, 0.717, 0.25) == pytest.approx(0.9251, abs=1e-4)
-    assert paper.relative_score(0.558, 0.550, 0.25) == pytest.approx(1.0267, abs=1e-4)
-    assert paper.relative_score(0.3, 0.25, 0.25) is None
-
-
-def test_published_scores_are_those_of_the_same_shape():
-    large = ModelConfig("qwen2", 152064, 5120, 27648, 40, 8, 128, (("attention", 64),), qkv_bias=True)
-    name, scores = paper.published_scores(large.as_student("rad_rwkv6", MIXERS["rad_rwkv6"].choose(5120)))
-    assert name == "QRWKV6-32B" and scores["mmlu"] == {"student": 0.766, "teacher": 0.818}
-    assert paper.published_scores(large) is None and paper.published_scores(STUDENT) is None
-
-
-def test_suite_stands_for_the_papers_tasks():
-    assert suite.expand_tasks(["sciq", "radlads", "mmlu"]) == ["sciq", *paper.SUITE]
-    assert suite.expand_tasks(["recall", "sciq"]) == ["sciq"]
-    assert [task.metric for task in paper.SUITE.values()].count("acc_norm") == 2
-
-
-def result_of(score: float, metric: str = "acc", chance: float | None = 0.25) -> dict:
-    numbers = {"score": score, "stderr": 0.01, "chance": chance, "always": 0.26, "documents": 40, "num_fewshot": [0]}
-    return {"metric": metric, "filter": None, "metrics": {f"{metric},none": score}} | numbers
-
-
-def test_comparison_and_its_page():
-    large = ModelConfig("qwen2", 152064, 3584, 18944, 28, 4, 128, (("attention", 28),), qkv_bias=True)
-    student = large.as_student("rad_rwkv7", MIXERS["rad_rwkv7"].choose(3584))
-    scores = {"arc_easy": result_of(0.6), "lambada_openai": result_of(0.5, chance=0.0)}
-    teacher = {"arc_easy": result_of(0.75), "lambada_openai": result_of(0.4, chance=0.0)}
-    perplexity = {"text": result_of(17.123, "word_perplexity", None)}
-    result = suite.compare(student, scores | perplexity, teacher | perplexity)
-    assert result["tasks"]["arc_easy"]["relative"] == pytest.approx(0.7)
-    assert result["tasks"]["text"]["relative"] is None
-    assert result["mean_relative"] == pytest.approx((0.7 + 1.25) / 2)
-    page = table.as_markdown({"model": "S", "teacher": "T", "limit": 40.0} | result)
-    assert "| arc_easy | acc | 40 | 0 | 25.0 | 26.0 | 75.0 ± 1.0 | 60.0 ± 1.0 | 70.0 | 81.5 | 81.7 | 100.4 |" in page
-    assert "| text | word_perplexity | 40 | 0 |  | 26.0 | 17.12 | 17.12 |  |  |  |  |" in page
-    assert "Mean relative score: 97.5, of 2 of 3 tasks" in page and "first 40 documents" in page
-    assert "first 10% of the documents of" in table.as_markdown({"model": "S", "limit": 0.1})
-    beside = suite.compare(student, scores, teacher, {"arc_easy": result_of(0.3), "lambada_openai": result_of(0.1)})
-    page = table.as_markdown({"model": "S", "teacher": "T", "control": {"sinks": 4, "window": 64}} | beside)
-    assert "| arc_easy | acc | 40 | 0 | 25.0 | 26.0 | 75.0 ± 1.0 | 30.0 ± 1.0 | 60.0 ± 1.0 | 70.0 |" in page
-    assert "the first 4 and the latest 64 keys" in page
-    alone = suite.compare(STUDENT, scores, None)
-    assert alone["mean_relative"] is None and "published" not in alone["tasks"]["arc_easy"]
-
-
-def test_a_teacher_at_the_floor_is_no_measure():
-    """(28 - 25) / (26 - 25) would be 300%, from a teacher that may have guessed."""
-    scores = {"arc_easy": result_of(0.28), "piqa": result_of(0.7, chance=0.5), "none": result_of(0.2, chance=0.0)}
-    teacher = {"arc_easy": result_of(0.26), "piqa": result_of(0.75, chance=0.5), "none": result_of(0.0, chance=0.0)}
-    result = suite.compare(STUDENT, scores, teacher)
-    assert [line["relative"] for line in result["tasks"].values()] == [None, pytest.approx(0.8), None]
-    assert result["mean_relative"] == pytest.approx(0.8) and result["relative_tasks"] == 1
-    page = table.as_markdown({"model": "S", "teacher": "T"} | result)
-    assert "| arc_easy | acc | 40 | 0 | 25.0 | 26.0 | 26.0 ± 1.0 | 28.0 ± 1.0 | teacher at the floor |" in page
-    assert "Mean relative score: 80.0, of 1 of 3 tasks" in page
-
-
 def command_line(*arguments: str) -> flags.FlagValues:
     values = flags.FlagValues()
     evaluate.define_flags(values)

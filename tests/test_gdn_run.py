@@ -17,7 +17,7 @@ def test_a_run_ends_in_a_model_that_engines_know(tmp_path):
     assert summary["stages"][0]["last_loss"] < summary["stages"][0]["first_loss"]
     keys = read_config(tmp_path / "run" / "export")
     assert keys["architectures"] == ["Qwen3_5ForCausalLM"] and "auto_map" not in keys
-    assert keys["text_config"]["layer_types"] == ["linear_attention", "full_attention"]
+    assert keys["layer_types"] == ["linear_attention", "full_attention"]
     assert "biases of q, k and v" in (tmp_path / "run" / "export" / "README.md").read_text()
     model = load_model(tmp_path / "run", dtype="float32")
     assert model.cfg.num_layers == TEACHER.num_layers and model.cfg.layer_mixers == ("gdn", "attention")

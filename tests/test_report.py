@@ -185,7 +185,18 @@ def test_numbers_of_a_finished_run(finished: pathlib.Path) -> None:
     for figure in ("80.0%", "0.1234", "75.0%", "1 h 30 min"):
         assert figure in tree.text["head"]
     assert "1.1250" in tree.text["quality"] and "62.5%" in tree.text["quality"] and "5K" in tree.text["quality"]
-    for figure in ("61.0% ± 1.2", "65.0%", "90.0%", "80.0%", "QRWKV7-7B", "12.5", "32,768", "acc, strict-match", "of 1 tasks", "first 10% of the"):
+    for figure in (
+        "61.0% ± 1.2",
+        "65.0%",
+        "90.0%",
+        "80.0%",
+        "QRWKV7-7B",
+        "12.5",
+        "32,768",
+        "acc, strict-match",
+        "of 1 tasks",
+        "first 10% of the",
+    ):
         assert figure in tree.text["evaluation"]
     assert "12 / 12" in tree.text["stages"] and "4,321" in tree.text["stages"]
     assert re.search(rf"stage2\s*1\s*{BAD_STEP}\D", tree.text["skipped"])

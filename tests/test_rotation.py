@@ -133,4 +133,6 @@ def test_a_planted_stuck_model_is_flagged_in_the_page(tmp_path, monkeypatch):
     assert scores["letters"]["score"] == scores["letters"]["always"] == 0.5
     assert scores["letters"]["options"]["stuck"] and scores["letters"]["options"]["letter"] == "B"
     page = table.as_markdown({"model": "S"} | suite.compare(TEACHER, scores, None))
-    assert "student is stuck on B in letters: 100%" in page and "| letters | acc | 6 | 0 | 33.3 | 50.0 |  | 50.0" in page
+    assert (
+        "student is stuck on B in letters: 100%" in page and "| letters | acc | 6 | 0 | 33.3 | 50.0 |  | 50.0" in page
+    )

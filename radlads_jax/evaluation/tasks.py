@@ -91,8 +91,8 @@ def run_tasks(
     limit: float | None = None,
     num_fewshot: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """{task: {"metric", "filter", "score", "stderr", "chance", "always", "documents", "num_fewshot", "metrics": {"metric,
-    filter": value}, "options"}} of one model.
+    """{task: {"metric", "filter", "score", "stderr", "chance", "always", "documents", "num_fewshot", "options",
+    "metrics": {"metric,filter": value}}} of one model.
 
     tasks: as `load_tasks` gives them; a group such as mmlu has one entry. limit: documents of every task, below 1 their
     share. filter: where a task reads its answers in several ways, the first, of which all but metrics are. chance: the

@@ -3,7 +3,8 @@
 python -m radlads_jax.evaluate --model DIR [--teacher DIR [--control]] [--tasks radlads|recall|name,...|file.yaml]
                                [--limit N] [--probes [--probe_kinds passkey,...]] [--completions N]
 
-Writes evaluation.json and evaluation.md into --output or else beside the model; a run's report draws the probes.
+Writes evaluation.json and evaluation.md into --output or else beside the model; a run's report draws the probes. What
+is found before something fails is in evaluation.partial.json there.
 """
 
 import dataclasses
@@ -16,14 +17,17 @@ from absl import flags
 from radlads_jax.decoding.loaded import DTYPES
 from radlads_jax.evaluation.model_scores import (
     check_models,
+    check_settings,
     completion_sizes,
     evaluate_models,
     output_directory,
+    tokens_read,
     wants_probes,
 )
 from radlads_jax.evaluation.probe_scores import DEFAULT_SAMPLES
 from radlads_jax.evaluation.probes import DEFAULT_LENGTHS, PROBES
 from radlads_jax.evaluation.table import as_markdown
+from radlads_jax.evaluation.task_checks import check_tasks
 from radlads_jax.evaluation.task_code import check_task_code
 from radlads_jax.evaluation.tasks import SUITE_NAME, compare, expand_tasks, load_tasks
 from radlads_jax.system import backend, command, storage
@@ -72,9 +76,7 @@ def main(values: flags.FlagValues) -> None:
     unknown = [kind for kind in values.probe_kinds if kind not in PROBES]
     if unknown or not values.probe_kinds:
         raise ValueError(f"--probe_kinds has {', '.join(unknown) or 'none'}; expected some of {', '.join(PROBES)}.")
-    of_probes = [name for name in ("probe_lengths", "probe_samples", "probe_kinds") if values[name].present]
-    if of_probes and not wants_probes(values):
-        raise ValueError(f"--{of_probes[0]} changes nothing without probes; expected --probes or --tasks=recall too.")
+    check_settings(values)
     for name in ("batch_size", "probe_samples"):
         if getattr(values, name) < 1:
             raise ValueError(f"{name} is {getattr(values, name)}; expected at least 1. Change --{name}.")
@@ -83,14 +85,17 @@ def main(values: flags.FlagValues) -> None:
     if values.completions and values.teacher is None:
         raise ValueError("--completions are the teacher's own; expected --teacher DIR beside it.")
     directory = output_directory(values.model, values.output)
+    partial = directory / "evaluation.partial.json"
     if not values.trust_task_code:
         check_task_code(expand_tasks(values.tasks))
     check_models(values)
     names = expand_tasks(values.tasks)
     tasks = load_tasks(names) if names else {}
+    if tasks:
+        check_tasks(tasks, values.num_fewshot, tokens_read(values))
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     with backend.room_for("the models do", "Lower --batch_size."):
-        by_role = evaluate_models(tasks, values)
+        by_role = evaluate_models(tasks, values, partial)
     cfg, scores = by_role["student"].cfg, by_role["student"].scores
     result = {"model": values.model, "teacher": values.teacher, "limit": values.limit, "dtype": cfg.dtype}
     teacher, control = (by_role[role].scores if role in by_role else None for role in ("teacher", "control"))
@@ -105,6 +110,7 @@ def main(values: flags.FlagValues) -> None:
     page = as_markdown(result)
     storage.write_text(directory / "evaluation.json", json.dumps(result, indent=2) + "\n")
     storage.write_text(directory / "evaluation.md", page)
+    partial.unlink(missing_ok=True)
     print(page)
 
 

@@ -86,6 +86,12 @@ def command_line(*arguments: str) -> flags.FlagValues:
         (["--model=x", "--probes", "--probe_kinds=passkey,copi"], "--probe_kinds has copi; .*copy_tokens"),
         (["--model=x", "--probes", "--probe_kinds="], "--probe_kinds has none"),
         (["--model=x", "--tasks=piqa", "--probe_samples=8"], "--probe_samples .*--probes"),
+        (["--model=x", "--probes", "--limit=5"], "--limit .*--tasks=NAME"),
+        (["--model=x", "--tasks=recall", "--num_fewshot=5"], "--num_fewshot .*--tasks=NAME"),
+        (["--model=x", "--tasks=recall", "--probe_text=x.txt"], "--probe_text .*--probes or --completions"),
+        (["--model=x", "--probes", "--completion_temperature=1"], "--completion_temperature .*--completions"),
+        (["--model=x", "--tasks=piqa", "--trust_task_code"], "--trust_task_code .*FILE"),
+        (["--model=x", "--tasks=piqa", "--seed=1"], "--seed .*--probes"),
         (["--model=x", "--probes", "--batch_size=0"], "batch_size is 0"),
         (["--model=org/name", "--probes"], "org/name .*--output DIR"),
         (["--model=x", "--tasks=recall", "--control"], "--control .*--teacher DIR"),
@@ -156,6 +162,25 @@ def test_the_recall_suite_with_the_control(directories, tmp_path, monkeypatch, c
     assert "| control | 20.0 (10 to 100) | 10.0 (0 to 100) |" in page and "| chance | 10.0 | 10.0 |" in page
     # (0.5 - 0.1) / (0.9 - 0.1), and a teacher whose interval reaches down to chance.
     assert "| relative | 50.0 | teacher at the floor |" in page
+
+
+def test_what_was_found_before_a_failure_is_kept(directories, tmp_path, monkeypatch):
+    def probed(model, **options):
+        if model.cfg.recurrent_mixer is not None:
+            raise ValueError("out of room")
+        return {"recall": answers([0.9, 0.2], [0.75, 0.08])}
+
+    monkeypatch.setattr(model_scores, "run_probes", probed)
+    models = [f"--model={directories['student']}", f"--teacher={directories['teacher']}", f"--output={tmp_path}"]
+    with pytest.raises(ValueError, match="out of room"):
+        evaluate.main(command_line(*models, "--tasks=recall", "--probe_lengths=1024,512"))
+    found = json.loads((tmp_path / "evaluation.partial.json").read_text())
+    assert (
+        found["teacher"]["probes"]["recall"]["generated"] == [0.9, 0.2] and not (tmp_path / "evaluation.json").exists()
+    )
+    monkeypatch.setattr(model_scores, "run_probes", lambda model, **options: found["teacher"]["probes"])
+    evaluate.main(command_line(*models, "--tasks=recall", "--probe_lengths=1024,512"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "evaluation.md"]
 
 
 def test_lengths_are_looked_at_before_a_model_is_loaded(directories, monkeypatch):

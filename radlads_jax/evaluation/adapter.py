@@ -12,9 +12,10 @@ from radlads_jax.decoding.generation import generate
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.decoding.sampling import Sampling
 from radlads_jax.evaluation.scoring import score_rows
+from radlads_jax.evaluation.task_checks import new_tokens
+from radlads_jax.evaluation.tasks import console
 from radlads_jax.porting.hub import check_ids
 
-_DEFAULT_NEW_TOKENS = 256
 # What a task may say of its generation, beside where it stops.
 _SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p")
 
@@ -90,26 +91,33 @@ class RadladsLM(TemplateLM):
         return [(float(score.log_probabilities.sum(dtype="float64")), bool(score.is_best.all())) for score in scores]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The continuation of every context, up to the task's stop strings; greedy, unless the task says otherwise."""
+        """The continuation of every context, up to the task's stop strings; greedy, unless the task says otherwise.
+
+        Raises ValueError for a task that generates as many tokens as the model reads.
+        """
         del disable_tqdm
         texts: dict[int, str] = {}
-        settings = [json.dumps(request.args[1], sort_keys=True) for request in requests]
+        settings = [json.dumps([request.task_name, request.args[1]], sort_keys=True) for request in requests]
         for setting in dict.fromkeys(settings):
             same = [i for i, other in enumerate(settings) if other == setting]
-            texts |= self._generate(same, [requests[i].args[0] for i in same], json.loads(setting))
+            texts |= self._generate(same, [requests[i].args[0] for i in same], *json.loads(setting))
         return [texts[i] for i in range(len(requests))]
 
-    def _generate(self, numbers: list[int], contexts: list[str], options: dict[str, Any]) -> dict[int, str]:
+    def _generate(self, numbers: list[int], contexts: list[str], task: str, options: dict[str, Any]) -> dict[int, str]:
         until = options.get("until") or []
         stop = [s for s in ([until] if isinstance(until, str) else until) if s]
-        max_tokens = options.get("max_gen_toks") or _DEFAULT_NEW_TOKENS
+        max_tokens = new_tokens(task, options, self.max_length)
         rows = {n: self.tok_encode(text) for n, text in zip(numbers, contexts, strict=True)}
+        room = self.max_length - max_tokens
+        if cut := sum(len(row) > room for row in rows.values()):
+            said = f"{task}: {cut} of {len(rows)} prompts are longer than {room} tokens, of which the last are read"
+            console.print(f"{said}: {max_tokens} of the model's {self.max_length} are for the answer.", markup=False)
         order = sorted(numbers, key=lambda n: -len(rows[n]))
         texts = dict.fromkeys(numbers, "")
         for begin in range(0, len(order), self.batch_size):
             batch = order[begin : begin + self.batch_size]
             filled = batch + [batch[-1]] * (self.batch_size - len(batch))
-            prompts = [rows[n][-max(1, self.max_length - max_tokens) :] or [self.prefix_token_id] for n in filled]
+            prompts = [rows[n][-room:] or [self.prefix_token_id] for n in filled]
             for step in generate(
                 self.model, prompts, max_tokens=max_tokens, sampling=_sampling(options), stop=stop, numbers=filled
             ):

@@ -1,5 +1,8 @@
 """All that is asked of the models, tasks and probes, and where the results go."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -9,10 +12,13 @@ from radlads_jax.evaluation import completions
 from radlads_jax.evaluation.control import check_control, control_of
 from radlads_jax.evaluation.probe_scores import run_probes
 from radlads_jax.evaluation.probes import check_lengths
-from radlads_jax.evaluation.tasks import RECALL_NAME, console, run_tasks
+from radlads_jax.evaluation.tasks import RECALL_NAME, console, expand_tasks, run_tasks
 from radlads_jax.models import ModelConfig
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.system import storage
+
+# Writes down a role's part of the results.
+_Keep = Callable[[str, str, dict[str, Any]], None]
 
 
 class _Measured(NamedTuple):
@@ -38,6 +44,29 @@ def wants_probes(values: flags.FlagValues) -> bool:
     return values.probes or RECALL_NAME in values.tasks
 
 
+def check_settings(values: flags.FlagValues) -> None:
+    """Raises ValueError for a setting that nothing reads."""
+    tasks = expand_tasks(values.tasks)
+    probes, text = wants_probes(values), values.probes or values.completions
+    task_files = any(Path(name).is_file() for name in tasks)
+    of_tasks = (tasks, "lm-eval's tasks", "--tasks=NAME")
+    of_probes = (probes, "probes", "--probes or --tasks=recall")
+    read = {
+        "limit": of_tasks,
+        "num_fewshot": of_tasks,
+        "trust_task_code": (task_files or not values.trust_task_code, "task files", "--tasks=FILE.yaml"),
+        "probe_lengths": of_probes,
+        "probe_samples": of_probes,
+        "probe_kinds": of_probes,
+        "probe_text": (text, "the loss by position or completions", "--probes or --completions"),
+        "completion_temperature": (values.completions, "completions", "--completions"),
+        "seed": (probes or values.completions, "probes or completions", "--probes, --tasks=recall or --completions"),
+    }
+    for name, (is_read, by, flag) in read.items():
+        if values[name].present and not is_read:
+            raise ValueError(f"--{name} changes nothing without {by}; expected {flag} too.")
+
+
 def check_models(values: flags.FlagValues) -> None:
     """Raises ValueError for what would stop the evaluation later: lengths, too short a text, a control that is none."""
     if wants_probes(values):
@@ -56,27 +85,41 @@ def completion_sizes(values: flags.FlagValues) -> completions.Sizes:
     return completions.sizes_of(values.completions, values.completion_temperature, values.seed, values.batch_size)
 
 
-def evaluate_models(tasks: dict[str, Any], values: flags.FlagValues) -> dict[str, _Measured]:
+def tokens_read(values: flags.FlagValues) -> int:
+    """Of a task's prompt and answer together, by all of the models."""
+    directories = [values.model, *([values.teacher] if values.teacher else [])]
+    return min(read_model_config(directory).max_position_embeddings for directory in directories)
+
+
+def evaluate_models(tasks: dict[str, Any], values: flags.FlagValues, partial: storage.AnyPath) -> dict[str, _Measured]:
     """What is found of the teacher and its control, where they are asked for, and of the student.
 
-    The teacher leaves memory before the student comes; its control has no weights of its own.
+    The teacher leaves memory before the student comes; its control has no weights of its own. partial: a file of all
+    that is found so far, {role: {"tasks", "probes", "kl"}}, for the case that something fails later.
     """
     measured: dict[str, _Measured] = {}
-    kept = None if values.teacher is None else _measure_teacher(measured, tasks, values)
-    measured["student"] = _measured("student", load_model(values.model, dtype=values.dtype), tasks, values, kept)
+    found: dict[str, dict[str, Any]] = {}
+
+    def keep(role: str, part: str, results: dict[str, Any]) -> None:
+        found.setdefault(role, {})[part] = results
+        storage.write_text(partial, json.dumps(found, indent=2) + "\n")
+
+    kept = None if values.teacher is None else _measure_teacher(measured, tasks, values, keep)
+    student = load_model(values.model, dtype=values.dtype)
+    measured["student"] = _measured("student", student, tasks, values, keep, kept)
     return measured
 
 
 def _measure_teacher(
-    measured: dict[str, _Measured], tasks: dict[str, Any], values: flags.FlagValues
+    measured: dict[str, _Measured], tasks: dict[str, Any], values: flags.FlagValues, keep: _Keep
 ) -> completions.Reference | None:
     """Puts what is found of the teacher and its control there; returns what the student is compared with."""
     student = read_model_config(values.model) if values.control else None
     teacher = load_model(values.teacher, dtype=values.dtype, beside=student)
-    measured["teacher"] = _measured("teacher", teacher, tasks, values)
+    measured["teacher"] = _measured("teacher", teacher, tasks, values, keep)
     kept = completions.reference(teacher, completion_sizes(values), _text_file(values)) if values.completions else None
     if student is not None:
-        measured["control"] = _measured("control", control_of(teacher, student), tasks, values, kept)
+        measured["control"] = _measured("control", control_of(teacher, student), tasks, values, keep, kept)
     return kept
 
 
@@ -89,9 +132,17 @@ def _measured(
     model: Model,
     tasks: dict[str, Any],
     values: flags.FlagValues,
+    keep: _Keep,
     teacher: completions.Reference | None = None,
 ) -> _Measured:
-    scores = run_tasks(model, tasks, batch_size=values.batch_size, limit=values.limit, num_fewshot=values.num_fewshot)
+    scores = run_tasks(
+        model,
+        tasks,
+        batch_size=values.batch_size,
+        limit=values.limit,
+        num_fewshot=values.num_fewshot,
+        done=lambda results: keep(role, "tasks", results),
+    )
     probes: dict[str, Any] = {}
     if wants_probes(values):
         probes = run_probes(
@@ -105,9 +156,11 @@ def _measured(
             kinds=values.probe_kinds,
             log=lambda line: console.print(f"{role}: {line}"),
         )
+        keep(role, "probes", probes)
     kl: dict[str, Any] = {}
     if teacher is not None:
         kl = completions.measure(model, teacher)
+        keep(role, "kl", kl)
         said = (f"KL on {name} {means['kl']:.4f}" for name, means in kl.items())
         console.print(f"{role}: {', '.join(said)}")
     return _Measured(model.cfg, scores, probes, kl)

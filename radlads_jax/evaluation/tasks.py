@@ -3,7 +3,7 @@
 import importlib.util
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,7 @@ def run_tasks(
     batch_size: int = 8,
     limit: float | None = None,
     num_fewshot: int | None = None,
+    done: Callable[[dict[str, dict[str, Any]]], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """{task: {"metric", "filter", "score", "stderr", "chance", "always", "documents", "num_fewshot", "options",
     "metrics": {"metric,filter": value}}} of one model.
@@ -98,7 +99,7 @@ def run_tasks(
     share. filter: where a task reads its answers in several ways, the first, of which all but metrics are. chance: the
     score of answers drawn by lot, always: of always the same option, None where there is none, as for perplexities.
     num_fewshot: the examples in the prompts, [5], of a group every number that its parts have. options: of a choice by
-    letters, whether the model is stuck on one (rotation.py).
+    letters, whether the model is stuck on one (rotation.py). done: is called with all results so far after each task.
     """
     results: dict[str, dict[str, Any]] = {}
     if not tasks:
@@ -124,6 +125,8 @@ def run_tasks(
             results[task]["options"] = rotation.check(adapter, parts)
             line = f"{model.directory.name}: {task} {results[task]['metric']} {shown(results[task]['score'])}"
             console.print(line, markup=False)
+        if done is not None:
+            done(results)
     return results
 
 

@@ -161,8 +161,10 @@ def test_a_checkpoint_of_pickles_is_no_checkpoint(tmp_path: pathlib.Path) -> Non
         {"task.yaml": "include: sub/base.yaml\ntask: t\n", "sub/base.yaml": "doc_to_text: !function code.run\n"},
         {"task.yaml": "group: g\ntask: [t]\n", "beside.yaml": "task: t\ndoc_to_text: !function code.run\n"},
         {"task.yaml": 'task: t\ninclude: "../outside.yaml"\n', "../outside.yaml": "x:  !function  code.run\n"},
+        {"task.yaml": "include:\n  - ../outside.yaml\n", "../outside.yaml": "x: [{y: !function code.run}]\n"},
+        {"task.yaml": '"include": ../outside.yaml\n', "../outside.yaml": "x: !function code.run\n"},
     ],
-    ids=["its own", "included", "beside it", "included from outside"],
+    ids=["its own", "included", "beside it", "included from outside", "a list", "a quoted key"],
 )
 def test_python_code_of_a_task_file_runs_only_when_asked(tmp_path: pathlib.Path, files: dict[str, str]) -> None:
     place = tmp_path / "tasks"
@@ -175,6 +177,21 @@ def test_python_code_of_a_task_file_runs_only_when_asked(tmp_path: pathlib.Path,
     (place / "plain").mkdir()
     (place / "plain" / "task.yaml").write_text("task: t\ndoc_to_text: '{{text}}'\n")
     check_task_code([str(place / "plain" / "task.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("doc_to_text: '{{ cycler.__init__.__globals__.os.getcwd() }}'", "__globals__"),
+        ("metric_list: [{metric: mine/metric, hf_evaluate: true}]", "hf_evaluate"),
+        ("x: !!python/object/apply:os.getcwd []", "python/object"),
+        ("x: [", "is no YAML"),
+    ],
+)
+def test_other_ways_to_code_are_refused(tmp_path: pathlib.Path, text: str, named: str) -> None:
+    (tmp_path / "task.yaml").write_text(f"task: t\n{text}\n")
+    with pytest.raises(ValueError, match=rf"task\.yaml .*{re.escape(named)}"):
+        check_task_code([str(tmp_path / "task.yaml")])
 
 
 def test_samples_say_nothing_to_the_terminal() -> None:

@@ -1,6 +1,7 @@
 """Strangers' files run nothing: no pickle is read anywhere, no code of theirs is imported, no name leads elsewhere."""
 
 import ast
+import importlib.util
 import io
 import pathlib
 import pickle
@@ -13,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from radlads_jax.evaluation.task_code import check_task_code
+from radlads_jax.evaluation.tasks import load_tasks
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.heldout import results_table
 
@@ -186,12 +188,78 @@ def test_python_code_of_a_task_file_runs_only_when_asked(tmp_path: pathlib.Path,
         ("metric_list: [{metric: mine/metric, hf_evaluate: true}]", "hf_evaluate"),
         ("x: !!python/object/apply:os.getcwd []", "python/object"),
         ("x: [", "is no YAML"),
+        ("x: 2024-13-45", "is no YAML"),
+        ("x: &a [*a, '{{ x.__class__ }}']", "__class__"),
     ],
 )
 def test_other_ways_to_code_are_refused(tmp_path: pathlib.Path, text: str, named: str) -> None:
     (tmp_path / "task.yaml").write_text(f"task: t\n{text}\n")
     with pytest.raises(ValueError, match=rf"task\.yaml .*{re.escape(named)}"):
         check_task_code([str(tmp_path / "task.yaml")])
+
+
+def test_what_is_no_code_is_let_through(tmp_path: pathlib.Path) -> None:
+    """Gaps to be filled, and aliases, of which a reader of all they hold would see no end."""
+    many = "\n".join(f"y{i + 1}: &y{i + 1} [*y{i}, *y{i}]" for i in range(60))
+    (tmp_path / "task.yaml").write_text(f"task: t\ndoc_to_text: '{{{{q}}}} ____.'\nx: &x [*x]\ny0: &y0 [1]\n{many}\n")
+    check_task_code([str(tmp_path / "task.yaml")])
+
+
+METRIC = """\
+import pathlib
+pathlib.Path(__file__).parent.joinpath("ran").touch()
+"""
+TASK = """\
+task: t
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {place}/data.jsonl}}, cache_dir: {place}/cache}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{text}"
+doc_to_target: x
+generation_kwargs: {{until: [x]}}
+metric_list: [{{metric: {metric}}}]
+"""
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (the extra `eval`)"
+)
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_metric_that_is_not_lm_evals_own_is_refused(tmp_path: pathlib.Path) -> None:
+    """lm-eval imports it, from the hub or a file, without hf_evaluate too."""
+    (tmp_path / "mine.py").write_text(METRIC)
+    file = tmp_path / "task.yaml"
+    for metric in (f"{tmp_path}/mine.py", "stranger/metric"):
+        file.write_text(TASK.format(place=tmp_path, text="", metric=metric))
+        with pytest.raises(ValueError, match=rf"task\.yaml .*{re.escape(metric)}.*--trust_task_code"):
+            check_task_code([str(file)])
+    file.write_text(TASK.format(place=tmp_path, text="", metric="exact_match"))
+    check_task_code([str(file)])
+    assert not (tmp_path / "ran").exists()
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "template", ["{{ cycler['_' ~ '_init_' ~ '_'] }}", r"{{ cycler | attr('\\x5f\\x5finit\\x5f\\x5f') }}"]
+)
+def test_a_template_reaches_nothing_by_a_name_put_together(tmp_path: pathlib.Path, template: str) -> None:
+    (tmp_path / "data.jsonl").write_text('{"q": "Who?"}\n')
+    file = tmp_path / "task.yaml"
+    file.write_text(TASK.format(place=tmp_path, text=template, metric="exact_match"))
+    check_task_code([str(file)])
+    with pytest.raises(ValueError, match=r"task\.yaml can not be read \(access to attribute '__init__' .* is unsafe"):
+        load_tasks([str(file)])
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trusted_file_that_is_no_yaml_is_named(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "task.yaml").write_text("task: [t\n")
+    with pytest.raises(ValueError, match=r"task\.yaml can not be read"):
+        load_tasks([str(tmp_path / "task.yaml")])
 
 
 def test_samples_say_nothing_to_the_terminal() -> None:

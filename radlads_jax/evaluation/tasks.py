@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import yaml
 from rich.console import Console
 
 from radlads_jax.decoding.loaded import Model
@@ -14,8 +16,10 @@ from radlads_jax.evaluation import rotation
 from radlads_jax.evaluation.paper import SUITE, published_scores, relative_score
 from radlads_jax.evaluation.probe_scores import Z
 from radlads_jax.evaluation.table import METRICS, shown
+from radlads_jax.evaluation.task_code import close_templates
 from radlads_jax.models import ModelConfig
 from radlads_jax.system import storage
+from radlads_jax.system.untrusted import brief
 
 console = Console(stderr=True, highlight=False)
 
@@ -47,6 +51,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
         )
     from lm_eval.tasks import TaskManager
 
+    close_templates()
     groups = {name: group for name in names if (group := _group_of(name))}
     manager = TaskManager(
         include_path=[str(Path(name).parent) for name in groups],
@@ -59,6 +64,9 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
             loaded[name] = manager.load([groups.get(name, name)])
         except KeyError as error:
             problems.append(f"{name} is no task that lm-eval knows and no yaml file ({_first_line(error)})")
+        # A first document is shown to the templates as the task is loaded.
+        except (ImportError, yaml.YAMLError, jinja2.TemplateError) as error:
+            problems.append(f"{name} can not be read ({brief(error)})")
         # datasets and huggingface_hub raise OSErrors where they cannot reach the hub or a file, ValueErrors for what
         # they cannot read.
         except (OSError, ValueError) as error:

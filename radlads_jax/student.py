@@ -14,8 +14,8 @@ AUTO = re.compile(r"auto:(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """mixer: "rad_rwkv6", "rad_rwkv7", "gdn", "window" or "attention" (no conversion). attention_layers keep softmax;
-    ("auto:N",) chooses N of them by the teacher's forward passes (evaluation/choice.py).
+    """mixer: a name of models.mixers.MIXERS; "attention" is no conversion. attention_layers keep softmax; ("auto:N",)
+    chooses N of them by the teacher's forward passes (evaluation/choice.py).
     attention_every: N keeps every N-th layer, those with (i + 1) % N == 0, in place of attention_layers; 0 = off.
 
     use_rope, token_shift, group_norm, balance_state: None = the mixer's published choice; gate: "" = the same, else one

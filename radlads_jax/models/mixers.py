@@ -1,9 +1,9 @@
 """Every mixer there is, by the name that a config gives it. A new one is its file and its line here."""
 
-from radlads_jax.models import attention, gdn, rad_rwkv6, rad_rwkv7, window
+from radlads_jax.models import attention, gdn, rad_rwkv6, rad_rwkv7, window, window_rwkv7
 from radlads_jax.models.spec import MixerSpec
 
-_MODULES = (attention, rad_rwkv6, rad_rwkv7, gdn, window)
+_MODULES = (attention, rad_rwkv6, rad_rwkv7, gdn, window, window_rwkv7)
 MIXERS: dict[str, MixerSpec] = {module.SPEC.name: module.SPEC for module in _MODULES}
 
 

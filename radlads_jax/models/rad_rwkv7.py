@@ -84,8 +84,12 @@ class RadRwkv7(Mixer):
 
     def heads(self, x: Float[Array, "B T D"], context: Context, layer_id, state):
         """-> (what o reads [B, T, d], state {"wkv": [B, H, K, V] float32})."""
+        r, k, v = self.flat_projections(x, x, x, context, use_rope=self.cfg.mixer.use_rope)
+        return self.gated(x, r, k, v, context, layer_id, state)
+
+    def gated(self, x: Float[Array, "B T D"], r: Array, k: Array, v: Array, context: Context, layer_id, state):
+        """As `heads`, of x's projections r [B, T, H K] and k, v [B, T, G K]."""
         cfg, mixer = self.cfg, self.cfg.mixer
-        r, k, v = self.flat_projections(x, x, x, context, use_rope=mixer.use_rope)
         k, v = (heads.repeat(each, cfg.head_dim, cfg.num_heads) for each in (k, v))
         log_w, iclr = _LOG_W_BOUND * jax.nn.sigmoid(self.decay(x)), jax.nn.sigmoid(self.iclr(x))
 

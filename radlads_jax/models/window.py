@@ -40,7 +40,8 @@ class WindowOptions:
         for name, least in (("sinks", 0), ("window", 1)):
             if getattr(self, name) < least:
                 raise ValueError(
-                    f"student.options.{name} is {getattr(self, name)}; expected at least {least} for the mixer window."
+                    f"student.options.{name} is {getattr(self, name)}; expected at least {least} for a mixer with a "
+                    "window."
                 )
 
     @classmethod
@@ -73,18 +74,29 @@ class Window(Attention):
         """-> (out [B, T, D], state {"sink_k", "sink_v", "k", "v", "seen"})."""
         del layer_id
         q, k, v, gate = self.projected(x, context)
-        starts = jnp.zeros(x.shape[:2], bool) if context.starts is None else context.starts
-        if state is not None:
-            kept = _Kept(**state)
-            out, kept = _attend(q, k.astype(kept.k.dtype), v.astype(kept.v.dtype), starts, kept)
-            state = kept._asdict()
-        else:
-            if k.shape[2] % parts(WHOLE_HEADS, q.shape[2]):
-                k, v = repeat_kv(k, q.shape[2]), repeat_kv(v, q.shape[2])
-            run = functools.partial(_attend_from_nothing, self.cfg.mixer)
-            out = per_shard(run, ("sequence", "sequence", "sequence", "rows"), "sequence")(q, k, v, starts)
+        out, state = window_attention(self.cfg.mixer, q, k, v, context, state)
         out = out if gate is None else out * jax.nn.sigmoid(gate)
         return self.o(out.reshape(*x.shape[:2], -1)), state
+
+
+def window_attention(
+    options: WindowOptions,
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G K"],
+    context: Context,
+    state: dict[str, Array] | None,
+) -> tuple[Float[Array, "B T H K"], dict[str, Array] | None]:
+    """softmax(q k^T K^-1/2) v over the keys in sight, and the state as `window_state` has it."""
+    starts = jnp.zeros(q.shape[:2], bool) if context.starts is None else context.starts
+    if state is not None:
+        kept = _Kept(**state)
+        out, kept = _attend(q, k.astype(kept.k.dtype), v.astype(kept.v.dtype), starts, kept)
+        return out, kept._asdict()
+    if k.shape[2] % parts(WHOLE_HEADS, q.shape[2]):
+        k, v = repeat_kv(k, q.shape[2]), repeat_kv(v, q.shape[2])
+    run = functools.partial(_attend_from_nothing, options)
+    return per_shard(run, ("sequence", "sequence", "sequence", "rows"), "sequence")(q, k, v, starts), None
 
 
 def _attend_from_nothing(options: WindowOptions, q: Array, k: Array, v: Array, starts: Array) -> Array:
@@ -186,8 +198,8 @@ def _softmax(
     return jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask[:, None])
 
 
-def _state(cfg: ModelConfig, batch: int, max_length: int) -> dict[str, StateArray]:
-    """The same whatever the length."""
+def window_state(cfg: ModelConfig, batch: int, max_length: int) -> dict[str, StateArray]:
+    """The keys and values in sight, the same number whatever the length."""
     del max_length
     options = cfg.mixer
     heads, axes = (cfg.num_kv_heads, cfg.head_dim), (ROWS, None, "tensor")
@@ -197,20 +209,19 @@ def _state(cfg: ModelConfig, batch: int, max_length: int) -> dict[str, StateArra
     return {"sink_k": first, "sink_v": first, "k": latest, "v": latest, "seen": count}
 
 
-def _flops(cfg: ModelConfig, seq_len: int) -> float:
+def window_flops(cfg: ModelConfig, seq_len: int) -> float:
     """Scores and values of the keys in sight, 4 d each; of a short row half of them on average, as of attention's."""
     return 4.0 * min(cfg.mixer.sinks + cfg.mixer.window, seq_len / 2) * cfg.num_heads * cfg.head_dim
 
 
-def _read(keys: Any, hidden_size: int) -> WindowOptions:
-    return SPEC.choose(
-        hidden_size,
-        sinks=keys.integer("attention_sinks", WindowOptions.sinks, low=0),
-        window=keys.integer("attention_window", WindowOptions.window),
-    )
+def read_sight(keys: Any, hidden_size: int) -> WindowOptions:
+    """Of a config.json, a porting.config_keys.ConfigKeys, for a model of any width."""
+    del hidden_size
+    sinks = keys.integer("attention_sinks", WindowOptions.sinks, low=0)
+    return WindowOptions(sinks, keys.integer("attention_window", WindowOptions.window))
 
 
-def _write(options: WindowOptions) -> dict[str, Any]:
+def write_sight(options: WindowOptions) -> dict[str, Any]:
     return {"attention_sinks": options.sinks, "attention_window": options.window}
 
 
@@ -220,11 +231,11 @@ SPEC = MixerSpec(
     module=Window,
     options=WindowOptions,
     tensors=lambda cfg: projection_tensors(cfg, gated=cfg.output_gate),
-    state=_state,
-    flops=_flops,
+    state=window_state,
+    flops=window_flops,
     # As softmax attention's: what a block keeps for its backward pass is as long as the keys are.
     bytes_per_column=32,
     obstacles=lambda cfg: [],
-    published=PublishedFormat("windowqwen2", "WindowQwen2ForCausalLM", _read, _write),
+    published=PublishedFormat("windowqwen2", "WindowQwen2ForCausalLM", read_sight, write_sight),
     facts=lambda cfg: {"keys in sight": f"the first {cfg.mixer.sinks} and the latest {cfg.mixer.window}"},
 )

@@ -39,6 +39,7 @@ CONFIGS = {
     "gdn_of_a_checkpoint": TEACHER.as_student("gdn", GdnOptions(2, 4, 6, 10), (1,)),
     "hybrid6_first": student("rad_rwkv6", attention_layers=(0, 2)),
     "window_hybrid": student("window", attention_layers=(1,), sinks=2, window=3),
+    "window_rwkv7": student("window_rwkv7", sinks=2, window=3),
 }
 
 

@@ -47,6 +47,7 @@ MODELS = {
     "rad_rwkv7": student("rad_rwkv7"),
     "rad_rwkv7 group norm": student("rad_rwkv7", balance_state=False, group_norm=True),
     "rad_rwkv7 full gate": student("rad_rwkv7", gate="full"),
+    "window_rwkv7": student("window_rwkv7", (1,), sinks=3, window=9),
     "hybrid, last layer": student("rad_rwkv7", (2,)),
     "hybrid, middle layer": student("rad_rwkv6", (1,)),
     "hybrid, first layer": student("rad_rwkv7", (0,)),

@@ -64,6 +64,10 @@ def test_summary(finished):
     assert all(s["last_loss"] < s["first_loss"] for s in summary["stages"][:2])
     assert 0 < summary["student"]["agreement"] <= 1 and summary["student"]["kl"] > 0
     assert summary["relative_top1"] == pytest.approx(summary["student"]["top1"] / summary["teacher"]["top1"])
+    assert set(summary["control"]) == {"loss", "top1", "kl", "agreement", "relative_top1"}
+    # A window of 64 sees all of a row of 32.
+    assert summary["control"]["loss"] == pytest.approx(summary["teacher"]["loss"], rel=1e-5)
+    assert summary["control"]["kl"] == pytest.approx(0, abs=1e-5) and summary["control"]["relative_top1"] == 1
     assert len(summary["samples"]) == 2 and (workdir / "samples.md").exists()
 
 

@@ -6,10 +6,8 @@ A conversion that is not above it has shown nothing: four sinks and 64 keys need
 import dataclasses
 
 from radlads_jax.decoding.loaded import Model
-from radlads_jax.models import MIXERS, ModelConfig
-from radlads_jax.models.config import SOFTMAX
-
-_MIXER = "window"
+from radlads_jax.models import ModelConfig
+from radlads_jax.models.window import untrained_control
 
 
 def check_control(teacher: ModelConfig, student: ModelConfig) -> None:
@@ -34,10 +32,5 @@ def check_control(teacher: ModelConfig, student: ModelConfig) -> None:
 
 
 def control_of(teacher: Model, student: ModelConfig) -> Model:
-    """The teacher's own weights, not copied, with the window's published options; its stacks are cut as the student's.
-
-    Such a teacher is what `load_model` gives beside this student.
-    """
-    stacks = tuple((mixer if mixer == SOFTMAX else _MIXER, layers) for mixer, layers in student.stacks)
-    options = MIXERS[_MIXER].choose(teacher.cfg.hidden_size)
-    return dataclasses.replace(teacher, cfg=dataclasses.replace(teacher.cfg, stacks=stacks, mixer=options))
+    """The teacher's own weights, not copied. It is what `load_model` gives beside this student."""
+    return dataclasses.replace(teacher, cfg=untrained_control(teacher.cfg, student))

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.sharded import ROWS, WHOLE_HEADS, parts, per_shard
 from radlads_jax.models.attention import Attention, Context, projection_tensors
-from radlads_jax.models.config import KeptAttention, ModelConfig
+from radlads_jax.models.config import SOFTMAX, KeptAttention, ModelConfig
 from radlads_jax.models.layers import repeat_kv
 from radlads_jax.models.spec import MixerSpec, PublishedFormat, StateArray
 
@@ -239,3 +239,9 @@ SPEC = MixerSpec(
     published=PublishedFormat("windowqwen2", "WindowQwen2ForCausalLM", read_sight, write_sight),
     facts=lambda cfg: {"keys in sight": f"the first {cfg.mixer.sinks} and the latest {cfg.mixer.window}"},
 )
+
+
+def untrained_control(teacher: ModelConfig, student: ModelConfig) -> ModelConfig:
+    """The teacher, whose stacks are cut as the student's, with a window of its keys where the student is converted."""
+    stacks = tuple((mixer if mixer == SOFTMAX else SPEC.name, layers) for mixer, layers in student.stacks)
+    return dataclasses.replace(teacher, stacks=stacks, mixer=SPEC.choose(teacher.hidden_size))

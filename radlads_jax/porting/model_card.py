@@ -168,11 +168,16 @@ def _scores(summary: Mapping[str, Any]) -> str:
         "| | loss | top-1 | KL to the teacher | same top-1 as the teacher |",
         "|---|---|---|---|---|",
     ]
-    for name in ("teacher", "student"):
+    for name in ("teacher", "control", "student"):
         if name in summary:
             scores = summary[name]
             near = f"{scores['kl']:.4f} | {scores['agreement']:.2%}" if "kl" in scores else "|"
             lines.append(f"| {name} | {scores['loss']:.4f} | {scores['top1']:.2%} | {near} |")
+    if "control" in summary:
+        lines += [
+            "",
+            "Control: the teacher itself, untrained, with a window of keys where the student's layers are converted.",
+        ]
     if summary.get("relative_top1"):
         lines += ["", f"Top-1 relative to the teacher's: {summary['relative_top1']:.2%}."]
     if answers := summary.get("answers"):

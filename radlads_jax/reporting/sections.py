@@ -84,13 +84,14 @@ def _head(run: RunLog) -> str:
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     state = "finished" if run.summary else _where(run)
     line = f'<p class="soft">{escape(str(run.workdir))}: {escape(state)}. Page written {written}.</p>'
-    student = run.summary.get("student") or {}
+    student, control = run.summary.get("student") or {}, run.summary.get("control") or {}
     answers = [score for score in (run.summary.get("answers") or {}).get("scores", []) if "teacher" in score]
     done = sum(stage.steps_done * (stage.tokens_per_step or 0) for stage in run.stages)
     planned = sum(stage.x_end for stage in run.stages if stage.steps_planned)
     figures = [
         ("top-1 relative to the teacher", percent(run.summary.get("relative_top1"))),
         ("KL to the teacher, held-out text", digits(student.get("kl"))),
+        ("KL of the untrained control, a window in the converted layers", digits(control.get("kl"))),
         ("same top-1 as the teacher", percent(student.get("agreement"))),
         *((f"{score['what']} (teacher {score['teacher']:.0%})", percent(score["student"])) for score in answers),
         (f"of {amount(planned)} tokens" if planned else "tokens", amount(done or None)),

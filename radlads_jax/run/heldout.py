@@ -22,6 +22,7 @@ from radlads_jax.decoding.text_stream import text_after
 from radlads_jax.distill.losses import Batch, next_tokens, read_rows
 from radlads_jax.models import ModelConfig, bind, sharding
 from radlads_jax.models.decoder import Params
+from radlads_jax.models.window import untrained_control
 from radlads_jax.run.answers import answers_table
 from radlads_jax.run.job import Job
 from radlads_jax.system import hosts, storage
@@ -143,6 +144,20 @@ def evaluate_job(job: Job, cfg: ModelConfig, student: Params, teacher: Params | 
     return evaluate(cfg, student, batches(job), rows, job.teacher, teacher, job.mesh)
 
 
+def evaluate_control(job: Job, teacher: Params | None) -> dict[str, Any]:
+    """{"control": {loss, top1, kl, agreement, relative_top1}} of the untrained control on the same rows.
+
+    Empty where there is none: the student is not converted, or the teacher is none of softmax attention alone.
+    """
+    if teacher is None or job.student.recurrent_mixer is None or job.teacher.recurrent_mixer is not None:
+        return {}
+    control = untrained_control(job.teacher, job.student)
+    scores = evaluate(
+        control, teacher, batches(job), job.run.train.eval_batch_size, job.teacher, teacher, mesh=job.mesh
+    )
+    return {"control": scores["student"] | {"relative_top1": scores["relative_top1"]}}
+
+
 def write_samples(job: Job, models: Mapping[str, tuple[ModelConfig, Params]]) -> list[dict[str, str]]:
     """Continues the job's prompts by every model, into DIR/samples.md; of each {"prompt", model's name: text}."""
     prompts, train = job.run.train.sample_prompts, job.run.train
@@ -167,14 +182,21 @@ def results_table(summary: dict[str, Any]) -> Group:
     scores = Table(title=f"Held-out text ({summary['tokens']:,} tokens)", title_justify="left")
     for column in ("", "loss", "top-1", "KL to teacher", "agreement", "top-1 relative"):
         scores.add_column(column, justify="right" if column else "left")
-    for name in ("teacher", "student"):
+    for name in ("teacher", "control", "student"):
         if name not in summary:
             continue
         values = summary[name]
         row = [f"{values['loss']:.4f}", f"{values['top1']:.2%}"]
         if "kl" in values:
-            row += [f"{values['kl']:.4f}", f"{values['agreement']:.2%}", _percent(summary["relative_top1"])]
+            relative = values.get("relative_top1", summary["relative_top1"])
+            row += [f"{values['kl']:.4f}", f"{values['agreement']:.2%}", _percent(relative)]
         scores.add_row(name, *row)
+    if "control" in summary:
+        worse = summary["student"]["kl"] > summary["control"]["kl"]
+        scores.caption = "control: the teacher itself, untrained, with a window of keys in the converted layers" + (
+            ". The student is further from its teacher than that." if worse else ""
+        )
+        scores.caption_justify = "left"
     samples = [
         f"\n[bold]{_on_a_line(s['prompt'])}[/bold]\n"
         + "\n".join(f"  {name}: {_on_a_line(s[name])}" for name in ("teacher", "student") if name in s)

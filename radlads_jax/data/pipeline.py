@@ -1,7 +1,7 @@
 """Batches: for every (token file, seq_len, batch_size, seed, step) exactly one, on any number of processes."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -42,15 +42,12 @@ def make_train_iterator(
     seq_len: int,
     batch_size: int,
     seed: int,
-    vocab_size: int | None = None,
     eval_tokens: int = 0,
     cross_document: bool = False,
-    num_epochs: int | None = None,
-    start_step: int = 0,
     rows_of_batch: np.ndarray | None = None,
     beside: Callable[[np.ndarray], Batch] | None = None,
 ) -> grain.DatasetIterator:
-    """Batches of shuffled rows, dicts of [rows, seq_len] arrays as PackedRows describes them.
+    """Endless batches of shuffled rows, dicts of [rows, seq_len] arrays as PackedRows describes them.
 
     Row j of batch s is row order(seed, e)[i] of the data with e, i = divmod(s * batch_size + j, rows): a new order in
     every epoch, over the border of which a batch may reach. A process that computes only some rows of every batch gets
@@ -60,13 +57,10 @@ def make_train_iterator(
     Args:
         batch_size: rows of the global batch.
         rows_of_batch: the numbers of those that are wanted; None takes all.
-        vocab_size: if given, every token id is checked against it.
-        num_epochs: None repeats without end.
-        start_step: the number of the first batch.
         beside: what else there is of rows, by their numbers; it is put into their batch.
 
     Raises:
-        ValueError: a size that is not positive, too little data for one batch, a token id outside the vocabulary.
+        ValueError: a size that is not positive, too little data for one batch.
     """
     share = _share(batch_size, rows_of_batch)
     rows = train_rows(token_file, seq_len, eval_tokens=eval_tokens, cross_document=cross_document)
@@ -76,17 +70,7 @@ def make_train_iterator(
             f"{seq_len}; expected at least one batch of {batch_size} rows; bring more text, or lower seq_len, "
             "batch_size or eval_tokens."
         )
-    if vocab_size is not None:
-        token_file.check_vocab(vocab_size)
-    length = _ENDLESS if num_epochs is None else len(rows) * num_epochs // batch_size
-    if not 0 <= start_step <= length:
-        raise ValueError(
-            f"got start_step={start_step}; expected 0 to {length}, the batches in {num_epochs} epochs; check the step."
-        )
-    iterator = _iterator(_ShuffledBatches(rows, batch_size, seed, share, length, beside))
-    if start_step:
-        iterator.set_state({"next_index": start_step})
-    return iterator
+    return _iterator(_ShuffledBatches(rows, batch_size, seed, share, beside))
 
 
 def make_mixed_iterator(
@@ -108,7 +92,7 @@ def make_mixed_iterator(
             )
         own = share[(share >= begin) & (share < begin + count)]
         if own.size:
-            parts.append((np.isin(share, own), _ShuffledBatches(rows, count, seed, own - begin, _ENDLESS)))
+            parts.append((np.isin(share, own), _ShuffledBatches(rows, count, seed, own - begin)))
     return _iterator(_MixedBatches(tuple(parts)))
 
 
@@ -122,25 +106,21 @@ def make_eval_batches(
     *,
     seq_len: int,
     batch_size: int,
-    eval_tokens: int | None = None,
-    vocab_size: int | None = None,
+    eval_tokens: int,
     cross_document: bool = False,
     rows_of_batch: np.ndarray | None = None,
 ) -> list[Batch]:
     """The held-out rows in their order, in whole batches: what is missing in the last one is padding.
 
-    `eval_tokens` has to be what training left out; None takes the whole file, for data held out as a file of its own.
+    eval_tokens: what training left out.
     """
     share = _share(batch_size, rows_of_batch)
-    tokens = token_file.num_tokens if eval_tokens is None else eval_tokens
-    rows = eval_rows(token_file, seq_len, eval_tokens=tokens, cross_document=cross_document)
+    rows = eval_rows(token_file, seq_len, eval_tokens=eval_tokens, cross_document=cross_document)
     if len(rows) == 0:
         raise ValueError(
             f"got no held-out tokens (eval_tokens={eval_tokens}) of {token_file.prefix}.bin; expected at least one "
             "row; set eval_tokens to a positive number."
         )
-    if vocab_size is not None:
-        token_file.check_vocab(vocab_size)
     padded = np.full(-(-len(rows) // batch_size) * batch_size, -1)
     padded[: len(rows)] = np.arange(len(rows))
     return [rows.rows(batch[share]) for batch in padded.reshape(-1, batch_size)]
@@ -167,11 +147,10 @@ class _ShuffledBatches:
     batch_size: int
     seed: int
     share: np.ndarray
-    length: int
     beside: Callable[[np.ndarray], Batch] | None = None
 
     def __len__(self) -> int:
-        return self.length
+        return _ENDLESS
 
     def __getitem__(self, step: int) -> Batch:
         samples = step * self.batch_size + self.share
@@ -181,9 +160,6 @@ class _ShuffledBatches:
             here = epochs == epoch
             order[here] = epoch_order(self.seed, int(epoch), len(self.rows))[places[here]]
         return self.rows.rows(order) | (self.beside(order) if self.beside is not None else {})
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (self[step] for step in range(len(self)))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from radlads_jax.data.tales import PASSAGES, Span, Tale, ask, begin, scene, tell
 from radlads_jax.system.storage import as_path, write_text
 
 TRAIN_SEED = 0
-HELD_OUT_SEED = 1
 VOCAB_SIZE = 896
 END_OF_TEXT = "<|endoftext|>"
 # Three kinds of tales, of all things, of facts, of lists: the weight of each passage as the next one, of "tell" for

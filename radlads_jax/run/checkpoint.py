@@ -123,13 +123,9 @@ class Checkpoints:
         arrays, documents = self._read(step, path_leaves(abstract_state), self.shapes(step))
         return from_path_leaves(abstract_state, arrays), documents["data"], documents["meta"]
 
-    def restore_params(self, step: int, abstract_params: _Tree, *, name: str = "params") -> _Tree:
-        """Reads only the sub-tree `name` of a stored state; the optimizer's arrays are not touched.
-
-        name: the path of the sub-tree, "/" between levels.
-        Raises as `restore` does.
-        """
-        prefix = f"{name}/"
+    def restore_params(self, step: int, abstract_params: _Tree) -> _Tree:
+        """Reads only the parameters of a stored state; the optimizer's arrays are not touched. Raises as `restore`."""
+        prefix = "params/"
         wanted = {prefix + path: leaf for path, leaf in path_leaves(abstract_params).items()}
         stored = {path: leaf for path, leaf in self.shapes(step).items() if path.startswith(prefix)}
         arrays, _ = self._read(step, wanted, stored)

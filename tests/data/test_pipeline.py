@@ -1,5 +1,6 @@
 """Batches: the order as a function of (seed, step), restoring, epochs, and any number of processes."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -77,9 +78,6 @@ def test_a_restored_iterator_goes_on_with_the_same_batches(file: TokenFile, take
     next(restored)
     restored.set_state(state)
     assert all(equal(batch, next(restored)) for batch in expected)
-    started = iterate(file, start_step=taken)
-    assert started.get_state() == state
-    assert equal(next(started), expected[0])
 
 
 @pytest.mark.parametrize("shares", [[[0, 1, 2], [3, 4, 5]], [[5], [0, 2], [1, 3, 4]], [[0, 1, 2, 3, 4, 5]] * 2])
@@ -98,12 +96,9 @@ def test_seeds_differ_and_repeat(file: TokenFile) -> None:
     assert row_numbers(next(iterate(file, seed=1))) == first[1]
 
 
-def test_num_epochs_ends_with_the_last_whole_batch(file: TokenFile) -> None:
-    assert len(list(iterate(file, num_epochs=2))) == 250 // 6
-
-
 def test_held_out_rows_are_not_trained_on(file: TokenFile) -> None:
-    seen = {t for batch in iterate(file, eval_tokens=200, num_epochs=2) for t in batch["tokens"].ravel()}
+    two_epochs = itertools.islice(iterate(file, eval_tokens=200), 200 // 6 + 1)
+    seen = {t for batch in two_epochs for t in batch["tokens"].ravel()}
     held_out = make_eval_batches(file, seq_len=SEQ_LEN, batch_size=6, eval_tokens=200)
     tokens = np.concatenate([batch["tokens"][batch["segment_ids"] > 0] for batch in held_out])
     assert tokens.tolist() == list(range(800, 1000))
@@ -113,9 +108,12 @@ def test_held_out_rows_are_not_trained_on(file: TokenFile) -> None:
 
 
 def test_eval_batches_of_a_whole_file_on_two_processes(file: TokenFile) -> None:
-    whole = make_eval_batches(file, seq_len=SEQ_LEN, batch_size=6)
+    whole = make_eval_batches(file, seq_len=SEQ_LEN, batch_size=6, eval_tokens=1000)
     shares = (np.arange(3), np.arange(3, 6))
-    parts = [make_eval_batches(file, seq_len=SEQ_LEN, batch_size=6, rows_of_batch=share) for share in shares]
+    parts = [
+        make_eval_batches(file, seq_len=SEQ_LEN, batch_size=6, eval_tokens=1000, rows_of_batch=share)
+        for share in shares
+    ]
     assert sum(int((batch["segment_ids"] > 0).sum()) for batch in whole) == 1000
     for batch, left, right in zip(whole, *parts, strict=True):
         assert equal(batch, {key: np.concatenate([left[key], right[key]]) for key in left})
@@ -151,10 +149,7 @@ def test_the_order_never_changes() -> None:
         ({"batch_size": 0}, "got batch_size=0"),
         ({"rows_of_batch": np.array([4, 6])}, r"got rows_of_batch=\[4, 6\] of a batch of 6"),
         ({"rows_of_batch": np.array([], int)}, r"got rows_of_batch=\[\] of a batch of 6"),
-        ({"vocab_size": 999}, "token id 999 at position 999"),
         ({"eval_tokens": 1001}, "got eval_tokens=1001; expected 0 to 1000"),
-        ({"num_epochs": 1, "start_step": 21}, "got start_step=21; expected 0 to 20"),
-        ({"start_step": -1}, "got start_step=-1"),
     ],
 )
 def test_bad_settings(file: TokenFile, changes: dict[str, int], message: str) -> None:

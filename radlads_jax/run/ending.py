@@ -90,9 +90,11 @@ def finish(job: Job, student: Params, teacher: Params | None, stages: list[dict[
         # Evaluated as it is used from here on: with the exported weights, in the dtype it computes in.
         cfg, student = heldout.exported_student(job.run.export, job.student, student)
         summary = heldout.evaluate_job(job, cfg, student, teacher) | {"stages": stages}
-        summary |= heldout.evaluate_control(job, teacher)
         _keep(job, summary, to_do)
         scored = True
+        # After the scores are kept: a control that fails takes nothing with it, and the next start goes on without.
+        summary |= heldout.evaluate_control(job, teacher)
+        _keep(job, summary, to_do)
     finally:
         if not scored and hosts.is_first():
             _write_page(job)

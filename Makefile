@@ -10,7 +10,9 @@
 # ADVISORIES=DIR takes advisories from a clone of https://github.com/pypa/advisory-database, for `make audit`.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n logical --dist loadfile
+PYTEST_ARGS ?= -n logical --dist loadfile --max-worker-restart 0 $(STUCK)
+# A test that stands still for five minutes, where none takes two, prints where it stands and ends them all.
+STUCK := -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 DEMO_WORKDIR ?= runs/demo
 # Huge pages for the tests; a run asks for them by itself (radlads_jax/system/huge_pages.py).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -46,7 +48,7 @@ test: $(STAMP)
 # fifth of the time (tests/models/test_decoder.py: 106 CPU s, 82 without), more than the whole suite can spare.
 smoke:
 	$(MAKE) venv VENV=.venv-smoke-$(VERSION)
-	.venv-smoke-$(VERSION)/bin/python -m pytest -q -p no:cacheprovider $(SHAPES) $(SMOKE)
+	.venv-smoke-$(VERSION)/bin/python -m pytest -q -p no:cacheprovider $(STUCK) $(SHAPES) $(SMOKE)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

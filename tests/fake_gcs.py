@@ -126,6 +126,9 @@ class FakeGcs:
 
 
 class Server(http.server.ThreadingHTTPServer):
+    # Of http.server's own five, a checkpoint's connections overflow: each that is dropped waits seconds to minutes.
+    request_queue_size = 1024
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients may hang up."""
 

@@ -3,7 +3,9 @@
 Where a network or a service does not answer the code is 75, sysexits.h's EX_TEMPFAIL: the same command may succeed.
 """
 
+import difflib
 import io
+import pathlib
 import re
 import signal
 import sys
@@ -16,6 +18,7 @@ from rich.console import Console
 
 from radlads_jax import config as config_lib
 from radlads_jax.system import outage, storage
+from radlads_jax.system.untrusted import brief
 
 EXIT_FAILED, EXIT_OUTAGE = 1, 75
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
@@ -83,9 +86,14 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         for override in filter(None, map(_OVERRIDE.match, argv[1:])):
             config_lib.check_override(override[1], override[2])
-        positional = flags.FLAGS([_with_home(word) for word in argv])
-    # A locked ConfigDict raises AttributeError or KeyError for a field that it lacks, TypeError for a value's type.
-    except (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError) as error:
+        words = [_with_home(word) for word in argv]
+        _require_config_file(words)
+        positional = flags.FLAGS(words)
+    except SyntaxError as error:
+        sys.exit(refuse(error, f"{error.filename}, line {error.lineno}: {error.msg}"))
+    # A locked ConfigDict raises AttributeError or KeyError for a field that it lacks, TypeError for a value's type; a
+    # config file of one's own the others.
+    except (flags.Error, ValueError, OSError, AttributeError, LookupError, TypeError, ImportError, NameError) as error:
         sys.exit(refuse(error, explain(error)))
     if flags.FLAGS["verbosity"].using_default_value:
         # The libraries tell much about every checkpoint.
@@ -99,11 +107,31 @@ def _with_home(word: str) -> str:
     return f"{flag}={storage.whole_name(value)}" if flag in ("--config", "-config") and value.startswith("~") else word
 
 
+def _require_config_file(words: list[str]) -> None:
+    """Raises ValueError where --config names no file."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        flag, has_value, value = word.partition("=")
+        name = (value if has_value else following).partition(":")[0]
+        file = pathlib.Path(name)
+        if flag not in ("--config", "-config") or not name or file.is_file():
+            continue
+        beside = [other.name for other in file.parent.glob("*.py")]
+        meant = [str(file.with_name(other)) for other in difflib.get_close_matches(file.name, beside, 1)]
+        raise ValueError(
+            f"--config is {brief(name)}, which {'is a directory' if file.is_dir() else 'does not exist'}; expected a "
+            f"Python file with a function get_config, such as {(meant or ['configs/convert.py'])[0]}. Correct the path."
+        )
+
+
 def explain(error: BaseException) -> str:
-    """The message of an error in reading the configuration; with file and line, if get_config raised it."""
+    """The message of an error in reading the configuration; with file and line, if the config file raised it."""
     cause: BaseException | None = error
     while cause is not None:
-        frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if frame.name == "get_config"]
+        if isinstance(cause, AttributeError) and cause.name == "get_config":
+            return "the file of --config has no function get_config; expected one, as configs/convert.py has. Add it."
+        frames = [
+            frame for frame in traceback.extract_tb(cause.__traceback__) if frame.name in ("get_config", "<module>")
+        ]
         if frames:
             return f"{frames[-1].filename}, line {frames[-1].lineno}: {_message(cause)}"
         cause = cause.__context__

@@ -223,14 +223,16 @@ def test_text_of_every_kind_is_read_in_place(gcs, tmp_path):
 
     datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "saved")
     gcs.put_directory(tmp_path, "bucket", "text")
-    for name in ("plain", "lines.jsonl", "packed.jsonl.gz", "rows.parquet", "saved"):
-        source = Source(f"gs://bucket/text/{name}")
+    kinds = {"plain": "text", "lines.jsonl": "jsonl", "packed.jsonl.gz": "jsonl", "rows.parquet": "parquet"}
+    for name, kind in (kinds | {"saved": "hf"}).items():
+        source = Source(f"gs://bucket/text/{name}", kind)
         assert list(documents(source)) == texts, name
         before = fingerprint(source)
         assert before == fingerprint(source) and before["files"]
-        assert before == fingerprint(Source(str(tmp_path / name))), "wherever it lies"
+        assert before == fingerprint(Source(str(tmp_path / name), kind)), "wherever it lies"
     gcs.put("bucket", "text/lines.jsonl", lines.upper().encode(), {})
-    assert fingerprint(Source("gs://bucket/text/lines.jsonl")) != fingerprint(Source(str(tmp_path / "lines.jsonl")))
+    there, here = (Source(f"{place}/lines.jsonl", "jsonl") for place in ("gs://bucket/text", tmp_path))
+    assert fingerprint(there) != fingerprint(here)
 
 
 def test_an_export_that_fails_is_none_and_is_replaced(gcs, monkeypatch):

@@ -112,11 +112,11 @@ FILES: dict[str, tuple[Callable[[pathlib.Path], object], str, Callable[[pathlib.
     "tokenizer": (readers.write_tokenizer, "tokenizer.json", readers.read_tokenizer),
     "tokenizer's settings": (readers.write_tokenizer, "tokenizer_config.json", readers.read_tokenizer),
     "token file": (lambda place: (place / "t.bin").write_bytes(b""), "t.idx", readers.read_token_file),
-    "text": (lambda place: None, "t.txt", readers.read_documents("t.txt")),
-    "jsonl": (lambda place: None, "t.jsonl", readers.read_documents("t.jsonl")),
-    "parquet": (lambda place: None, "t.parquet", readers.read_documents("t.parquet")),
-    "saved dataset": (readers.write_saved_dataset, "data-00000-of-00001.arrow", readers.read_documents(".")),
-    "saved dataset's state": (readers.write_saved_dataset, "state.json", readers.read_documents(".")),
+    "text": (lambda place: None, "t.txt", readers.read_documents("t.txt", "text")),
+    "jsonl": (lambda place: None, "t.jsonl", readers.read_documents("t.jsonl", "jsonl")),
+    "parquet": (lambda place: None, "t.parquet", readers.read_documents("t.parquet", "parquet")),
+    "saved dataset": (readers.write_saved_dataset, "data-00000-of-00001.arrow", readers.read_documents(".", "hf")),
+    "saved dataset's state": (readers.write_saved_dataset, "state.json", readers.read_documents(".", "hf")),
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from radlads_jax.system.storage import AnyPath, files_below, in_bucket, read_ranges, size
 
-SUFFIXES = {"text": (".txt",), "jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",), "binidx": (".bin", ".idx")}
+SUFFIXES = {"text": (".txt",), "jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",)}
 # Of files that hold data of some kind, read or not: a directory that has such beside what is read says so.
 _KNOWN = re.compile(r"\.(txt|text|md|jsonl?|parquet|arrow|csv|tsv|bin|idx)(\.(gz|zst|bz2|xz|zip))?$", re.IGNORECASE)
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from radlads_jax.data.binidx import TokenFile, TokenFileWriter, open_token_file
-from radlads_jax.data.sources import Source, documents, files_left_out, fingerprint, resolve
+from radlads_jax.data.sources import Source, documents, files_left_out, fingerprint
 from radlads_jax.data.tokenise import BatchTokenizer, Framing, tokenised
 from radlads_jax.system.storage import AnyPath, as_path, children, in_bucket, read_text, write_text
 from radlads_jax.system.untrusted import listed, parse_json
@@ -31,8 +31,8 @@ def prepare(
 ) -> TokenFile:
     """Tokenise a source into a token file below `cache_dir`, or open the one made before.
 
-    A token file as source is opened as it is. Beside a new one stands NAME.json: what it was made from. What an
-    interrupted call has tokenised is not tokenised again.
+    Beside a new one stands NAME.json: what it was made from. What an interrupted call has tokenised is not tokenised
+    again.
 
     Args:
         vocab_size: the model's; every id is checked against it.
@@ -45,11 +45,6 @@ def prepare(
     Raises:
         ValueError: bad text (see sources.documents), no text at all, an id outside the vocabulary.
     """
-    source = resolve(source)
-    if source.kind == "binidx":
-        token_file = open_token_file(source.path)
-        token_file.check_vocab(vocab_size)
-        return token_file
     if max_tokens is None and source.kind == "synthetic" and source.num_documents is None:
         raise ValueError(
             "got a synthetic source without an end; expected max_tokens or the source's num_documents; set one."

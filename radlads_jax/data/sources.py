@@ -40,9 +40,9 @@ class Source:
     """Where text comes from.
 
     Attributes:
-        path: a file; a directory of files of one kind; a directory that datasets' save_to_disk wrote; the prefix of a
-            token file; "hf:owner/name" on the Hugging Face hub; or "synthetic".
-        kind: text, jsonl, parquet, hf, binidx or synthetic; "auto" looks at the path.
+        path: a file; a directory of files; of kind hf a directory that datasets' save_to_disk wrote, or owner/name on
+            the Hugging Face hub; of the synthetic language no more than a name.
+        kind: text, jsonl, parquet, hf or synthetic.
         text_field: the column with the text, for jsonl, parquet and hf.
         separator: stands between documents in plain text; a file without it is one document.
         config: the hub dataset's configuration.
@@ -54,7 +54,7 @@ class Source:
     """
 
     path: str
-    kind: str = "auto"
+    kind: str = "text"
     text_field: str = "text"
     separator: str = "\n\n\n"
     config: str | None = None
@@ -65,32 +65,12 @@ class Source:
     num_documents: int | None = None
 
 
-def resolve(source: Source) -> Source:
-    """The same source with its kind known and its path checked."""
-    if source.kind != "auto":
-        if source.kind not in _READERS and source.kind != "binidx":
-            raise ValueError(
-                f"got source kind {source.kind!r}; expected one of {', '.join(('auto', 'binidx', *_READERS))}; change "
-                "kind."
-            )
-        return dataclasses.replace(source, path=source.path.removeprefix("hf:"))
-    if source.path.startswith("hf:"):
-        return dataclasses.replace(source, kind="hf", path=source.path.removeprefix("hf:"))
-    return dataclasses.replace(source, kind=_kind_of_path(source.path))
-
-
 def documents(source: Source) -> Iterator[str]:
     """The documents of a source in their order, empty ones left out.
 
     Raises:
         ValueError: a missing path, a broken line (with its number), no such column (with those there are).
     """
-    source = resolve(source)
-    if source.kind == "binidx":
-        raise ValueError(
-            f"got the token file {source.path} as text; expected text to tokenise; open it with open_token_file, it "
-            "holds tokens already."
-        )
     texts = (text for text in _READERS[source.kind](source) if text.strip())
     return itertools.islice(texts, source.num_documents)
 
@@ -101,7 +81,6 @@ def fingerprint(source: Source) -> dict[str, Any]:
     files: every file's bytes and hash by its name in the directory. commit: of a dataset on the hub the commit that
     its revision is now, None where the hub does not say.
     """
-    source = resolve(source)
     described: dict[str, Any] = {"kind": source.kind, "num_documents": source.num_documents}
     if source.kind == "synthetic":
         sample = "\0".join(synthetic.documents(source.seed, 20))
@@ -129,7 +108,7 @@ def _hub_commit(source: Source) -> str | None:
 
 def files_left_out(source: Source) -> list[str]:
     """The data files beside those that are read, in the directory of a source; none for what is no directory."""
-    source, place = resolve(source), as_path(source.path)
+    place = as_path(source.path)
     if source.kind not in SUFFIXES or not place.is_dir():
         return []
     return left_out(place, _files(source))
@@ -140,37 +119,14 @@ def unescaped(separator: str) -> str:
     return re.sub(r"\\([ntrfv0\\])", lambda escape: _ESCAPES[escape[1]], separator)
 
 
-def _kind_of_path(path: str) -> str:
-    if path == "synthetic":
-        return "synthetic"
-    place = as_path(path)
-    if place.suffix in SUFFIXES["binidx"] or place.with_name(place.name + ".idx").is_file():
-        return "binidx"
-    if not place.exists():
-        raise ValueError(
-            f"{path} does not exist; expected a file, a directory, hf:owner/name for a dataset on the Hugging Face "
-            "hub, or synthetic; check the path."
-        )
-    if is_saved(place):
-        return "hf"
-    names = [each.name for each in data_files(place)] if place.is_dir() else [place.name]
-    kinds = [kind for kind, suffixes in SUFFIXES.items() if any(name.endswith(suffixes) for name in names)]
-    if len(kinds) != 1:
-        raise ValueError(
-            f"{path} holds {'data of the kinds ' + ', '.join(kinds) if kinds else 'no data of a known kind'}; expected "
-            "one of .txt, .jsonl, .jsonl.gz, .parquet, .bin with .idx, or a saved Hugging Face dataset; name the kind."
-        )
-    if kinds == ["binidx"] and place.is_dir():
-        raise ValueError(f"{path} is a directory with token files; expected one file; give its path without .bin.")
-    return kinds[0]
-
-
 def _files(source: Source) -> list[AnyPath]:
     """The file, or all files of the source's kind below the directory, by name; none is plainly of another kind."""
     path, suffixes = as_path(source.path), SUFFIXES[source.kind]
     if not path.is_file() and not path.is_dir():
+        # Who has named no kind may have meant the hub.
+        or_hub = ", or set config.data.source=hf for a dataset on the Hugging Face hub" if source.kind == "text" else ""
         raise ValueError(
-            f"{path} does not exist; expected a {source.kind} file or a directory of them; check the path."
+            f"{path} does not exist; expected a {source.kind} file or a directory of them; check the path{or_hub}."
         )
     files = [path]
     if not path.is_file():

@@ -67,7 +67,7 @@ def _same_source(run: RunConfig, workdir: AnyPath, begun: dict[str, Any]) -> dic
     if _is_gone(run, begun):
         logging.warning("%s is not there; the run goes on with its tokens in %s", run.data.path, workdir / "data")
         return begun
-    source = sources.fingerprint(sources.resolve(_source(run)))
+    source = sources.fingerprint(_source(run))
     if before := begun.get("source"):
         # Where one of them could not ask the hub, only the name is compared.
         if "hub" in before and "hub" in source and None in (before.get("commit"), source["commit"]):

@@ -1,6 +1,7 @@
 """Token files: the bytes of the format, round trips, and every way a file can be damaged."""
 
 import errno
+import re
 import struct
 from pathlib import Path
 
@@ -40,12 +41,19 @@ def test_bytes_on_disk(tmp_path: Path, vocab_size: int, code: int, width: int) -
 
 @pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
 def test_round_trip(tmp_path: Path, suffix: str) -> None:
-    write(tmp_path / "t")
-    file = open_token_file(f"{tmp_path / 't'}{suffix}")
+    write(tmp_path / "t.v1")
+    file = open_token_file(f"{tmp_path / 't.v1'}{suffix}")
     assert [file.document(i).tolist() for i in range(file.num_documents)] == DOCUMENTS
     assert (file.num_tokens, file.num_documents) == (8, 4)
     with pytest.raises(IndexError, match="got document 4; expected 0 to 3"):
         file.document(4)
+
+
+def test_ids_outside_the_vocabulary(tmp_path: Path) -> None:
+    file = open_token_file(write(tmp_path / "t"))
+    file.check_vocab(13)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / 't'))}\.bin .* 12 at position 7; .*\b0 to 11\b"):
+        file.check_vocab(12)
 
 
 def test_documents_of_several_sequences(tmp_path: Path) -> None:

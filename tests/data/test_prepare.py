@@ -1,7 +1,6 @@
 """Preparing a source: the right tokens, found again while nothing has changed, and nothing left when it fails."""
 
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +98,7 @@ def test_what_was_interrupted_goes_on(
     """The process ends in the middle, and the disk has lost the last bytes of what it wrote."""
     monkeypatch.setattr("radlads_jax.data.tokenise.BATCH_CHARACTERS", 1000)
     monkeypatch.setattr("radlads_jax.data.binidx.SAFE_TOKENS", 100)
-    source = Source("synthetic", num_documents=20)
+    source = Source("tales", "synthetic", num_documents=20)
     whole = prepare(source, tokenizer, tmp_path / "whole", vocab_size=400, framing=ENDED)
     add = TokenFileWriter.add
 
@@ -126,7 +125,7 @@ def test_what_tokens_were_made_from_is_said_beside_them_in_any_case(
     tmp_path: Path, tokenizer: CountingTokenizer
 ) -> None:
     """The process may end when they are whole and this is not."""
-    source = Source("synthetic", num_documents=3)
+    source = Source("tales", "synthetic", num_documents=3)
     made = prepare(source, tokenizer, tmp_path, vocab_size=400, framing=ENDED)
     said = made_from(made)
     (tmp_path / f"{made.prefix.name}.json").unlink()
@@ -140,7 +139,7 @@ def test_max_tokens_stops_reading(
     tmp_path: Path, tokenizer: CountingTokenizer, monkeypatch: pytest.MonkeyPatch, max_tokens: int
 ) -> None:
     monkeypatch.setattr("radlads_jax.data.tokenise.BATCH_CHARACTERS", 10_000)
-    source = Source("synthetic", seed=3)
+    source = Source("tales", "synthetic", seed=3)
     file = prepare(source, tokenizer, tmp_path, vocab_size=400, framing=ENDED, max_tokens=max_tokens)
     assert file.num_tokens == max_tokens
     # A tale has at least 70 tokens, and a batch at most some 40 tales.
@@ -148,7 +147,7 @@ def test_max_tokens_stops_reading(
 
 
 def test_batches_keep_the_order(tmp_path: Path, trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Source("synthetic", num_documents=20)
+    source = Source("tales", "synthetic", num_documents=20)
     whole = prepare(source, trained, tmp_path / "a", vocab_size=400, framing=ENDED)
     monkeypatch.setattr("radlads_jax.data.tokenise.BATCH_CHARACTERS", 1000)
     in_pieces = prepare(source, trained, tmp_path / "b", vocab_size=400, framing=ENDED)
@@ -156,25 +155,17 @@ def test_batches_keep_the_order(tmp_path: Path, trained: Tokenizer, monkeypatch:
     assert whole.tokens.tolist() == in_pieces.tokens.tolist()
 
 
-def test_a_token_file_is_used_as_it_is(tmp_path: Path, trained: Tokenizer) -> None:
-    made = prepare(Source("synthetic", num_documents=3), trained, tmp_path, vocab_size=400, framing=ENDED)
-    again = prepare(Source(str(made.prefix)), trained, tmp_path / "unused", vocab_size=400, framing=ENDED)
-    assert again.tokens.tolist() == made.tokens.tolist()
-    with pytest.raises(ValueError, match=rf"{re.escape(str(made.prefix))}\.bin .*\b0 to 9\b"):
-        prepare(Source(str(made.prefix)), trained, tmp_path, vocab_size=10, framing=ENDED)
-
-
 def test_a_failure_leaves_nothing(tmp_path: Path, trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("radlads_jax.data.tokenise.BATCH_CHARACTERS", 5)
     (tmp_path / "a.jsonl").write_text('{"text": "whole line"}\n{"text": "half')
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2 .*\bcolumn \d"):
-        prepare(Source(str(tmp_path / "a.jsonl")), trained, tmp_path / "cache", vocab_size=400, framing=ENDED)
+        prepare(Source(str(tmp_path / "a.jsonl"), "jsonl"), trained, tmp_path / "cache", vocab_size=400, framing=ENDED)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_model_with_a_smaller_vocabulary(tmp_path: Path, trained: Tokenizer) -> None:
     with pytest.raises(ValueError, match="expected 0 to 299"):
-        prepare(Source("synthetic", num_documents=3), trained, tmp_path, vocab_size=300, framing=ENDED)
+        prepare(Source("tales", "synthetic", num_documents=3), trained, tmp_path, vocab_size=300, framing=ENDED)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -188,7 +179,7 @@ def test_empty_text(tmp_path: Path, trained: Tokenizer, text: str) -> None:
 @pytest.mark.parametrize(("max_tokens", "message"), [(None, "max_tokens .*num_documents"), (0, "got max_tokens=0")])
 def test_bad_limits(tmp_path: Path, trained: Tokenizer, max_tokens: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        prepare(Source("synthetic"), trained, tmp_path, vocab_size=400, framing=ENDED, max_tokens=max_tokens)
+        prepare(Source("tales", "synthetic"), trained, tmp_path, vocab_size=400, framing=ENDED, max_tokens=max_tokens)
 
 
 def test_a_tokenizer_that_cannot_be_told_apart(tmp_path: Path, trained: Tokenizer) -> None:
@@ -196,7 +187,7 @@ def test_a_tokenizer_that_cannot_be_told_apart(tmp_path: Path, trained: Tokenize
         def encode_batch(self, input: list[str], *, add_special_tokens: bool) -> list:
             return trained.encode_batch(input, add_special_tokens=add_special_tokens)
 
-    source = Source("synthetic", num_documents=1)
+    source = Source("tales", "synthetic", num_documents=1)
     with pytest.raises(ValueError, match=r"got a Bare, .*; pass tokenizer_fingerprint"):
         prepare(source, Bare(), tmp_path, vocab_size=400, framing=ENDED)
     assert (
@@ -205,6 +196,6 @@ def test_a_tokenizer_that_cannot_be_told_apart(tmp_path: Path, trained: Tokenize
 
 
 def test_the_progress_bar(tmp_path: Path, trained: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
-    source = Source("synthetic", num_documents=5)
+    source = Source("tales", "synthetic", num_documents=5)
     prepare(source, trained, tmp_path, vocab_size=400, framing=ENDED, progress=True)
-    assert "tokenising synthetic" in capsys.readouterr().out
+    assert "tokenising tales" in capsys.readouterr().out

@@ -12,8 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from radlads_jax.data import sources, synthetic
-from radlads_jax.data.binidx import TokenFileWriter
-from radlads_jax.data.sources import Source, documents, fingerprint, resolve
+from radlads_jax.data.sources import Source, documents, fingerprint
 
 TEXTS = ["One tale.\nTwo lines.", "Größe, 日本語.", "The last."]
 
@@ -55,18 +54,19 @@ def make_saved_splits(directory: Path) -> Path:
 
 
 MAKERS = {
-    "text": make_text,
-    "jsonl": make_jsonl,
-    "gzip": make_gzip,
-    "parquet": make_parquet,
-    "saved": make_saved_dataset,
-    "splits": make_saved_splits,
+    "text": (make_text, "text"),
+    "jsonl": (make_jsonl, "jsonl"),
+    "gzip": (make_gzip, "jsonl"),
+    "parquet": (make_parquet, "parquet"),
+    "saved": (make_saved_dataset, "hf"),
+    "splits": (make_saved_splits, "hf"),
 }
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_documents(tmp_path: Path, name: str) -> None:
-    source = Source(str(MAKERS[name](tmp_path)))
+    make, kind = MAKERS[name]
+    source = Source(str(make(tmp_path)), kind)
     assert list(documents(source)) == TEXTS
     assert list(documents(dataclasses.replace(source, num_documents=2))) == TEXTS[:2]
 
@@ -76,9 +76,7 @@ def test_a_dataset_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     data = tmp_path / "data"
     data.mkdir()
-    source = Source(f"hf:{make_parquet(data)}", streaming=streaming)
-    assert resolve(source).kind == "hf"
-    assert list(documents(source)) == TEXTS
+    assert list(documents(Source(str(make_parquet(data)), "hf", streaming=streaming))) == TEXTS
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -91,7 +89,7 @@ def test_a_dataset_whose_files_disagree_is_refused(
     make_jsonl(tmp_path / "data")
     write(tmp_path / "data" / "b.jsonl", second)
     where = re.escape(str(tmp_path / "data"))
-    refuse(Source(f"hf:{tmp_path / 'data'}", streaming=streaming), rf"{where} .*{said}.*; expected")
+    refuse(Source(str(tmp_path / "data"), "hf", streaming=streaming), rf"{where} .*{said}.*; expected")
 
 
 def test_any_error_of_datasets_own_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,15 +97,15 @@ def test_any_error_of_datasets_own_is_told(tmp_path: Path, monkeypatch: pytest.M
         raise datasets.exceptions.NonMatchingSplitsSizesError([{"expected": 3, "recorded": 2}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    refuse(Source("hf:owner/name"), r"owner/name .*\brecorded\b.*; expected")
+    refuse(Source("owner/name", "hf"), r"owner/name .*\brecorded\b.*; expected")
 
 
 def test_another_split(tmp_path: Path) -> None:
-    assert list(documents(Source(str(make_saved_splits(tmp_path)), split="test"))) == TEXTS[:1]
+    assert list(documents(Source(str(make_saved_splits(tmp_path)), "hf", split="test"))) == TEXTS[:1]
 
 
 def test_synthetic_documents() -> None:
-    assert list(documents(Source("synthetic", seed=7, num_documents=3))) == list(synthetic.documents(7, 3))
+    assert list(documents(Source("tales", "synthetic", seed=7, num_documents=3))) == list(synthetic.documents(7, 3))
 
 
 @pytest.mark.parametrize("separator", ["\n\n\n", "<|end|>", "#"])
@@ -124,17 +122,6 @@ def test_text_without_a_separator_is_one_document(tmp_path: Path) -> None:
     assert list(documents(Source(str(tmp_path / "a.txt")))) == ["line\n\nline\nline"]
 
 
-def test_a_token_file_is_recognised(tmp_path: Path) -> None:
-    with TokenFileWriter(tmp_path / "t.v1", 10) as writer:
-        writer.add([1])
-    for name in ("t.v1", "t.v1.bin", "t.v1.idx"):
-        assert resolve(Source(str(tmp_path / name))).kind == "binidx"
-    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))}/t\.v1 .*open_token_file"):
-        documents(Source(str(tmp_path / "t.v1")))
-    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}.*token files"):
-        resolve(Source(str(tmp_path)))
-
-
 def test_the_fingerprint_changes_with_the_source(tmp_path: Path) -> None:
     source = Source(str(make_text(tmp_path)))
     prints = [fingerprint(source), fingerprint(dataclasses.replace(source, separator="x"))]
@@ -142,7 +129,7 @@ def test_the_fingerprint_changes_with_the_source(tmp_path: Path) -> None:
     prints.append(fingerprint(source))
     (tmp_path / "c.txt").write_text("More.")
     prints.append(fingerprint(source))
-    prints += [fingerprint(Source("synthetic", seed=seed)) for seed in (0, 1)]
+    prints += [fingerprint(Source("tales", "synthetic", seed=seed)) for seed in (0, 1)]
     assert len({json.dumps(each) for each in prints}) == 6
     assert fingerprint(source) == fingerprint(source)
 
@@ -160,21 +147,19 @@ def refuse(source: Source, message: str) -> None:
 
 def test_missing_paths(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
-    refuse(Source(missing), rf"{re.escape(missing)} .*hf:owner/name")
+    refuse(Source(missing), rf"{re.escape(missing)} .*; check the path, or set config\.data\.source=hf")
     for kind in ("text", "jsonl", "parquet"):
-        refuse(Source(missing, kind=kind), rf"{re.escape(missing)} .*\b{kind} file\b")
-    refuse(Source(missing, kind="hf"), rf"{re.escape(missing)} .*HF_TOKEN")
-    refuse(Source("hf:nobody/nothing"), "nobody/nothing .*HF_TOKEN")
+        refuse(Source(missing, kind), rf"{re.escape(missing)} .*\b{kind} file\b")
+    refuse(Source(missing, "hf"), rf"{re.escape(missing)} .*HF_TOKEN")
+    refuse(Source("nobody/nothing", "hf"), "nobody/nothing .*HF_TOKEN")
 
 
-def test_unclear_paths(tmp_path: Path) -> None:
-    refuse(Source(str(tmp_path)), rf"{re.escape(str(tmp_path))} .*\bno data\b.*\.txt, \.jsonl")
-    refuse(Source(write(tmp_path / "a.csv", "a,b")), r"a\.csv .*\bno data\b.*\.txt, \.jsonl")
-    refuse(Source(str(tmp_path), kind="parquet"), rf"{re.escape(str(tmp_path))} .*\.parquet\b.*config\.data\.source")
-    make_text(tmp_path), make_jsonl(tmp_path)
-    refuse(Source(str(tmp_path)), "kinds text, jsonl")
-    assert list(documents(Source(str(tmp_path), kind="jsonl"))) == TEXTS
-    refuse(Source(str(tmp_path), kind="txt"), r"'txt'.*\bauto, binidx, text\b")
+def test_a_directory_without_files_of_the_kind(tmp_path: Path) -> None:
+    refuse(Source(str(tmp_path)), rf"{re.escape(str(tmp_path))} has no file ending in \.txt; .*config\.data\.source")
+    make_text(tmp_path)
+    refuse(Source(str(tmp_path), "parquet"), r"\.parquet \(it has a\.txt, b\.txt\); .*config\.data\.source")
+    make_jsonl(tmp_path)
+    assert list(documents(Source(str(tmp_path), "jsonl"))) == TEXTS
 
 
 @pytest.mark.parametrize(
@@ -189,29 +174,29 @@ def test_unclear_paths(tmp_path: Path) -> None:
     ],
 )
 def test_bad_lines(tmp_path: Path, line: str, message: str) -> None:
-    refuse(Source(write(tmp_path / "a.jsonl", f'{{"text": "a"}}\n{line}\n')), message)
+    refuse(Source(write(tmp_path / "a.jsonl", f'{{"text": "a"}}\n{line}\n'), "jsonl"), message)
 
 
 def test_missing_columns(tmp_path: Path) -> None:
-    refuse(Source(str(make_parquet(tmp_path)), text_field="body"), r"'body'.*: id, text\b.*text_field")
-    refuse(Source(f"hf:{tmp_path}", text_field="body", streaming=True), "no column 'body'")
-    refuse(Source(str(make_saved_dataset(tmp_path)), text_field="body"), r"'body'.*: text, id\b.*text_field")
-    refuse(Source(str(make_parquet(tmp_path)), kind="parquet", text_field="id"), r"\bint in 'id'.*text_field")
+    refuse(Source(str(make_parquet(tmp_path)), "parquet", text_field="body"), r"'body'.*: id, text\b.*text_field")
+    refuse(Source(str(tmp_path), "hf", text_field="body", streaming=True), "no column 'body'")
+    refuse(Source(str(make_saved_dataset(tmp_path)), "hf", text_field="body"), r"'body'.*: text, id\b.*text_field")
+    refuse(Source(str(make_parquet(tmp_path)), "parquet", text_field="id"), r"\bint in 'id'.*text_field")
 
 
 def test_missing_split(tmp_path: Path) -> None:
-    refuse(Source(str(make_saved_splits(tmp_path)), split="dev"), r"'dev'.*\btrain, test\b")
+    refuse(Source(str(make_saved_splits(tmp_path)), "hf", split="dev"), r"'dev'.*\btrain, test\b")
 
 
 def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     refuse(Source(str(tmp_path / "a.txt")), r"a\.txt .*UTF-8")
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}')
-    refuse(Source(str(tmp_path / "a.jsonl")), r"a\.jsonl .*UTF-8")
+    refuse(Source(str(tmp_path / "a.jsonl"), "jsonl"), r"a\.jsonl .*UTF-8")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
-    refuse(Source(str(tmp_path / "a.parquet")), r"a\.parquet .*\bwhole parquet\b")
+    refuse(Source(str(tmp_path / "a.parquet"), "parquet"), r"a\.parquet .*\bwhole parquet\b")
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:-12])
-    refuse(Source(str(tmp_path / "a.jsonl.gz")), r"a\.jsonl\.gz .*\bgzip\b")
+    refuse(Source(str(tmp_path / "a.jsonl.gz"), "jsonl"), r"a\.jsonl\.gz .*\bgzip\b")
     (tmp_path / "b.jsonl.gz").write_bytes(b"plain")
-    refuse(Source(str(tmp_path / "b.jsonl.gz")), r"b\.jsonl\.gz .*\bgzip\b")
+    refuse(Source(str(tmp_path / "b.jsonl.gz"), "jsonl"), r"b\.jsonl\.gz .*\bgzip\b")
     refuse(Source(write(tmp_path / "c.txt", "a"), separator=""), "separator")

@@ -14,7 +14,7 @@ import safetensors.numpy
 from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from radlads_jax.data import prepare, sources
+from radlads_jax.data import binidx, prepare, sources
 from radlads_jax.data.tokenise import Framing, prompt_beginning
 from radlads_jax.models import MIXERS, ModelConfig
 from radlads_jax.porting import check_tokenizer, load_tokenizer, model_config_from_hf, read_config
@@ -147,19 +147,15 @@ def read_tokenizer(place: Path, work: Path) -> None:
 
 
 def read_token_file(place: Path, work: Path) -> None:
-    made = prepare.prepare(
-        sources.Source(str(place / "t")),
-        byte_tokenizer(),
-        work / "data",
-        vocab_size=MODEL.vocab_size,
-        framing=Framing(),
-    )
+    del work
+    made = binidx.open_token_file(place / "t")
+    made.check_vocab(MODEL.vocab_size)
     assert sum(len(made.document(i)) for i in range(made.num_documents)) <= made.num_tokens
 
 
-def read_documents(name: str) -> Callable[[Path, Path], None]:
+def read_documents(name: str, kind: str) -> Callable[[Path, Path], None]:
     def read(place: Path, work: Path) -> None:
-        source = sources.Source(str(place / name))
+        source = sources.Source(str(place / name), kind)
         prepare.prepare(source, byte_tokenizer(), work / "data", vocab_size=MODEL.vocab_size, framing=Framing())
 
     return read

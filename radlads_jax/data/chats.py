@@ -84,7 +84,7 @@ def prepare_chats(path: str, messages_field: str, tokenizer: Any, cache_dir: Any
     if there := made_before(cache_dir, digest):
         return open_token_file(there)
     prefix = cache_dir / f"chats-{digest}"
-    with TokenFileWriter(prefix, 2 * vocab_size) as writer, progress_bar(None) as bar:
+    with TokenFileWriter(prefix, 2 * vocab_size) as writer, progress_bar() as bar:
         task = bar.add_task(f"tokenising {path}", total=None, completed=writer.num_tokens)
         documents = _documents(source, tokenizer, path)
         for ids in itertools.islice(documents, writer.num_documents, None):

@@ -25,8 +25,6 @@ def prepare(
     vocab_size: int,
     framing: Framing,
     max_tokens: int | None = None,
-    tokenizer_fingerprint: str | None = None,
-    progress: bool | None = None,
     alone: bool = False,
 ) -> TokenFile:
     """Tokenise a source into a token file below `cache_dir`, or open the one made before.
@@ -37,28 +35,20 @@ def prepare(
     Args:
         vocab_size: the model's; every id is checked against it.
         framing: what stands around every document.
-        max_tokens: stop reading when there are so many; the last document is cut to fit.
-        tokenizer_fingerprint: tells tokenizers apart; by default the hash of tokenizer.to_str().
-        progress: show a progress bar; None shows it on a terminal.
+        max_tokens: stop reading when there are so many, 1 or more; the last document is cut to fit.
         alone: refuse a directory with another token file, before anything is written.
 
     Raises:
         ValueError: bad text (see sources.documents), no text at all, an id outside the vocabulary.
     """
-    if max_tokens is None and source.kind == "synthetic" and source.num_documents is None:
-        raise ValueError(
-            "got a synthetic source without an end; expected max_tokens or the source's num_documents; set one."
-        )
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"got max_tokens={max_tokens}; expected at least 1, or None for all; change it.")
-    made_from = _recipe(source, tokenizer_fingerprint or tokenizer_hash(tokenizer), vocab_size, framing, max_tokens)
+    made_from = _recipe(source, tokenizer, vocab_size, framing, max_tokens)
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     prefix = made_before(as_path(cache_dir), digest)
     if alone:
         _require_alone(as_path(cache_dir), prefix)
     if prefix is None:
         prefix = as_path(cache_dir) / f"{_readable(source)}-{digest}"
-        _write(prefix, source, tokenizer, vocab_size, framing, max_tokens, progress)
+        _write(prefix, source, tokenizer, vocab_size, framing, max_tokens)
     # Also beside a file whose maker ended between the two.
     if not _beside(prefix).is_file():
         publish_recipe(prefix, made_from | {"left_out": files_left_out(source)})
@@ -84,9 +74,8 @@ def _write(
     vocab_size: int,
     framing: Framing,
     max_tokens: int | None,
-    progress: bool | None,
 ) -> None:
-    with TokenFileWriter(prefix, vocab_size) as writer, progress_bar(progress) as bar:
+    with TokenFileWriter(prefix, vocab_size) as writer, progress_bar() as bar:
         task = bar.add_task(f"tokenising {source.path}", total=max_tokens, completed=writer.num_tokens)
         # A writer that goes on behind another has its first documents already.
         texts = itertools.islice(documents(source), writer.num_documents, None)
@@ -102,12 +91,12 @@ def _write(
 
 
 def _recipe(
-    source: Source, tokenizer_fingerprint: str, vocab_size: int, framing: Framing, max_tokens: int | None
+    source: Source, tokenizer: BatchTokenizer, vocab_size: int, framing: Framing, max_tokens: int | None
 ) -> dict[str, Any]:
     """All that the tokens of a source depend on, and nothing else: not where it lies, nor when it was written."""
     return {
         "source": fingerprint(source),
-        "tokenizer": tokenizer_fingerprint,
+        "tokenizer": tokenizer_hash(tokenizer),
         "vocab_size": vocab_size,
         "beginning": list(framing.beginning),
         "eos_id": framing.eos_id,
@@ -153,22 +142,15 @@ def _remove_unfinished(prefix: AnyPath) -> None:
 
 def tokenizer_hash(tokenizer: BatchTokenizer) -> str:
     """What tells a tokenizer's results from another's."""
-    to_str = getattr(tokenizer, "to_str", None)
-    if to_str is None:
-        raise ValueError(
-            f"got a {type(tokenizer).__name__}, which has no to_str(); expected something to tell its results from "
-            "another tokenizer's; pass tokenizer_fingerprint."
-        )
-    return hashlib.sha256(to_str().encode()).hexdigest()
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
 
 def _readable(source: Source) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(source.path).name)
 
 
-def progress_bar(show: bool | None) -> Progress:
-    """The bar of a tokenisation; None shows it on a terminal."""
-    show = sys.stderr.isatty() if show is None else show
+def progress_bar() -> Progress:
+    """The bar of a tokenisation, shown on a terminal."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -176,4 +158,4 @@ def progress_bar(show: bool | None) -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    return Progress(*columns, disable=not show)
+    return Progress(*columns, disable=not sys.stderr.isatty())

@@ -20,7 +20,11 @@ _AGREEING_TOKENS = 32
 class BatchTokenizer(Protocol):
     """What is needed of a tokenizer: for each text a result with `.ids` and `.offsets`, as `tokenizers` gives."""
 
+    encode_special_tokens: bool
+
     def encode_batch(self, input: list[str], *, add_special_tokens: bool) -> Sequence[Any]: ...
+
+    def to_str(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +75,8 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _special_tokens(tokenizer: Any, as_tokens: bool) -> Iterator[None]:
+def _special_tokens(tokenizer: BatchTokenizer, as_tokens: bool) -> Iterator[None]:
     """Lets the tokenizer take special tokens' names in a text for these tokens, or for text."""
-    if not hasattr(tokenizer, "encode_special_tokens"):
-        yield
-        return
     before = tokenizer.encode_special_tokens
     tokenizer.encode_special_tokens = not as_tokens
     try:

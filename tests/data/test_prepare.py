@@ -20,6 +20,8 @@ ENDED = Framing(eos_id=EOS)
 class CountingTokenizer:
     """Hands on to a tokenizer and counts the documents it was given."""
 
+    encode_special_tokens = False
+
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.documents = tokenizer, 0
 
@@ -176,26 +178,11 @@ def test_empty_text(tmp_path: Path, trained: Tokenizer, text: str) -> None:
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@pytest.mark.parametrize(("max_tokens", "message"), [(None, "max_tokens .*num_documents"), (0, "got max_tokens=0")])
-def test_bad_limits(tmp_path: Path, trained: Tokenizer, max_tokens: int | None, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        prepare(Source("tales", "synthetic"), trained, tmp_path, vocab_size=400, framing=ENDED, max_tokens=max_tokens)
-
-
-def test_a_tokenizer_that_cannot_be_told_apart(tmp_path: Path, trained: Tokenizer) -> None:
-    class Bare:
-        def encode_batch(self, input: list[str], *, add_special_tokens: bool) -> list:
-            return trained.encode_batch(input, add_special_tokens=add_special_tokens)
-
-    source = Source("tales", "synthetic", num_documents=1)
-    with pytest.raises(ValueError, match=r"got a Bare, .*; pass tokenizer_fingerprint"):
-        prepare(source, Bare(), tmp_path, vocab_size=400, framing=ENDED)
-    assert (
-        prepare(source, Bare(), tmp_path, vocab_size=400, framing=ENDED, tokenizer_fingerprint="x").num_documents == 1
-    )
-
-
-def test_the_progress_bar(tmp_path: Path, trained: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
-    source = Source("tales", "synthetic", num_documents=5)
-    prepare(source, trained, tmp_path, vocab_size=400, framing=ENDED, progress=True)
-    assert "tokenising tales" in capsys.readouterr().out
+def test_the_progress_bar_is_shown_on_a_terminal(
+    tmp_path: Path, trained: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for is_terminal in (False, True):
+        monkeypatch.setattr("sys.stderr.isatty", lambda is_terminal=is_terminal: is_terminal)
+        source = Source("tales", "synthetic", num_documents=5 + is_terminal)
+        prepare(source, trained, tmp_path, vocab_size=400, framing=ENDED)
+        assert ("tokenising tales" in capsys.readouterr().out) == is_terminal

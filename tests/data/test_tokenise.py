@@ -69,6 +69,8 @@ def test_no_more_than_a_piece_is_given_to_the_tokenizer(byte_level, monkeypatch)
     lengths: list[int] = []
 
     class Watched:
+        encode_special_tokens, to_str = False, byte_level.to_str
+
         def encode_batch(self, input: list[str], *, add_special_tokens: bool) -> list:
             lengths.extend(map(len, input))
             return byte_level.encode_batch(input, add_special_tokens=add_special_tokens)

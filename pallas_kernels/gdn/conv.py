@@ -31,7 +31,7 @@ def short_conv(
     reach across a token t > 0 whose segment id differs from the one before it; initial_state (zeros by default), W-1
     inputs, continues into token 0's segment. Sums are float32; y and the state have x's dtype.
     """
-    _check("short_conv", x, kernel, initial_state, segment_ids)
+    _check(x, kernel, initial_state, segment_ids)
     batch, _, channels = x.shape
     reach = kernel.shape[0] - 1
     before = jnp.zeros((batch, reach, channels), x.dtype) if initial_state is None else initial_state.astype(x.dtype)
@@ -50,16 +50,6 @@ def short_conv(
 
     total = sum((taps[reach - back] * tap(back) for back in range(1, reach + 1)), taps[reach] * tap(0))
     return jax.nn.silu(total).astype(x.dtype), _final_state(x, before, passed)
-
-
-def short_conv_step(
-    x: Float[Array, "B C"], kernel: Float[Array, "W C"], state: Float[Array, "B W1 C"]
-) -> tuple[Float[Array, "B C"], Float[Array, "B W1 C"]]:
-    """One token of `short_conv` for each row: its output, and the state after it. Zeros as state begin a segment."""
-    _check("short_conv_step", x[:, None], kernel, state, None)
-    window = jnp.concatenate([state, x[:, None].astype(state.dtype)], axis=1)
-    total = jnp.sum(kernel.astype(jnp.float32) * window.astype(jnp.float32), axis=1)
-    return jax.nn.silu(total).astype(x.dtype), window[:, 1:]
 
 
 def conv_over_shards(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,9 +113,7 @@ def _final_state(x: jax.Array, before: jax.Array, passed: jax.Array | None) -> j
     return jnp.where((counts == passed[:, -1:])[..., None], state, 0)
 
 
-def _check(
-    operation: str, x: jax.Array, kernel: jax.Array, state: jax.Array | None, segment_ids: jax.Array | None
-) -> None:
+def _check(x: jax.Array, kernel: jax.Array, state: jax.Array | None, segment_ids: jax.Array | None) -> None:
     """Raises ValueError unless kernel, state and segment ids go with x [B,T,C]."""
     batch, length, channels = x.shape
     arrays = {"kernel": kernel}
@@ -136,4 +124,4 @@ def _check(
     if segment_ids is not None:
         arrays["segment_ids"] = segment_ids
         expected["segment_ids"] = (batch, length)
-    layout.check_shapes(operation, arrays, expected, f"x of shape {x.shape}")
+    layout.check_shapes("short_conv", arrays, expected, f"x of shape {x.shape}")

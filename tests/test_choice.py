@@ -296,7 +296,7 @@ def test_a_run_chooses_once_and_goes_on_with_what_it_chose(run_of):
         train.convert(job)
     teacher = TeacherWeights(job)
     decided = choosing.decide(job, teacher, choose, str)
-    assert not teacher.are_held and teacher.job is decided and asked == [((("attention", 2),), 1, 0)]
+    assert teacher._params is None and teacher.job is decided and asked == [((("attention", 2),), 1, 0)]
     # What the first stage reads first, and nothing of what is held out.
     np.testing.assert_array_equal(read[0]["tokens"][: tiny_run.ROWS], next(job.batches("stage1"))["tokens"])
     assert decided.student.layer_mixers == ("attention", "window") and decided.to_choose == 0

@@ -35,8 +35,6 @@ from radlads_jax.run.tokens import Tokens, find_chats, find_tokens
 from radlads_jax.system import hosts
 from radlads_jax.system.storage import AnyPath, as_path
 
-_EVAL_SEQ_LEN = 512
-
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -198,7 +196,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
             check_exportable(tokenizer_dir, form.config(student, base_config))
         tokens = find_tokens(run, workdir, tokenizer, student.vocab_size)
         chat_file = find_chats(run, workdir, tokenizer, student.vocab_size)
-    eval_tokens = run.data.eval_rows * (run.stage(run.stages[0]).seq_len if run.stages else _EVAL_SEQ_LEN)
+    eval_tokens = run.data.eval_rows * run.stage(run.stages[0]).seq_len
     _check_rows(run, tokens.file, chat_file, eval_tokens)
     depends = _depends(source, base_config, tokenizer, tokens)
     if chat_file is not None:

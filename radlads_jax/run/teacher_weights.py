@@ -16,10 +16,6 @@ class TeacherWeights:
     def __init__(self, job: Job, params: Params | None = None):
         self.job, self._params = job, params
 
-    @property
-    def are_held(self) -> bool:
-        return self._params is not None
-
     def load_anew_for(self, job: Job) -> None:
         """For another job from here on, whose stacks are cut at other layers."""
         self.job, self._params = job, None

@@ -16,7 +16,7 @@ from rich.console import Console
 from radlads_jax import config as config_lib
 from radlads_jax.run import settings as settings_lib
 from radlads_jax.system import huge_pages, storage
-from radlads_jax.system.command import explain, parse_flags, refuse
+from radlads_jax.system.command import parse_flags, refusals, refuse
 from radlads_jax.system.stopping import Interrupted, leave_on_signals, outlive_readers
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A Python file with get_config(arg), e.g. configs/demo.py.")
@@ -59,14 +59,7 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
         settings = run.settings()
         storage.require_writable(workdir)
         settings_lib.check_same_config(workdir, settings)
-    except ValueError as error:
-        return refuse(error)
-    except OSError as error:
-        return refuse(error, explain(error))
-    except storage.access_errors() as error:
-        return refuse(error)
-    # Imported late: the models and their compiler take seconds that a typo should not.
-    try:
+        # Imported late: the models and their compiler take seconds that a typo should not.
         from radlads_jax.evaluation.choice import choose_for_run, table
         from radlads_jax.run import choosing, preflight
         from radlads_jax.run.job import make_job
@@ -74,8 +67,8 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
         from radlads_jax.run.train import TooManyNonFinite, convert
         from radlads_jax.system import backend, failing, hosts, process_memory
         from radlads_jax.system.workdir import held
-    # A variable for jax whose value is none.
-    except ValueError as error:
+    # Also a variable for jax whose value is none.
+    except refusals() as error:
         return refuse(error)
 
     process_memory.install()
@@ -103,9 +96,7 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
     except Interrupted as stop:
         Console(stderr=True).print(str(stop), style="yellow", markup=False, emoji=False, soft_wrap=True)
         return _EXIT_STOPPED + stop.signum
-    except (ValueError, NotImplementedError, TooManyNonFinite, OSError) as error:
-        return failing.end_all(refuse(error))
-    except storage.access_errors() as error:
+    except refusals(TooManyNonFinite) as error:
         return failing.end_all(refuse(error))
     return 0
 

@@ -20,7 +20,7 @@ from radlads_jax import config as config_lib
 from radlads_jax.planning.planner import make_planner, prepare_environment
 from radlads_jax.planning.tables import show, show_ranking, show_where
 from radlads_jax.system import storage, terminal
-from radlads_jax.system.command import explain, parse_flags, refuse
+from radlads_jax.system.command import parse_flags, refusals, refuse
 
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Chips and their torus, e.g. v5e:2x2, v5p:4x4x8, v6e:8x8, h100:8; or auto."
@@ -64,11 +64,7 @@ def main(argv: list[str]) -> int:
             result = planner.where(_TOPOLOGY.value, _WHERE.value)
         else:
             result = planner.auto() if automatic else planner.topology(_TOPOLOGY.value)
-    except ValueError as error:
-        return refuse(error)
-    except OSError as error:
-        return refuse(error, explain(error))
-    except storage.access_errors() as error:
+    except refusals() as error:
         return refuse(error)
     if _JSON.value:
         print(json.dumps(result, indent=2))

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from radlads_jax import config as config_lib
 from radlads_jax.system import storage
-from radlads_jax.system.command import explain, parse_flags, refuse
+from radlads_jax.system.command import parse_flags, refusals, refuse
 from radlads_jax.system.stopping import leave_on_signals
 
 _OUTPUT = flags.DEFINE_string("output", None, "A directory, or one in a bucket, for NAME.bin, NAME.idx and NAME.json.")
@@ -35,9 +35,7 @@ def main(argv: list[str]) -> int:
         from radlads_jax.run import tokens
 
         made = tokens.prepare_tokens(run, output)
-    except OSError as error:
-        return refuse(error, explain(error))
-    except storage.access_errors() as error:
+    except refusals() as error:
         return refuse(error)
     Console(soft_wrap=True, highlight=False).print(
         f"{made.file.num_tokens:,} tokens of {tokens.described(made.file, made.recipe)} are in {output}. A run takes "

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from radlads_jax import config as config_lib
 from radlads_jax.system import storage
-from radlads_jax.system.command import explain, parse_flags, refusals, refuse
+from radlads_jax.system.command import parse_flags, refusals, refuse
 from radlads_jax.system.stopping import leave_on_signals
 
 _PRECISIONS = ("float16", "float32")
@@ -54,8 +54,6 @@ def main(values: flags.FlagValues) -> int:
         from radlads_jax.system.workdir import held
 
         run = settings.with_whole_paths(run)
-    except OSError as error:
-        return refuse(error, explain(error))
     except refusals() as error:
         return refuse(error)
     try:

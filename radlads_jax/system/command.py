@@ -48,10 +48,14 @@ def _parsed(argv: list[str]) -> list[str]:
             raise ValueError(f"got the argument {rest[0]!r}; expected flags alone. Write it as --name=value.")
     except (flags.Error, ValueError) as error:
         sys.exit(refuse(error))
+    _quieten()
+    return argv
+
+
+def _quieten() -> None:
     if flags.FLAGS["verbosity"].using_default_value:
         # The libraries tell much about every checkpoint.
         logging.set_verbosity(logging.WARNING)
-    return argv
 
 
 def guarded(main: Callable[[flags.FlagValues], None], values: flags.FlagValues) -> int:
@@ -63,9 +67,9 @@ def guarded(main: Callable[[flags.FlagValues], None], values: flags.FlagValues) 
     return 0
 
 
-def refusals() -> tuple[type[Exception], ...]:
-    """What ends a command in one paragraph: what is wrong or can not be, and what cannot be read or written."""
-    return (NotImplementedError, *storage.access_errors())
+def refusals(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """What ends a command in one paragraph: what is wrong or can not be, what cannot be read or written, and others."""
+    return (NotImplementedError, *storage.access_errors(), *others)
 
 
 def refuse(error: Exception | str, said: str | None = None) -> int:
@@ -94,10 +98,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     # A locked ConfigDict raises AttributeError or KeyError for a field that it lacks, TypeError for a value's type; a
     # config file of one's own the others.
     except (flags.Error, ValueError, OSError, AttributeError, LookupError, TypeError, ImportError, NameError) as error:
-        sys.exit(refuse(error, explain(error)))
-    if flags.FLAGS["verbosity"].using_default_value:
-        # The libraries tell much about every checkpoint.
-        logging.set_verbosity(logging.WARNING)
+        sys.exit(refuse(error, _explain(error)))
+    _quieten()
     return positional
 
 
@@ -123,7 +125,7 @@ def _require_config_file(words: list[str]) -> None:
         )
 
 
-def explain(error: BaseException) -> str:
+def _explain(error: BaseException) -> str:
     """The message of an error in reading the configuration; with file and line, if the config file raised it."""
     cause: BaseException | None = error
     while cause is not None:

@@ -26,7 +26,7 @@ _OTHER_WEIGHTS = "consolidated*.safetensors"
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
 _SETTINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve_model_dir(path_or_id: str | os.PathLike, revision: str | None = None) -> AnyPath:
@@ -152,7 +152,7 @@ def check_ids(ids: Sequence[int], tokenizer: transformers.PreTrainedTokenizerBas
 
 
 def _downloaded(model_id: str, revision: str | None, *, weights: bool = True) -> Path:
-    if not _HUB_ID.fullmatch(model_id):
+    if not HUB_ID.fullmatch(model_id):
         raise ValueError(
             f"{model_id!r} is no existing directory and no hub id; expected a model directory or an id like "
             "'organisation/name'. Check the path."

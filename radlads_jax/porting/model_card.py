@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from radlads_jax.models.config import SOFTMAX, KeptAttention, ModelConfig
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.state import mixer_state
+from radlads_jax.porting.hub import HUB_ID
 from radlads_jax.system.space import shown_bytes
 
 # By this tag of its card an export is known on the hub.
 OWN_TAG = "radlads"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _USE_SECTION = re.compile(r"^## Use\n.*?(?=\n+^## |\n*\Z)", re.MULTILINE | re.DOTALL)
 _USE = """\
 ## Use
@@ -75,14 +75,14 @@ def tags(card: str) -> set[str]:
 
 def _place(name: str) -> str:
     """An id of the hub as it is; of a path of somebody's disk or bucket, which a card says to all, the last part."""
-    is_id = _HUB_ID.fullmatch(name) and not Path(name).exists()
+    is_id = HUB_ID.fullmatch(name) and not Path(name).exists()
     return name if is_id else name.rstrip("/").rpartition("/")[2]
 
 
 def _header(base: str) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     # The hub reads it as an id.
-    if _HUB_ID.fullmatch(base):
+    if HUB_ID.fullmatch(base):
         lines.append(f"base_model: {base}")
     return "\n".join([*lines, "tags:", "- linear-attention", "- rwkv", f"- {OWN_TAG}", "---"])
 

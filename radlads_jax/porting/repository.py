@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import errors
 
+from radlads_jax.porting.hub import HUB_ID
 from radlads_jax.system.untrusted import brief, listed
 
 _TOKEN = "HF_TOKEN"
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What every repository has from the hub itself.
 _HUBS_OWN = ".gitattributes"
 # The clients' own exceptions are HTTPError; an upload's threads pass theirs on as RuntimeError.
@@ -47,7 +46,7 @@ def require_name_and_token(name: str) -> str:
     """The token of the environment. Raises ValueError where there is none, and for what is no ORG/NAME."""
     try:
         huggingface_hub.utils.validate_repo_id(name)
-        reason = "" if _NAME.fullmatch(name) else "no ORG/NAME"
+        reason = "" if HUB_ID.fullmatch(name) else "no ORG/NAME"
     except errors.HFValidationError as error:
         reason = brief(error)
     if reason:

@@ -20,7 +20,7 @@ import numpy as np
 from radlads_jax.data.binidx import TokenFile, TokenFileWriter, open_token_file
 from radlads_jax.data.chat_template import Message, check_text, is_message, rendered, require_template
 from radlads_jax.data.packing import Batch, PackedRows
-from radlads_jax.data.prepare import made_before, progress_bar, publish_recipe, tokenizer_hash
+from radlads_jax.data.prepare import made_before, publish_recipe, tokenizer_hash, tokens_bar
 from radlads_jax.data.sources import Source, fingerprint, json_records
 from radlads_jax.system.storage import AnyPath
 from radlads_jax.system.untrusted import brief, listed
@@ -84,7 +84,7 @@ def prepare_chats(path: str, messages_field: str, tokenizer: Any, cache_dir: Any
     if there := made_before(cache_dir, digest):
         return open_token_file(there)
     prefix = cache_dir / f"chats-{digest}"
-    with TokenFileWriter(prefix, 2 * vocab_size) as writer, progress_bar() as bar:
+    with TokenFileWriter(prefix, 2 * vocab_size) as writer, tokens_bar() as bar:
         task = bar.add_task(f"tokenising {path}", total=None, completed=writer.num_tokens)
         documents = _documents(source, tokenizer, path)
         for ids in itertools.islice(documents, writer.num_documents, None):

@@ -75,7 +75,7 @@ def _write(
     framing: Framing,
     max_tokens: int | None,
 ) -> None:
-    with TokenFileWriter(prefix, vocab_size) as writer, progress_bar() as bar:
+    with TokenFileWriter(prefix, vocab_size) as writer, tokens_bar() as bar:
         task = bar.add_task(f"tokenising {source.path}", total=max_tokens, completed=writer.num_tokens)
         # A writer that goes on behind another has its first documents already.
         texts = itertools.islice(documents(source), writer.num_documents, None)
@@ -149,7 +149,7 @@ def _readable(source: Source) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(source.path).name)
 
 
-def progress_bar() -> Progress:
+def tokens_bar() -> Progress:
     """The bar of a tokenisation, shown on a terminal."""
     columns = (
         SpinnerColumn(),

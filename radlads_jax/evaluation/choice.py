@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +25,7 @@ from radlads_jax.models import ModelConfig
 from radlads_jax.models.decoder import Params
 from radlads_jax.models.window import WindowOptions
 from radlads_jax.system import storage
+from radlads_jax.system.terminal import progress_bar
 
 KINDS = ("passkey", "multi_key", "recall")
 TOKENS = 512
@@ -127,8 +126,7 @@ def choose_layers(
     examples = prompts(tokenizer, sizes, KINDS)
     rows = _rows(examples, texts, sizes)
     singly = (keep + 1) // 2
-    columns = (TextColumn("choosing softmax layers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+    with progress_bar("choosing softmax layers", show=not quiet) as progress:
         task = progress.add_task("", total=_passes(rows, cfg.num_layers, keep, singly))
         swaps = Swaps(cfg, params, rows, options, mesh=mesh, step=lambda: progress.advance(task))
         choice = _choose(swaps, examples, keep, singly, sizes)

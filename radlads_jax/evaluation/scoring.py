@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from radlads_jax.decoding.loop import Sequences, empty_sequences, read_chunk, read_tokens
 from radlads_jax.models import ModelConfig, bind
 from radlads_jax.models.decoder import Params
+from radlads_jax.system.terminal import progress_bar
 
 # Rows are read in chunks of this many tokens, shorter ones at one of the widths below it.
 _CHUNK = 512
@@ -53,8 +52,7 @@ def score_rows(
             )
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     scores: dict[int, Score] = {}
-    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not bar) as progress:
+    with progress_bar("scoring", show=bar) as progress:
         task = progress.add_task("", total=len(rows))
         while order:
             width = padded_width(len(rows[order[0]]) - 1)

@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pallas_kernels.sharded import constrain
 from radlads_jax.data import packing, stored_logits
@@ -25,6 +23,7 @@ from radlads_jax.run.job import Job
 from radlads_jax.system import hosts
 from radlads_jax.system.space import free_bytes, shown_bytes
 from radlads_jax.system.storage import AnyPath
+from radlads_jax.system.terminal import progress_bar
 
 # Tokens whose logits are in memory at once.
 _SLICE_TOKENS = 256
@@ -53,8 +52,7 @@ def store(job: Job, output: AnyPath, precision: str) -> StoredLogits:
         eval_tokens=job.eval_tokens,
         cross_document=recipe["cross_document"],
     )
-    columns = (TextColumn("storing logits"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not hosts.is_first()) as progress:
+    with progress_bar("storing logits", show=hosts.is_first()) as progress:
         blocks = len(missing)
         for turn, block in enumerate(progress.track(missing, total=blocks)):
             values = _block(job, teacher, rows, stored.block_rows(block), recipe["top_k"])

@@ -10,8 +10,8 @@ from radlads_jax.models.spec import Tensor, linear_tensors
 from radlads_jax.models.tree import ParamPath, keys_of
 
 
-def model_tensors(cfg: ModelConfig) -> list[Tensor]:
-    """Those outside the layers."""
+def outer_tensors(cfg: ModelConfig) -> list[Tensor]:
+    """Those of the model outside its layers."""
     embedding = Tensor(
         "embed/embedding", "model.embed_tokens.weight", (cfg.vocab_size, cfg.hidden_size), axes=("tensor", "fsdp")
     )
@@ -41,7 +41,7 @@ def layer_tensors(cfg: ModelConfig, mixer: str) -> list[Tensor]:
 
 def param_shapes(cfg: ModelConfig) -> dict[ParamPath, tuple[int, ...]]:
     """The shape of every parameter, layers of a stack on the leading axis."""
-    shapes = {keys_of(tensor.path): tensor.shape for tensor in model_tensors(cfg)}
+    shapes = {keys_of(tensor.path): tensor.shape for tensor in outer_tensors(cfg)}
     for stack, (mixer, count) in enumerate(cfg.stacks):
         for path, rows in itertools.groupby(layer_tensors(cfg, mixer), key=lambda tensor: tensor.path):
             tensors = list(rows)
@@ -62,7 +62,7 @@ def tensor_of(cfg: ModelConfig, path: str) -> Tensor | None:
 
 @functools.lru_cache
 def _by_path(cfg: ModelConfig) -> dict[str, Tensor]:
-    table = {tensor.path: tensor for tensor in model_tensors(cfg)}
+    table = {tensor.path: tensor for tensor in outer_tensors(cfg)}
     for stack, (mixer, _) in enumerate(cfg.stacks):
         for tensor in layer_tensors(cfg, mixer):
             table.setdefault(f"stacks/{stack}/{tensor.path}", tensor)

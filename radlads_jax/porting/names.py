@@ -8,7 +8,7 @@ import itertools
 
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.spec import Layout
-from radlads_jax.models.tensors import layer_tensors, model_tensors
+from radlads_jax.models.tensors import layer_tensors, outer_tensors
 from radlads_jax.models.tree import ParamPath, keys_of
 from radlads_jax.porting.families import FAMILIES
 
@@ -32,7 +32,7 @@ def disk_tensors(cfg: ModelConfig) -> dict[str, Location]:
     # A student's checkpoint has Hugging Face's usual names, whatever its teacher's family calls them.
     disk_name = FAMILIES[cfg.family].disk_name if cfg.recurrent_mixer is None else str
     tensors = {}
-    for tensor in model_tensors(cfg):
+    for tensor in outer_tensors(cfg):
         tensors[disk_name(tensor.name)] = Location(keys_of(tensor.path), (), tensor.shape, tensor.layout)
     for stack, ((mixer, count), start) in enumerate(zip(cfg.stacks, cfg.stack_starts, strict=True)):
         for layer, tensor in itertools.product(range(count), layer_tensors(cfg, mixer)):

@@ -17,8 +17,8 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from radlads_jax import config as config_lib
+from radlads_jax.planning.display import show, show_ranking, show_where
 from radlads_jax.planning.planner import make_planner, prepare_environment
-from radlads_jax.planning.tables import show, show_ranking, show_where
 from radlads_jax.system import storage, terminal
 from radlads_jax.system.command import parse_flags, refusals, refuse
 

@@ -21,7 +21,7 @@ from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill import program
 from radlads_jax.models import MIXERS, ModelConfig, abstract_params, bind, sharding
 from radlads_jax.models.placement import abstract
-from radlads_jax.planning import chips, cost, hlo, memory, plans, table, tables
+from radlads_jax.planning import chips, cost, display, hlo, memory, plans, table
 from radlads_jax.planning import planner as planner_lib
 from radlads_jax.planning import stage as stage_lib
 from radlads_jax.planning.hlo import Counts
@@ -260,7 +260,7 @@ def test_chips_are_ranked_by_cost(compilations, capsys):
         by_chip["h100"]["usd"] == pytest.approx(by_chip["h100"]["usd_counted"]) and by_chip["h100"]["usd_spot"] is None
     )
     assert by_chip["v6e"]["usd_spot"] == pytest.approx(by_chip["v6e"]["usd"] * 0.96 / 2.70)
-    tables.show_ranking(ranking, chips.prices({"tpu7x": 9.0}), Console(width=200))
+    display.show_ranking(ranking, chips.prices({"tpu7x": 9.0}), Console(width=200))
     shown = capsys.readouterr().out
     assert all(choice["stages"][0]["topology"] in shown for choice in ranking)
     assert "arithmetic" in shown and "compiler" in shown and "without a known price" not in shown
@@ -290,11 +290,11 @@ def test_a_chip_of_two_devices_is_priced_by_the_chip_and_only_with_a_price(compi
     assert (planned["chips"], planned["mesh"]["fsdp"], compilations) == (4, 8, [("stage2", 8)])
     stage = planned["stages"][0]
     assert stage["chip_hours"] == pytest.approx(4 * stage["hours"]) and (stage["usd"], planned["usd"]) == (None, None)
-    tables.show(planned, Console(width=200))
+    display.show(planned, Console(width=200))
     assert "--price tpu7x=USD" in capsys.readouterr().out
     priced = planner_lib.make_planner(run, {"tpu7x": 9.0})
     assert priced.topology("tpu7x:2x2x1")["usd"] == pytest.approx(9.0 * stage["chip_hours"])
-    tables.show_ranking(planner_lib.make_planner(run, {}).auto(), chips.prices({}), Console(width=200))
+    display.show_ranking(planner_lib.make_planner(run, {}).auto(), chips.prices({}), Console(width=200))
     assert "without a known price: tpu7x" in capsys.readouterr().out
     assert "tpu7x" in {choice["chip"] for choice in priced.auto()}
 
@@ -305,7 +305,7 @@ def test_chips_without_a_slice_for_the_mesh_are_left_out(compilations, capsys):
     run = dataclasses.replace(run, mesh=Mesh(data=128), stage1=stage1)
     ranking = planner_lib.make_planner(run, {}).auto()
     assert {choice["chip"] for choice in ranking} == {"v5e", "v5p", "v6e"}
-    tables.show_ranking(ranking, chips.prices({}), Console(width=200))
+    display.show_ranking(ranking, chips.prices({}), Console(width=200))
     assert "config.mesh: a100, h100, h200, b200." in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"\b7 devices.*\bv5e:2x2\b.*\bb200:64\b"):
         planner_lib.make_planner(dataclasses.replace(run, mesh=Mesh(data=7)), {}).auto()

@@ -5,7 +5,7 @@ from rich.console import Console
 
 from radlads_jax.planning import where
 from radlads_jax.planning.chips import CHIPS
-from radlads_jax.planning.tables import show_where
+from radlads_jax.planning.display import show_where
 
 CHIP = CHIPS["v6e"]
 # Six runs of a loop with a product (600 cycles), a copy (90) and a sum (30), then a copy of the compiler's own (7).

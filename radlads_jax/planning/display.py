@@ -1,4 +1,4 @@
-"""A plan as tables in a terminal."""
+"""What a plan shows on the terminal: its tables, a ranking of chips, where a step's time goes."""
 
 import re
 from collections.abc import Mapping

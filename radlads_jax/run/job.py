@@ -116,6 +116,36 @@ class Job:
         )
 
 
+def _check_teacher(run: RunConfig, source: AnyPath | None, teacher: ModelConfig) -> None:
+    """Raises ValueError for a teacher that can not be converted, or not as the config says. source: as of Job."""
+    if teacher.recurrent_mixer not in (None, FAMILIES[teacher.family].recurrent):
+        raise ValueError(
+            f"the teacher {run.teacher.path} is a {teacher.recurrent_mixer} student already; expected a model of "
+            "softmax attention, or of a family with recurrent layers of its own. Point config.teacher.path at the "
+            "model it was made from."
+        )
+    if FAMILIES[teacher.family].recurrent and teacher.o_bias:
+        raise ValueError(
+            f"the teacher {run.teacher.path} has biases of o, as an export with biases of q has, all of them 0: its "
+            "student would train them, and vLLM and llama.cpp leave them out. Expected none; python -m "
+            "radlads_jax.export --model TEACHER --output DIR --for=llama.cpp writes it without."
+        )
+    if source is not None:
+        # Only headers are read here: a damaged file shows now, not after the data has been tokenised.
+        model_tensors(source, teacher)
+    if run.export.retie and not teacher.tie_embeddings:
+        raise ValueError(
+            f"config.export.retie is true, but the teacher {run.teacher.path or 'from scratch'} has a head of its own "
+            "(tie_word_embeddings is not true in its config.json): the export would be another model. Expected retie "
+            "for tied teachers alone. Leave config.export.retie out."
+        )
+    if source is None and layers_to_choose(run.student):
+        raise ValueError(
+            f"config.student.attention_layers is {run.student.attention_layers[0]!r} for a run from fresh weights, "
+            "whose teacher can tell nothing of its layers; expected config.teacher.path. Name the layers instead."
+        )
+
+
 def _check_softening(run: RunConfig, teacher: ModelConfig) -> None:
     """Raises ValueError where config.teacher.temperature or .top_k can not do what they say."""
     asked = run.teacher
@@ -156,32 +186,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     source = resolve_model_dir(run.teacher.path, run.teacher.revision or None) if run.teacher.path else None
     base_config = read_config(source) if source else dict(run.teacher.scratch)
     original = dataclasses.replace(model_config_from_hf(base_config), dtype=run.teacher.dtype)
-    if original.recurrent_mixer not in (None, FAMILIES[original.family].recurrent):
-        raise ValueError(
-            f"the teacher {run.teacher.path} is a {original.recurrent_mixer} student already; expected a model of "
-            "softmax attention, or of a family with recurrent layers of its own. Point config.teacher.path at the "
-            "model it was made from."
-        )
-    if FAMILIES[original.family].recurrent and original.o_bias:
-        raise ValueError(
-            f"the teacher {run.teacher.path} has biases of o, as an export with biases of q has, all of them 0: its "
-            "student would train them, and vLLM and llama.cpp leave them out. Expected none; python -m "
-            "radlads_jax.export --model TEACHER --output DIR --for=llama.cpp writes it without."
-        )
-    if source is not None:
-        # Only headers are read here: a damaged file shows now, not after the data has been tokenised.
-        model_tensors(source, original)
-    if run.export.retie and not original.tie_embeddings:
-        raise ValueError(
-            f"config.export.retie is true, but the teacher {run.teacher.path or 'from scratch'} has a head of its own "
-            "(tie_word_embeddings is not true in its config.json): the export would be another model. Expected retie "
-            "for tied teachers alone. Leave config.export.retie out."
-        )
-    if source is None and layers_to_choose(run.student):
-        raise ValueError(
-            f"config.student.attention_layers is {run.student.attention_layers[0]!r} for a run from fresh weights, "
-            "whose teacher can tell nothing of its layers; expected config.teacher.path. Name the layers instead."
-        )
+    _check_teacher(run, source, original)
     student = make_student_config(original, run)
     check_trainable(run, student)
     _check_softening(run, original)

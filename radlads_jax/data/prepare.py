@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from radlads_jax.data.binidx import TokenFile, TokenFileWriter, open_token_file
@@ -158,4 +159,4 @@ def tokens_bar() -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    return Progress(*columns, disable=not sys.stderr.isatty())
+    return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())

@@ -62,7 +62,7 @@ def exported(tmp_path_factory, tokenizer_dir):
     return workdir, params
 
 
-@pytest.mark.parametrize("mixer", ["rad_rwkv6", "rad_rwkv7"])
+@pytest.mark.parametrize("mixer", ["rad_rwkv6", "rad_rwkv7", "window", "window_rwkv7"])
 def test_config_names_classes_that_the_files_hold(mixer, tmp_path):
     cfg = student(mixer)
     params = nest({path: jnp.zeros(shape) for path, shape in param_shapes(cfg).items()})

@@ -1,14 +1,14 @@
 """Configuration of RAD-RWKV7 students behind a window (model_type windowrwkv7qwen2)."""
 
+from .configuration_rwkv7qwen2 import RWKV7Qwen2Config
 from .configuration_student import GATE_LOW_RANK
 from .configuration_windowqwen2 import WindowQwen2Config
 
 
-class WindowRWKV7Qwen2Config(WindowQwen2Config):
-    """GroupNorm unless the keys say otherwise; always RoPE and a low-rank gate."""
+class WindowRWKV7Qwen2Config(WindowQwen2Config, RWKV7Qwen2Config):
+    """Those of both; always RoPE and a low-rank gate."""
 
     model_type = "windowrwkv7qwen2"
-    default_group_norm = True
 
     def __init__(self, use_rope=True, **kwargs):
         super().__init__(use_rope=use_rope, **kwargs)

@@ -1,4 +1,4 @@
-"""What both students' layers are built from: norms, MLP, RoPE, softmax attention, the mixers' shared parts.
+"""What all students' layers are built from: norms, MLP, RoPE, softmax attention, the mixers' shared parts.
 
 Arrays are [B, T, heads, head size]; the recurrences and everything summed over tokens are float32.
 """
@@ -141,7 +141,7 @@ class SoftmaxAttention(Projections):
 
 
 class RecurrentMixer(Projections):
-    """What both recurrent mixers share: repeated heads, the gate, GroupNorm."""
+    """What all recurrent mixers share: repeated heads, the gate, GroupNorm."""
 
     def __init__(self, config: StudentConfig, layer_idx: int):
         super().__init__(config, layer_idx, normed=config.qk_norm or config.mixer_qk_norm)

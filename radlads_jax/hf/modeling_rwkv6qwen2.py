@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+# Unused here: transformers 5.6 and earlier copy from a directory only the files that this one itself imports.
+from .cache_student import StudentCache as StudentCache
 from .configuration_rwkv6qwen2 import RWKV6Qwen2Config
 from .layers_student import (
     RecurrentMixer,

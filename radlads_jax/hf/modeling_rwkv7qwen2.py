@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+# Unused here: transformers 5.6 and earlier copy from a directory only the files that this one itself imports.
+from .cache_student import StudentCache as StudentCache
 from .configuration_rwkv7qwen2 import RWKV7Qwen2Config
-from .configuration_student import StudentConfig
 from .layers_student import (
     RecurrentMixer,
     chunk_slots,
@@ -100,7 +101,7 @@ def low_rank(width: int, rank: int, size: int) -> tuple[nn.Parameter, nn.Paramet
 class RWKV7Qwen2Mixer(RecurrentMixer):
     """The mixer; r_k belongs to the format and is unused, k_k and k_a are used without balance_state alone."""
 
-    def __init__(self, config: StudentConfig, layer_idx: int):
+    def __init__(self, config: RWKV7Qwen2Config, layer_idx: int):
         super().__init__(config, layer_idx)
         width, size = config.hidden_size, self.heads * self.head_dim
         self.w0, self.w1, self.w2 = low_rank(width, config.lora_rank_decay, size)

@@ -7,6 +7,8 @@ t and j are places in the document, counted over its real tokens; RoPE is at the
 import torch
 import torch.nn.functional as F
 
+# Unused here: transformers 5.6 and earlier copy from a directory only the files that this one itself imports.
+from .cache_student import StudentCache as StudentCache
 from .configuration_windowqwen2 import WindowQwen2Config
 from .layers_student import Context, Projections
 from .modeling_student import StudentForCausalLM, StudentModel, StudentPreTrainedModel

@@ -7,6 +7,8 @@ far = g p of modeling_rwkv7qwen2.py     m = sigmoid(x share), one number a head 
 import torch
 from transformers import initialization as init
 
+# Unused here: transformers 5.6 and earlier copy from a directory only the files that this one itself imports.
+from .cache_student import StudentCache as StudentCache
 from .configuration_windowrwkv7qwen2 import WindowRWKV7Qwen2Config
 from .layers_student import Linear
 from .modeling_rwkv7qwen2 import RWKV7Qwen2Mixer

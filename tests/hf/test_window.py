@@ -25,12 +25,13 @@ def attend(config, q, k, v, real, starts, state):
 
 
 def sequences(length: int):
-    """q, k, v of two kv heads, and which tokens are real, and where documents begin: at real ones alone."""
+    """q, k, v of two kv heads; which tokens are real, of a row that begins with padding too; where documents begin."""
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, length, heads, 8, generator=draw) for heads in (4, 2, 2))
     real, chance = torch.rand(2, 3, length, generator=draw)
     real = real > 0.2
-    # The first row is one document.
+    real[2, :3] = False
+    # The first row is one document. They begin at real tokens alone.
     starts = real & (chance < 0.04) & (torch.arange(3) > 0)[:, None]
     return q, k, v, real, starts
 
@@ -91,6 +92,8 @@ def test_scores_are_taken_block_by_block(monkeypatch):
     attention, shapes = torch.nn.functional.scaled_dot_product_attention, []
 
     def recorded(*args, attn_mask, **options):
+        # Every query sees something, padding itself: of nothing some softmaxes make no number.
+        assert attn_mask.any(-1).all()
         shapes.append(attn_mask.shape[-2:])
         return attention(*args, attn_mask=attn_mask, **options)
 

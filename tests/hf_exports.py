@@ -47,6 +47,9 @@ MODELS = {
     "rwkv7 hybrid, last": student("rad_rwkv7", (1, 2)),
     "rwkv7 of qwen3": student("rad_rwkv7", (2,), QWEN3),
     "rwkv7 of llama": student("rad_rwkv7", (), LLAMA),
+    "window": student("window", sinks=3, window=5),
+    "window rwkv7": student("window_rwkv7"),
+    "window rwkv7 hybrid": student("window_rwkv7", (1,), sinks=2, window=8),
     "rwkv6 hybrid, norms, no RoPE": other_softmax(
         student("rad_rwkv6", (0, 2), qk_norm=True), KeptAttention(rope=False, log_scale=16.0)
     ),
@@ -54,7 +57,7 @@ MODELS = {
         student("rad_rwkv7", (1, 2), qk_norm=True), KeptAttention(rope=False, log_scale=8.0, output_gate=True)
     ),
 }
-SOME = ("rwkv6", "rwkv6 hybrid", "rwkv7", "rwkv7 hybrid, last")
+SOME = ("rwkv6", "rwkv6 hybrid", "rwkv7", "rwkv7 hybrid, last", "window", "window rwkv7 hybrid")
 OTHER_SOFTMAX = "rwkv7 hybrid, norms, no RoPE, gates"
 
 

@@ -7,7 +7,11 @@ from .configuration_student import StudentConfig
 
 
 class RecurrentLayer(CacheLayerMixin):
-    """A mixer's state: wkv [B, heads, K, V] float32 and, with token shift, the last input [B, D]."""
+    """A mixer's state by name, batch leading; {} before the first token.
+
+    wkv [B, heads, K, V] float32: the recurrence's. last_input [B, D]: with token shift. Of a mixer with a window, what
+    its file's window_attention keeps.
+    """
 
     is_sliding = False
     supports_early_init = False
@@ -15,17 +19,15 @@ class RecurrentLayer(CacheLayerMixin):
     def __init__(self):
         super().__init__()
         self.length = 0
-        self.wkv: torch.Tensor | None = None
-        self.last_input: torch.Tensor | None = None
+        self.state: dict[str, torch.Tensor] = {}
 
-    def store(self, tokens: int, wkv: torch.Tensor, last_input: torch.Tensor | None = None) -> None:
+    def store(self, tokens: int, **state: torch.Tensor) -> None:
         """Puts the state after `tokens` more tokens in the place of the one before them."""
         self.length += tokens
-        self.wkv, self.last_input, self.is_initialized = wkv, last_input, True
+        self.state, self.is_initialized = state, True
 
     def _change(self, change) -> None:
-        self.wkv = None if self.wkv is None else change(self.wkv)
-        self.last_input = None if self.last_input is None else change(self.last_input)
+        self.state = {name: change(x) for name, x in self.state.items()}
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -37,7 +39,7 @@ class RecurrentLayer(CacheLayerMixin):
         self._change(lambda x: x[indices.to(x.device)])
 
     def reset(self) -> None:
-        self.length, self.wkv, self.last_input, self.is_initialized = 0, None, None, False
+        self.length, self.state, self.is_initialized = 0, {}, False
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:

@@ -1,4 +1,4 @@
-"""The configuration that rwkv6qwen2 and rwkv7qwen2 models share: Qwen2's keys and the switches of the mixers."""
+"""The configuration that all students share: Qwen2's keys and the switches of the mixers."""
 
 import math
 
@@ -121,10 +121,11 @@ class StudentConfig(PreTrainedConfig):
             return sorted(self.attention_layers)
         return list(range(self.num_hidden_layers - self.num_attention_layers, self.num_hidden_layers))
 
-    def _refuse_unsupported(self) -> None:
+    def _problems(self) -> dict[str, bool]:
+        """What the models lack, and whether it is asked for."""
         rope_type = self.rope_parameters.get("rope_type", "default")
         softmax, count = self.softmax_layers, self.num_attention_layers
-        problems = {
+        return {
             f"hidden_act {self.hidden_act!r} (silu is)": self.hidden_act != "silu",
             f"rope_type {rope_type!r} ({', '.join(ROPE_TYPES)} are)": rope_type not in ROPE_TYPES,
             "partial_rotary_factor other than 1": self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0,
@@ -143,7 +144,9 @@ class StudentConfig(PreTrainedConfig):
                 count and softmax != list(range(self.num_hidden_layers - count, self.num_hidden_layers))
             ),
         }
-        asked = [problem for problem, present in problems.items() if present]
+
+    def _refuse_unsupported(self) -> None:
+        asked = [problem for problem, present in self._problems().items() if present]
         if asked:
             raise ValueError(
                 f"this {self.model_type} configuration asks for what is not supported: {'; '.join(asked)}. Correct "

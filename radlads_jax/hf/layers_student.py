@@ -1,4 +1,4 @@
-"""What both students' layers are built from: norms, MLP, RoPE, softmax attention, the mixers' shared parts.
+"""What all students' layers are built from: norms, MLP, RoPE, softmax attention, the mixers' shared parts.
 
 Arrays are [B, T, heads, head size]; the recurrences and everything summed over tokens are float32.
 """
@@ -141,7 +141,7 @@ class SoftmaxAttention(Projections):
 
 
 class RecurrentMixer(Projections):
-    """What both recurrent mixers share: repeated heads, the gate, GroupNorm."""
+    """What all recurrent mixers share: repeated heads, the gate, GroupNorm."""
 
     def __init__(self, config: StudentConfig, layer_idx: int):
         super().__init__(config, layer_idx, normed=config.qk_norm or config.mixer_qk_norm)
@@ -160,13 +160,13 @@ class RecurrentMixer(Projections):
 
     def initial_state(self, x: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """The recurrence's state [B, H, K, V] before these tokens."""
-        stored = None if cache is None else cache.layers[self.layer_idx].wkv
-        if stored is not None:
-            return stored
+        state = {} if cache is None else cache.layers[self.layer_idx].state
+        if "wkv" in state:
+            return state["wkv"]
         return x.new_zeros(x.shape[0], self.heads, self.head_dim, self.head_dim, dtype=torch.float32)
 
-    def finish(self, out: torch.Tensor, x_gate: torch.Tensor) -> torch.Tensor:
-        """The recurrence's output [B, T, H, V] normalised, gated and projected to [B, T, D]."""
+    def gated_output(self, out: torch.Tensor, x_gate: torch.Tensor) -> torch.Tensor:
+        """The recurrence's output [B, T, H, V] normalised and gated, as o_proj reads it: [B, T, H V]."""
         out = out.flatten(2)
         if self.config.groupnorm_att:
             weight, bias = self.ln_x.weight.float(), self.ln_x.bias.float()
@@ -176,7 +176,7 @@ class RecurrentMixer(Projections):
             out = out * torch.sigmoid(self.gate(x_gate))
         elif self.config.gate_rank_type == GATE_LOW_RANK:
             out = out * (torch.sigmoid(x_gate @ self.g1) @ self.g2)
-        return self.o_proj(out)
+        return out
 
     def initialise(self) -> None:
         """Fills the parameters that are this class's own and not yet loaded, so that the gate starts quiet."""

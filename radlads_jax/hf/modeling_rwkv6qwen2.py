@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+# Unused here: transformers 5.6 and earlier copy from a directory only the files that this one itself imports.
+from .cache_student import StudentCache as StudentCache
 from .configuration_rwkv6qwen2 import RWKV6Qwen2Config
 from .layers_student import (
     RecurrentMixer,
@@ -128,9 +130,9 @@ class RWKV6Qwen2Mixer(RecurrentMixer):
 
     def forward(self, x, v_first, context, cache):
         x_r = x_k = x_v = x_w = x_g = x
-        last_input = None
+        shifted = {}
         if self.config.use_tokenshift:
-            (x_r, x_k, x_v, x_w, x_g), last_input = self._shifted(x, context, cache)
+            (x_r, x_k, x_v, x_w, x_g), shifted["last_input"] = self._shifted(x, context, cache)
         r, k, v, _ = self.project(x_r, x_k, x_v, context, use_rope=self.config.use_rope)
         k, v = self.repeat(k), self.repeat(v)
         decay = self.time_decay.float() + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
@@ -140,13 +142,13 @@ class RWKV6Qwen2Mixer(RecurrentMixer):
         log_w, k = hide_padding(context.real, log_w, k)
         out, state = wkv6(r, log_w, k, v, self.initial_state(x, cache), context.starts)
         if cache is not None:
-            cache.layers[self.layer_idx].store(x.shape[1], state, last_input)
-        return self.finish(out * self.head_dim**-0.5, x_g), v_first
+            cache.layers[self.layer_idx].store(x.shape[1], wkv=state, **shifted)
+        return self.o_proj(self.gated_output(out * self.head_dim**-0.5, x_g)), v_first
 
     def _shifted(self, x, context, cache):
         """The five mixes of every token with the one before it, in the order r, k, v, w, g, and the last input."""
-        before = None if cache is None else cache.layers[self.layer_idx].last_input
-        before = torch.zeros_like(x[:, 0]) if before is None else before
+        state = {} if cache is None else cache.layers[self.layer_idx].state
+        before = state["last_input"] if state else torch.zeros_like(x[:, 0])
         previous, last = previous_inputs(x, before, context.real, context.starts)
         s = previous - x
         streams = torch.tanh((x + s * self.time_maa_x) @ self.time_maa_w1).chunk(len(STREAMS), -1)

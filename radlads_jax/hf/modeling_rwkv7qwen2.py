@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+# Unused here: transformers 5.6 and earlier copy from a directory only the files that this one itself imports.
+from .cache_student import StudentCache as StudentCache
 from .configuration_rwkv7qwen2 import RWKV7Qwen2Config
 from .layers_student import (
     RecurrentMixer,
@@ -124,6 +126,13 @@ class RWKV7Qwen2Mixer(RecurrentMixer):
 
     def forward(self, x, v_first, context, cache):
         r, k, v, _ = self.project(x, x, x, context, use_rope=self.config.use_rope)
+        out, v_first, state = self.recurrence(x, r, k, v, v_first, context, cache)
+        if cache is not None:
+            cache.layers[self.layer_idx].store(x.shape[1], wkv=state)
+        return self.o_proj(out), v_first
+
+    def recurrence(self, x, r, k, v, v_first, context, cache):
+        """Of x's projections r [B, T, H, K] and k, v [B, T, G, K]: what o_proj reads, v_first, the last state."""
         k, v = self.repeat(k), self.repeat(v)
         log_w = self.split(LOG_W_BOUND * torch.sigmoid(self.w0.float() + torch.tanh(x @ self.w1) @ self.w2))
         iclr = self.split(torch.sigmoid(self.a0.float() + x @ self.a1 @ self.a2))
@@ -135,9 +144,8 @@ class RWKV7Qwen2Mixer(RecurrentMixer):
         a, b, k = (y.to(r.dtype) for y in (-kk, kk * iclr, k))
         log_w, k, b = hide_padding(context.real, log_w, k, b)
         out, state = wkv7(r, log_w, k, v, a, b, self.initial_state(x, cache), context.starts)
-        if cache is not None:
-            cache.layers[self.layer_idx].store(x.shape[1], state)
-        return self.finish(out if self.config.groupnorm_att else out * self.head_dim**-0.5, x), v_first
+        out = out if self.config.groupnorm_att else out * self.head_dim**-0.5
+        return self.gated_output(out, x), v_first, state
 
     def _keys(self, k, log_w, iclr):
         """The removal key, of unit length, and the key that is written, [B, T, H, K] float32."""

@@ -1,4 +1,4 @@
-"""Qwen2's decoder around any mixer: what RAD-RWKV6 and RAD-RWKV7 students share above their layers' parts."""
+"""Qwen2's decoder around any mixer: what all students share above their layers' parts."""
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +41,11 @@ class StudentLayer(GradientCheckpointingLayer):
 
 
 class StudentPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation; mixer_class is the recurrent mixer of the model's type."""
+    """Loading, saving and initialisation; mixer_class is the mixer of the layers that were converted."""
 
     config_class: type[StudentConfig] = StudentConfig
     config: StudentConfig
-    mixer_class: type[RecurrentMixer]
+    mixer_class: type[nn.Module]
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["StudentLayer"]  # noqa: RUF012 (transformers reads lists from the class)

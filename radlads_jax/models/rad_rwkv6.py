@@ -32,7 +32,6 @@ from radlads_jax.models.rwkv import (
     low_rank_size,
     read_ranks,
     read_switches,
-    torch_files,
     write_switches,
 )
 from radlads_jax.models.spec import (
@@ -44,6 +43,7 @@ from radlads_jax.models.spec import (
     TeacherStatistics,
     Tensor,
     low_rank_tensors,
+    torch_files,
 )
 
 _LOG_W_MIN = -5.0

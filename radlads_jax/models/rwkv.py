@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,8 +13,6 @@ from radlads_jax.models.spec import Calibration, Tensor, linear_tensors, low_ran
 
 _NORM = (("scale", "weight"), ("bias", "bias"))
 _GATES = ("none", "full", "low_rank")
-# Torch files for transformers' remote code: they are copied into an export, and never imported here.
-_TORCH_FILES = Path(__file__).parent.parent / "hf"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +108,6 @@ def gate_and_output_calibrations(cfg: ModelConfig) -> dict[str, Calibration]:
         return parts
     gate = Calibration(starts.low_rank_gate_at_one, needs=tuple(parts))
     return {"gate": gate} | parts | {"projection": dataclasses.replace(starts.SOLVED_OUTPUT, needs=("gate",))}
-
-
-def torch_files(model_type: str) -> tuple[Path, ...]:
-    """The torch files that a student's export carries."""
-    own = (f"configuration_{model_type}", f"modeling_{model_type}")
-    names = ("cache_student", "configuration_student", "layers_student", "modeling_student", *own)
-    return tuple(_TORCH_FILES / f"{name}.py" for name in names)
 
 
 # config.json's gate_rank_type.

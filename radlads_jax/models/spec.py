@@ -17,6 +17,8 @@ from radlads_jax.fields import typed
 from radlads_jax.models.config import ModelConfig
 
 Layout = Literal["same", "transposed", "vector"]
+# Torch files for transformers' remote code: they are copied into an export, and never imported here.
+_TORCH_FILES = Path(__file__).parent.parent / "hf"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +196,13 @@ class MixerSpec:
         """The options that a user may choose."""
         fields = dataclasses.fields(self.options) if self.options is not None else ()
         return [field.name for field in fields if "checkpoint" not in field.metadata]
+
+
+def torch_files(*model_types: str) -> tuple[Path, ...]:
+    """The torch files that a student's export carries: those of its model type and of the types it is built from."""
+    own = [f"{kind}_{model_type}" for model_type in model_types for kind in ("configuration", "modeling")]
+    names = ("cache_student", "configuration_student", "layers_student", "modeling_student", *own)
+    return tuple(_TORCH_FILES / f"{name}.py" for name in names)
 
 
 def of_checkpoint(default: Any) -> Any:

@@ -22,7 +22,7 @@ from pallas_kernels.sharded import ROWS, WHOLE_HEADS, parts, per_shard
 from radlads_jax.models.attention import Attention, Context, projection_tensors
 from radlads_jax.models.config import SOFTMAX, KeptAttention, ModelConfig
 from radlads_jax.models.layers import repeat_kv
-from radlads_jax.models.spec import MixerSpec, PublishedFormat, StateArray
+from radlads_jax.models.spec import MixerSpec, PublishedFormat, StateArray, torch_files
 
 # Queries that are scored at once: each block keeps its state for the backward pass, and each query of it meets the
 # whole block's keys beside its window.
@@ -236,7 +236,9 @@ SPEC = MixerSpec(
     # As softmax attention's: what a block keeps for its backward pass is as long as the keys are.
     bytes_per_column=32,
     obstacles=lambda cfg: [],
-    published=PublishedFormat("windowqwen2", "WindowQwen2ForCausalLM", read_sight, write_sight),
+    published=PublishedFormat(
+        "windowqwen2", "WindowQwen2ForCausalLM", read_sight, write_sight, torch_files("windowqwen2")
+    ),
     facts=lambda cfg: {"keys in sight": f"the first {cfg.mixer.sinks} and the latest {cfg.mixer.window}"},
 )
 

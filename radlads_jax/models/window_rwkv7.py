@@ -22,7 +22,7 @@ from radlads_jax.models.attention import Context
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import linear, split_heads
 from radlads_jax.models.rad_rwkv7 import RadRwkv7, RadRwkv7Options
-from radlads_jax.models.spec import PublishedFormat, StateArray, Tensor, linear_tensors
+from radlads_jax.models.spec import PublishedFormat, StateArray, Tensor, linear_tensors, torch_files
 from radlads_jax.models.window import (
     WindowOptions,
     read_sight,
@@ -85,7 +85,8 @@ def _state(cfg: ModelConfig, batch: int, max_length: int) -> dict[str, StateArra
 
 
 def _read(keys: Any, hidden_size: int) -> WindowRwkv7Options:
-    options = _FORMAT.read(keys, hidden_size)
+    # This type has RoPE, so that a config.json need not say it.
+    options = _FORMAT.read(dataclasses.replace(keys, values={"use_rope": True, **keys.values}), hidden_size)
     return WindowRwkv7Options(**vars(options), **vars(read_sight(keys, hidden_size)))
 
 
@@ -110,7 +111,13 @@ SPEC = dataclasses.replace(
         name: part for name, part in rad_rwkv7.SPEC.calibrations(cfg).items() if name in ("decay", "iclr", "value")
     },
     calibrated=("decay", "iclr", "value"),
-    published=PublishedFormat("windowrwkv7qwen2", "WindowRWKV7Qwen2ForCausalLM", _read, _write),
+    published=PublishedFormat(
+        "windowrwkv7qwen2",
+        "WindowRWKV7Qwen2ForCausalLM",
+        _read,
+        _write,
+        torch_files("windowrwkv7qwen2", "windowqwen2", "rwkv7qwen2"),
+    ),
     facts=lambda cfg: (
         dict(rad_rwkv7.SPEC.facts(cfg))
         | {"keys in sight": f"the first {cfg.mixer.sinks} and the latest {cfg.mixer.window}"}

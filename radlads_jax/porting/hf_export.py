@@ -31,9 +31,9 @@ _BASE_ONLY_KEYS = ("auto_map", "_name_or_path", "transformers_version", "torch_d
 def hf_config_from_model(cfg: ModelConfig, base: dict[str, Any]) -> dict[str, Any]:
     """The config.json of an export: base (the teacher's config, may be empty) with everything that cfg says put in.
 
-    A student is of type rwkv6qwen2 or rwkv7qwen2 whatever its teacher; `teacher_model_type`, `qk_norm` and, where the
-    softmax layers are not the last ones, `attention_layers` are this project's additions to the published keys, and of
-    a student with norms of q and k of its own or other softmax layers than its teacher's, `mixer_qk_norm` and `attn_*`.
+    A student is of its mixer's type whatever its teacher; `teacher_model_type`, `qk_norm` and, where the softmax layers
+    are not the last ones, `attention_layers` are this project's additions to the published keys, and of a student with
+    norms of q and k of its own or other softmax layers than its teacher's, `mixer_qk_norm` and `attn_*`.
     Raises ValueError for a model that its family's config cannot describe (for example mistral with biases).
     """
     published, family = _published(cfg), FAMILIES[cfg.family]

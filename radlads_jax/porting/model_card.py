@@ -31,7 +31,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
 The modelling files here need transformers 5 and torch alone; where flash-linear-attention and a CUDA device are there,
-prompts in half precision run through its kernels. They are under the Apache License 2.0."""
+its kernels run the recurrence over prompts in half precision. They are under the Apache License 2.0."""
 
 
 def write_model_card(

@@ -19,6 +19,7 @@ from radlads_jax.models import MIXERS, bind, init_state
 from radlads_jax.models.mixers import mixer_titles
 from radlads_jax.planning.planner import make_planner
 from radlads_jax.porting.model_card import write_model_card
+from radlads_jax.porting.writers import writer_for
 from radlads_jax.reporting.metrics_file import read_metrics
 from radlads_jax.reporting.sections import write_report
 from radlads_jax.run.metrics import MetricsLogger
@@ -120,12 +121,15 @@ def test_it_is_planned(teacher_dir):
     assert stages["stage1"]["parameter_bytes"] > 0
 
 
-def test_a_students_settings_are_checked():
+def test_a_students_settings_are_checked_and_its_reader_is_named():
     with pytest.raises(ValueError, match=r"gate.*ema"):
         MIXERS["ema"].choose(32, gate="full")
     with pytest.raises(ValueError, match="half_life"):
         MIXERS["ema"].choose(32, half_life=0)
     cfg = student_of(TEACHER, "ema", half_life=3)
-    assert "3 tokens" in write_model_card(cfg)
+    read_by = writer_for(cfg).readers(cfg)
+    assert not read_by["radlads_jax"] and "no torch code" in read_by["transformers"][0]
+    card = write_model_card(cfg, use=writer_for(cfg).use(cfg))
+    assert "3 tokens" in card and "radlads_jax.generate" in card
     assert jax.tree.leaves(dataclasses.asdict(cfg.mixer)) == [3, False]
     assert json.dumps(ema.SPEC.published.write(cfg.mixer))

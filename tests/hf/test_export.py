@@ -62,7 +62,7 @@ def exported(tmp_path_factory, tokenizer_dir):
     return workdir, params
 
 
-@pytest.mark.parametrize("mixer", ["rad_rwkv6", "rad_rwkv7"])
+@pytest.mark.parametrize("mixer", ["rad_rwkv6", "rad_rwkv7", "window", "window_rwkv7"])
 def test_config_names_classes_that_the_files_hold(mixer, tmp_path):
     cfg = student(mixer)
     params = nest({path: jnp.zeros(shape) for path, shape in param_shapes(cfg).items()})
@@ -72,6 +72,11 @@ def test_config_names_classes_that_the_files_hold(mixer, tmp_path):
     for place in config["auto_map"].values():
         module, name = place.split(".")
         assert f"class {name}(" in (tmp_path / "b" / f"{module}.py").read_text()
+    # transformers 5.6 and earlier copy no others.
+    modules = {place.split(".")[0] for place in config["auto_map"].values()}
+    sources = "".join((tmp_path / "b" / f"{module}.py").read_text() for module in modules)
+    imported = set(re.findall(r"^from \.(\w+) import", sources, re.MULTILINE))
+    assert {path.stem for path in (tmp_path / "b").glob("*.py")} == modules | imported
     # A list of the teacher's, which would call the recurrent layers softmax attention.
     assert "layer_types" not in config
     assert (tmp_path / "b" / "README.md").read_text().startswith("---\nlibrary_name: transformers\n")

@@ -12,6 +12,7 @@ from hf_exports import MODELS, OTHER_SOFTMAX, SOME, Exported, ids, relative_rms
 
 from radlads_jax.models import bind
 from radlads_jax.porting import load_params, model_config_from_hf, read_config, save_params
+from radlads_jax.porting.hf_export import modelling_files
 
 torch = pytest.importorskip("torch", reason="compares with torch, which is pinned for Python 3.11 alone")
 transformers = pytest.importorskip("transformers")
@@ -45,7 +46,7 @@ def test_logits_are_ours(export, name):
     assert relative_rms(torch_logits(exported.model(), tokens), our_logits(exported)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["rwkv6 hybrid", "rwkv7"])
+@pytest.mark.parametrize("name", ["rwkv6 hybrid", "rwkv7", "window rwkv7"])
 def test_logits_in_bfloat16(export, name):
     exported, tokens = export(name), ids(2, 77)
     model = exported.model(dtype=torch.bfloat16)
@@ -88,7 +89,7 @@ def test_padding_anywhere_changes_nothing(export, name):
         assert relative_rms(got[row, mask[row]], expected) < 5e-6
 
 
-@pytest.mark.parametrize("name", ["rwkv6 hybrid", "rwkv7"])
+@pytest.mark.parametrize("name", ["rwkv6 hybrid", "rwkv7", "window rwkv7 hybrid"])
 def test_greedy_text_of_a_padded_batch_is_ours(export, name):
     """Every token that generate() chose has our largest logit after the tokens before it."""
     exported, prompts, new = export(name), [ids(1, n, seed=n)[0] for n in (12, 7, 1)], 8
@@ -103,7 +104,7 @@ def test_greedy_text_of_a_padded_batch_is_ours(export, name):
         np.testing.assert_array_equal(row.argmax(-1)[len(prompt) - 1 :][:new], text)
 
 
-@pytest.mark.parametrize("name", ["rwkv6", "rwkv7 hybrid, last"])
+@pytest.mark.parametrize("name", ["rwkv6", "rwkv7 hybrid, last", "window rwkv7 hybrid"])
 @pytest.mark.parametrize("options", [{"do_sample": True, "top_k": 20}, {"num_beams": 3}], ids=["sampling", "beams"])
 def test_generate_gives_the_same_with_and_without_a_state(export, name, options):
     """Without one every step reads the whole row again; beams exercise the reordering of states."""
@@ -120,8 +121,9 @@ def test_generate_gives_the_same_with_and_without_a_state(export, name, options)
     assert results[0].shape[1] > 6
 
 
-def test_generate_continues_from_a_returned_state(export):
-    model, prompt = export("rwkv7 hybrid, last").model(), torch.as_tensor(ids(1, 6))
+@pytest.mark.parametrize("name", ["rwkv7 hybrid, last", "window rwkv7 hybrid"])
+def test_generate_continues_from_a_returned_state(export, name):
+    model, prompt = export(name).model(), torch.as_tensor(ids(1, 6))
     options = {"do_sample": False, "eos_token_id": None}
     whole = model.generate(prompt, max_new_tokens=8, **options)
     first = model.generate(prompt, max_new_tokens=3, return_dict_in_generate=True, **options)
@@ -135,7 +137,8 @@ def test_saved_by_transformers_and_read_again(export, name, tmp_path):
     model = exported.model()
     model.save_pretrained(tmp_path / "saved")
     copied = {path.name for path in exported.directory.glob("*.py")}
-    assert copied <= {path.name for path in (tmp_path / "saved").iterdir()} and len(copied) == 6
+    assert copied == {path.name for path in modelling_files(exported.cfg)} and len(copied) >= 6
+    assert copied <= {path.name for path in (tmp_path / "saved").iterdir()}
     again = Exported(tmp_path / "saved", exported.cfg, {}).model()
     np.testing.assert_array_equal(torch_logits(again, tokens), torch_logits(model, tokens))
     assert model_config_from_hf(read_config(tmp_path / "saved")) == exported.cfg
@@ -184,7 +187,7 @@ def test_hidden_states(export):
     torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
 
 
-@pytest.mark.parametrize("name", ["rwkv6", "rwkv7"])
+@pytest.mark.parametrize("name", ["rwkv6", "rwkv7", "window rwkv7"])
 def test_fresh_weights_are_stage_0s(export, name):
     """RADLADS section 2's initial values that are not random."""
     config = transformers.AutoConfig.from_pretrained(export(name).directory, trust_remote_code=True)
@@ -198,6 +201,8 @@ def test_fresh_weights_are_stage_0s(export, name):
         else:
             expected = {"w0": -7 + 5 * rising ** (0.85 + depth**0.5) + 0.5, "a0": 0, "v0": 1, "k_k": 0.85, "k_a": 1}
             expected |= dict.fromkeys(["w1", "a1", "v1", "g1"], 0)
+        if name == "window rwkv7":
+            expected |= {"g2": 0, "share.weight": 0, "share.bias": -4}
         for key, value in expected.items():
             np.testing.assert_allclose(own[key].squeeze(), value, atol=1e-5, err_msg=key)
         assert all(np.isfinite(value).all() for value in own.values())
@@ -224,10 +229,9 @@ def test_tokenizer_chat_template_and_generation_config(export, tokenizer_dir):
     assert exported.model().generation_config.eos_token_id == 258
 
 
-@pytest.mark.parametrize("model_type", ["rwkv6qwen2", "rwkv7qwen2"])
-def test_absent_keys_mean_what_they_mean_to_us(export, model_type):
+@pytest.mark.parametrize("name", ["rwkv6", "rwkv7", "window", "window rwkv7"])
+def test_absent_keys_mean_what_they_mean_to_us(export, name):
     """A config.json with the dimensions alone is read as the same model by transformers' class and by porting."""
-    name = model_type[:5]
     directory = export(name).directory
     kind = type(transformers.AutoConfig.from_pretrained(directory, trust_remote_code=True))
     keys = {
@@ -241,7 +245,7 @@ def test_absent_keys_mean_what_they_mean_to_us(export, model_type):
     }
     full = kind(**keys).to_dict()
     assert full["rope_theta"] == full["rope_parameters"]["rope_theta"] == 5e5
-    assert model_config_from_hf(full) == model_config_from_hf({"model_type": model_type, **keys})
+    assert model_config_from_hf(full) == model_config_from_hf({"model_type": kind.model_type, **keys})
 
 
 @pytest.mark.parametrize(
@@ -255,6 +259,9 @@ def test_absent_keys_mean_what_they_mean_to_us(export, model_type):
         ("rwkv6", {"attention_layers": [3]}, r"attention_layers \[3\].*\b3 layers\b"),
         ("rwkv6", {"attention_layers": [0], "num_attention_layers": 1}, r"attention_layers \[0\].*\blast 1\b"),
         ("rwkv6", {"use_sliding_window": True}, "use_sliding_window"),
+        ("window", {"attention_sinks": -1}, "attention_sinks -1"),
+        ("window rwkv7", {"attention_window": 0}, "attention_window 0"),
+        ("window rwkv7", {"use_rope": False, "gate_rank_type": 1}, "use_rope false; gate_rank_type 1"),
     ],
 )
 def test_configurations_that_are_refused(export, name, changes, named):
@@ -278,9 +285,10 @@ def test_calls_that_are_refused(export, options, named):
         export("rwkv7").model()(torch.zeros(1, 5, dtype=torch.long), **options)
 
 
-def test_the_files_need_torch_and_transformers_alone(export):
+@pytest.mark.parametrize("name", ["rwkv6", "window rwkv7"])
+def test_the_files_need_torch_and_transformers_alone(export, name):
     allowed = {"math", "typing", "torch", "transformers", "fla"}
-    for path in export("rwkv6").directory.glob("*.py"):
+    for path in export(name).directory.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 assert {alias.name.split(".")[0] for alias in node.names} <= allowed, path

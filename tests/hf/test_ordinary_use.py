@@ -84,6 +84,7 @@ def test_transformers_4_is_told_which_version_is_needed(version, monkeypatch):
         ("rwkv6 unbounded", torch.bfloat16),
         ("rwkv7", torch.float16),
         ("rwkv7 hybrid, last", torch.bfloat16),
+        ("window rwkv7", torch.bfloat16),
     ],
 )
 def test_losses_and_gradients_under_autocast(export, name, dtype):
@@ -151,9 +152,10 @@ def test_packed_rows_in_chunks_are_packed_rows_at_once(export, name, chunks):
     assert relative_rms(torch.cat(got, 1), logits_of(model, rows, position_ids=positions)) < 5e-6
 
 
-def test_the_last_document_of_every_row_goes_on(export):
+@pytest.mark.parametrize("name", ["rwkv7 hybrid, last", "window rwkv7 hybrid"])
+def test_the_last_document_of_every_row_goes_on(export, name):
     """Rows whose last documents begin at different tokens, their states put in another order, as beams are."""
-    model = export("rwkv7 hybrid, last").model()
+    model = export(name).model()
     documents, rows, positions = packed(2)
     with torch.no_grad():
         cache = model(rows, position_ids=positions, use_cache=True).past_key_values

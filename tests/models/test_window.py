@@ -147,14 +147,12 @@ def test_eight_devices_see_what_one_does(axes):
         assert rms_ratio(got, expected) < 2e-6
 
 
-def test_a_student_is_written_and_read_back_and_its_reader_is_named():
+def test_a_student_is_written_and_read_back():
     cfg = student_of(BASE, "window", sinks=2, window=9)
     config = hf_config_from_model(cfg, {})
     assert (config["attention_sinks"], config["attention_window"]) == (2, 9)
     assert model_config_from_hf(config) == cfg
-    read_by = writer_for(cfg).readers(cfg)
-    assert not read_by["radlads_jax"] and "no torch code" in read_by["transformers"][0]
-    assert "radlads_jax.generate" in write_model_card(cfg, use=writer_for(cfg).use(cfg))
+    assert "AutoModelForCausalLM" in write_model_card(cfg, use=writer_for(cfg).use(cfg))
     # Nothing in a state grows with the length, and all of the mixer is the teacher's.
     assert state_bytes(cfg, 10) == state_bytes(cfg, 10_000) == 4 * (2 * (2 + 9) * 2 * 8 + 1)
     teacher = random_params(BASE)

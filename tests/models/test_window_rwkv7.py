@@ -58,6 +58,10 @@ def test_what_it_is_asked_and_what_config_json_says():
     said = hf_config_from_model(cfg, {"model_type": "qwen2"})
     assert (said["attention_sinks"], said["attention_window"]) == (2, 5)
     assert model_config_from_hf(said).mixer == cfg.mixer
+    del said["use_rope"]
+    assert model_config_from_hf(said).mixer == cfg.mixer
+    with pytest.raises(ValueError, match="use_rope"):
+        model_config_from_hf(said | {"use_rope": False})
     assert MIXERS["window_rwkv7"].choose(32).group_norm and MIXERS["window_rwkv7"].choose(32).window == 64
     for wrong, named in (({"use_rope": False}, "use_rope"), ({"gate": "full"}, "gate"), ({"window": 0}, "window")):
         with pytest.raises(ValueError, match=named):

@@ -88,8 +88,14 @@ def auto_map(cfg: ModelConfig) -> dict[str, str]:
 
 def _published(cfg: ModelConfig) -> PublishedFormat | None:
     """The format of a student; None for a model that transformers knows. Raises ValueError for one without a format."""
-    if cfg.recurrent_mixer in (None, FAMILIES[cfg.family].recurrent):
+    own = FAMILIES[cfg.family].recurrent
+    if cfg.recurrent_mixer in (None, own):
         return None
+    if own is not None:
+        raise ValueError(
+            f"a student of {cfg.recurrent_mixer} whose teacher is of the family {cfg.family} has no config.json, for "
+            f"no student's has what this family's layers have; expected --config.student.mixer={own}."
+        )
     published = MIXERS[cfg.recurrent_mixer].published
     if published is None:
         raise ValueError(

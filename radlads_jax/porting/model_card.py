@@ -48,7 +48,7 @@ def write_model_card(
     is not given is left out. use: the section on how to use it; default: with the files' own code.
     """
     base = _place((run or {}).get("teacher", {}).get("path", ""))
-    sections = [_header(base), _description(cfg, base), use or _USE]
+    sections = [_header(cfg, base), _description(cfg, base), use or _USE]
     if run is not None:
         sections.append(_recipe(run, summary))
     if summary is not None:
@@ -79,12 +79,13 @@ def _place(name: str) -> str:
     return name if is_id else name.rstrip("/").rpartition("/")[2]
 
 
-def _header(base: str) -> str:
+def _header(cfg: ModelConfig, base: str) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     # The hub reads it as an id.
     if HUB_ID.fullmatch(base):
         lines.append(f"base_model: {base}")
-    return "\n".join([*lines, "tags:", "- linear-attention", "- rwkv", f"- {OWN_TAG}", "---"])
+    kinds = ["- rwkv"] if "rwkv" in (cfg.recurrent_mixer or "") else []
+    return "\n".join([*lines, "tags:", "- linear-attention", *kinds, f"- {OWN_TAG}", "---"])
 
 
 def _description(cfg: ModelConfig, base: str) -> str:
@@ -109,8 +110,8 @@ def _description(cfg: ModelConfig, base: str) -> str:
         [
             f"# {spec.title} student{of_base}",
             "",
-            f"A {cfg.family} language model whose softmax attention was converted to {spec.title}, a recurrence with a",
-            "state of constant size, by distillation as in RADLADS",
+            f"A {cfg.family} language model whose softmax attention was converted to {spec.title}, whose state has a",
+            "constant size, by distillation as in RADLADS",
             "([arXiv 2505.03005](https://arxiv.org/abs/2505.03005)), with radlads_jax.",
             "",
             "| | |",

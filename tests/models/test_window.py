@@ -17,7 +17,7 @@ from radlads_jax.models.decoder import make_context
 from radlads_jax.models.window import WindowOptions
 from radlads_jax.porting import model_config_from_hf
 from radlads_jax.porting.hf_export import hf_config_from_model
-from radlads_jax.porting.model_card import write_model_card
+from radlads_jax.porting.model_card import tags, write_model_card
 from radlads_jax.porting.student import init_mixers
 from radlads_jax.porting.writers import writer_for
 
@@ -152,7 +152,8 @@ def test_a_student_is_written_and_read_back():
     config = hf_config_from_model(cfg, {})
     assert (config["attention_sinks"], config["attention_window"]) == (2, 9)
     assert model_config_from_hf(config) == cfg
-    assert "AutoModelForCausalLM" in write_model_card(cfg, use=writer_for(cfg).use(cfg))
+    card = write_model_card(cfg, use=writer_for(cfg).use(cfg))
+    assert "AutoModelForCausalLM" in card and "rwkv" not in tags(card)
     # Nothing in a state grows with the length, and all of the mixer is the teacher's.
     assert state_bytes(cfg, 10) == state_bytes(cfg, 10_000) == 4 * (2 * (2 + 9) * 2 * 8 + 1)
     teacher = random_params(BASE)

@@ -11,8 +11,10 @@ from untrained import random_params, student_of
 
 from radlads_jax.models import ModelConfig, bind
 from radlads_jax.models.config import KeptAttention
+from radlads_jax.models.window import WindowOptions
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
+from radlads_jax.porting.hf_export import hf_config_from_model
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.save import save_params
 from radlads_jax.porting.writers import default_format, padded_heads, writer_for, zero_centred
@@ -145,3 +147,11 @@ def test_the_constant_is_held_by_bfloat16():
 def test_what_has_no_place_is_named(cfg, named):
     with pytest.raises(ValueError, match=named):
         writer_for(cfg, "qwen3_5").require(cfg, None)
+
+
+def test_a_student_of_another_mixer_is_refused_by_name():
+    """Before anything is trained: its settings are made to a config.json then."""
+    teacher = dataclasses.replace(student_of(QWEN3, "gdn", (3,)), family="qwen3_5_text")
+    student = dataclasses.replace(teacher, stacks=(("window", 3), ("attention", 1)), mixer=WindowOptions())
+    with pytest.raises(ValueError, match=r"\bwindow whose teacher is of the family qwen3_5_text\b.*student\.mixer=gdn"):
+        hf_config_from_model(student, {})

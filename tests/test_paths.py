@@ -99,6 +99,7 @@ def test_every_door_knows_the_home(home: pathlib.Path, teacher: pathlib.Path, mo
 
 
 def test_a_config_file_in_the_home(home: pathlib.Path, monkeypatch: Any) -> None:
+    (home / "my.py").write_text("")
     read: list[list[str]] = []
     monkeypatch.setattr(type(launch.flags.FLAGS), "__call__", lambda _, argv: read.append(argv) or argv)
     parse_flags(["launch", "--config=~/my.py:lr=1", "--workdir=~/x", "--config.data.path=~/y"])

@@ -24,6 +24,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# gcsfs reads it when any test imports it: otherwise every path that is not in a tests' bucket is asked of Google first,
+# for a minute each.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 # A worker holds millions of objects (programs, traces) for its whole life, and Python's collector goes through them.
 gc.set_threshold(100_000, 20, 20)

@@ -185,4 +185,4 @@ def test_the_progress_bar_is_shown_on_a_terminal(
         monkeypatch.setattr("sys.stderr.isatty", lambda is_terminal=is_terminal: is_terminal)
         source = Source("tales", "synthetic", num_documents=5 + is_terminal)
         prepare(source, trained, tmp_path, vocab_size=400, framing=ENDED)
-        assert ("tokenising tales" in capsys.readouterr().out) == is_terminal
+        assert ("tokenising tales" in capsys.readouterr().err) == is_terminal

@@ -238,7 +238,7 @@ def add_recipe(name: str, recipe: StageConfig) -> None:
     _ADDED[name] = recipe
 
 
-def _stage_names() -> tuple[str, ...]:
+def stage_names() -> tuple[str, ...]:
     """Every stage that a config may name."""
     return (*STAGE_NAMES, *_ADDED)
 
@@ -251,7 +251,7 @@ def defaults() -> ConfigDict:
     run = {name: value for name, value in fields.with_placeholders(RunConfig()).items() if name != "added"}
     config = ConfigDict(run | {name: fields.with_placeholders(recipe) for name, recipe in _ADDED.items()})
     config.teacher.scratch, config.student.options = ConfigDict(), ConfigDict()
-    for name in _stage_names():
+    for name in stage_names():
         fields.follow(config[name], "warmup_steps", _fitting_warmup, "tokens", "seq_len", "batch_size")
     return config.lock()
 
@@ -286,10 +286,10 @@ def validate(config: ConfigDict) -> RunConfig:
     values = config.to_dict()
     added = {name: fields.build(StageConfig, values.pop(name), f"config.{name}") for name in _ADDED if name in values}
     run = dataclasses.replace(fields.build(RunConfig, values, "config"), added=added)
-    unknown = [s for s in run.stages if s not in _stage_names()]
+    unknown = [s for s in run.stages if s not in stage_names()]
     if unknown:
         raise ValueError(
-            f"config.stages holds {unknown}; expected names out of {', '.join(_stage_names())}. On the command line "
+            f"config.stages holds {unknown}; expected names out of {', '.join(stage_names())}. On the command line "
             "each is a flag of its own: --config.stages=stage1 --config.stages=stage2."
         )
     require(bool(run.stages), "config.stages", run.stages, f"at least one of {', '.join(STAGE_NAMES)}")

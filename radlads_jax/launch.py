@@ -58,10 +58,11 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
         run = settings_lib.with_whole_paths(config_lib.validate(_CONFIG.value))
         settings = run.settings()
         storage.require_writable(workdir)
-        settings_lib.check_same_config(workdir, settings)
+        changed = settings_lib.check_same_config(workdir, settings)
         # Imported late: the models and their compiler take seconds that a typo should not.
         from radlads_jax.evaluation.choice import choose_for_run, table
         from radlads_jax.run import choosing, preflight
+        from radlads_jax.run.display import say
         from radlads_jax.run.job import make_job
         from radlads_jax.run.teacher_weights import TeacherWeights
         from radlads_jax.run.train import TooManyNonFinite, convert
@@ -79,7 +80,9 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
         with held(workdir), backend.room_for("the run does", _LESS_MEMORY):
             job = make_job(run, workdir)
             teacher = TeacherWeights(job)
-            preflight.check(job, teacher, force=_FORCE.value, whole=_PREFLIGHT_ONLY.value)
+            if changed:
+                say(f"goes on with other settings of what has not begun: {'; '.join(changed)}")
+            preflight.check(job, teacher, force=_FORCE.value, whole=_PREFLIGHT_ONLY.value or bool(changed))
             if _PREFLIGHT_ONLY.value:
                 return 0
 

@@ -240,6 +240,7 @@ def test_a_directory_with_a_run_of_other_settings_is_refused(inputs, tmp_path, m
     check_same_config(tmp_path / "older", settings(inputs).to_dict())
     with pytest.raises(ValueError, match=r"moment_dtype was 'float32' and is now 'bfloat16'"):
         check_same_config(tmp_path / "older", settings(inputs, optim__moment_dtype="bfloat16").to_dict())
+    (workdir / "checkpoints" / "stage1" / "3").mkdir(parents=True)
     assert run_main(monkeypatch, settings(inputs, seed=1, stage1__lr=0.5), workdir) == 1
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1

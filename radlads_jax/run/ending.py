@@ -24,7 +24,6 @@ from radlads_jax.run import display, heldout
 from radlads_jax.run.answers import answer_scores
 from radlads_jax.run.job import Job
 from radlads_jax.system import hosts, storage
-from radlads_jax.system.json_files import read_json
 from radlads_jax.system.untrusted import brief
 
 # In summary.json, what comes after the scores and is not done yet. What an earlier version wrote has all of it.
@@ -105,16 +104,8 @@ def _write_page(job: Job) -> storage.AnyPath:
     return write_report(job.workdir, losses=stage_losses(), mixers=mixer_titles())
 
 
-def finished(job: Job) -> dict[str, Any] | None:
-    """summary.json of a run whose export and scores are there; None of one that still has to train or to score."""
-    path = job.workdir / "summary.json"
-    if not path.exists() or not (job.workdir / "export").is_dir():
-        return None
-    return read_json(path, "Remove the file: scores are measured again.")
-
-
 def go_on(job: Job, summary: dict[str, Any]) -> dict[str, Any]:
-    """Does what a `finished` run has not done yet, and answers and samples that it was not asked for before."""
+    """Does what a finished run has not done yet, and answers and samples that it was not asked for before."""
     to_do, train = summary.pop(_TO_DO, []), job.run.train
     if summary.get("answers", {"tales": 0})["tales"] != train.answer_tales:
         to_do += ["answers", "card"]

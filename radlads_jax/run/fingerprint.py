@@ -17,7 +17,9 @@ import numpy as np
 from radlads_jax.data.binidx import TokenFile
 from radlads_jax.data.files import identity
 from radlads_jax.porting.safetensors_read import StoredTensor, open_checkpoint
+from radlads_jax.run.settings import begun_stages
 from radlads_jax.system import hosts, storage
+from radlads_jax.system.json_files import read_json
 from radlads_jax.system.storage import AnyPath, read_ranges
 from radlads_jax.system.untrusted import brief, listed, parse_json
 
@@ -73,15 +75,20 @@ def has_begun(workdir: AnyPath) -> bool:
 
     One that was refused or ran out of memory before has no say in the next one.
     """
-    place = workdir / "checkpoints"
-    if (workdir / "config.json").exists() or not place.is_dir():
-        return (workdir / "config.json").exists()
-    stages = [name for name, is_file in storage.children(place).items() if not is_file]
-    return any(step.isdigit() for stage in stages for step in storage.children(place / stage))
+    return (workdir / "config.json").exists() or bool(begun_stages(workdir))
 
 
-def is_finished(workdir: AnyPath) -> bool:
-    return (workdir / "summary.json").exists() and (workdir / "export").is_dir()
+def finished(workdir: AnyPath, stages: Sequence[str]) -> dict[str, Any] | None:
+    """summary.json of a run whose export and scores are there; None of one that still has to train or to score.
+
+    stages: the run's now. Where they are others than those that were trained, it is to go on.
+    """
+    path = workdir / "summary.json"
+    if not path.exists() or not (workdir / "export").is_dir():
+        return None
+    summary = read_json(path, "Remove the file: scores are measured again.")
+    trained = [stage["name"] for stage in summary.get("stages", [])]
+    return summary if trained in ([], list(stages)) else None
 
 
 def require_same(before: Mapping[str, Any], now: Mapping[str, Any], workdir: AnyPath, hint: str = "") -> None:

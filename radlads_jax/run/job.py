@@ -211,7 +211,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
         depends["converted"] = list(student.aligned_layers)
     logits = None
     # One that is finished reads them no more, and they may be gone.
-    if not (is_finished := fingerprint.is_finished(workdir)):
+    if not (is_finished := fingerprint.finished(workdir, run.stages) is not None):
         if run.teacher.logits:
             logits = teacher_logits.find(run, depends, tokens.file, eval_tokens, original.vocab_size)
         depends["logits"] = teacher_logits.identity(logits)

@@ -99,7 +99,7 @@ def disk(job: Job) -> Finding:
         # An old checkpoint is deleted only after its successor is whole.
         largest = max(largest, size if saves > run.train.keep_checkpoints else 0)
     left += largest
-    if not (directory / "export").exists():
+    if fingerprint.finished(job.workdir, run.stages) is None:
         form = writer_for(job.student, run.export.engine)
         tensors = disk_tensors(form.written(_retied(job))).values()
         left += sum(_bytes(location.disk_shape, run.export.dtype) for location in tensors)

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import typing
+from collections.abc import Collection
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from radlads_jax import fields
-from radlads_jax.config import Data, RunConfig, Teacher, defaults
+from radlads_jax.config import Data, RunConfig, Teacher, defaults, stage_names
 from radlads_jax.student import Student
 from radlads_jax.system import storage
 from radlads_jax.system.json_files import read_json
@@ -25,6 +26,8 @@ _FREE_OF_TRAIN = (
     *_SAMPLES,
 )
 _FREE_FIELDS = (*_FREE_OF_TRAIN, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "accumulate", "remat")
+# What only this stage reads, beside its recipe.
+_OF_STAGES = {"data.chats": "stage2c", "data.messages_field": "stage2c", "data.replay": "stage2c"}
 # Where a run that knows what it depends on by contents may find the same elsewhere.
 _PATH_FIELDS = ("teacher.path", "teacher.revision", "data.path", "data.revision", "data.tokenizer")
 # What switches of the student were before they were true, false or none.
@@ -43,11 +46,23 @@ def with_whole_paths(run: RunConfig) -> RunConfig:
 
 
 def keep_begun_rules(workdir: storage.AnyPath, config: ConfigDict) -> None:
-    """Gives fields that follow others by a rule what DIR's run began with, whose version may have had another rule."""
-    begun = _begun_settings(workdir)
-    for name, (group, field) in fields.following(config).items():
-        if name in begun:
+    """Gives fields that follow others by a rule what DIR's run began with, whose version may have had another rule.
+
+    Not those of a stage that has not begun and has another recipe now.
+    """
+    begun, rules = _begun_settings(workdir), fields.following(config)
+    changed = _changed(begun, config.to_dict(), except_for=rules)
+    others = {_stage_of(name) for name in changed} - begun_stages(workdir)
+    for name, (group, field) in rules.items():
+        if name in begun and _stage_of(name) not in others:
             group[field] = begun[name]
+
+
+def begun_stages(workdir: storage.AnyPath) -> set[str]:
+    """The stages of which DIR has a checkpoint; any other starts at its first step."""
+    place = workdir / "checkpoints"
+    stages = [name for name, is_file in storage.children(place).items() if not is_file] if place.is_dir() else []
+    return {stage for stage in stages if any(step.isdigit() for step in storage.children(place / stage))}
 
 
 def _begun_settings(workdir: storage.AnyPath) -> dict[str, Any]:
@@ -66,21 +81,48 @@ def _begun_settings(workdir: storage.AnyPath) -> dict[str, Any]:
     return settings
 
 
-def check_same_config(workdir: storage.AnyPath, config: dict) -> None:
-    """Raises ValueError where DIR belongs to a run with other settings; what it did not know yet had its default."""
+def check_same_config(workdir: storage.AnyPath, config: dict) -> list[str]:
+    """Raises ValueError where DIR belongs to a run with other settings; what it did not know yet had its default.
+
+    Those of a stage that has not begun may be others, and the list of stages behind those that have: they are returned,
+    in words, as far as a stage reads them that is to run.
+    """
     begun = _begun_settings(workdir)
     if not begun:
-        return
+        return []
+    of_files = _PATH_FIELDS if (workdir / "fingerprint.json").exists() else ()
+    changed = _changed(begun, config, except_for=[f"config.{field}" for field in of_files])
+    stages = begun_stages(workdir)
+    refused = [name for name in changed if _stage_of(name) in {None, *stages}]
+    old, new = begun.get("config.stages"), list(config["stages"])
+    if old is not None and "config.stages" in changed:
+        trained = 1 + max((i for i, stage in enumerate(old) if stage in stages), default=-1)
+        if old[:trained] == new[:trained]:
+            refused.remove("config.stages")
+    if refused:
+        raise ValueError(
+            f"{workdir} holds a run with other settings: {'; '.join(changed[n] for n in refused[:10])}. Repeat its "
+            "settings to continue it, or choose another --workdir."
+        )
+    return [words for name, words in changed.items() if _stage_of(name) in {None, *new}]
+
+
+def _changed(begun: dict[str, Any], config: dict, except_for: Collection[str]) -> dict[str, str]:
+    """Every setting, by its name, that differs between a run and what is asked now and would change it: how, in words.
+
+    What one of them does not know has its default there.
+    """
     known, asked = (flat_settings(json.loads(json.dumps(settings))) for settings in (defaults().to_dict(), config))
     old, new = known | begun, known | asked
-    free = (*_FREE_FIELDS, *(_PATH_FIELDS if (workdir / "fingerprint.json").exists() else ()))
-    names = [n for n in sorted(old.keys() | new.keys()) if not n.endswith(tuple(f".{f}" for f in free))]
-    changed = [f"{n} was {old.get(n)!r} and is now {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
-    if changed:
-        raise ValueError(
-            f"{workdir} holds a run with other settings: {'; '.join(changed[:10])}. Repeat its settings to continue "
-            "it, or choose another --workdir."
-        )
+    free = tuple(f".{field}" for field in _FREE_FIELDS)
+    names = [n for n in sorted(old.keys() | new.keys()) if n not in except_for and not n.endswith(free)]
+    return {n: f"{n} was {old.get(n)!r} and is now {new.get(n)!r}" for n in names if old.get(n) != new.get(n)}
+
+
+def _stage_of(setting: str) -> str | None:
+    """The stage that alone reads a setting, which is named in full; None where the whole run does."""
+    group = setting.split(".")[1]
+    return group if group in stage_names() else _OF_STAGES.get(setting.removeprefix("config."))
 
 
 def _with_whole_paths(settings: dict) -> dict:

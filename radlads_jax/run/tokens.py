@@ -41,7 +41,7 @@ def find_tokens(run: RunConfig, workdir: AnyPath, tokenizer: Any, vocab_size: in
     if run.data.source == "binidx":
         return _given(run, tokenizer, vocab_size)
     begun = fingerprint.read(workdir).get("data") or (dict(_FORMERLY) if fingerprint.has_begun(workdir) else {})
-    is_finished = fingerprint.is_finished(workdir) and not names_others(workdir, run)
+    is_finished = fingerprint.finished(workdir, run.stages) is not None and not names_others(workdir, run)
     if begun and not is_finished:
         if "eos_id" in begun:
             before, now = ({"tokenizer": {"eos_token's id": i}} for i in (begun["eos_id"], tokenizer.eos_token_id))

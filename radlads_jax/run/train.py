@@ -103,7 +103,7 @@ def convert(
             "of radlads_jax.run.choosing.decide. Run it before."
         )
     ending.check(job)
-    if (summary := ending.finished(job)) is not None:
+    if (summary := fingerprint.finished(job.workdir, job.run.stages)) is not None:
         begun()
         return ending.go_on(job, summary)
     fingerprint.begin(job.workdir, job.depends)

@@ -13,9 +13,10 @@ from untrained import random_params, save_tokenizer
 from radlads_jax import evaluate
 from radlads_jax.data import synthetic
 from radlads_jax.decoding.loaded import load_model
+from radlads_jax.decoding.loop import empty_sequences, left_padded, prefill
 from radlads_jax.evaluation import control, model_scores, paper, table
 from radlads_jax.evaluation import tasks as suite
-from radlads_jax.evaluation.scoring import padded_width, score_rows
+from radlads_jax.evaluation.scoring import padded_width, score_continuations, score_rows
 from radlads_jax.models import MIXERS, ModelConfig, bind
 from radlads_jax.porting.save import save_params
 
@@ -62,6 +63,23 @@ def test_scores_are_those_of_a_full_forward_pass(cfg):
         expected = before[np.arange(len(before)), row[start:]]
         np.testing.assert_allclose(scores[i].log_probabilities, expected, rtol=2e-4, atol=2e-4)
         np.testing.assert_array_equal(scores[i].is_best, before.argmax(-1) == row[start:])
+
+
+@pytest.mark.parametrize("cfg", [STUDENT, HYBRID], ids=["rad_rwkv7", "hybrid"])
+def test_continuations_have_the_scores_of_whole_rows(cfg):
+    """Some begin within the tokens that `prefill` leaves unread, one is read in several chunks."""
+    params, rng = random_params(cfg), np.random.default_rng(0)
+    prompts, continuations = (
+        [rng.integers(0, 300, n).tolist() for n in lengths] for lengths in ((70, 1, 600, 3), (5, 560, 1, 2))
+    )
+    sequences = empty_sequences(cfg, 4, 600 + 1024)
+    sequences, unread = prefill(cfg, params, sequences, left_padded(prompts))
+    for _ in range(2):
+        scores = score_continuations(cfg, params, sequences, unread, continuations)
+        for score, prompt, continuation in zip(scores, prompts, continuations, strict=True):
+            (expected,) = score_rows(cfg, params, [prompt + continuation], [len(prompt)])
+            np.testing.assert_allclose(score.log_probabilities, expected.log_probabilities, rtol=2e-4, atol=2e-4)
+            np.testing.assert_array_equal(score.is_best, expected.is_best)
 
 
 def test_rows_are_padded_to_few_widths():

@@ -162,13 +162,19 @@ def test_right_answers_are_counted(model, monkeypatch):
         counts = [len(row) - start for row, start in zip(rows, starts, strict=True)]
         return [Score(-np.arange(n, dtype=np.float32), np.arange(n) % 2 == 0) for n in counts]
 
-    def said(model, prompts, *, max_tokens):
-        del max_tokens
+    def continued(cfg, params, sequences, unread, answers):
+        del sequences, unread
+        return scored(cfg, params, answers, [0] * len(answers), 0)
+
+    def said(model, prompts, *, max_tokens, read):
+        del max_tokens, read
         yield Step([" 3"] * len(prompts), [prompt[1:2] for prompt in prompts])
         yield Step([" or"] * len(prompts), [[0] for _ in prompts])
 
     monkeypatch.setattr(probe_scores, "score_rows", scored)
+    monkeypatch.setattr(probe_scores, "score_continuations", continued)
     monkeypatch.setattr(probe_scores, "generate", said)
+    monkeypatch.setattr(probe_scores, "prefill", lambda *_: (None, None))
     results = probe_scores.run_probes(model, lengths=[1024, 600], samples=40, batch_size=7)
     assert results["passkey"]["lengths"] == [600, 1024] and results["passkey"]["samples"] == [40, 40]
     assert results["passkey"]["accuracy"] == results["passkey"]["generated"] == [0.0, 0.0]

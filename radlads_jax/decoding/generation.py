@@ -59,23 +59,25 @@ def generate(
     seed: int = 0,
     numbers: Sequence[int] | None = None,
     memory: Memory | None = None,
+    read: tuple[Sequences, np.ndarray] | None = None,
 ) -> Iterator[Step]:
     """Continues all prompts at once, yielding after the first new token and then after every BLOCK of them.
 
     A row ends at one of model.stop_ids, which is not yielded, at a stop string or after max_tokens. Every draw is a
     function of the seed, the row's number (default: its index) and how many tokens it has. memory: of the conversation
-    that the only prompt continues; it is kept up to date.
+    that the only prompt continues; it is kept up to date. read: what `prefill` made of these prompts, with room for
+    max_tokens more; it is used up.
     """
     rows = [list(prompt) for prompt in prompts]
     _check(rows, max_tokens, stop)
-    if memory is None:
-        sequences = empty_sequences(model.cfg, len(rows), max(map(len, rows)) + max_tokens)
-        unread = left_padded(rows)
+    if read is not None:
+        sequences, unread = read
+    elif memory is not None:
+        sequences, rest = memory.resume(rows[0], max_tokens)
+        sequences, unread = prefill(model.cfg, model.params, sequences, left_padded([rest]))
     else:
-        (read,) = rows
-        sequences, rest = memory.resume(read, max_tokens)
-        unread = left_padded([rest])
-    sequences, unread = prefill(model.cfg, model.params, sequences, unread)
+        sequences = empty_sequences(model.cfg, len(rows), max(map(len, rows)) + max_tokens)
+        sequences, unread = prefill(model.cfg, model.params, sequences, left_padded(rows))
     streams = [TextStream(model.tokenizer, stop, prompt) for prompt in rows]
     row_numbers = jnp.arange(len(rows)) if numbers is None else jnp.asarray(numbers)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), row_numbers)
@@ -96,8 +98,9 @@ def generate(
         )
         unread, made = new[:, -1:], made + new.shape[1]
         if memory is not None:
-            read += new[0].tolist()
-            memory.ids, memory.sequences = read[:-1], sequences
+            (conversation,) = rows
+            conversation += new[0].tolist()
+            memory.ids, memory.sequences = conversation[:-1], sequences
         tokens = [[i for i in row if i >= 0 and i not in model.stop_ids] for row in new.tolist()]
         texts = [stream.push(ids) for stream, ids in zip(streams, tokens, strict=True)]
         ended = np.isin(new, model.stop_ids).any(axis=1) | np.asarray([stream.stopped for stream in streams])

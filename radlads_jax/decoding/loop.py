@@ -19,6 +19,8 @@ from radlads_jax.models.decoder import Params
 from radlads_jax.models.state import State, grows
 
 _CHUNKS = (512, 64, 8)
+# The most tokens of a prompt that `prefill` leaves to be read.
+UNREAD = _CHUNKS[-1]
 # The most tokens that one call of the loop makes: a caller waits for them, and reads them from the device at once.
 BLOCK = 16
 _CAPACITY_STEP = 256
@@ -57,7 +59,7 @@ def left_padded(rows: list[list[int]]) -> Int[np.ndarray, "B T"]:
 
 
 def prefill_chunks(length: int) -> list[int]:
-    """The sizes in which all but the last 1 to _CHUNKS[-1] of so many tokens are read."""
+    """The sizes in which all but the last 1 to UNREAD of so many tokens are read."""
     sizes = []
     left = length - 1
     for size in _CHUNKS:
@@ -111,15 +113,15 @@ def decode(
     done: Bool[np.ndarray, " B"] | None = None,
     stop_ids: tuple[int, ...] = (),
 ) -> tuple[Int[np.ndarray, "B N"], Sequences]:
-    """Reads `unread`, 1 to _CHUNKS[-1] tokens, and makes `steps` new ones, at most BLOCK, the last of which is unread.
+    """Reads `unread`, 1 to UNREAD tokens, and makes `steps` new ones, at most BLOCK, the last of which is unread.
 
     done: rows that make no more. A row is also done after one of stop_ids, and has -1 from then on; the loop ends with
     fewer than `steps` tokens when all are. keys: one a row, for sampling; a draw is a function of the row's key and of
     the number of its tokens so far.
     """
     batch, known = unread.shape
-    assert 1 <= known <= _CHUNKS[-1] and 1 <= steps <= BLOCK
-    padded = np.pad(unread, ((0, 0), (0, _CHUNKS[-1] - known)))
+    assert 1 <= known <= UNREAD and 1 <= steps <= BLOCK
+    padded = np.pad(unread, ((0, 0), (0, UNREAD - known)))
     keys = jax.random.split(jax.random.key(0), batch) if keys is None else keys
     done = np.zeros(batch, bool) if done is None else done
     out, made, sequences = _loop(

@@ -12,8 +12,9 @@ import numpy as np
 
 from radlads_jax.decoding.generation import generate
 from radlads_jax.decoding.loaded import Model
+from radlads_jax.decoding.loop import UNREAD, empty_sequences, left_padded, prefill
 from radlads_jax.evaluation.probes import COPYING, DEFAULT_LENGTHS, PROBES, Example, Text, check_lengths, document
-from radlads_jax.evaluation.scoring import FULL_BATCH_WIDTH, score_rows
+from radlads_jax.evaluation.scoring import FULL_BATCH_WIDTH, padded_width, score_continuations, score_rows
 from radlads_jax.system import storage
 
 DEFAULT_SAMPLES = 32
@@ -76,15 +77,26 @@ def run_probes(
     if by_position:
         text = Text(model.tokenizer, seed)
         documents = [document(text, lengths[-1], text_file) for _ in range(samples_of(lengths[-1], samples))]
-        losses = np.mean([-score.log_probabilities for score in _scores(model, documents, batch_size)], axis=0)
+        rows, starts = [text.ids for text in documents], [text.start for text in documents]
+        scores = score_rows(model.cfg, model.params, rows, starts, min(batch_size, len(rows)))
+        losses = np.mean([-score.log_probabilities for score in scores], axis=0)
         results["loss_by_position"] = _by_position(losses)
     return results
 
 
 def _answers(model: Model, name: str, examples: list[Example], batch_size: int) -> dict[str, Any]:
-    copies = name in COPYING
-    forced = [s.is_best.mean() if copies else s.is_best.all() for s in _scores(model, examples, batch_size)]
-    generated = float(np.mean(_generated(model, examples, batch_size, copies=copies)))
+    longest = max(example.start for example in examples)
+    size = min(len(examples), batch_size, max(1, batch_size * FULL_BATCH_WIDTH // longest))
+    forced: list[float] = []
+    right: list[float] = []
+    for begin in range(0, len(examples), size):
+        batch = examples[begin : begin + size]
+        # Filled up, since another number of rows is another program.
+        filled = [*batch, *[batch[-1]] * (size - len(batch))]
+        of_batch = _answers_of_batch(model, filled, longest, copies=name in COPYING)
+        for found, scores in zip((forced, right), of_batch, strict=True):
+            found += scores[: len(batch)]
+    generated = float(np.mean(right))
     return {
         "generated": generated,
         "interval": list(wilson(generated, len(examples))),
@@ -94,27 +106,32 @@ def _answers(model: Model, name: str, examples: list[Example], batch_size: int) 
     }
 
 
-def _generated(model: Model, examples: list[Example], batch_size: int, *, copies: bool) -> list[float]:
-    """How right each answer is, 0 to 1, of what the model says by itself."""
+def _answers_of_batch(
+    model: Model, examples: list[Example], longest: int, *, copies: bool
+) -> tuple[list[float], list[float]]:
+    """How right each answer is, 0 to 1: teacher-forced, and of what the model says by itself.
+
+    Their contexts, of up to `longest` tokens, are read once for both.
+    """
+    prompts = [example.ids[: example.start] for example in examples]
     answers = [example.ids[example.start :] for example in examples]
+    most = max(map(len, answers))
+    room = longest + padded_width(UNREAD + most)
+    read = prefill(model.cfg, model.params, empty_sequences(model.cfg, len(prompts), room), left_padded(prompts))
+    scores = score_continuations(model.cfg, model.params, *read, answers)
+    forced = [float(s.is_best.mean() if copies else s.is_best.all()) for s in scores]
     # One more than the answer, to see that it ends there.
-    count = min(_COPIED, max(map(len, answers))) if copies else max(map(len, answers)) + 1
-    longest = max(example.start for example in examples)
-    size = min(len(examples), batch_size, max(1, batch_size * FULL_BATCH_WIDTH // longest))
-    right: list[float] = []
-    for begin in range(0, len(examples), size):
-        batch = range(begin, min(begin + size, len(examples)))
-        # Filled up, since another number of rows is another program.
-        filled = [*batch, *[batch[-1]] * (size - len(batch))]
-        prompts = [examples[i].ids[: examples[i].start] for i in filled]
-        texts = [""] * size
-        tokens: list[list[int]] = [[] for _ in range(size)]
-        for step in generate(model, prompts, max_tokens=count):
-            texts = [text + new for text, new in zip(texts, step.texts, strict=True)]
-            tokens = [made + new for made, new in zip(tokens, step.tokens, strict=True)]
-        for i, text, made in zip(batch, texts, tokens, strict=False):
-            right.append(_same_tokens(made, answers[i][:count]) if copies else _begins_with(model, text, answers[i]))
-    return right
+    count = min(_COPIED, most) if copies else most + 1
+    texts = [""] * len(prompts)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    for step in generate(model, prompts, max_tokens=count, read=read):
+        texts = [text + new for text, new in zip(texts, step.texts, strict=True)]
+        tokens = [made + new for made, new in zip(tokens, step.tokens, strict=True)]
+    right = [
+        _same_tokens(made, answer[:count]) if copies else _begins_with(model, text, answer)
+        for text, made, answer in zip(texts, tokens, answers, strict=True)
+    ]
+    return forced, right
 
 
 def _same_tokens(made: list[int], answer: list[int]) -> float:
@@ -126,11 +143,6 @@ def _begins_with(model: Model, text: str, answer: list[int]) -> float:
     """Whether the text begins with the answer, and with no longer word or number."""
     expected, said = model.tokenizer.decode(answer).strip(), text.strip()
     return float(said.startswith(expected) and not said[len(expected) : len(expected) + 1].isalnum())
-
-
-def _scores(model: Model, examples: list[Example], batch_size: int):
-    rows, starts = [example.ids for example in examples], [example.start for example in examples]
-    return score_rows(model.cfg, model.params, rows, starts, min(batch_size, len(rows)))
 
 
 def _by_position(losses: np.ndarray) -> dict[str, list[float]]:

@@ -66,6 +66,35 @@ def score_rows(
     return [scores[i] for i in range(len(rows))]
 
 
+def score_continuations(
+    cfg: ModelConfig,
+    params: Params,
+    sequences: Sequences,
+    unread: Int[np.ndarray, "B R"],
+    continuations: Sequence[Sequence[int]],
+) -> list[Score]:
+    """log p of every token of a continuation for each row, after what `prefill` has read and left unread of it.
+
+    Whose sequences stay as they are; they have room for padded_width(R + the longest one) more tokens.
+    """
+    known = unread.shape[1]
+    width = padded_width(known + max(map(len, continuations)))
+    tokens = np.full((len(unread), width + 1), -1, np.int32)
+    tokens[:, :known] = unread
+    for row, continuation in zip(tokens, continuations, strict=True):
+        row[known : known + len(continuation)] = continuation
+    # What reads them gives up the arrays that it is called with.
+    sequences = jax.tree.map(jnp.copy, sequences)
+    scored = []
+    for begin in range(0, width, _CHUNK):
+        chunk, targets = (jnp.asarray(tokens[:, i : min(i + _CHUNK, i + width - begin)]) for i in (begin, begin + 1))
+        chunk_scores, sequences = _score_chunk(cfg, params, sequences, chunk, targets)
+        scored.append(jax.device_get(chunk_scores))
+    log_probabilities, is_best = (np.concatenate(parts, axis=1) for parts in zip(*scored, strict=True))
+    parts = [slice(known - 1, known - 1 + len(continuation)) for continuation in continuations]
+    return [Score(p[part], best[part]) for p, best, part in zip(log_probabilities, is_best, parts, strict=True)]
+
+
 def padded_width(length: int) -> int:
     """The width that rows of this many tokens are padded to."""
     return next((width for width in _WIDTHS if length <= width), -(-length // _CHUNK) * _CHUNK)

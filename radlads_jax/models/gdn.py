@@ -164,9 +164,8 @@ class Gdn(nnx.Module):
         rate = jax.nn.softplus(self.a(x).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
         log_g = -jnp.exp(self.a_log[...].astype(jnp.float32)) * rate
         initial = None if state is None else state["gdn"]
-        others = ("sequence", "sequence", "state", "rows")
-        cut = over_shards(values=2)
-        run = heads.recurrence(_recurrence, cut, (size, size, value_size), others, heads=key_heads)
+        sizes, cut = (size, size, value_size), over_shards(values=2)
+        run = heads.recurrence(gdn, gdn_step, cut, sizes, heads=key_heads, of_heads=2)
         out, final = run(q, k, v, log_g, beta, initial, context.segment_ids)
         gate = jax.nn.silu(self.z(x).astype(jnp.float32))
         out = (heads.normed(out, self.norm) * gate).astype(x.dtype)
@@ -197,14 +196,6 @@ class Gdn(nnx.Module):
 
 def _conv(x, kernel, initial_state, segment_ids):
     return short_conv(x, kernel, initial_state=initial_state, segment_ids=segment_ids)
-
-
-def _recurrence(q, k, v, log_g, beta, initial_state, segment_ids):
-    if q.shape[1] == 1 and initial_state is not None:
-        q, k, v, log_g, beta = (x[:, 0] for x in (q, k, v, log_g, beta))
-        out, final = gdn_step(q, k, v, log_g, beta, initial_state)
-        return out[:, None], final
-    return gdn(q, k, v, log_g, beta, initial_state=initial_state, segment_ids=segment_ids)
 
 
 def _first_taps(channels: int, last: float, cfg: ModelConfig) -> Float[Array, "C 1 W"]:

@@ -88,18 +88,26 @@ def normed(x: Float[Array, "B T C"], norm: RMSNorm) -> Float[Array, "B T C"]:
 
 
 def recurrence(
-    run: Callable[..., Any],
+    kernel: Callable[..., Any],
+    step: Callable[..., Any],
     over_shards: Callable[[Callable[..., Any]], Callable[..., Any]],
     sizes: tuple[int, ...],
-    others: tuple[str, ...],
     *,
     heads: int,
+    of_heads: int = 0,
 ) -> Callable[..., tuple[Array, Array]]:
-    """run, of sequences [B, T, H, K], for flat ones of heads of these sizes, each device with its own heads.
+    """(*sequences, initial_state, segment_ids) -> (o, final state), each device with its own heads.
 
-    run: (*sequences, *others) -> (o, final state). others: the kinds of what comes after the sequences, as `per_shard`
-    has them. heads: of the first sequence, by which all are cut.
+    The sequences are flat, of heads of these sizes, then of_heads of them [B, T, H]; heads: of the first one, by which
+    all are cut. kernel: of sequences [B, T, H, K]; step: of [B, H, K] and a state, which takes a single token on.
     """
+
+    def run(*arguments: Any) -> tuple[Array, Array]:
+        *sequences, initial_state, segment_ids = arguments
+        if sequences[0].shape[1] == 1 and initial_state is not None:
+            out, final = step(*(x[:, 0] for x in sequences), initial_state)
+            return out[:, None], final
+        return kernel(*sequences, initial_state=initial_state, segment_ids=segment_ids)
 
     def of_flat(run: Callable[..., Any]) -> Callable[..., tuple[Array, Array]]:
         def flat(*arguments: Any) -> tuple[Array, Array]:
@@ -109,7 +117,7 @@ def recurrence(
 
         return flat
 
-    kinds = ("sequence",) * len(sizes) + others
+    kinds = ("sequence",) * (len(sizes) + of_heads) + ("state", "rows")
     return per_shard(of_flat(run), kinds, ("sequence", "state"), lambda _: of_flat(over_shards(run)), heads=heads)
 
 

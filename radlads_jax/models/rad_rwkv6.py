@@ -116,7 +116,7 @@ class RadRwkv6(Mixer):
             k = (k * -jnp.expm1(log_w)).astype(x.dtype)
         initial = None if state is None else state["wkv"]
         sizes = (cfg.head_dim,) * 4
-        run = heads.recurrence(_recurrence, over_shards, sizes, ("state", "rows"), heads=cfg.num_heads)
+        run = heads.recurrence(wkv6, wkv6_step, over_shards, sizes, heads=cfg.num_heads)
         out, final = run(r, log_w, k, v, initial, context.segment_ids)
         out = out * cfg.head_dim**-0.5
         if mixer.group_norm:
@@ -128,14 +128,6 @@ class RadRwkv6(Mixer):
         if state is not None:
             state = {"wkv": final} | ({"shift": x[:, -1].astype(state["shift"].dtype)} if mixer.token_shift else {})
         return out, state
-
-
-def _recurrence(r, log_w, k, v, initial_state, segment_ids):
-    if r.shape[1] == 1 and initial_state is not None:
-        r, log_w, k, v = (x[:, 0] for x in (r, log_w, k, v))
-        out, final = wkv6_step(r, log_w, k, v, initial_state)
-        return out[:, None], final
-    return wkv6(r, log_w, k, v, initial_state=initial_state, segment_ids=segment_ids)
 
 
 def _initial_decay(cfg: ModelConfig, layer_id: Int[Array, ""]) -> Float[Array, " d"]:

@@ -101,7 +101,7 @@ class RadRwkv7(Mixer):
         a, b = (-kk).astype(x.dtype), (kk * iclr).astype(x.dtype)
         initial = None if state is None else state["wkv"]
         sizes = (cfg.head_dim,) * 6
-        run = heads.recurrence(_recurrence, over_shards, sizes, ("state", "rows"), heads=cfg.num_heads)
+        run = heads.recurrence(wkv7, wkv7_step, over_shards, sizes, heads=cfg.num_heads)
         out, final = run(r, log_w, k.astype(x.dtype), v, a, b, initial, context.segment_ids)
         if mixer.group_norm:
             out = self.ln_x(split_heads(out, cfg.num_heads)).reshape(out.shape)
@@ -125,14 +125,6 @@ class RadRwkv7(Mixer):
             return heads.unit(k, size), k * (iclr - jnp.expm1(log_w))
         k_k, k_a = (p[...].astype(jnp.float32) for p in (self.k_k, self.k_a))
         return heads.unit(k * k_k, size), k * (1 + (iclr - 1) * k_a)
-
-
-def _recurrence(r, log_w, k, v, a, b, initial_state, segment_ids):
-    if r.shape[1] == 1 and initial_state is not None:
-        r, log_w, k, v, a, b = (x[:, 0] for x in (r, log_w, k, v, a, b))
-        out, final = wkv7_step(r, log_w, k, v, a, b, initial_state)
-        return out[:, None], final
-    return wkv7(r, log_w, k, v, a, b, initial_state=initial_state, segment_ids=segment_ids)
 
 
 def _initial_decay(cfg: ModelConfig, layer_id: Int[Array, ""]) -> Float[Array, " d"]:

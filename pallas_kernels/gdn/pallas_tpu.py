@@ -6,20 +6,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dispatch, layout
+from pallas_kernels import layout
 from pallas_kernels.gdn.chunked import two_parts, with_resets
 from pallas_kernels.gdn.pallas_tpu_backward import backward_kernel
 from pallas_kernels.gdn.pallas_tpu_chunk import Plan
 from pallas_kernels.gdn.pallas_tpu_forward import forward_kernel
+from pallas_kernels.shared import tpu
 
 DEFAULT_CHUNK_SIZE = 128
-_CHUNK_SIZES = (16, 32, 64, 128)
-_HEAD_SIZES = (64, 128)
 MAX_HEADS = 16
 MAX_CHANNELS = 1024
-_LANES = 128
 _VMEM_LIMIT = 56 * 2**20
 
 
@@ -51,19 +48,13 @@ def gdn_pallas_tpu(
     default, as many bytes again as v has. `interpret` is pallas_call's; None interprets wherever there is no TPU.
     """
     (batch, length, heads, value_size), (groups, key_size) = v.shape, q.shape[2:]
-    if key_size not in _HEAD_SIZES or value_size not in _HEAD_SIZES:
-        raise NotImplementedError(
-            f"gdn on TPU got heads of {key_size} key and {value_size} value channels, expected 64 or 128 each; take "
-            "implementation='chunked'."
-        )
-    if chunk_size not in (None, *_CHUNK_SIZES):
-        raise NotImplementedError(f"gdn on TPU got chunk_size={chunk_size}, expected one of {_CHUNK_SIZES} or None.")
+    tpu.check_sizes("gdn", key_size, value_size, chunk_size)
     if heads // groups > MAX_HEADS:
         raise NotImplementedError(
             f"gdn on TPU got {heads // groups} heads for each key head, expected at most {MAX_HEADS}; take "
             "implementation='chunked'."
         )
-    default = max(_CHUNK_SIZES[0], layout.fitting_chunk(length, DEFAULT_CHUNK_SIZE))
+    default = max(tpu.CHUNK_SIZES[0], layout.fitting_chunk(length, DEFAULT_CHUNK_SIZE))
     size = min(chunk_size or DEFAULT_CHUNK_SIZE, default)
     dtype = jnp.bfloat16 if jnp.result_type(q, k, v) == jnp.bfloat16 else jnp.float32
     # float32 products are six passes each: fewer heads hide as much and compile in a fraction of the time.
@@ -71,27 +62,18 @@ def gdn_pallas_tpu(
     step_groups, padded = head_groups(groups, heads // groups, key_size, value_size, most)
     more = padded - groups
     plan = Plan(size, step_groups * (heads // groups), step_groups, key_size, value_size, dtype)
-
-    def filled(x: jax.Array, count: int) -> jax.Array:
-        """Whole chunks, and `count` heads more, which are zeros."""
-        x = layout.pad(x, size)
-        return jnp.pad(x, ((0, 0), (0, 0), (0, count), *((0, 0),) * (x.ndim - 3))) if count else x
-
-    def wide(x: jax.Array, count: int) -> jax.Array:
-        x = filled(x, count)
-        return x.reshape(*x.shape[:2], -1)
+    more_heads = more * (heads // groups)
 
     def rows(x: jax.Array) -> jax.Array:
-        x = filled(x.astype(jnp.float32), more * (heads // groups))
+        x = tpu.filled(x.astype(jnp.float32), size, more_heads)
         return x.reshape(batch, -1, size, x.shape[2] // plan.heads, plan.heads).transpose(0, 3, 1, 4, 2)
 
-    more_heads = more * (heads // groups)
     log_g = with_resets(log_g, segment_ids)
-    inputs = _Inputs(wide(q, more), wide(k, more), wide(v, more_heads), rows(log_g), rows(beta))
+    inputs = _Inputs(
+        tpu.wide(q, size, more), tpu.wide(k, size, more), tpu.wide(v, size, more_heads), rows(log_g), rows(beta)
+    )
     state = jnp.pad(initial_state, ((0, 0), (0, more_heads), (0, 0), (0, 0)))
-    if interpret is None:
-        interpret = dispatch.backend() != "tpu"
-    out, final_state = recurrence(plan, interpret, inputs, state)
+    out, final_state = recurrence(plan, tpu.interpreted(interpret), inputs, state)
     out = out.reshape(*out.shape[:2], heads + more_heads, value_size)[:, :length, :heads]
     return out, final_state[:, :heads]
 
@@ -107,7 +89,7 @@ def head_groups(
         return groups, groups
     smallest = max(most // heads_of_one // 2, 1)
     narrow = min(key_size, heads_of_one * value_size)
-    whole = [n for n in range(most // heads_of_one, smallest - 1, -1) if not n * narrow % _LANES]
+    whole = [n for n in range(most // heads_of_one, smallest - 1, -1) if not n * narrow % tpu.LANES]
     for count in whole:
         if groups % count == 0:
             return count, groups
@@ -153,7 +135,7 @@ def _recurrence_backward(plan: Plan, interpret: Any, kept: Any, cotangents: tupl
         in_specs=[specs[name] for name in names],
         out_specs=[specs[name] for name in ("key", "key", "value", "d_gates", "state")],
         out_shape=shapes,
-        compiler_params=_compiler_params(),
+        compiler_params=tpu.compiler_params(_VMEM_LIMIT),
         interpret=interpret,
         name="gdn_backward",
     )(*inputs[:3], _gate_rows(plan, inputs), states, d_out, d_final)
@@ -186,7 +168,7 @@ def _run_forward(
         in_specs=[specs[name] for name in ("key", "key", "value", "gates", "state")],
         out_specs=[specs[name] for name in ("value", "state", "states")[: len(shapes)]],
         out_shape=shapes,
-        compiler_params=_compiler_params(),
+        compiler_params=tpu.compiler_params(_VMEM_LIMIT),
         interpret=interpret,
         name="gdn_forward",
     )(*inputs[:3], _gate_rows(plan, inputs), initial_state)
@@ -199,25 +181,12 @@ def _grid(plan: Plan, inputs: _Inputs) -> tuple[int, int, int]:
 
 
 def _block_specs(plan: Plan, inputs: _Inputs, reverse: bool) -> dict[str, pl.BlockSpec]:
-    """What of each kind of array a grid step (batch, head group, chunk) sees."""
-    chunks = inputs.v.shape[1] // plan.size
-    state = (plan.heads, plan.key_size, plan.value_size)
-
-    def at(index: jax.Array) -> jax.Array:
-        return chunks - 1 - index if reverse else index
-
-    def rows(count: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, 1, 1, count * plan.heads, plan.size), lambda b, h, n: (b, h, at(n), 0, 0))
-
-    return {
-        "key": pl.BlockSpec((1, plan.size, plan.groups * plan.key_size), lambda b, h, n: (b, at(n), h)),
-        "value": pl.BlockSpec((1, plan.size, plan.heads * plan.value_size), lambda b, h, n: (b, at(n), h)),
-        "gates": rows(plan.parts + 1),
-        "d_gates": rows(3),
-        "state": pl.BlockSpec((1, *state), lambda b, h, n: (b, h, 0, 0)),
-        "states": pl.BlockSpec((1, 1, *state), lambda b, h, n: (b, at(n), h, 0, 0)),
-    }
-
-
-def _compiler_params() -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT)
+    return tpu.block_specs(
+        inputs.v.shape[1],
+        size=plan.size,
+        key_channels=plan.groups * plan.key_size,
+        value_channels=plan.heads * plan.value_size,
+        state=(plan.heads, plan.key_size, plan.value_size),
+        rows={"gates": (plan.parts + 1) * plan.heads, "d_gates": 3 * plan.heads},
+        reverse=reverse,
+    )

@@ -7,18 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dispatch, layout
+from pallas_kernels import layout
+from pallas_kernels.shared import tpu
 from pallas_kernels.wkv6.chunked import Inputs
 from pallas_kernels.wkv6.levels import levels
 from pallas_kernels.wkv6.pallas_tpu_kernels import Plan, backward_kernel, forward_kernel
 
 DEFAULT_CHUNK_SIZE = 128
-_CHUNK_SIZES = (16, 32, 64, 128)
-_HEAD_SIZES = (64, 128)
 MAX_HEADS = 8
-_LANES = 128
 _VMEM_LIMIT = 48 * 2**20
 
 
@@ -39,35 +36,18 @@ def wkv6_pallas_tpu(
     one input at 128 tokens and 128 channels. `interpret` is pallas_call's; None interprets wherever there is no TPU.
     """
     key_size, value_size = r.shape[-1], v.shape[-1]
-    if key_size not in _HEAD_SIZES or value_size not in _HEAD_SIZES:
-        raise NotImplementedError(
-            f"wkv6 on TPU got heads of {key_size} key and {value_size} value channels, expected 64 or 128 each; take "
-            "implementation='chunked'."
-        )
-    if chunk_size not in (None, *_CHUNK_SIZES):
-        raise NotImplementedError(f"wkv6 on TPU got chunk_size={chunk_size}, expected one of {_CHUNK_SIZES} or None.")
+    tpu.check_sizes("wkv6", key_size, value_size, chunk_size)
     length, heads = r.shape[1:3]
-    size = max(_CHUNK_SIZES[0], layout.fitting_chunk(length, chunk_size or DEFAULT_CHUNK_SIZE))
+    size = max(tpu.CHUNK_SIZES[0], layout.fitting_chunk(length, chunk_size or DEFAULT_CHUNK_SIZE))
     group, padded_heads = head_groups(heads, key_size, value_size)
     dtype = jnp.bfloat16 if jnp.result_type(r, k, v) == jnp.bfloat16 else jnp.float32
     plan = Plan(size, group, key_size, value_size, dtype)
     more_heads = padded_heads - heads
 
-    def wide(x: jax.Array) -> jax.Array:
-        x = layout.pad(x, size)
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, more_heads), (0, 0))) if more_heads else x
-        return x.reshape(*x.shape[:2], -1)
-
-    counts = None
-    if segment_ids is not None:
-        starts = layout.pad(layout.boundaries(segment_ids), size)
-        starts = starts.reshape(starts.shape[0], -1, 1, size)
-        counts = jnp.cumsum(starts.astype(jnp.float32), axis=-1)
+    counts = tpu.resets_so_far(segment_ids, size, size)
     state = jnp.pad(initial_state, ((0, 0), (0, more_heads), (0, 0), (0, 0)))
-    if interpret is None:
-        interpret = dispatch.backend() != "tpu"
-    inputs = Inputs(*(wide(x) for x in (r, log_w, k, v)))
-    out, final_state = recurrence(plan, interpret, inputs, layout.transpose(state), counts)
+    inputs = Inputs(*(tpu.wide(x, size, more_heads) for x in (r, log_w, k, v)))
+    out, final_state = recurrence(plan, tpu.interpreted(interpret), inputs, layout.transpose(state), counts)
     out = out.reshape(*out.shape[:2], padded_heads, value_size)[:, :length, :heads]
     return out, layout.transpose(final_state[:, :heads])
 
@@ -79,7 +59,9 @@ def head_groups(heads: int, key_size: int, value_size: int) -> tuple[int, int]:
     """
     if heads <= MAX_HEADS:
         return heads, heads
-    whole = [group for group in range(MAX_HEADS // 2, MAX_HEADS + 1) if not group * min(key_size, value_size) % _LANES]
+    whole = [
+        group for group in range(MAX_HEADS // 2, MAX_HEADS + 1) if not group * min(key_size, value_size) % tpu.LANES
+    ]
     return min(((group, -(-heads // group) * group) for group in whole), key=lambda pair: (pair[1], -pair[0]))
 
 
@@ -114,7 +96,7 @@ def _recurrence_backward(plan: Plan, interpret: Any, kept: Any, cotangents: tupl
         in_specs=[*map(_whole, fixed), *(specs[name] for name in names)],
         out_specs=[specs[name] for name in ("key", "key", "key", "value", "state")],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*inputs, d_final)],
-        compiler_params=_compiler_params(),
+        compiler_params=tpu.compiler_params(_VMEM_LIMIT),
         interpret=interpret,
         name="wkv6_backward",
     )(*fixed, *operands)
@@ -150,7 +132,7 @@ def _run_forward(
         in_specs=[*map(_whole, fixed), *(specs[name] for name in names)],
         out_specs=[specs[name] for name in ("value", "state", "states")[: len(shapes)]],
         out_shape=shapes,
-        compiler_params=_compiler_params(),
+        compiler_params=tpu.compiler_params(_VMEM_LIMIT),
         interpret=interpret,
         name="wkv6_forward",
     )(*fixed, *operands)
@@ -181,25 +163,15 @@ def _grid(plan: Plan, inputs: Inputs) -> tuple[int, int, int]:
 
 
 def _block_specs(plan: Plan, inputs: Inputs, reverse: bool) -> dict[str, pl.BlockSpec]:
-    """What of each kind of array a grid step (batch, head group, chunk) sees."""
-    chunks = inputs.r.shape[1] // plan.size
-    state = (plan.heads, plan.value_size, plan.key_size)
-
-    def at(index: jax.Array) -> jax.Array:
-        return chunks - 1 - index if reverse else index
-
-    return {
-        "key": pl.BlockSpec((1, plan.size, plan.heads * plan.key_size), lambda b, h, n: (b, at(n), h)),
-        "value": pl.BlockSpec((1, plan.size, plan.heads * plan.value_size), lambda b, h, n: (b, at(n), h)),
-        "counts": pl.BlockSpec((1, 1, 1, plan.size), lambda b, h, n: (b, at(n), 0, 0)),
-        "state": pl.BlockSpec((1, *state), lambda b, h, n: (b, h, 0, 0)),
-        "states": pl.BlockSpec((1, 1, *state), lambda b, h, n: (b, at(n), h, 0, 0)),
-    }
+    return tpu.block_specs(
+        inputs.r.shape[1],
+        size=plan.size,
+        key_channels=plan.heads * plan.key_size,
+        value_channels=plan.heads * plan.value_size,
+        state=(plan.heads, plan.value_size, plan.key_size),
+        reverse=reverse,
+    )
 
 
 def _whole(x: jax.Array) -> pl.BlockSpec:
     return pl.BlockSpec(x.shape, lambda b, h, n: (0,) * x.ndim)
-
-
-def _compiler_params() -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT)

@@ -6,20 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dispatch, layout
+from pallas_kernels import layout
+from pallas_kernels.shared import tpu
 from pallas_kernels.wkv7.chunked import Inputs
 from pallas_kernels.wkv7.pallas_tpu_backward import backward_kernel
 from pallas_kernels.wkv7.pallas_tpu_chunk import Plan
 from pallas_kernels.wkv7.pallas_tpu_forward import forward_kernel
 
 DEFAULT_CHUNK_SIZE = 64
-_CHUNK_SIZES = (16, 32, 64, 128)
-_HEAD_SIZES = (64, 128)
 MAX_HEADS = 16
 MAX_CHANNELS = 1024
-_LANES = 128
 _VMEM_LIMIT = 48 * 2**20
 
 
@@ -43,16 +40,10 @@ def wkv7_pallas_tpu(
     pallas_call's; None interprets wherever there is no TPU.
     """
     key_size, value_size = r.shape[-1], v.shape[-1]
-    if key_size not in _HEAD_SIZES or value_size not in _HEAD_SIZES:
-        raise NotImplementedError(
-            f"wkv7 on TPU got heads of {key_size} key and {value_size} value channels, expected 64 or 128 each; take "
-            "implementation='chunked'."
-        )
-    if chunk_size not in (None, *_CHUNK_SIZES):
-        raise NotImplementedError(f"wkv7 on TPU got chunk_size={chunk_size}, expected one of {_CHUNK_SIZES} or None.")
+    tpu.check_sizes("wkv7", key_size, value_size, chunk_size)
     length, heads = r.shape[1:3]
-    size = min(chunk_size or DEFAULT_CHUNK_SIZE, max(_CHUNK_SIZES[0], layout.fitting_chunk(length, 128)))
-    chunks = 2 if size <= _LANES // 2 and length > size else 1
+    size = min(chunk_size or DEFAULT_CHUNK_SIZE, max(tpu.CHUNK_SIZES[0], layout.fitting_chunk(length, 128)))
+    chunks = 2 if size <= tpu.LANES // 2 and length > size else 1
     dtype = jnp.bfloat16 if jnp.result_type(r, k, v, a, b) == jnp.bfloat16 else jnp.float32
     # float32 products are six passes each: fewer heads hide as much and compile in a fraction of the time.
     most = MAX_HEADS if dtype == jnp.bfloat16 else MAX_HEADS // 4
@@ -60,21 +51,10 @@ def wkv7_pallas_tpu(
     plan = Plan(size, chunks, group, key_size, value_size, dtype)
     more_heads = padded_heads - heads
 
-    def wide(x: jax.Array) -> jax.Array:
-        x = layout.pad(x, plan.rows)
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, more_heads), (0, 0))) if more_heads else x
-        return x.reshape(*x.shape[:2], -1)
-
-    counts = None
-    if segment_ids is not None:
-        starts = layout.pad(layout.boundaries(segment_ids), plan.rows)
-        starts = starts.reshape(starts.shape[0], -1, 1, size)
-        counts = jnp.cumsum(starts.astype(jnp.float32), axis=-1)
+    counts = tpu.resets_so_far(segment_ids, plan.rows, size)
     state = jnp.pad(initial_state, ((0, 0), (0, more_heads), (0, 0), (0, 0)))
-    if interpret is None:
-        interpret = dispatch.backend() != "tpu"
-    inputs = Inputs(*(wide(x) for x in (r, log_w, k, v, a, b)))
-    out, final_state = recurrence(plan, interpret, inputs, layout.transpose(state), counts)
+    inputs = Inputs(*(tpu.wide(x, plan.rows, more_heads) for x in (r, log_w, k, v, a, b)))
+    out, final_state = recurrence(plan, tpu.interpreted(interpret), inputs, layout.transpose(state), counts)
     out = out.reshape(*out.shape[:2], padded_heads, value_size)[:, :length, :heads]
     return out, layout.transpose(final_state[:, :heads])
 
@@ -86,7 +66,7 @@ def head_groups(heads: int, key_size: int, value_size: int, most: int = MAX_HEAD
     """
     if heads <= most:
         return heads, heads
-    whole = [group for group in range(most, most // 2 - 1, -1) if not group * min(key_size, value_size) % _LANES]
+    whole = [group for group in range(most, most // 2 - 1, -1) if not group * min(key_size, value_size) % tpu.LANES]
     for group in whole:
         if heads % group == 0:
             return group, heads
@@ -127,7 +107,7 @@ def _recurrence_backward(plan: Plan, interpret: Any, kept: Any, cotangents: tupl
         in_specs=[specs[name] for name in (*names, "states", "value", "state")],
         out_specs=[specs[name] for name in ("key", "key", "key", "value", "key", "key", "state")],
         out_shape=shapes,
-        compiler_params=_compiler_params(),
+        compiler_params=tpu.compiler_params(_VMEM_LIMIT),
         interpret=interpret,
         name="wkv7_backward",
     )(*operands)
@@ -163,7 +143,7 @@ def _run_forward(
         in_specs=[specs[name] for name in names],
         out_specs=[specs[name] for name in ("value", "state", "states")[: len(shapes)]],
         out_shape=shapes,
-        compiler_params=_compiler_params(),
+        compiler_params=tpu.compiler_params(_VMEM_LIMIT),
         interpret=interpret,
         name="wkv7_forward",
     )(*operands)
@@ -176,21 +156,12 @@ def _grid(plan: Plan, inputs: Inputs) -> tuple[int, int, int]:
 
 
 def _block_specs(plan: Plan, inputs: Inputs, reverse: bool) -> dict[str, pl.BlockSpec]:
-    """What of each kind of array a grid step (batch, head group, block of chunks) sees."""
-    blocks = inputs.r.shape[1] // plan.rows
-    state = (plan.heads, plan.value_size, plan.key_size)
-
-    def at(index: jax.Array) -> jax.Array:
-        return blocks - 1 - index if reverse else index
-
-    return {
-        "key": pl.BlockSpec((1, plan.rows, plan.heads * plan.key_size), lambda b, h, n: (b, at(n), h)),
-        "value": pl.BlockSpec((1, plan.rows, plan.heads * plan.value_size), lambda b, h, n: (b, at(n), h)),
-        "counts": pl.BlockSpec((1, plan.chunks, 1, plan.size), lambda b, h, n: (b, at(n), 0, 0)),
-        "state": pl.BlockSpec((1, *state), lambda b, h, n: (b, h, 0, 0)),
-        "states": pl.BlockSpec((1, plan.chunks, *state), lambda b, h, n: (b, at(n), h, 0, 0)),
-    }
-
-
-def _compiler_params() -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT)
+    return tpu.block_specs(
+        inputs.r.shape[1],
+        size=plan.size,
+        chunks=plan.chunks,
+        key_channels=plan.heads * plan.key_size,
+        value_channels=plan.heads * plan.value_size,
+        state=(plan.heads, plan.value_size, plan.key_size),
+        reverse=reverse,
+    )

@@ -142,7 +142,8 @@ class Train:
 
     disk_gb: what the work directory may hold, where a quota allows less than the disk has free; 0 = all of that.
     slice_tokens: tokens whose logits are held at once in the loss (0 = chosen by the kernel). wandb_project: "" = none.
-    answer_tales: made-up tales in whose answers the student is scored beside its teacher when all is trained.
+    eval_every: steps between scores on held-out rows while the whole student trains, and at such a stage's end; 0: only
+    when all is trained. answer_tales: made-up tales in whose answers the student is scored beside its teacher then.
     """
 
     log_every: int = bounded(10, least=1)
@@ -151,6 +152,7 @@ class Train:
     disk_gb: float = bounded(0.0, least=0)
     max_skipped: int = bounded(10, least=1)
     slice_tokens: int = bounded(0, least=0)
+    eval_every: int = bounded(0, least=0)
     eval_batch_size: int = bounded(8, least=1)
     sample_prompts: tuple[str, ...] = ()
     sample_tokens: int = bounded(64, least=1)

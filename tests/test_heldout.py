@@ -1,6 +1,7 @@
-"""What is scored at the end of a run is what its export holds."""
+"""Scores on held-out rows: of the export at the end of a run, and of the student while it trains."""
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -62,3 +63,39 @@ def test_retie_of_an_untied_teacher_is_refused_when_the_run_begins(tmp_path):
     with pytest.raises(ValueError, match=rf"config\.export\.retie .*{re.escape(str(teacher))} .*tie_word_embeddings"):
         make_job(config.validate(chosen), tmp_path / "run")
     assert not (tmp_path / "run" / "data").exists()
+
+
+STEPS = {"stage1": 4, "stage2": 5, "stage3": 2}
+
+
+def test_scores_while_it_trains(tmp_path, capsys):
+    """They are those that the same student has at the end, of stages that train it whole, and change nothing of it."""
+    settings = tiny_run.settings(save_teacher(tmp_path), steps=STEPS) | {"train.sample_prompts": ()}
+    summary = tiny_run.convert(tmp_path / "run", settings | {"train.eval_every": 2, "train.log_every": 3})
+    said = capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scored = {(line["stage"], line["step"]): line for line in lines if "heldout_loss" in line}
+    assert list(scored) == [("stage2", 2), ("stage2", 4), ("stage2", 5), ("stage3", 2)]
+    assert {"heldout_kl", "heldout_top1", "heldout_agreement", "heldout_relative_top1"} <= scored["stage2", 5].keys()
+    # Stage 3 has no teacher beside it.
+    assert "heldout_kl" not in scored["stage3", 2]
+    assert scored["stage3", 2]["heldout_loss"] == pytest.approx(summary["student"]["loss"], rel=1e-6)
+    assert f"stage2: after step 4 on held-out text: loss {scored['stage2', 4]['heldout_loss']:.4f}, KL " in said
+    assert "Held-out text while training" in (tmp_path / "run" / "report" / "index.html").read_text()
+
+    tiny_run.convert(tmp_path / "plain", settings)
+    weights = [(tmp_path / run / "export" / "model.safetensors").read_bytes() for run in ("run", "plain")]
+    assert weights[0] == weights[1]
+    assert "Held-out text while training" not in (tmp_path / "plain" / "report" / "index.html").read_text()
+
+    short = tiny_run.convert(tmp_path / "short", settings | {"stages": ("stage1", "stage2")})
+    assert scored["stage2", 5]["heldout_kl"] == pytest.approx(short["student"]["kl"], rel=1e-5)
+
+
+def test_scores_where_no_stage_trains_the_student_whole_are_refused(tmp_path):
+    chosen = config.defaults()
+    chosen.update_from_flattened_dict(
+        tiny_run.settings(save_teacher(tmp_path), steps={"stage1": 4}) | {"train.eval_every": 2}
+    )
+    with pytest.raises(ValueError, match=r"config\.train\.eval_every is 2 .*stage2.*Leave it out"):
+        make_job(config.validate(chosen), tmp_path / "run")

@@ -61,6 +61,7 @@ def _report_html(run: RunLog, usd_per_hour: Real | None, losses: Mapping[str, st
         ("samples", "Samples", samples(run.summary.get("samples") or [])),
         ("stages", "Stages", _stages_table(run)),
         ("loss", "Loss", _loss_charts(trained, losses)),
+        *_held_out(trained),
         ("rates", "Learning rate", _rate_charts(trained)),
         ("alignment", "Alignment error by layer", _alignment(run)),
         ("gradient", "Gradient norm", _one_chart_each(trained, "grad_norm", "norm before the clip")),
@@ -134,6 +135,19 @@ def _loss_charts(stages: Sequence[StageLog], losses: Mapping[str, str]) -> str:
         what = losses.get(stage.name, "loss")
         figures.append(_chart(stage, [Curve("loss", stage.curve("loss"))], what, marks=marks))
     return charts(figures) + '<p class="soft">Many steps are drawn as their mean with their range as a shade.</p>'
+
+
+def _held_out(stages: Sequence[StageLog]) -> list[tuple[str, str, str]]:
+    """The student's scores while it trained, where config.train.eval_every asked for them."""
+    kinds = {"heldout_kl": "KL to the teacher", "heldout_relative_top1": "top-1 relative to the teacher's"}
+    kinds |= {"heldout_loss": "loss"}
+    figures = [
+        _chart(stage, [Curve(what, points)], f"held-out text: {what}")
+        for stage in stages
+        for key, what in kinds.items()
+        if (points := stage.curve(key))
+    ]
+    return [("heldout", "Held-out text while training", charts(figures))] if figures else []
 
 
 def _rate_charts(stages: Sequence[StageLog]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -142,6 +143,24 @@ def evaluate_job(job: Job, cfg: ModelConfig, student: Params, teacher: Params | 
     if teacher is None:
         return evaluate(cfg, student, batches(job), rows, mesh=job.mesh)
     return evaluate(cfg, student, batches(job), rows, job.teacher, teacher, job.mesh)
+
+
+def evaluate_in_training(job: Job, student: Params, teacher: Params | None) -> dict[str, float]:
+    """The student's scores as metrics of a step, "heldout_kl" and so on; its weights are not rounded for export yet.
+
+    Without a teacher its loss and top-1 alone; NaN for what is relative to a teacher that is never right.
+    """
+    scores = evaluate_job(job, job.student, student, teacher)
+    relative = {"relative_top1": scores["relative_top1"]} if "relative_top1" in scores else {}
+    values = scores["student"] | relative
+    return {f"heldout_{name}": math.nan if value is None else value for name, value in values.items()}
+
+
+def in_words(scores: Mapping[str, float]) -> str:
+    """What `evaluate_in_training` found."""
+    words = {"loss": "loss {:.4f}", "kl": "KL {:.4f}", "relative_top1": "top-1 {:.2%} of the teacher's"}
+    said = [text.format(scores[f"heldout_{name}"]) for name, text in words.items() if f"heldout_{name}" in scores]
+    return f"on held-out text: {', '.join(said)}"
 
 
 def evaluate_control(job: Job, teacher: Params | None) -> dict[str, Any]:

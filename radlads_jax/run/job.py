@@ -179,6 +179,16 @@ def _check_sweeps(run: RunConfig) -> None:
             )
 
 
+def _check_evaluations(run: RunConfig) -> None:
+    """Raises ValueError where the student is to be scored while it trains, and no stage trains it whole."""
+    whole = [name for name, stage in STAGES.items() if stage.whole_student]
+    if run.train.eval_every and not set(whole) & set(run.stages):
+        raise ValueError(
+            f"config.train.eval_every is {run.train.eval_every:,} and config.stages {run.stages}; expected a stage "
+            f"that trains the whole student, one of {', '.join(whole)}. Leave it out: the end has scores in any case."
+        )
+
+
 def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     """Checks teacher, student, tokenizer and data, in this order; raises ValueError for the first that is wrong."""
     mixer_spec(run.student.mixer)  # a typo is told before anything is read
@@ -191,6 +201,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     check_trainable(run, student)
     _check_softening(run, original)
     _check_sweeps(run)
+    _check_evaluations(run)
     with hosts.first_alone("data"):
         tokenizer_dir = _tokenizer_dir(run, workdir, source)
         tokenizer = load_tokenizer(tokenizer_dir)

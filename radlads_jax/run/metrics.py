@@ -111,10 +111,10 @@ class MetricsLogger:
             os.fsync(self._file.fileno())
             self._send()
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, *, style: str = "yellow") -> None:
         """Prints a line, above the bar where there is one."""
         if self._enabled:
-            self._console.print(text, style="yellow", markup=False, emoji=False, highlight=False, soft_wrap=True)
+            self._console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def progress(self, step: int, tokens_per_second: float | None = None) -> None:
         """Moves the bar to `step` and shows the newest loss, the rate and the time left.

@@ -18,6 +18,7 @@ from radlads_jax.system.json_files import read_json
 _SAMPLES = ("sample_prompts", "sample_tokens", "answer_tales")
 _FREE_OF_TRAIN = (
     "log_every",
+    "eval_every",
     "checkpoint_every",
     "keep_checkpoints",
     "disk_gb",
@@ -94,8 +95,9 @@ def check_same_config(workdir: storage.AnyPath, config: dict) -> list[str]:
     changed = _changed(begun, config, except_for=[f"config.{field}" for field in of_files])
     stages = begun_stages(workdir)
     refused = [name for name in changed if _stage_of(name) in {None, *stages}]
-    old, new = begun.get("config.stages"), list(config["stages"])
-    if old is not None and "config.stages" in changed:
+    old = list(begun.get("config.stages", RunConfig().stages))
+    new = list(config.get("stages", RunConfig().stages))
+    if "config.stages" in changed:
         trained = 1 + max((i for i, stage in enumerate(old) if stage in stages), default=-1)
         if old[:trained] == new[:trained]:
             refused.remove("config.stages")

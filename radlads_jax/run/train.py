@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,76 +15,27 @@ from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.train_state import TrainState
 from radlads_jax.models import placement, sharding
 from radlads_jax.models.decoder import Params
-from radlads_jax.models.tree import overlay_params, path_leaves, split_params
+from radlads_jax.models.tree import merge_params, overlay_params, path_leaves, split_params
 from radlads_jax.planning.cost import model_flops
 from radlads_jax.porting.student import aligned_alone, init_mixers, transfer_table, whole_student
-from radlads_jax.run import ending, fingerprint, sweep
+from radlads_jax.run import ending, fingerprint, heldout, sweep
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.checkpoint_sums import DamagedCheckpoint
+from radlads_jax.run.clock import Clock
 from radlads_jax.run.display import say, show
 from radlads_jax.run.job import Job
-from radlads_jax.run.metrics import MetricsLogger, is_spike, peak_bytes
+from radlads_jax.run.metrics import MetricsLogger
 from radlads_jax.run.teacher_weights import TeacherWeights
 from radlads_jax.run.wandb_curves import WandbCurves
 from radlads_jax.system import hosts, storage
 from radlads_jax.system.stopping import Interrupted, stop_signals
 
-# The mean of so many steps is what a summary calls the last loss.
-_LOSSES_KEPT = 20
 # After so long there is a line, however few steps it was.
 _LINE_SECONDS = 10
 
 
 class TooManyNonFinite(RuntimeError):
     """The loss or its gradient was not finite for too many steps in a row."""
-
-
-class _Clock:
-    """Time, losses and memory of a stage, carried over restarts in the checkpoints' meta; compilation is not timed."""
-
-    def __init__(self, meta: dict[str, Any]):
-        self.seconds: float = meta.get("seconds", 0.0)
-        self.timed_steps: int = meta.get("timed_steps", 0)
-        self.first_loss: float | None = meta.get("first_loss")
-        self.last_losses: list[float] = list(meta.get("last_losses", []))
-        self.peak_bytes: int = meta.get("peak_bytes", 0)
-        self._mark, self._marked_step = 0.0, 0
-
-    def start(self, step: int) -> None:
-        """`step` has just been computed and the program compiled: what follows is timed."""
-        self._mark, self._marked_step = time.monotonic(), step
-
-    def waited(self, step: int | None = None) -> float:
-        """Seconds since the last tick; with a step, on average of the steps until it."""
-        steps = 1 if step is None else max(1, step - self._marked_step)
-        return (time.monotonic() - self._mark) / steps
-
-    def tick(self, step: int) -> float | None:
-        """`step` has just been computed; returns the steps per second since the last tick."""
-        now = time.monotonic()
-        seconds, steps = now - self._mark, step - self._marked_step
-        self.seconds, self.timed_steps = self.seconds + seconds, self.timed_steps + steps
-        self._mark, self._marked_step = now, step
-        self.peak_bytes = max(self.peak_bytes, peak_bytes())
-        return steps / seconds if steps else None
-
-    def note_loss(self, loss: float) -> bool:
-        """Takes in the next step's loss; returns whether it is a spike above the last ones."""
-        if not math.isfinite(loss):
-            return False
-        spike = is_spike(loss, self.last_losses)
-        self.first_loss = loss if self.first_loss is None else self.first_loss
-        self.last_losses = [*self.last_losses[1 - _LOSSES_KEPT :], loss]
-        return spike
-
-    def meta(self) -> dict[str, Any]:
-        return {
-            "seconds": self.seconds,
-            "timed_steps": self.timed_steps,
-            "first_loss": self.first_loss,
-            "last_losses": self.last_losses,
-            "peak_bytes": self.peak_bytes,
-        }
 
 
 def convert(
@@ -163,7 +112,7 @@ def _run_stage(run: _Run, name: str) -> dict[str, Any]:
         if saved is not None and saved.state is None:
             say(f"{name}: all {last} steps are done already")
             return _summary_line(sweep.taken(job, name), name, saved.meta)
-        clock = _Clock(saved.meta if saved is not None else {})
+        clock = Clock(saved.meta if saved is not None else {})
         if saved is not None:
             say(f"{name}: continuing from the checkpoint of step {start} of {last}")
         if job.run.stage(name).sweep:
@@ -184,7 +133,7 @@ def _resume(job: Job, name: str, checkpoints: Checkpoints, step: int) -> _Resume
 class _StageRun:
     """One stage while it trains: every step's metrics are logged once, and it saves as it goes."""
 
-    def __init__(self, run: _Run, name: str, checkpoints: Checkpoints, clock: _Clock):
+    def __init__(self, run: _Run, name: str, checkpoints: Checkpoints, clock: Clock):
         job = run.job
         self.run, self.job, self.name, self.checkpoints, self.clock = run, job, name, checkpoints, clock
         self.plan, self.options = job.stage_plan(name), job.run.train
@@ -218,9 +167,14 @@ class _StageRun:
             stop, wants_line = policy.ask(step)
             must_save = step == self.recipe.steps or stop is not None
             late = late or self.checkpoints.due(step)
-            if must_save or late or wants_line:
-                self._flush()
+            # Whoever stops it may not wait long.
+            evaluates = stop is None and self._evaluates(step)
+            if must_save or late or wants_line or evaluates:
+                jax.block_until_ready(state.step)
                 pace = self.clock.tick(step)
+                self._flush(self._scores(step, state, frozen, teacher) if evaluates else {})
+                # The time of scores is no training's.
+                self.clock.start(step)
                 self.run.logger.progress(step, pace and pace * self.tokens_per_step)
             # A run of skipped steps that may end the run keeps the checkpoint from before it.
             if must_save or (late and not self.skipped_in_a_row):
@@ -245,15 +199,31 @@ class _StageRun:
         del student
         return create_state(self.plan, params), frozen
 
-    def _flush(self) -> None:
-        """Logs the steps that have been computed since the last time; TooManyNonFinite where they are to end it."""
+    def _evaluates(self, step: int) -> bool:
+        """Whether the student is scored after this step."""
+        every = self.options.eval_every if STAGES[self.name].whole_student else 0
+        return bool(every) and (step % every == 0 or step == self.recipe.steps)
+
+    def _scores(self, step: int, state: TrainState, frozen: Params, teacher: Params | None) -> dict[str, float]:
+        """The student's on held-out rows, beside its teacher where the stage has its weights; they are said."""
+        scores = heldout.evaluate_in_training(self.job, merge_params(state.params, frozen), teacher)
+        self.run.logger.say(f"{self.name}: after step {step:,} {heldout.in_words(scores)}", style="")
+        return scores
+
+    def _flush(self, scores: dict[str, float]) -> None:
+        """Logs the steps that have been computed since the last time; TooManyNonFinite where they are to end it.
+
+        scores: of the last one of them.
+        """
+        last = max(self.pending, default=0)
         for step, values in jax.device_get(self.pending).items():
             spike = self.clock.note_loss(float(values["loss"]))
             in_a_row = self.skipped_in_a_row = int(values["skipped_in_a_row"])
             # A skipped step moves no schedule.
             updates = step - 1 - int(values["skipped"]) + (in_a_row > 0)
             lr = {f"lr_{group}": float(rate(updates)) for group, rate in self.rates.items()}
-            self.run.logger.log(self.name, step, values | lr | {"spike": spike})
+            of_step = scores if step == last else {}
+            self.run.logger.log(self.name, step, values | lr | {"spike": spike} | of_step)
             if in_a_row:
                 self.run.logger.say(
                     f"{self.name}: step {step} is skipped, its loss or gradient is not finite ({in_a_row} in a row)"
@@ -271,7 +241,7 @@ class _StageRun:
 class _StopPolicy:
     """When a stage stops, and when it has a line: in every process at the same steps."""
 
-    def __init__(self, stopping: Callable[[], int | None], clock: _Clock, every: int, last: int):
+    def __init__(self, stopping: Callable[[], int | None], clock: Clock, every: int, last: int):
         self.stopping, self.clock, self.every, self.last = stopping, clock, every, last
         self.seconds_each = 0
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,6 +112,22 @@ def begun(workdir: pathlib.Path, *stages: str) -> dict[str, Any]:
     for stage in stages:
         (workdir / "checkpoints" / stage / "7").mkdir(parents=True)
     return settings
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_trained_anew(
+    teacher: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any, capsys: Any
+) -> None:
+    workdir = pathlib.Path(shutil.copytree(whole, tmp_path / "run"))
+    shutil.rmtree(workdir / "checkpoints")
+    assert launched(monkeypatch, teacher, workdir, BOTH, stage2__lr=4e-3) == 0
+    for steps, settings, said in (
+        (BOTH, {"stage2__lr": 5e-3}, "config.stage2.lr was 0.004 and is now 0.005. Repeat its settings"),
+        (BOTH | {"stage3": 1}, {"stage2__lr": 4e-3}, "checkpoints of stage1, stage2 are gone"),
+    ):
+        capsys.readouterr()
+        assert launched(monkeypatch, teacher, workdir, steps, **settings) == 1
+        assert said in capsys.readouterr().err
+    assert weights(workdir) == weights(whole)
 
 
 def test_conversations_come_with_the_stage_that_reads_them(tmp_path: pathlib.Path) -> None:

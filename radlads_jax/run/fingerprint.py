@@ -17,7 +17,7 @@ import numpy as np
 from radlads_jax.data.binidx import TokenFile
 from radlads_jax.data.files import identity
 from radlads_jax.porting.safetensors_read import StoredTensor, open_checkpoint
-from radlads_jax.run.settings import begun_stages
+from radlads_jax.run.settings import begun_stages, trained_stages
 from radlads_jax.system import hosts, storage
 from radlads_jax.system.json_files import read_json
 from radlads_jax.system.storage import AnyPath, read_ranges
@@ -83,12 +83,10 @@ def finished(workdir: AnyPath, stages: Sequence[str]) -> dict[str, Any] | None:
 
     stages: the run's now. Where they are others than those that were trained, it is to go on.
     """
-    path = workdir / "summary.json"
-    if not path.exists() or not (workdir / "export").is_dir():
+    trained = trained_stages(workdir)
+    if trained is None or not (workdir / "export").is_dir() or trained not in ([], list(stages)):
         return None
-    summary = read_json(path, "Remove the file: scores are measured again.")
-    trained = [stage["name"] for stage in summary.get("stages", [])]
-    return summary if trained in ([], list(stages)) else None
+    return read_json(workdir / "summary.json")
 
 
 def require_same(before: Mapping[str, Any], now: Mapping[str, Any], workdir: AnyPath, hint: str = "") -> None:

@@ -53,10 +53,19 @@ def keep_begun_rules(workdir: storage.AnyPath, config: ConfigDict) -> None:
     """
     begun, rules = _begun_settings(workdir), fields.following(config)
     changed = _changed(begun, config.to_dict(), except_for=rules)
-    others = {_stage_of(name) for name in changed} - begun_stages(workdir)
+    others = {_stage_of(name) for name in changed} - begun_stages(workdir) - {*(trained_stages(workdir) or [])}
     for name, (group, field) in rules.items():
         if name in begun and _stage_of(name) not in others:
             group[field] = begun[name]
+
+
+def trained_stages(workdir: storage.AnyPath) -> list[str] | None:
+    """Those that DIR/summary.json is of; None where there is none, of an earlier version maybe []."""
+    path = workdir / "summary.json"
+    if not path.exists():
+        return None
+    summary = read_json(path, "Remove the file: scores are measured again.")
+    return [stage["name"] for stage in summary.get("stages", [])]
 
 
 def begun_stages(workdir: storage.AnyPath) -> set[str]:
@@ -93,20 +102,27 @@ def check_same_config(workdir: storage.AnyPath, config: dict) -> list[str]:
         return []
     of_files = _PATH_FIELDS if (workdir / "fingerprint.json").exists() else ()
     changed = _changed(begun, config, except_for=[f"config.{field}" for field in of_files])
-    stages = begun_stages(workdir)
+    kept, trained = begun_stages(workdir), trained_stages(workdir) or []
+    stages = {*kept, *trained}
     refused = [name for name in changed if _stage_of(name) in {None, *stages}]
     old = list(begun.get("config.stages", RunConfig().stages))
     new = list(config.get("stages", RunConfig().stages))
     if "config.stages" in changed:
-        trained = 1 + max((i for i, stage in enumerate(old) if stage in stages), default=-1)
-        if old[:trained] == new[:trained]:
+        behind = 1 + max((i for i, stage in enumerate(old) if stage in stages), default=-1)
+        if old[:behind] == new[:behind]:
             refused.remove("config.stages")
     if refused:
         raise ValueError(
             f"{workdir} holds a run with other settings: {'; '.join(changed[n] for n in refused[:10])}. Repeat its "
             "settings to continue it, or choose another --workdir."
         )
-    return [words for name, words in changed.items() if _stage_of(name) in {None, *new}]
+    told = [words for name, words in changed.items() if _stage_of(name) in {None, *new}]
+    if told and (lost := [stage for stage in trained if stage not in kept]):
+        raise ValueError(
+            f"{workdir} is finished, its checkpoints of {', '.join(lost)} are gone, and {'; '.join(told)}; "
+            "expected the checkpoints, from which more stages go on. Put them back, or choose another --workdir."
+        )
+    return told
 
 
 def _changed(begun: dict[str, Any], config: dict, except_for: Collection[str]) -> dict[str, str]:

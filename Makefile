@@ -80,6 +80,7 @@ clean:
 # The stamp goes first: an installation that was interrupted leaves none, and the next run starts over.
 $(STAMP): pyproject.toml $(PINS)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("radlads_jax needs Python 3.11 or newer, but $(PYTHON) is %d.%d. Say which to use: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" % sys.version_info[:2])'
+	@test ! -e $(VENV)/.made-by-setup-env || { echo "$(VENV) was made by launch/setup_env.sh, for an accelerator, and is not replaced. Give another place: make VENV=.venv-cpu $(MAKECMDGOALS), or remove it." >&2; exit 1; }
 	rm -f $(VENV)/.made-for-python-*
 	$(PYTHON) -m venv --clear $(VENV)
 	$(if $(filter yes,$(REQUIRE_HASHES)),$(PIP) --no-deps --require-hashes --requirement $(PINS:.txt=.hashed.txt))

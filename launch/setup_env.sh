@@ -7,8 +7,7 @@
 #          VENV=DIR                     another place than .venv
 #          EXTRAS=wandb,eval            of pyproject.toml's extras, beside tpu or cuda and gcs
 #
-# `make` keeps a .venv of its own for tests on a CPU and replaces one made here; on an accelerator leave make out, or
-# give VENV.
+# `make` keeps a .venv of its own for tests on a CPU and does not replace one made here: give it another VENV.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -74,5 +73,8 @@ version=$("$venv/bin/python" -c 'import sys; print("py311" if sys.version_info <
 install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "constraints/$version.txt")
 "${install[@]}" setuptools
 "${install[@]}" --no-build-isolation --editable "$project"
+if [[ $devices != cpu ]]; then
+    touch "$venv/.made-by-setup-env"
+fi
 # Asks for no device: on a pod's worker that would wait for all the others.
 "$venv/bin/python" -c 'import jax; print("jax", jax.__version__, "is in", jax.__file__)'

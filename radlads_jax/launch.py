@@ -58,7 +58,7 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
         run = settings_lib.with_whole_paths(config_lib.validate(_CONFIG.value))
         settings = run.settings()
         storage.require_writable(workdir)
-        changed = settings_lib.check_same_config(workdir, settings)
+        settings_lib.check_same_config(workdir, settings)
         # Imported late: the models and their compiler take seconds that a typo should not.
         from radlads_jax.evaluation.choice import choose_for_run, table
         from radlads_jax.run import choosing, preflight
@@ -80,9 +80,12 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
         with held(workdir), backend.room_for("the run does", _LESS_MEMORY):
             job = make_job(run, workdir)
             teacher = TeacherWeights(job)
+            # Once more, for until now another process may have trained here.
+            changed = settings_lib.check_same_config(workdir, settings)
             if changed:
                 say(f"goes on with other settings of what has not begun: {'; '.join(changed)}")
-            preflight.check(job, teacher, force=_FORCE.value, whole=_PREFLIGHT_ONLY.value or bool(changed))
+            whole = _PREFLIGHT_ONLY.value or bool(hosts.agreed(int(bool(changed))))
+            preflight.check(job, teacher, force=_FORCE.value, whole=whole)
             if _PREFLIGHT_ONLY.value:
                 return 0
 

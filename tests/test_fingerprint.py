@@ -144,7 +144,8 @@ def test_the_same_contents_elsewhere_go_on(place, monkeypatch):
 def test_a_finished_run_is_not_that_of_other_data(place):
     """Where it is asked for by the names that it has, its results are shown whatever has become of them."""
     (place / "run" / "export").mkdir()
-    (place / "run" / "summary.json").write_text("{}")
+    stages = [{"name": name} for name in chosen(place).stages]
+    (place / "run" / "summary.json").write_text(json.dumps({"stages": stages}))
     copy = shutil.copytree(place / "corpus", place / "copy")
     append_text(place)
     assert job_of(place).depends["data"] == job_of(place, data__path=str(copy)).depends["data"]

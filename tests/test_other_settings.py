@@ -11,8 +11,11 @@ import tiny_run
 from untrained import save_teacher
 
 from radlads_jax import config, launch
-from radlads_jax.run import train
-from radlads_jax.run.settings import check_same_config, keep_begun_rules, remember_config
+from radlads_jax.run import fingerprint, train
+from radlads_jax.run import settings as settings_lib
+from radlads_jax.run.job import make_job
+from radlads_jax.run.settings import begun_stages, check_same_config, keep_begun_rules, remember_config
+from radlads_jax.system import workdir as workdir_lib
 from radlads_jax.system.stopping import Interrupted
 
 BOTH = {"stage1": 5, "stage2": 4}
@@ -145,12 +148,78 @@ def test_a_setting_of_a_stage_that_does_not_run_is_not_told(tmp_path: pathlib.Pa
 
 
 def test_a_warm_up_follows_other_steps(tmp_path: pathlib.Path) -> None:
-    """Where a stage has begun, or its recipe is the same, it stays that of the version that began the run."""
+    """Where its stage has begun, it stays that of the version that began the run."""
     settings = begun(tmp_path, "stage1")
-    earlier = {name: settings[name] | {"warmup_steps": 3} for name in ("stage1", "stage2")}
-    remember_config(tmp_path, settings | earlier)
-    for tokens, accumulate, expected in ((500_000_000, 2, 3), (98_304, 1, 1)):
+    remember_config(tmp_path, settings | {name: settings[name] | {"warmup_steps": 3} for name in ("stage1", "stage2")})
+    chosen = config.defaults()
+    chosen.stage2.tokens = 98_304
+    keep_begun_rules(tmp_path, chosen)
+    assert (chosen.stage1.warmup_steps, chosen.stage2.warmup_steps) == (3, 1)
+
+
+def test_a_stage_before_one_that_has_begun_is_settled(tmp_path: pathlib.Path) -> None:
+    settings = begun(tmp_path, "stage2")
+    with pytest.raises(ValueError, match=r"config\.stage1\.lr was 0\.001 and is now 1\.0"):
+        check_same_config(tmp_path, settings | {"stage1": settings["stage1"] | {"lr": 1.0}})
+
+
+def test_an_unfinished_checkpoint_of_a_bucket_is_none(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    begun(tmp_path, "stage1")
+    assert begun_stages(tmp_path) == {"stage1"}
+    step = tmp_path / "checkpoints" / "stage1" / "7"
+    monkeypatch.setattr(settings_lib.storage, "in_bucket", lambda path: True)
+    assert not settings_lib._is_whole(step)
+    (step / "commit_success.txt").touch()
+    assert settings_lib._is_whole(step)
+
+
+@pytest.mark.parametrize("stages", ['["a"]', '{"name": 1}', "[{}]"])
+def test_a_summary_that_no_run_wrote(stages: str, tmp_path: pathlib.Path) -> None:
+    begun(tmp_path, "stage1")
+    (tmp_path / "summary.json").write_text(f'{{"stages": {stages}}}')
+    with pytest.raises(ValueError, match=r"summary\.json: stages is .*Remove the file"):
+        check_same_config(tmp_path, config.defaults().to_dict())
+
+
+def test_a_second_process_looks_again_when_it_has_the_directory(
+    teacher: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Between the first look and the lock another one may have trained what had not begun."""
+    workdir, held = tmp_path / "run", workdir_lib.held
+
+    def late(directory: Any) -> Any:
+        shutil.copytree(whole, workdir)
+        return held(directory)
+
+    monkeypatch.setattr(workdir_lib, "held", late)
+    assert launched(monkeypatch, teacher, workdir, BOTH, stage2__lr=5e-3) == 1
+    assert "config.stage2.lr was 0.004 and is now 0.005" in capsys.readouterr().err
+
+
+def test_other_conversations_before_their_stage_has_begun(tmp_path: pathlib.Path, teacher: pathlib.Path) -> None:
+    """Until then a file that is not there is an error, and another one takes its place."""
+    for name, said in {"a": "yes", "b": "no"}.items():
+        turns = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": said}]
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 40)
+
+    def job_of(file: str) -> Any:
         chosen = config.defaults()
-        chosen.stage2.update({"tokens": tokens, "accumulate": accumulate})
-        keep_begun_rules(tmp_path, chosen)
-        assert (chosen.stage1.warmup_steps, chosen.stage2.warmup_steps) == (3, expected)
+        flat = tiny_run.settings(teacher, steps={"stage1": 5, "stage2c": 1}) | {"data.chats": str(tmp_path / file)}
+        chosen.update_from_flattened_dict(flat)
+        return make_job(config.validate(chosen), tmp_path / "run")
+
+    def goes_on(file: str) -> None:
+        job = job_of(file)
+        fingerprint.begin(job.workdir, job.depends)
+        remember_config(job.workdir, job.run.settings())
+
+    goes_on("a.jsonl")
+    with pytest.raises(ValueError, match="typo"):
+        job_of("typo.jsonl")
+    goes_on("b.jsonl")
+    (tmp_path / "run" / "checkpoints" / "stage2c" / "1").mkdir(parents=True)
+    with pytest.raises(ValueError, match="the chats of the run"):
+        job_of("a.jsonl")
+    # Where they are gone, their tokens are there.
+    (tmp_path / "b.jsonl").unlink()
+    job_of("b.jsonl")

@@ -70,6 +70,7 @@ def generate(
     """
     rows = [list(prompt) for prompt in prompts]
     _check(rows, max_tokens, stop)
+    assert read is None or memory is None
     if read is not None:
         sequences, unread = read
     elif memory is not None:

@@ -75,7 +75,8 @@ def score_continuations(
 ) -> list[Score]:
     """log p of every token of a continuation for each row, after what `prefill` has read and left unread of it.
 
-    Whose sequences stay as they are; they have room for padded_width(R + the longest one) more tokens.
+    Whose sequences stay as they are, and so are in memory twice; they have room for padded_width(R + the longest one)
+    more tokens.
     """
     known = unread.shape[1]
     width = padded_width(known + max(map(len, continuations)))
@@ -86,8 +87,10 @@ def score_continuations(
     # What reads them gives up the arrays that it is called with.
     sequences = jax.tree.map(jnp.copy, sequences)
     scored = []
-    for begin in range(0, width, _CHUNK):
-        chunk, targets = (jnp.asarray(tokens[:, i : min(i + _CHUNK, i + width - begin)]) for i in (begin, begin + 1))
+    size = min(width, _CHUNK)
+    for begin in range(0, width, size):
+        chunk = jnp.asarray(tokens[:, begin : begin + size])
+        targets = jnp.asarray(tokens[:, begin + 1 : begin + size + 1])
         chunk_scores, sequences = _score_chunk(cfg, params, sequences, chunk, targets)
         scored.append(jax.device_get(chunk_scores))
     log_probabilities, is_best = (np.concatenate(parts, axis=1) for parts in zip(*scored, strict=True))

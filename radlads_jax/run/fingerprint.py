@@ -17,7 +17,7 @@ import numpy as np
 from radlads_jax.data.binidx import TokenFile
 from radlads_jax.data.files import identity
 from radlads_jax.porting.safetensors_read import StoredTensor, open_checkpoint
-from radlads_jax.run.settings import begun_stages, trained_stages
+from radlads_jax.run.settings import begun_stages, settled_stages, trained_stages
 from radlads_jax.system import hosts, storage
 from radlads_jax.system.json_files import read_json
 from radlads_jax.system.storage import AnyPath, read_ranges
@@ -29,6 +29,8 @@ FILE = "fingerprint.json"
 _SAMPLE_BYTES, _SAMPLES = 1 << 13, 4
 # Of config.json: what a tool writes anew without any effect on the model.
 _IGNORED = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "architectures")
+# Parts that only this stage reads.
+_OF_STAGES = {"chats": "stage2c"}
 _VALUES = 8
 _TOLERANCE = 1e-2
 _ADVICE = {
@@ -43,7 +45,16 @@ _ADVICE = {
 
 
 def read(workdir: AnyPath) -> dict[str, Any]:
-    """What the run in DIR began with; empty where none has, or one of an older version."""
+    """What the run in DIR began with; empty where none has, or one of an older version.
+
+    Not what only a stage reads that has not begun: it may be another.
+    """
+    parts, settled = written(workdir), settled_stages(workdir)
+    return {part: value for part, value in parts.items() if _OF_STAGES.get(part) in {None, *settled}}
+
+
+def written(workdir: AnyPath) -> dict[str, Any]:
+    """The same, with that."""
     return _known(workdir) if has_begun(workdir) else {}
 
 
@@ -84,7 +95,7 @@ def finished(workdir: AnyPath, stages: Sequence[str]) -> dict[str, Any] | None:
     stages: the run's now. Where they are others than those that were trained, it is to go on.
     """
     trained = trained_stages(workdir)
-    if trained is None or not (workdir / "export").is_dir() or trained not in ([], list(stages)):
+    if trained != list(stages) or not (workdir / "export").is_dir():
         return None
     return read_json(workdir / "summary.json")
 

@@ -206,18 +206,25 @@ def _read_by(readers: Mapping[str, list[str]]) -> str:
 
 
 def data(job: Job) -> Finding:
-    """How often every stage goes through the data."""
-    shares = []
+    """How often every stage goes through the data; a problem where a stream was cut for fewer tokens than that."""
+    shares, short = [], []
+    cut = job.run.data.streaming and job.depends["data"].get("max_tokens") == job.token_file.num_tokens
     for name, recipe in job.run.recipes.items():
         tokens = recipe.steps * recipe.batch_size * recipe.seq_len
         if STAGES[name].reads_chats:
             shares.append(_conversations(job, name, tokens))
             continue
         share = pipeline.repeats(job.token_file, recipe.seq_len, tokens, job.eval_tokens)
+        short += [name] if cut and share > 1 and not job.run.data.max_tokens else []
         shares.append(f"{name} reads {f'{share:.0%} of them' if share <= 1 else f'them {share:.1f} times'}")
     count = job.token_file.num_tokens - job.eval_tokens
     read = f"{count:,} tokens besides {job.eval_tokens:,} held out, of {described(job.token_file, job.depends['data'])}"
-    return Finding("data", f"{read}; {', '.join(shares)}")
+    problem = (
+        f"the tokens in {job.token_file.prefix.parent} were read from a stream for a run of fewer, and "
+        f"{listed(short)} would repeat them; expected as many as the longest stage reads. Choose another --workdir, "
+        "which reads as many."
+    )
+    return Finding("data", f"{read}; {', '.join(shares)}", problem if short else "")
 
 
 def _conversations(job: Job, name: str, tokens: int) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,12 +13,14 @@ from radlads_jax.config import Data, RunConfig, Teacher, defaults, stage_names
 from radlads_jax.student import Student
 from radlads_jax.system import storage
 from radlads_jax.system.json_files import read_json
+from radlads_jax.system.untrusted import brief
 
 # What may differ between a run and its continuation: none of it changes the result, but for the rounding of sums.
 _SAMPLES = ("sample_prompts", "sample_tokens", "answer_tales")
 _FREE_OF_TRAIN = (
     "log_every",
     "eval_every",
+    "eval_batch_size",
     "checkpoint_every",
     "keep_checkpoints",
     "disk_gb",
@@ -49,30 +51,52 @@ def with_whole_paths(run: RunConfig) -> RunConfig:
 def keep_begun_rules(workdir: storage.AnyPath, config: ConfigDict) -> None:
     """Gives fields that follow others by a rule what DIR's run began with, whose version may have had another rule.
 
-    Not those of a stage that has not begun and has another recipe now.
+    Not those of a stage that has not begun, whose recipe is free.
     """
-    begun, rules = _begun_settings(workdir), fields.following(config)
-    changed = _changed(begun, config.to_dict(), except_for=rules)
-    others = {_stage_of(name) for name in changed} - begun_stages(workdir) - {*(trained_stages(workdir) or [])}
-    for name, (group, field) in rules.items():
-        if name in begun and _stage_of(name) not in others:
+    begun, settled = _begun_settings(workdir), {None, *settled_stages(workdir)}
+    for name, (group, field) in fields.following(config).items():
+        if name in begun and _stage_of(name) in settled:
             group[field] = begun[name]
 
 
+def begun_setting(workdir: storage.AnyPath, name: str) -> Any:
+    """What DIR's run has begun with, by a name as "config.data.chats"; None where it has not."""
+    return _begun_settings(workdir).get(name)
+
+
+def settled_stages(workdir: storage.AnyPath) -> set[str]:
+    """The stages whose recipe can not be another any more: with a checkpoint, or done, or before one that is."""
+    stages = {*begun_stages(workdir), *(trained_stages(workdir) or [])}
+    order = begun_setting(workdir, "config.stages") or []
+    return stages | {*order[: _last(order, stages)]}
+
+
+def _last(order: Sequence[str], stages: Collection[str]) -> int:
+    """How many of them there are up to the last one of these stages."""
+    return 1 + max((i for i, stage in enumerate(order) if stage in stages), default=-1)
+
+
 def trained_stages(workdir: storage.AnyPath) -> list[str] | None:
-    """Those that DIR/summary.json is of; None where there is none, of an earlier version maybe []."""
-    path = workdir / "summary.json"
+    """Those that DIR/summary.json is of; None where there is no such file."""
+    path, advice = workdir / "summary.json", "Remove the file: scores are measured again."
     if not path.exists():
         return None
-    summary = read_json(path, "Remove the file: scores are measured again.")
-    return [stage["name"] for stage in summary.get("stages", [])]
+    stages = read_json(path, advice).get("stages", [])
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) and "name" in stage for stage in stages):
+        raise ValueError(f"{path}: stages is {brief(repr(stages))}; expected what a run wrote there. {advice}")
+    return [stage["name"] for stage in stages]
 
 
 def begun_stages(workdir: storage.AnyPath) -> set[str]:
     """The stages of which DIR has a checkpoint; any other starts at its first step."""
     place = workdir / "checkpoints"
     stages = [name for name, is_file in storage.children(place).items() if not is_file] if place.is_dir() else []
-    return {stage for stage in stages if any(step.isdigit() for step in storage.children(place / stage))}
+    return {stage for stage in stages if any(map(_is_whole, (place / stage).iterdir()))}
+
+
+def _is_whole(step: storage.AnyPath) -> bool:
+    """Whether it is a checkpoint; in a bucket one has its name before it is whole, and then a file more."""
+    return step.name.isdigit() and (not storage.in_bucket(step) or (step / "commit_success.txt").exists())
 
 
 def _begun_settings(workdir: storage.AnyPath) -> dict[str, Any]:
@@ -102,22 +126,21 @@ def check_same_config(workdir: storage.AnyPath, config: dict) -> list[str]:
         return []
     of_files = _PATH_FIELDS if (workdir / "fingerprint.json").exists() else ()
     changed = _changed(begun, config, except_for=[f"config.{field}" for field in of_files])
-    kept, trained = begun_stages(workdir), trained_stages(workdir) or []
-    stages = {*kept, *trained}
-    refused = [name for name in changed if _stage_of(name) in {None, *stages}]
+    settled = settled_stages(workdir)
+    refused = [name for name in changed if _stage_of(name) in {None, *settled}]
     old = list(begun.get("config.stages", RunConfig().stages))
     new = list(config.get("stages", RunConfig().stages))
-    if "config.stages" in changed:
-        behind = 1 + max((i for i, stage in enumerate(old) if stage in stages), default=-1)
-        if old[:behind] == new[:behind]:
-            refused.remove("config.stages")
+    trained = _last(old, settled)
+    if "config.stages" in changed and old[:trained] == new[:trained]:
+        refused.remove("config.stages")
     if refused:
         raise ValueError(
             f"{workdir} holds a run with other settings: {'; '.join(changed[n] for n in refused[:10])}. Repeat its "
             "settings to continue it, or choose another --workdir."
         )
     told = [words for name, words in changed.items() if _stage_of(name) in {None, *new}]
-    if told and (lost := [stage for stage in trained if stage not in kept]):
+    kept = begun_stages(workdir)
+    if told and (lost := [stage for stage in trained_stages(workdir) or [] if stage not in kept]):
         raise ValueError(
             f"{workdir} is finished, its checkpoints of {', '.join(lost)} are gone, and {'; '.join(told)}; "
             "expected the checkpoints, from which more stages go on. Put them back, or choose another --workdir."

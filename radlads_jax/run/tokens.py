@@ -12,7 +12,7 @@ from radlads_jax.data import binidx, chats, prepare, sources
 from radlads_jax.data.tokenise import Framing, prompt_beginning
 from radlads_jax.porting.hub import files_without_weights, load_tokenizer
 from radlads_jax.run import fingerprint
-from radlads_jax.run.settings import names_others
+from radlads_jax.run.settings import begun_setting, names_others
 from radlads_jax.system.storage import AnyPath, as_path, children
 from radlads_jax.system.untrusted import listed
 
@@ -108,8 +108,8 @@ def find_chats(run: RunConfig, workdir: AnyPath, tokenizer: Any, vocab_size: int
     """The tokens of config.data.chats, None where it names none; those in data/ where the conversations are gone."""
     if not run.data.chats:
         return None
-    begun = fingerprint.read(workdir).get("chats")
-    if begun and not as_path(run.data.chats).exists():
+    begun, same_name = fingerprint.written(workdir).get("chats"), begun_setting(workdir, "config.data.chats")
+    if begun and run.data.chats == same_name and not as_path(run.data.chats).exists():
         kept = workdir / "data" / begun["token_file"]
         logging.warning("%s is not there; the run goes on with its tokens in %s", run.data.chats, kept)
         return binidx.open_token_file(kept)

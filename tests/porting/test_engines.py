@@ -158,10 +158,12 @@ def test_a_run_for_an_engine_that_reads_no_such_student_ends_before_it_begins(mo
 
 CONVERTER = """
 import pathlib, sys
-target = sys.argv[sys.argv.index("--outfile") + 1]
-if "bf16" in sys.argv:
-    sys.exit("chkhsh:  0123abc\\nBPE pre-tokenizer was not recognized - update get_vocab_base_pre()")
-pathlib.Path(target).write_text(" ".join(sys.argv[1:]))
+
+def main():
+    target = sys.argv[sys.argv.index("--outfile") + 1]
+    if "bf16" in sys.argv:
+        sys.exit("chkhsh:  0123abc\\nBPE pre-tokenizer was not recognized - update get_vocab_base_pre()")
+    pathlib.Path(target).write_text(" ".join(sys.argv[1:]))
 """
 
 
@@ -200,19 +202,24 @@ class GGUFWriter:
     def add_full_attention_interval(self, interval):
         self.kv_data[0]["qwen35.full_attention_interval"] = interval
 """
+# As in a checkout of llama.cpp, where gguf lies beside it.
 CONVERTER_OF_LAYERS = """
 import pathlib, sys
+sys.path.insert(1, str(pathlib.Path(__file__).parent / "gguf-py"))
 import gguf
-writer = gguf.GGUFWriter()
-if "bf16" in sys.argv:
-    writer.add_array("qwen35.attention.recurrent_layers", "its own")
-writer.add_full_attention_interval(4)
-pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1]).write_text(repr(writer.kv_data))
+
+def main():
+    writer = gguf.GGUFWriter()
+    if "bf16" in sys.argv:
+        writer.add_array("qwen35.attention.recurrent_layers", "its own")
+    writer.add_full_attention_interval(4)
+    pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1]).write_text(repr(writer.kv_data))
 """
 
 
 def test_gguf_says_which_layers_are_recurrent(tmp_path, monkeypatch):
-    for name, text in {"convert_hf_to_gguf": CONVERTER_OF_LAYERS, "gguf": WRITER}.items():
+    (tmp_path / "gguf-py").mkdir()
+    for name, text in {"convert_hf_to_gguf": CONVERTER_OF_LAYERS, "gguf-py/gguf": WRITER}.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     target, file = saved(tmp_path / "model", student_of(QWEN3, "gdn", (0, 3))), tmp_path / "model.gguf"

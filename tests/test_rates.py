@@ -121,6 +121,8 @@ def test_a_run_begun_by_other_rules_goes_on_by_them(tmp_path):
     before["student"] |= {"use_rope": "off", "token_shift": "", "group_norm": "", "balance_state": "on"}
     del before["optim"]["name"]
     (tmp_path / "config.json").write_text(json.dumps(before))
+    # Stage 2 is on its way; of a stage that is not, the rules are today's.
+    (tmp_path / "checkpoints" / "stage2" / "3").mkdir(parents=True)
 
     def continued(**fields) -> RunConfig:
         config = convert(**few, student__use_rope=False, student__balance_state=True, **fields)

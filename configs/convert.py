@@ -18,11 +18,10 @@ What one needs, each as --config.<name>=<value> (radlads_jax/config.py has them 
     student.attention_layers layers that stay softmax attention, e.g. 3,7,11; none by default
                              auto:N chooses N of them by forward passes of the teacher, before the run
     student.attention_every  or every N-th layer: 4 keeps 3, 7, 11, ...
-    data.source, data.path   text (a file or a directory of .txt; documents are parted by data.separator, two
-                             empty lines), jsonl or
-                             parquet (data.text_field), hf (a dataset's directory or hub id; data.name, data.split,
-                             data.streaming), binidx (the prefix of .bin and .idx, or what radlads_jax.prepare made
-                             of a text beforehand), synthetic
+    data.source, data.path   text (a file or a directory of .txt; documents are parted by data.separator, two empty
+                             lines), jsonl or parquet (data.text_field), hf (a dataset's directory or hub id; data.name,
+                             data.split, data.streaming), binidx (the prefix of .bin and .idx, or what
+                             radlads_jax.prepare made of a text beforehand), synthetic
                              any of these paths, the teacher's and --workdir may be gs:// URLs (the extra gcs)
     data.chats               conversations in .jsonl for stage2c, which adds what a chat model says to what it writes
     stages                   once for each: --config.stages=stage1 --config.stages=stage2 --config.stages=stage3

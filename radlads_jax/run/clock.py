@@ -1,4 +1,4 @@
-"""A stage's time, losses and memory while it trains."""
+"""What a stage takes while it trains."""
 
 import math
 import time
@@ -11,7 +11,7 @@ _LOSSES_KEPT = 20
 
 
 class Clock:
-    """They are carried over restarts in the checkpoints' meta; compilation is not timed."""
+    """Time, losses and memory, carried over restarts in the checkpoints' meta; compilation and scores are not timed."""
 
     def __init__(self, meta: dict[str, Any]):
         self.seconds: float = meta.get("seconds", 0.0)

@@ -54,7 +54,7 @@ def read(workdir: AnyPath) -> dict[str, Any]:
 
 
 def written(workdir: AnyPath) -> dict[str, Any]:
-    """The same, with that."""
+    """All of it, also what only such a stage reads."""
     return _known(workdir) if has_begun(workdir) else {}
 
 

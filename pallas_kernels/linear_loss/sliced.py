@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.sharded import TOKENS, VOCAB_OF_ONE, constrain, current_mesh, split_vocab
+from pallas_kernels.shared.products import kernel_gradient
 
 _Slice = tuple[jax.Array, ...]
 
@@ -147,7 +148,9 @@ def _value_and_gradients(
         d_logits = split_vocab((d_losses() * weights[:, None]).astype(hidden.dtype), 1)
         dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         d_hidden = constrain(dot(f"nv,{layout}->nd", d_logits, products).astype(hidden.dtype), TOKENS)
-        d_kernel = split_vocab(d_kernel + dot(f"nd,nv->{layout}", constrain(hidden), d_logits), vocab_axis)
+        by_layout = {"d": constrain(hidden), "v": d_logits}
+        d_products = kernel_gradient(*(by_layout[axis] for axis in layout), jnp.float32)
+        d_kernel = split_vocab(d_kernel + d_products, vocab_axis)
         return (total + jnp.sum(losses * weights), d_kernel), (d_hidden, losses)
 
     hidden, weights, *others = split(options.slice_tokens, hidden, weights, *rest)

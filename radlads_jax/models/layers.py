@@ -9,6 +9,7 @@ from flax.nnx import initializers
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.sharded import ROWS, constrain
+from pallas_kernels.shared.products import kernel_gradient, product
 from radlads_jax.models.config import ModelConfig
 
 
@@ -40,16 +41,16 @@ def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D d"]) -> Float[Array
 
     JAX's own rule writes (dy^T x)^T, for which XLA on a CPU copies the wider array and leaves its fast matmul: 1.4x.
     """
-    return x @ kernel
+    return product(x, kernel)
 
 
 def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x @ kernel, (x, kernel)
+    return product(x, kernel), (x, kernel)
 
 
 def _matmul_backward(kept: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
     x, kernel = kept
-    return d_out @ kernel.T, jnp.einsum("...i,...o->io", x, d_out)
+    return product(d_out, kernel.T), kernel_gradient(x, d_out, kernel.dtype)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

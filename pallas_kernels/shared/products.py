@@ -1,0 +1,32 @@
+"""Matrix products in the forms that XLA's CPU compiler has fast code for.
+
+There bfloat16 meets its matrix units (AMX, AVX512-BF16) only in a product that sums into float32 and reads both of its
+operands along their rows; every other one is computed as float32 is.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from pallas_kernels.dispatch import backend
+from pallas_kernels.sharded import current_mesh
+
+
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x @ kernel [..., D] [D, d] -> [..., d], in their dtype."""
+    if not _has_fast_form(x):
+        return x @ kernel
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def kernel_gradient(x: jax.Array, d_out: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x^T d_out [..., D] [..., d] -> [D, d], in this dtype: what `product` hands back to its kernel."""
+    if not _has_fast_form(x) or current_mesh() is not None:
+        return jnp.einsum("...i,...o->io", x, d_out, preferred_element_type=dtype)
+    rows, d_rows = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
+    columns = with_layout_constraint(rows.T, Layout(major_to_minor=(0, 1)))
+    return jnp.matmul(columns, d_rows, preferred_element_type=jnp.float32).astype(dtype)
+
+
+def _has_fast_form(x: jax.Array) -> bool:
+    return x.dtype == jnp.bfloat16 and backend() == "cpu"

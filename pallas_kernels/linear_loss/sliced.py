@@ -148,8 +148,8 @@ def _value_and_gradients(
         d_logits = split_vocab((d_losses() * weights[:, None]).astype(hidden.dtype), 1)
         dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         d_hidden = constrain(dot(f"nv,{layout}->nd", d_logits, products).astype(hidden.dtype), TOKENS)
-        by_layout = {"d": constrain(hidden), "v": d_logits}
-        d_products = kernel_gradient(*(by_layout[axis] for axis in layout), jnp.float32)
+        operands = {"d": constrain(hidden), "v": d_logits}
+        d_products = kernel_gradient(operands[layout[0]], operands[layout[1]], jnp.float32)
         d_kernel = split_vocab(d_kernel + d_products, vocab_axis)
         return (total + jnp.sum(losses * weights), d_kernel), (d_hidden, losses)
 

@@ -20,9 +20,8 @@ def add_layers(directory: str) -> None:
     kinds = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")).get("layer_types", [])
     if "linear_attention" not in kinds:
         return
-    from gguf import GGUFWriter
-
-    add_interval = GGUFWriter.add_full_attention_interval
+    writers: Any = importlib.import_module("gguf").GGUFWriter
+    add_interval = writers.add_full_attention_interval
 
     def add_both(writer: Any, interval: int) -> None:
         add_interval(writer, interval)
@@ -30,7 +29,7 @@ def add_layers(directory: str) -> None:
         if not any(key in known for known in writer.kv_data):
             writer.add_array(key, [kind == "linear_attention" for kind in kinds])
 
-    GGUFWriter.add_full_attention_interval = add_both
+    writers.add_full_attention_interval = add_both
 
 
 if __name__ == "__main__":

@@ -2,19 +2,21 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from radlads_jax.config import Mesh, RunConfig
+from radlads_jax.config import Data, Mesh, RunConfig, Train
 from radlads_jax.data import synthetic
 from radlads_jax.decoding.loaded import load_model
 from radlads_jax.decoding.loop import generate_greedy, left_padded
 from radlads_jax.distill.mesh import make_mesh
 from radlads_jax.models.decoder import abstract_params
 from radlads_jax.models.placement import shardings
-from radlads_jax.run import answers
+from radlads_jax.run import answers, heldout
 
 DEMO_TEACHER = Path(__file__).parent.parent / "configs" / "demo_teacher"
 TALES = 3
@@ -52,6 +54,17 @@ def test_a_right_answer_is_what_greedy_generation_says(teacher) -> None:
         title: (len(right[kind]), np.mean(right[kind])) for kind, title in answers._TITLES.items()
     }
     assert any(right["copy"])
+
+
+def test_a_run_that_scores_while_it_trains_says_what_is_recalled(teacher, monkeypatch) -> None:
+    settings = RunConfig(train=Train(answer_tales=TALES, eval_batch_size=2), data=Data(seed=5))
+    job: Any = SimpleNamespace(run=settings, student=teacher.cfg, tokenizer=teacher.tokenizer, beginning=(), mesh=None)
+    monkeypatch.setattr(heldout, "evaluate_job", lambda *_: {"student": {"loss": 1.0}})
+    wanted = answers.answer_scores({"it": (teacher.cfg, teacher.params)}, teacher.tokenizer, TALES, seed=5)["scores"]
+    got = heldout.evaluate_in_training(job, teacher.params, None)
+    assert got == {"heldout_loss": 1.0} | {f"heldout_{s['what'].replace(' ', '_')}": s["it"] for s in wanted}
+    assert 0.25 < got["heldout_facts_recalled"] < 1
+    assert f"{got['heldout_facts_recalled']:.1%} of facts recalled" in heldout.in_words(got)
 
 
 def test_another_model_gives_other_answers(teacher) -> None:

@@ -110,12 +110,12 @@ def test_answers_of_tales_can_be_asked_for_later(run: Any, monkeypatch: Any) -> 
     summary = run.go_on(**{"train.answer_tales": 8})
     answers = summary["answers"]
     assert answers["tales"] == 8 and answers["scores"][0]["what"] == "facts recalled"
-    assert all(0 <= score[name] <= 1 for score in answers["scores"] for name in ("teacher", "student"))
+    assert all(0 <= score[name] <= 1 for score in answers["scores"] for name in ("teacher", "control", "student"))
     for page in (run.workdir / "export" / "README.md", run.workdir / "report" / "index.html"):
         assert "facts recalled" in page.read_text()
     written = (run.workdir / "summary.json").read_text()
     assert json.loads(written) == summary
-    monkeypatch.setattr(ending, "answer_scores", planted)
+    monkeypatch.setattr(heldout, "answer", planted)
     assert run.go_on(**{"train.answer_tales": 8}) == summary, "nothing is scored twice"
     assert "answers" not in run.go_on(**{"train.answer_tales": 0})
     assert "facts recalled" not in (run.workdir / "export" / "README.md").read_text()
@@ -123,7 +123,7 @@ def test_answers_of_tales_can_be_asked_for_later(run: Any, monkeypatch: Any) -> 
 
 def test_answers_that_failed_are_scored_by_the_next_start(run: Any, monkeypatch: Any) -> None:
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="planted"):
-        patched.setattr(ending, "answer_scores", planted)
+        patched.setattr(heldout, "answer", planted)
         run.go_on(**{"train.answer_tales": 8})
     assert left(run.workdir) == {"export", "summary.json", "report"}
     assert run.go_on(**{"train.answer_tales": 8})["answers"]["tales"] == 8

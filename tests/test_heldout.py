@@ -66,12 +66,13 @@ def test_retie_of_an_untied_teacher_is_refused_when_the_run_begins(tmp_path):
 
 
 STEPS = {"stage1": 4, "stage2": 5, "stage3": 2}
+SCORED = {"train.eval_every": 2, "train.log_every": 3, "train.answer_tales": 8}
 
 
 def test_scores_while_it_trains(tmp_path, capsys):
     """They are those that the same student has at the end, of stages that train it whole, and change nothing of it."""
     settings = tiny_run.settings(save_teacher(tmp_path), steps=STEPS) | {"train.sample_prompts": ()}
-    summary = tiny_run.convert(tmp_path / "run", settings | {"train.eval_every": 2, "train.log_every": 3})
+    summary = tiny_run.convert(tmp_path / "run", settings | SCORED)
     said = capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     scored = {(line["stage"], line["step"]): line for line in lines if "heldout_loss" in line}
@@ -80,6 +81,8 @@ def test_scores_while_it_trains(tmp_path, capsys):
     # Stage 3 has no teacher beside it.
     assert "heldout_kl" not in scored["stage3", 2]
     assert scored["stage3", 2]["heldout_loss"] == pytest.approx(summary["student"]["loss"], rel=1e-6)
+    answered = {score["what"]: score["student"] for score in summary["answers"]["scores"]}
+    assert answered["facts recalled"] == scored["stage3", 2]["heldout_facts_recalled"]
     assert f"stage2: after step 4 on held-out text: loss {scored['stage2', 4]['heldout_loss']:.4f}, KL " in said
     assert "Held-out text while training" in (tmp_path / "run" / "report" / "index.html").read_text()
 

@@ -182,7 +182,7 @@ def _scores(summary: Mapping[str, Any]) -> str:
     if summary.get("relative_top1"):
         lines += ["", f"Top-1 relative to the teacher's: {summary['relative_top1']:.2%}."]
     if answers := summary.get("answers"):
-        names = [name for name in ("teacher", "student") if name in answers["scores"][0]]
+        names = [name for name in ("teacher", "control", "student") if name in answers["scores"][0]]
         lines += [
             "",
             f"Answers in {answers['tales']} made-up tales, right to the last token:",

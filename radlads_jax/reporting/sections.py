@@ -140,7 +140,7 @@ def _loss_charts(stages: Sequence[StageLog], losses: Mapping[str, str]) -> str:
 def _held_out(stages: Sequence[StageLog]) -> list[tuple[str, str, str]]:
     """The student's scores while it trained, where config.train.eval_every asked for them."""
     kinds = {"heldout_kl": "KL to the teacher", "heldout_relative_top1": "top-1 relative to the teacher's"}
-    kinds |= {"heldout_loss": "loss"}
+    kinds |= {"heldout_loss": "loss", "heldout_facts_recalled": "facts recalled in tales"}
     figures = [
         _chart(stage, [Curve(what, points)], f"held-out text: {what}")
         for stage in stages

@@ -67,7 +67,7 @@ def answer_scores(
 def answers_table(answers: Mapping[str, Any]) -> Table:
     """What `answer_scores` found, for a terminal."""
     table = Table(title=f"Right answers in {answers['tales']:,} tales", title_justify="left")
-    names = [name for name in ("teacher", "student") if name in answers["scores"][0]]
+    names = [name for name in ("teacher", "control", "student") if name in answers["scores"][0]]
     for column in ("", "asked", *names):
         table.add_column(column, justify="right" if column else "left")
     for score in answers["scores"]:

@@ -21,7 +21,6 @@ from radlads_jax.porting.save import MODEL_CARD, check_target, save_params
 from radlads_jax.porting.writers import writer_for
 from radlads_jax.reporting.sections import write_report
 from radlads_jax.run import display, heldout
-from radlads_jax.run.answers import answer_scores
 from radlads_jax.run.job import Job
 from radlads_jax.system import hosts, storage
 from radlads_jax.system.untrusted import brief
@@ -143,15 +142,7 @@ def _complete(
         if "answers" in to_do:
             summary = {name: value for name, value in summary.items() if name != "answers"}
             if job.run.train.answer_tales:
-                summary["answers"] = answer_scores(
-                    models,
-                    job.tokenizer,
-                    job.run.train.answer_tales,
-                    seed=job.run.data.seed,
-                    beginning=job.beginning,
-                    batch_size=job.run.train.eval_batch_size,
-                    mesh=job.mesh,
-                )
+                summary["answers"] = heldout.answer(job, models | heldout.control_of(job, teacher))
             to_do = [step for step in to_do if step != "answers"]
             _keep(job, summary, to_do)
         if "card" in to_do:

@@ -24,7 +24,7 @@ from radlads_jax.distill.losses import Batch, next_tokens, read_rows
 from radlads_jax.models import ModelConfig, bind, sharding
 from radlads_jax.models.decoder import Params
 from radlads_jax.models.window import untrained_control
-from radlads_jax.run.answers import answers_table
+from radlads_jax.run.answers import answer_scores, answers_table
 from radlads_jax.run.job import Job
 from radlads_jax.system import hosts, storage
 from radlads_jax.system.untrusted import brief
@@ -148,33 +148,57 @@ def evaluate_job(job: Job, cfg: ModelConfig, student: Params, teacher: Params | 
 def evaluate_in_training(job: Job, student: Params, teacher: Params | None) -> dict[str, float]:
     """The student's scores as metrics of a step, "heldout_kl" and so on; its weights are not rounded for export yet.
 
-    Without a teacher its loss and top-1 alone; NaN for what is relative to a teacher that is never right.
+    Without a teacher its loss and top-1 alone; NaN for what is relative to a teacher that is never right. Of answers in
+    tales, where the job asks for some, the shares that are right: "heldout_facts_recalled" and so on.
     """
     scores = evaluate_job(job, job.student, student, teacher)
     relative = {"relative_top1": scores["relative_top1"]} if "relative_top1" in scores else {}
     values = scores["student"] | relative
+    if job.run.train.answer_tales:
+        answers = answer(job, {"student": (job.student, student)})["scores"]
+        values |= {score["what"].replace(" ", "_"): score["student"] for score in answers}
     return {f"heldout_{name}": math.nan if value is None else value for name, value in values.items()}
+
+
+def answer(job: Job, models: Mapping[str, tuple[ModelConfig, Params]]) -> dict[str, Any]:
+    """`answer_scores` of these models in the job's tales."""
+    return answer_scores(
+        models,
+        job.tokenizer,
+        job.run.train.answer_tales,
+        seed=job.run.data.seed,
+        beginning=job.beginning,
+        batch_size=job.run.train.eval_batch_size,
+        mesh=job.mesh,
+    )
 
 
 def in_words(scores: Mapping[str, float]) -> str:
     """What `evaluate_in_training` found."""
     words = {"loss": "loss {:.4f}", "kl": "KL {:.4f}", "relative_top1": "top-1 {:.2%} of the teacher's"}
+    words |= {"facts_recalled": "{:.1%} of facts recalled"}
     said = [text.format(scores[f"heldout_{name}"]) for name, text in words.items() if f"heldout_{name}" in scores]
     return f"on held-out text: {', '.join(said)}"
 
 
-def evaluate_control(job: Job, teacher: Params | None) -> dict[str, Any]:
-    """{"control": {loss, top1, kl, agreement, relative_top1}} of the untrained control on the same rows.
+def control_of(job: Job, teacher: Params | None) -> dict[str, tuple[ModelConfig, Params]]:
+    """The untrained control by its name, "control"; empty where there is none.
 
-    Empty where there is none: the student is not converted, or the teacher is none of softmax attention alone.
+    That is where the student is not converted, or the teacher is none of softmax attention alone.
     """
     if teacher is None or job.student.recurrent_mixer is None or job.teacher.recurrent_mixer is not None:
         return {}
-    control = untrained_control(job.teacher, job.student)
-    scores = evaluate(
-        control, teacher, batches(job), job.run.train.eval_batch_size, job.teacher, teacher, mesh=job.mesh
-    )
-    return {"control": scores["student"] | {"relative_top1": scores["relative_top1"]}}
+    return {"control": (untrained_control(job.teacher, job.student), teacher)}
+
+
+def evaluate_control(job: Job, teacher: Params | None) -> dict[str, Any]:
+    """{"control": {loss, top1, kl, agreement, relative_top1}} of the untrained control, if any, on the same rows."""
+    found = {}
+    for name, (cfg, params) in control_of(job, teacher).items():
+        rows = job.run.train.eval_batch_size
+        scores = evaluate(cfg, params, batches(job), rows, job.teacher, teacher, mesh=job.mesh)
+        found[name] = scores["student"] | {"relative_top1": scores["relative_top1"]}
+    return found
 
 
 def write_samples(job: Job, models: Mapping[str, tuple[ModelConfig, Params]]) -> list[dict[str, str]]:

@@ -8,6 +8,7 @@ import pathlib
 import re
 import sys
 
+import numpy as np
 import pytest
 
 from radlads_jax import config
@@ -178,18 +179,25 @@ def test_the_picture_is_of_finished_runs(tmp_path, monkeypatch):
     assert spec is not None and spec.loader is not None
     picture = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(picture)
-    assert picture.smoothed([(1, 4.0), (2, None), (3, 2.0), (4, 5.0)], 2) == [(3, 3.0), (4, 5.0)]
 
     recipe = {"tokens": 1200, "batch_size": 2, "seq_len": 50}
     settings = {"stages": ["stage1", "stage2"], "stage1": recipe, "stage2": recipe}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     lines = [{"stage": name, "step": i, "loss": 2.0 / i} for name in ("stage1", "stage2") for i in range(1, 13)]
+    for line in lines[13::2]:
+        line |= {"heldout_top1": 0.02 * line["step"], "heldout_facts_recalled": 0.03 * line["step"]}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = picture.read_run(tmp_path)
     assert picture.begins(run) == {"stage1": 0, "stage2": 1200, "": 2400}
     monkeypatch.setattr(sys, "argv", ["picture.py", f"a=b={tmp_path}", "--output", str(tmp_path / "it.svg")])
     with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))} .*\bfinished\b"):
         picture.main()
-    (tmp_path / "summary.json").write_text(json.dumps({"student": {"kl": 0.1}, "relative_top1": 0.5}))
+    facts = {"what": "facts recalled", "teacher": 0.6, "control": 0.2, "student": 0.4}
+    summary = {"teacher": {"top1": 0.5}, "relative_top1": 0.5, "control": {"relative_top1": 0.9}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"answers": {"scores": [facts]}}))
     picture.main()
+    run = picture.read_run(tmp_path)
+    # Of the twelve steps every second is scored, from the second on; the last is the finished student.
+    wanted = [(1200 + 100 * step, 0.02 * step / 0.5) for step in range(2, 12, 2)] + [(2400, 0.5)]
+    np.testing.assert_allclose(picture.curve(run, "heldout_top1", 0.5, 0.5), wanted)
     assert 1000 < (tmp_path / "it.svg").stat().st_size < 100_000

@@ -299,6 +299,17 @@ def test_paces_leave_pauses_out(together: int) -> None:
     assert paces[-1][0] == 960
 
 
+def test_paces_leave_the_time_of_scores_out() -> None:
+    """Scores of 7 s after every tenth step of half a second; their line is written when they are there."""
+    records: list[dict[str, Any]] = []
+    for step in range(1, 61):
+        scored = {"heldout_seconds": 7.0} if step % 10 == 0 else {}
+        records.append({"stage": "s", "step": step, "time": 0.5 * step + 7.0 * (step // 10)} | scored)
+    paces = run_log.StageLog("s", tuple(records), {}, log_every=1).paces()
+    assert sum(steps for _, steps, _ in paces) == 59
+    assert all(seconds / steps == pytest.approx(0.5) for _, steps, seconds in paces)
+
+
 @pytest.mark.parametrize(("count", "paces"), [(30, 2), (12, 1), (10, 0), (4, 0)])
 def test_few_lines_written_together_slowly(count: int, paces: int) -> None:
     """Steps of 50 s whose lines a loaded machine writes ten at once, 20 ms apart."""

@@ -92,9 +92,15 @@ class StageLog:
     def paces(self) -> list[tuple[float, float, float]]:
         """(x, steps, seconds) between the moments when lines were written; pauses and compilation are left out.
 
-        A run writes the lines of some steps together, so only the first line of such a group tells a time.
+        So is the time of scores on held-out rows. A run writes the lines of some steps together, so only the first line
+        of such a group tells a time.
         """
-        marks = [(r["step"], t) for r in self.records if (t := number(r.get("time"))) is not None]
+        marks: list[tuple[int, float]] = []
+        scoring = 0.0
+        for record in self.records:
+            scoring += number(record.get("heldout_seconds")) or 0.0
+            if (written := number(record.get("time"))) is not None:
+                marks.append((record["step"], written - scoring))
         apart = max(_TOGETHER_SECONDS, _usual_gap([t for _, t in marks], self.log_every) / 2)
         groups = marks[:1]
         for (_, before), (step, now) in itertools.pairwise(marks):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -205,8 +206,13 @@ class _StageRun:
         return bool(every) and (step % every == 0 or step == self.recipe.steps)
 
     def _scores(self, step: int, state: TrainState, frozen: Params, teacher: Params | None) -> dict[str, float]:
-        """The student's on held-out rows, beside its teacher where the stage has its weights; they are said."""
+        """The student's on held-out rows, beside its teacher where the stage has its weights; they are said.
+
+        With them the seconds that they took.
+        """
+        begun = time.monotonic()
         scores = heldout.evaluate_in_training(self.job, merge_params(state.params, frozen), teacher)
+        scores["heldout_seconds"] = time.monotonic() - begun
         self.run.logger.say(f"{self.name}: after step {step:,} {heldout.in_words(scores)}", style="")
         return scores
 

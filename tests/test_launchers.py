@@ -8,6 +8,7 @@ import shlex
 import shutil
 import stat
 import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -315,3 +316,15 @@ def test_what_is_refused(
     stub(tmp_path, "gcloud", "exit 1")
     code, calls, printed = run(name, tmp_path, *arguments, **environ)
     assert code == 1 and said in printed and calls == []
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_does_not_replace_an_accelerators_environment(tmp_path: pathlib.Path) -> None:
+    venv = tmp_path / "venv"
+    venv.mkdir()
+    for name in (".made-by-setup-env", "kept"):
+        (venv / name).touch()
+    command = ["make", "venv", f"VENV={venv}", f"PYTHON={sys.executable}"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode != 0 and "launch/setup_env.sh" in ran.stderr and "VENV=.venv-cpu" in ran.stderr
+    assert sorted(path.name for path in venv.iterdir()) == [".made-by-setup-env", "kept"]

@@ -27,7 +27,8 @@ What one needs, each as --config.<name>=<value> (radlads_jax/config.py has them 
     stages                   once for each: --config.stages=stage1 --config.stages=stage2 --config.stages=stage3
     <stage>.tokens, .seq_len, .batch_size, .accumulate (parts of a batch, for memory), .lr and .mixer_lr,
                              .warmup_steps (default: a twentieth of the stage's steps, at most 50)
-    train.answer_tales       made-up tales in whose answers student and teacher are scored at the end; the demo has 192
+    train.answer_tales       made-up tales in whose answers student, teacher and control are scored at the end, and the
+                             student at every train.eval_every steps; the demo has 192
     dtype, teacher.dtype     bfloat16; float32 on a CPU (with AMX, which `lscpu` shows as amx_bf16, bfloat16 trains in
                              half the time)
     export.dtype, .retie     of the exported weights; retie leaves out the head of a teacher with tied embeddings

@@ -1,15 +1,17 @@
 """Draws README's picture: top-1 relative to the teacher's, and facts recalled, over the tokens of finished conversions.
 
-demo="python -m radlads_jax.launch --config.train.eval_every=25 --config configs/demo.py"
-$demo --workdir runs/demo
-$demo --workdir runs/demo_hybrid --config.student.attention_every=4
-$demo:hybrid=true --workdir runs/demo_chosen
+launch="python -m radlads_jax.launch"
+$launch --config configs/demo.py --config.train.eval_every=25 --workdir runs/demo
+$launch --config configs/demo.py --config.train.eval_every=25 --workdir runs/demo_hybrid \\
+    --config.student.attention_every=4
+$launch --config configs/demo.py:hybrid=true --config.train.eval_every=25 --workdir runs/demo_chosen
 python docs/picture.py "recurrent (RAD-RWKV7)=runs/demo" \\
     "hybrid, the last of four layers softmax=runs/demo_hybrid" \\
     "hybrid, one chosen layer softmax=runs/demo_chosen" --output docs/quality.svg
 
-A line joins the student's scores while it trained; the dot is the finished one. Dashed: the teacher, and the control of
-the first run, the teacher itself with a window of keys in the converted layers. matplotlib comes with the extra `test`.
+A line joins the student's scores while it trained; the dot is the finished one. Dashed: the teacher, and, where it has
+one, the first run's control, the teacher itself with a window of keys in the converted layers. matplotlib comes with
+the extra `test`.
 """
 
 import argparse
@@ -59,12 +61,12 @@ def curve(run: RunLog, key: str, scale: float, finished: float) -> list[tuple[fl
         for x, value in stage.curve(key)
         if value is not None
     ]
-    # The last score is of the same student, before its weights were rounded for the export.
-    return [*points[:-1], (places[""], finished)]
+    # A score at the end is of the same student, before its weights were rounded for the export.
+    return [*(point for point in points if point[0] < places[""]), (places[""], finished)]
 
 
 def draw_levels(axes: Axes, levels: dict[str, float]) -> None:
-    """Dashed lines across, each with its name at the left, above the line or, where two are near, below."""
+    """Dashed lines across with their names at the left, above the highest and below the others."""
     highest = max(levels.values())
     for name, level in levels.items():
         axes.axhline(level, color=TEXT, linewidth=1, linestyle="--")
@@ -90,9 +92,12 @@ def draw(runs: dict[str, RunLog], path: Path) -> None:
             named = {"label": label} if axes is left else {}
             axes.plot(x[-1:], y[-1:], "o", color=color, markersize=7, clip_on=False, **named)
     first = next(iter(runs.values()))
-    draw_levels(left, {"teacher": 1.0, "untrained control": first.summary["control"]["relative_top1"]})
     recalled = facts_of(first)
-    draw_levels(right, {"teacher": recalled["teacher"], "untrained control": recalled["control"]})
+    levels = {"teacher": (1.0, recalled["teacher"])}
+    if "control" in first.summary and "control" in recalled:
+        levels["untrained control"] = (first.summary["control"]["relative_top1"], recalled["control"])
+    for i, axes in enumerate((left, right)):
+        draw_levels(axes, {name: level[i] for name, level in levels.items()})
     for axes, title in zip((left, right), TITLES, strict=True):
         axes.set_xlim(0, begins(first)[""])
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))

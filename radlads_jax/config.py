@@ -143,8 +143,8 @@ class Train:
     disk_gb: what the work directory may hold, where a quota allows less than the disk has free; 0 = all of that.
     slice_tokens: tokens whose logits are held at once in the loss (0 = chosen by the kernel). wandb_project: "" = none.
     eval_every: steps between scores on held-out rows while the whole student trains, and at such a stage's end; 0: only
-    when all is trained. answer_tales: made-up tales in whose answers the student is scored then, and beside its teacher
-    at the end.
+    when all is trained. answer_tales: made-up tales in whose answers the student is scored then too, at the end beside
+    its teacher and the untrained control.
     """
 
     log_every: int = bounded(10, least=1)

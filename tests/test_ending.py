@@ -129,6 +129,15 @@ def test_answers_that_failed_are_scored_by_the_next_start(run: Any, monkeypatch:
     assert run.go_on(**{"train.answer_tales": 8})["answers"]["tales"] == 8
 
 
+def test_a_control_that_always_fails_takes_no_answers_with_it(run: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(heldout, "untrained_control", planted)
+    with pytest.raises(RuntimeError, match="planted"):
+        run.go_on(**{"train.answer_tales": 8})
+    summary = run.go_on(**{"train.answer_tales": 8})
+    assert "control" not in summary and "relative_top1" in summary
+    assert all("control" not in score and "teacher" in score for score in summary["answers"]["scores"])
+
+
 def test_a_tokenizer_that_does_not_tell_places_in_the_text(job: Job) -> None:
     slow = dataclasses.replace(job, tokenizer=SimpleNamespace(is_fast=False))
     with pytest.raises(ValueError, match=r"answer_tales is 8.*tokenizer\.json"):

@@ -81,6 +81,7 @@ def test_scores_while_it_trains(tmp_path, capsys):
     # Stage 3 has no teacher beside it.
     assert "heldout_kl" not in scored["stage3", 2]
     assert scored["stage3", 2]["heldout_loss"] == pytest.approx(summary["student"]["loss"], rel=1e-6)
+    assert all(0 < line["heldout_seconds"] < 600 for line in scored.values())
     answered = {score["what"]: score["student"] for score in summary["answers"]["scores"]}
     assert answered["facts recalled"] == scored["stage3", 2]["heldout_facts_recalled"]
     assert f"stage2: after step 4 on held-out text: loss {scored['stage2', 4]['heldout_loss']:.4f}, KL " in said

@@ -165,6 +165,7 @@ def _losses(request: dict[str, Any]) -> dict[str, dict[str, int]]:
     from jax.experimental import topologies
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+    from pallas_kernels.dispatch import traced_for
     from pallas_kernels.measure import loss_forms
 
     size = loss_forms.Size(**{name: request[name] for name in vars(loss_forms.Size())})
@@ -179,7 +180,7 @@ def _losses(request: dict[str, Any]) -> dict[str, dict[str, int]]:
             for name, x in loss_forms.shapes(loss, size, "bfloat16").items()
         }
         run = jax.jit(loss_forms.value_and_gradients(loss, form), out_shardings=(whole, (whole, split)))
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), traced_for("tpu"):
             return run.lower(arrays).compile().memory_analysis().temp_size_in_bytes
 
     return {loss: {form: temporary(loss, form) for form in loss_forms.FORMS} for loss in loss_forms.LOSSES}

@@ -1,7 +1,7 @@
 """Matrix products in the forms that XLA's CPU compiler has fast code for.
 
-There bfloat16 meets its matrix units (AMX, AVX512-BF16) only in a product that sums into float32 and reads both of its
-operands along their rows; every other one is computed as float32 is.
+There bfloat16 meets the CPU's matrix units (AMX) only in a product that sums into a float32 result and whose left
+operand lies in memory as it is read, along its rows; every other one is computed as float32 is.
 """
 
 import jax
@@ -20,7 +20,7 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def kernel_gradient(x: jax.Array, d_out: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """x^T d_out [..., D] [..., d] -> [D, d], in this dtype: what `product` hands back to its kernel."""
+    """x^T d_out [..., D] [..., d] -> [D, d], in this dtype: the gradient of `product` in its kernel."""
     if not _has_fast_form(x) or current_mesh() is not None:
         return jnp.einsum("...i,...o->io", x, d_out, preferred_element_type=dtype)
     rows, d_rows = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])

@@ -89,18 +89,30 @@ class StageLog:
             return None
         return statistics.fmean(losses[-_LOSSES_MEANT:]) if last else losses[0]
 
+    def _times_without_scores(self) -> list[tuple[int, float]]:
+        """(step, when its line was written), as if no time had gone by while the student was scored."""
+        marks: list[tuple[int, float]] = []
+        scoring = 0.0
+        for record in self.records:
+            if (written := number(record.get("time"))) is None:
+                continue
+            taken = number(record.get("heldout_seconds")) or 0.0
+            # Lines of earlier steps that waited for the scores were written with theirs.
+            for i in range(len(marks) - 1, -1, -1):
+                if marks[i][1] <= written - scoring - taken:
+                    break
+                marks[i] = (marks[i][0], marks[i][1] - taken)
+            scoring += taken
+            marks.append((record["step"], written - scoring))
+        return marks
+
     def paces(self) -> list[tuple[float, float, float]]:
         """(x, steps, seconds) between the moments when lines were written; pauses and compilation are left out.
 
         So is the time of scores on held-out rows. A run writes the lines of some steps together, so only the first line
         of such a group tells a time.
         """
-        marks: list[tuple[int, float]] = []
-        scoring = 0.0
-        for record in self.records:
-            scoring += number(record.get("heldout_seconds")) or 0.0
-            if (written := number(record.get("time"))) is not None:
-                marks.append((record["step"], written - scoring))
+        marks = self._times_without_scores()
         apart = max(_TOGETHER_SECONDS, _usual_gap([t for _, t in marks], self.log_every) / 2)
         groups = marks[:1]
         for (_, before), (step, now) in itertools.pairwise(marks):

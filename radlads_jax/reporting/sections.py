@@ -94,11 +94,17 @@ def _head(run: RunLog) -> str:
         ("KL to the teacher, held-out text", digits(student.get("kl"))),
         ("KL of the untrained control, a window in the converted layers", digits(control.get("kl"))),
         ("same top-1 as the teacher", percent(student.get("agreement"))),
-        *((f"{score['what']} (teacher {score['teacher']:.0%})", percent(score["student"])) for score in answers),
+        *((_answered(score), percent(score["student"])) for score in answers),
         (f"of {amount(planned)} tokens" if planned else "tokens", amount(done or None)),
         ("training time", duration(sum(filter(None, (_seconds(run, s) for s in run.stages))) or None)),
     ]
     return line + tiles([(name, value) for name, value in figures if value])
+
+
+def _answered(score: Mapping[str, Any]) -> str:
+    """What was asked, and what the other models say."""
+    others = ", ".join(f"{name} {score[name]:.0%}" for name in ("teacher", "control") if name in score)
+    return f"{score['what']} ({others})"
 
 
 def _where(run: RunLog) -> str:
@@ -139,10 +145,12 @@ def _loss_charts(stages: Sequence[StageLog], losses: Mapping[str, str]) -> str:
 
 def _held_out(stages: Sequence[StageLog]) -> list[tuple[str, str, str]]:
     """The student's scores while it trained, where config.train.eval_every asked for them."""
-    kinds = {"heldout_kl": "KL to the teacher", "heldout_relative_top1": "top-1 relative to the teacher's"}
-    kinds |= {"heldout_loss": "loss", "heldout_facts_recalled": "facts recalled in tales"}
+    text = {"kl": "KL to the teacher", "relative_top1": "top-1 relative to the teacher's", "loss": "loss"}
+    tales = {"facts_recalled": "facts recalled", "lists_repeated": "lists repeated", "counts": "counts"}
+    kinds = {f"heldout_{key}": f"held-out text: {what}" for key, what in text.items()}
+    kinds |= {f"heldout_{key}": f"made-up tales: {what}" for key, what in tales.items()}
     figures = [
-        _chart(stage, [Curve(what, points)], f"held-out text: {what}")
+        _chart(stage, [Curve(what, points)], what)
         for stage in stages
         for key, what in kinds.items()
         if (points := stage.curve(key))

@@ -1,4 +1,4 @@
-"""What a model answers in made-up tales: how often all of what follows with certainty is said, teacher beside student.
+"""What models answer in made-up tales: how often all of what follows with certainty is said.
 
 The tales are the synthetic language's, of its own seed but none that a run has read: facts that are asked for, lists to
 repeat, counting. Next-token accuracy hides these few tokens among many that anyone would guess.

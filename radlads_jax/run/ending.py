@@ -142,7 +142,9 @@ def _complete(
         if "answers" in to_do:
             summary = {name: value for name, value in summary.items() if name != "answers"}
             if job.run.train.answer_tales:
-                summary["answers"] = heldout.answer(job, models | heldout.control_of(job, teacher))
+                # A control that failed on held-out rows is left out here too.
+                control = heldout.control_of(job, teacher) if "control" in summary else {}
+                summary["answers"] = heldout.answer(job, models | control)
             to_do = [step for step in to_do if step != "answers"]
             _keep(job, summary, to_do)
         if "card" in to_do:

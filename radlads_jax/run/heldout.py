@@ -176,9 +176,9 @@ def answer(job: Job, models: Mapping[str, tuple[ModelConfig, Params]]) -> dict[s
 def in_words(scores: Mapping[str, float]) -> str:
     """What `evaluate_in_training` found."""
     words = {"loss": "loss {:.4f}", "kl": "KL {:.4f}", "relative_top1": "top-1 {:.2%} of the teacher's"}
-    words |= {"facts_recalled": "{:.1%} of facts recalled"}
     said = [text.format(scores[f"heldout_{name}"]) for name, text in words.items() if f"heldout_{name}" in scores]
-    return f"on held-out text: {', '.join(said)}"
+    recalled = scores.get("heldout_facts_recalled")
+    return f"on held-out text: {', '.join(said)}" + ("" if recalled is None else f"; {recalled:.1%} of tales' facts")
 
 
 def control_of(job: Job, teacher: Params | None) -> dict[str, tuple[ModelConfig, Params]]:

@@ -2,12 +2,9 @@
 
 launch="python -m radlads_jax.launch"
 $launch --config configs/demo.py --config.train.eval_every=25 --workdir runs/demo
-$launch --config configs/demo.py --config.train.eval_every=25 --workdir runs/demo_hybrid \\
-    --config.student.attention_every=4
 $launch --config configs/demo.py:hybrid=true --config.train.eval_every=25 --workdir runs/demo_chosen
 python docs/picture.py "recurrent (RAD-RWKV7)=runs/demo" \\
-    "hybrid, the last of four layers softmax=runs/demo_hybrid" \\
-    "hybrid, one chosen layer softmax=runs/demo_chosen" --output docs/quality.svg
+    "hybrid, one chosen layer of four softmax=runs/demo_chosen" --output docs/quality.svg
 
 A line joins the student's scores while it trained; the dot is the finished one. Dashed: the teacher, and, where it has
 one, the first run's control, the teacher itself with a window of keys in the converted layers. matplotlib comes with

@@ -1,10 +1,9 @@
 """Draws README's picture: top-1 relative to the teacher's, and facts recalled, over the tokens of finished conversions.
 
-launch="python -m radlads_jax.launch"
-$launch --config configs/demo.py --config.train.eval_every=25 --workdir runs/demo
-$launch --config configs/demo.py:hybrid=true --config.train.eval_every=25 --workdir runs/demo_chosen
+python -m radlads_jax.launch --config configs/demo.py --config.train.eval_every=25 --workdir runs/demo
+python -m radlads_jax.launch --config configs/demo.py:hybrid=true --config.train.eval_every=25 --workdir runs/chosen
 python docs/picture.py "recurrent (RAD-RWKV7)=runs/demo" \\
-    "hybrid, one chosen layer of four softmax=runs/demo_chosen" --output docs/quality.svg
+    "hybrid, one chosen layer of four softmax=runs/chosen" --output docs/quality.svg
 
 A line joins the student's scores while it trained; the dot is the finished one. Dashed: the teacher, and, where it has
 one, the first run's control, the teacher itself with a window of keys in the converted layers. matplotlib comes with

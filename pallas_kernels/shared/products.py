@@ -21,6 +21,7 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def kernel_gradient(x: jax.Array, d_out: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """x^T d_out [..., D] [..., d] -> [D, d], in this dtype: the gradient of `product` in its kernel."""
+    # A mesh may split rows and tokens, which one dimension of both would gather.
     if not _has_fast_form(x) or current_mesh() is not None:
         return jnp.einsum("...i,...o->io", x, d_out, preferred_element_type=dtype)
     rows, d_rows = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])

@@ -90,7 +90,7 @@ class StageLog:
         return statistics.fmean(losses[-_LOSSES_MEANT:]) if last else losses[0]
 
     def _times_without_scores(self) -> list[tuple[int, float]]:
-        """(step, when its line was written), as if no time had gone by while the student was scored."""
+        """(step, second when its line was written), as if no time had gone by while the student was scored."""
         marks: list[tuple[int, float]] = []
         scoring = 0.0
         for record in self.records:

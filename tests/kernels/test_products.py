@@ -15,7 +15,7 @@ _SHAPES = [((2, 5, 24), (24, 40)), ((37, 8), (8, 8)), ((1, 1, 16), (16, 3))]
 @pytest.mark.parametrize("x_shape, kernel_shape", _SHAPES)
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.bfloat16, 2**-8), (jnp.float32, 1e-6)])
 def test_products_and_gradients_beside_float64(x_shape, kernel_shape, dtype, tolerance):
-    """bfloat16: float64's of the same numbers, rounded: half a unit in the last place, of sums of such numbers."""
+    """bfloat16: float64's of the same numbers, to a unit in the last place of sums of such numbers."""
     rng = np.random.default_rng(0)
     x, kernel = (jnp.asarray(rng.normal(size=shape), dtype) for shape in (x_shape, kernel_shape))
     d_out = jnp.asarray(rng.normal(size=(*x_shape[:-1], kernel_shape[-1])), dtype)
@@ -41,7 +41,7 @@ def test_products_and_gradients_beside_float64(x_shape, kernel_shape, dtype, tol
 
 
 def _products(backend):
-    """The products' operands and results of a bfloat16 projection, traced for a backend, with its gradients."""
+    """What a bfloat16 projection and its kernel's gradient sum into, traced for a backend."""
     x, kernel = jnp.ones((2, 5, 24), jnp.bfloat16), jnp.ones((24, 40), jnp.bfloat16)
 
     def gradients(x, kernel):

@@ -7,6 +7,7 @@ operand lies in memory as it is read, along its rows; every other one is compute
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
 
 from pallas_kernels.dispatch import backend
 from pallas_kernels.sharded import current_mesh
@@ -19,7 +20,7 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.matmul(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def kernel_gradient(x: jax.Array, d_out: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def kernel_gradient(x: jax.Array, d_out: jax.Array, dtype: DTypeLike) -> jax.Array:
     """x^T d_out [..., D] [..., d] -> [D, d], in this dtype: the gradient of `product` in its kernel."""
     # A mesh may split rows and tokens, which one dimension of both would gather.
     if not _has_fast_form(x) or current_mesh() is not None:

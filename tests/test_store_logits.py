@@ -247,6 +247,19 @@ def test_no_weights_are_held_while_stage_2_trains_and_a_run_goes_on_with_the_sam
         path.write_text(text)
 
 
+def test_a_stage_without_a_teacher_holds_none(teacher, tmp_path, monkeypatch):
+    job, held, make_step = job_of(teacher, tmp_path, {"stage1": 1, "stage3": 1}), [], train.make_step
+    weights = TeacherWeights(job)
+
+    def watched(plan):
+        step = make_step(plan)
+        return lambda *arguments: held.append((plan.name, weights._params is not None)) or step(*arguments)
+
+    monkeypatch.setattr(train, "make_step", watched)
+    assert train.convert(job, weights)["teacher"]["loss"] > 0
+    assert held == [("stage1", True), ("stage3", False)]
+
+
 def test_the_plan_has_no_teacher(teacher, few, tmp_path):
     records = {}
     for name, more in {"live": {}, "stored": {"teacher__logits": str(few), "teacher__top_k": 5}}.items():

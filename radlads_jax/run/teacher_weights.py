@@ -10,7 +10,7 @@ from radlads_jax.run.job import Job
 class TeacherWeights:
     """The teacher's weights, from when they are first asked for, by whatever part of a run asks first.
 
-    params: what is loaded already, in the dtype it is run in. Those of a job with stored logits are given up again.
+    params: what is loaded already, in the dtype it is run in. They are given up when a stage begins that has none.
     """
 
     def __init__(self, job: Job, params: Params | None = None):
@@ -27,10 +27,10 @@ class TeacherWeights:
         return self._params
 
     def for_stage(self, plan: StagePlan) -> Params | None:
-        """What the stage's step reads. Where that is the stored logits, no weights are left in memory."""
+        """What the stage's step reads; where it reads none of the weights, they leave memory."""
         if plan.needs_weights:
             return self.held()
-        if self.job.logits is not None and self._params is not None:
+        if self._params is not None:
             # Whoever handed them over holds them still.
             for leaf in jax.tree.leaves(self._params):
                 leaf.delete()

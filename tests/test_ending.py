@@ -101,6 +101,7 @@ def test_other_prompts_are_continued_by_the_export(run: Any, monkeypatch: Any) -
     assert longer["samples"] != again["samples"] and longer["samples"][0]["prompt"] == "What is"
     assert longer["samples"][0]["student"].startswith(again["samples"][0]["student"])
     assert "samples" not in run.go_on(**{"train.sample_prompts": ()})
+    assert not (run.workdir / "samples.md").exists()
 
 
 def test_answers_of_tales_can_be_asked_for_later(run: Any, monkeypatch: Any) -> None:
@@ -136,6 +137,18 @@ def test_a_control_that_always_fails_takes_no_answers_with_it(run: Any, monkeypa
     summary = run.go_on(**{"train.answer_tales": 8})
     assert "control" not in summary and "relative_top1" in summary
     assert all("control" not in score and "teacher" in score for score in summary["answers"]["scores"])
+
+
+def test_a_control_that_was_stopped_is_scored_by_the_next_start(run: Any, monkeypatch: Any) -> None:
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(heldout, "untrained_control", stopped)
+        run.go_on()
+    assert "control" not in json.loads((run.workdir / "summary.json").read_text())
+    assert run.go_on()["control"]["kl"] > 0
+    assert "| control |" in (run.workdir / "export" / "README.md").read_text()
 
 
 def test_a_tokenizer_that_does_not_tell_places_in_the_text(job: Job) -> None:

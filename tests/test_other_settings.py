@@ -11,6 +11,7 @@ import tiny_run
 from untrained import save_teacher
 
 from radlads_jax import config, launch
+from radlads_jax.reporting.run_log import read_run
 from radlads_jax.run import fingerprint, train
 from radlads_jax.run import settings as settings_lib
 from radlads_jax.run.job import make_job
@@ -56,6 +57,7 @@ def test_a_finished_run_goes_on_with_one_more_stage(
     workdir = tmp_path / "run"
     assert launched(monkeypatch, teacher, workdir, {"stage1": 5}) == 0
     first = json.loads((workdir / "summary.json").read_text())
+    (workdir / "evaluation.json").write_text('{"tasks": []}')
     capsys.readouterr()
 
     # What was exported stays beside its scores until the longer run's take their place.
@@ -72,12 +74,18 @@ def test_a_finished_run_goes_on_with_one_more_stage(
     assert "  ok  data" in said
     assert json.loads((workdir / "summary.json").read_text()) == first
     assert json.loads((workdir / "config.json").read_text())["stage2"]["lr"] == 4e-3
+    # The page has none of its scores any more, and still what trained its stages.
+    log = read_run(workdir)
+    assert not log.summary and not log.evaluation
+    assert log.stage_summary("stage1") == first["stages"][0] and not log.stage_summary("stage2")
 
     assert launched(monkeypatch, teacher, workdir, BOTH, stage2__lr=4e-3) == 0
     assert weights(workdir) == weights(whole)
     summary = json.loads((workdir / "summary.json").read_text())
     assert [stage["name"] for stage in summary["stages"]] == ["stage1", "stage2"]
     assert summary["student"] == json.loads((whole / "summary.json").read_text())["student"]
+    assert (workdir / "evaluation-stage1.json").read_text() == '{"tasks": []}'
+    assert not (workdir / "evaluation.json").exists()
     # And now it is finished.
     capsys.readouterr()
     assert launched(monkeypatch, teacher, workdir, BOTH, stage2__lr=4e-3) == 0

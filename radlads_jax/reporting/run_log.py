@@ -136,8 +136,9 @@ class StageLog:
 class RunLog:
     """A run as its work directory tells it; config, summary and evaluation are empty where their files are missing.
 
-    chosen_layers: the softmax layers, where the run chose them itself. converted_layers: those that it converts, where
-    the teacher has recurrent ones itself.
+    The latter two also where the run goes on with more stages: they are of the student before those. trained: a
+    summary's lines of stages, of such a one too. chosen_layers: the softmax layers, where the run chose them itself.
+    converted_layers: those that it converts, where the teacher has recurrent ones itself.
     """
 
     workdir: AnyPath
@@ -147,6 +148,7 @@ class RunLog:
     evaluation: dict[str, Any]
     chosen_layers: tuple[int, ...] = ()
     converted_layers: tuple[int, ...] = ()
+    trained: tuple[dict[str, Any], ...] = ()
 
     @property
     def recurrent_layers(self) -> list[int]:
@@ -162,8 +164,7 @@ class RunLog:
         return [layer for layer in range(count + len(kept)) if layer not in kept][:count]
 
     def stage_summary(self, name: str) -> dict[str, Any]:
-        lines = self.summary.get("stages") or []
-        return next((line for line in lines if line.get("name") == name), {})
+        return next((line for line in self.trained if line.get("name") == name), {})
 
 
 def read_run(workdir: str | os.PathLike) -> RunLog:
@@ -173,10 +174,11 @@ def read_run(workdir: str | os.PathLike) -> RunLog:
     """
     directory = as_path(workdir)
     config, summary = _object(directory / "config.json"), _object(directory / "summary.json")
-    scored = [stage.get("name") for stage in summary.get("stages") or () if isinstance(stage, dict)]
+    evaluation = _object(directory / "evaluation.json") or _object(directory / "export" / "evaluation.json")
+    trained = tuple(stage for stage in summary.get("stages") or () if isinstance(stage, dict))
+    scored = [stage.get("name") for stage in trained]
     if scored and config.get("stages") and scored != list(config["stages"]):
-        # It has gone on with more stages since.
-        summary = {}
+        summary = evaluation = {}
     records = [record for record in read_metrics(directory) if _is_record(record)]
     if not config and not records:
         raise ValueError(
@@ -188,9 +190,9 @@ def read_run(workdir: str | os.PathLike) -> RunLog:
     stages = [
         StageLog(name, tuple(r for r in records if r["stage"] == name), config.get(name) or {}, every) for name in names
     ]
-    evaluation = _object(directory / "evaluation.json") or _object(directory / "export" / "evaluation.json")
     converted = _numbers(_object(directory / "fingerprint.json").get("converted"))
-    return RunLog(directory, config, summary, tuple(stages), evaluation, _chosen(directory, config), converted)
+    chosen = _chosen(directory, config)
+    return RunLog(directory, config, summary, tuple(stages), evaluation, chosen, converted, trained)
 
 
 def _chosen(directory: AnyPath, config: dict[str, Any]) -> tuple[int, ...]:

@@ -278,11 +278,12 @@ def _recipe(run: RunLog, mixers: Mapping[str, str]) -> str:
 def _recipe_row(stage: StageLog, summary: Mapping[str, Any]) -> list[str]:
     # The rates of a sweep are not the recipe's.
     values = stage.recipe | (summary.get("rates") or {})
+    untried = " (its sweep's middle)" if stage.recipe.get("sweep") and "rates" not in summary else ""
 
     def rate(prefix: str) -> str:
         first, last = (number(values.get(f"{prefix}{end}")) for end in ("", "_final"))
         shown = [short(value) for value in (first, last) if value is not None]
-        return " to ".join(dict.fromkeys(shown)) or "-"
+        return (" to ".join(dict.fromkeys(shown)) or "-") + untried
 
     tokens = amount(number(values.get("tokens"))) or "-"
     cells = [stage.name, tokens, *(_plain(values.get(key)) for key in ("seq_len", "batch_size"))]

@@ -22,11 +22,13 @@ from radlads_jax.porting.writers import writer_for
 from radlads_jax.reporting.sections import write_report
 from radlads_jax.run import display, heldout
 from radlads_jax.run.job import Job
+from radlads_jax.run.settings import trained_stages
 from radlads_jax.system import hosts, storage
 from radlads_jax.system.untrusted import brief
 
 # In summary.json, what comes after the scores and is not done yet. What an earlier version wrote has all of it.
 _TO_DO = "to_do"
+_SAMPLES = "samples.md"
 
 
 def check(job: Job) -> None:
@@ -45,7 +47,7 @@ def check(job: Job) -> None:
     form = writer_for(job.student, job.run.export.engine)
     form.require(job.student, job.tokenizer_dir)
     form.config(job.student, job.base_config)
-    for name, is_file in {"report": False, "samples.md": True, "summary.json": True}.items():
+    for name, is_file in {"report": False, _SAMPLES: True, "summary.json": True}.items():
         place = job.workdir / name
         if place.exists() and place.is_file() != is_file:
             raise ValueError(
@@ -80,10 +82,14 @@ def finish(job: Job, student: Params, teacher: Params | None, stages: list[dict[
     """All of it, for a student that is trained; returns the summary that DIR/summary.json holds."""
     display.say(f"exporting to {job.workdir / 'export'}")
     if hosts.is_first():
-        # Of a shorter run: its scores are not to stand beside these weights.
-        (job.workdir / "summary.json").unlink(missing_ok=True)
+        _set_former_scores_aside(job)
     _export(job, student)
-    wanted = {"answers": job.run.train.answer_tales, "card": True, "samples": job.run.train.sample_prompts}
+    wanted = {
+        "control": True,
+        "answers": job.run.train.answer_tales,
+        "card": True,
+        "samples": job.run.train.sample_prompts,
+    }
     to_do = [step for step, is_wanted in wanted.items() if is_wanted]
     scored = False
     try:
@@ -93,13 +99,23 @@ def finish(job: Job, student: Params, teacher: Params | None, stages: list[dict[
         summary = heldout.evaluate_job(job, cfg, student, teacher) | {"stages": stages}
         _keep(job, summary, to_do)
         scored = True
-        # After the scores are kept: a control that fails takes nothing with it, and the next start goes on without.
-        summary |= heldout.evaluate_control(job, teacher)
-        _keep(job, summary, to_do)
     finally:
         if not scored and hosts.is_first():
             _write_page(job)
     return _complete(job, summary, to_do, (cfg, student), teacher)
+
+
+def _set_former_scores_aside(job: Job) -> None:
+    """Scores and samples of a run of fewer stages are not to stand beside the weights that come."""
+    stages, directory = trained_stages(job.workdir), job.workdir
+    if stages is not None and stages != list(job.run.stages):
+        for suffix in (".json", ".md"):
+            # What a user has measured is kept, by another name.
+            if (path := directory / f"evaluation{suffix}").exists():
+                storage.write_text(directory / f"evaluation-{'-'.join(stages)}{suffix}", storage.read_text(path))
+                path.unlink()
+    for name in ("summary.json", _SAMPLES):
+        (directory / name).unlink(missing_ok=True)
 
 
 def _write_page(job: Job) -> storage.AnyPath:
@@ -117,9 +133,10 @@ def go_on(job: Job, summary: dict[str, Any]) -> dict[str, Any]:
     if prompts != list(train.sample_prompts) or (prompts and tokens != train.sample_tokens):
         to_do += ["samples"]
     if to_do:
-        reads = bool(("answers" in to_do and train.answer_tales) or ("samples" in to_do and train.sample_prompts))
-        student = _exported(job) if reads else None
-        teacher = job.load_teacher(job.run.teacher.dtype) if reads and job.student.recurrent_mixer else None
+        generates = bool(("answers" in to_do and train.answer_tales) or ("samples" in to_do and train.sample_prompts))
+        student = _exported(job) if generates else None
+        reads_teacher = (generates or "control" in to_do) and job.student.recurrent_mixer
+        teacher = job.load_teacher(job.run.teacher.dtype) if reads_teacher else None
         return _complete(job, summary, to_do, student, teacher)
     display.say(f"{job.workdir} is finished; nothing to do. Its results, from {job.workdir / 'summary.json'}:")
     display.show(heldout.results_table(summary))
@@ -135,10 +152,19 @@ def _complete(
     student: tuple[ModelConfig, Params] | None,
     teacher: Params | None,
 ) -> dict[str, Any]:
-    """Answers, card, report and samples, as far as they are to do; the report once more when all is there."""
+    """Control, answers, card, report, samples, as far as they are to do; the report once more when all is there."""
     models = {} if teacher is None else {"teacher": (job.teacher, teacher)}
     models |= {} if student is None else {"student": student}
     try:
+        if "control" in to_do:
+            to_do = [step for step in to_do if step != "control"]
+            try:
+                summary |= heldout.evaluate_control(job, teacher)
+            except Exception:
+                # It would fail again: the next start goes on without. One that was only stopped is still to do.
+                _keep(job, summary, to_do)
+                raise
+            _keep(job, summary, to_do)
         if "answers" in to_do:
             summary = {name: value for name, value in summary.items() if name != "answers"}
             if job.run.train.answer_tales:
@@ -159,6 +185,8 @@ def _complete(
         if job.run.train.sample_prompts:
             summary["samples"] = heldout.write_samples(job, models)
             summary["sample_tokens"] = job.run.train.sample_tokens
+        elif hosts.is_first():
+            (job.workdir / _SAMPLES).unlink(missing_ok=True)
         _keep(job, summary, [])
     display.show(heldout.results_table(summary))
     if hosts.is_first():

@@ -76,7 +76,7 @@ class Data:
     max_tokens: int = bounded(0, least=0)
     eval_rows: int = bounded(64, least=1)
     documents: int = bounded(20000, least=1)
-    seed: int = 0
+    seed: int = bounded(0, least=0)
     chats: str = ""
     messages_field: str = "messages"
     replay: float = bounded(0.0, least=0, below=1)
@@ -192,7 +192,7 @@ class RunConfig:
     added: recipes of stages beside those of STAGE_NAMES, by name (distill/stages.py, `add_stage`).
     """
 
-    seed: int = 0
+    seed: int = bounded(0, least=0, below=2**31)
     dtype: str = bounded("bfloat16", one_of=_DTYPES)
     stages: tuple[str, ...] = ("stage1", "stage2", "stage3")
     teacher: Teacher = Teacher()
@@ -310,6 +310,12 @@ def validate(config: ConfigDict) -> RunConfig:
     example = f"the path of the {run.data.source} data, e.g. --config.data.path=PATH"
     require(has_data, "config.data.path", run.data.path, example)
     _check_chats(run)
+    if run.data.source == "binidx":
+        require(not run.data.max_tokens, "config.data.max_tokens", run.data.max_tokens, "0: a token file is read whole")
+    if run.optim.name == "adafactor":
+        for name in ("beta2", "eps"):
+            value, default = getattr(run.optim, name), getattr(Optim(), name)
+            require(value == default, f"config.optim.{name}", value, f"{default:g}, for adafactor asks none")
     fsdp = run.mesh.fsdp
     require(fsdp == -1 or fsdp >= 1, "config.mesh.fsdp", fsdp, "at least 1, or -1 for all devices")
     shard = run.export.max_shard_gb

@@ -31,7 +31,8 @@ class _Bounds(NamedTuple):
             *most, last = map(repr, self.one_of)
             return f"{', '.join(most)} or {last}"
         ends = [(self.least, "at least"), (self.above, "more than"), (self.below, "less than")]
-        return "a number of " + " and ".join(f"{word} {end:g}" for end, word in ends if math.isfinite(end))
+        said = [f"{word} {end:{',' if isinstance(end, int) else 'g'}}" for end, word in ends if math.isfinite(end)]
+        return f"a number of {' and '.join(said)}"
 
 
 def bounded(default: Any, **bounds: Any) -> Any:

@@ -221,6 +221,8 @@ def test_a_misspelt_field_can_not_be_set():
         ("mesh.fsdp", 0, ["config.mesh.fsdp is 0", "-1 for all devices"]),
         ("optim.moment_dtype", "float16", ["config.optim.moment_dtype is 'float16'", "'bfloat16'"]),
         ("train.log_every", 0, ["config.train.log_every is 0", "at least 1"]),
+        ("seed", 2**31, ["config.seed is 2147483648", "less than 2,147,483,648"]),
+        ("data.seed", -1, ["config.data.seed is -1", "at least 0"]),
     ],
 )
 def test_a_wrong_field_is_named(path, value, parts):
@@ -228,9 +230,30 @@ def test_a_wrong_field_is_named(path, value, parts):
     assert [part for part in parts if part not in message] == [], message
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"optim.name": "adafactor", "optim.beta2": 0.99},
+            r"config\.optim\.beta2 is 0\.99; expected 0\.95, .*adafactor",
+        ),
+        ({"optim.name": "adafactor", "optim.eps": 1e-6}, r"config\.optim\.eps is 1e-06; expected 1e-08"),
+        ({"data.source": "binidx", "data.max_tokens": 100}, r"config\.data\.max_tokens is 100; expected 0: .* whole"),
+    ],
+)
+def test_what_another_setting_leaves_without_effect(fields, message):
+    chosen = complete(defaults())
+    chosen.update_from_flattened_dict(fields)
+    with pytest.raises(ValueError, match=message):
+        validate(chosen)
+    first = next(iter(fields))
+    chosen.update_from_flattened_dict({first: defaults().to_dict()[first.split(".")[0]][first.split(".")[1]]})
+    validate(chosen)
+
+
 def test_every_number_has_bounds():
-    """But the seeds, and those whose rule is of more than a range."""
-    free = {"seed", "data.seed", "decay_begin", "decay_end", "mesh.fsdp"}
+    """But those whose rule is of more than a range."""
+    free = {"decay_begin", "decay_end", "mesh.fsdp"}
     groups = {f.name: f.default for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.default)}
     for name, group in [("", RunConfig()), *groups.items()]:
         for field in dataclasses.fields(group):

@@ -250,6 +250,8 @@ def test_a_given_token_file_is_told_by_contents(place):
     made = job_of(place, "first").token_file
     token_file = {"data__source": "binidx", "data__path": str(made.prefix)}
     begin(place, **token_file)
+    with pytest.raises(ValueError, match=r"special_tokens False, not True.*config\.data\.special_tokens as"):
+        job_of(place, "other", **token_file, data__special_tokens=True)
     moved = shutil.copytree(made.prefix.parent, place / "moved")
     assert job_of(place, **token_file | {"data__path": str(moved)}).token_file.num_tokens == made.num_tokens
     with open(moved / f"{made.prefix.name}.bin", "r+b") as file:

@@ -184,13 +184,13 @@ def _given(run: RunConfig, tokenizer: Any, vocab_size: int) -> Tokens:
     file = binidx.open_token_file(as_path(run.data.path))
     said, wanted = prepare.made_from(file), framing(run, tokenizer)
     expected: dict[str, Any] = {"tokenizer": prepare.tokenizer_hash(tokenizer.backend_tokenizer)}
-    expected |= {"eos_id": wanted.eos_id, "beginning": list(wanted.beginning)}
+    expected |= {"eos_id": wanted.eos_id, "beginning": list(wanted.beginning), "special_tokens": wanted.special_tokens}
     other = [f"{name} {said[name]!r}, not {now!r}" for name, now in expected.items() if said.get(name, now) != now]
     if other:
         raise ValueError(
             f"{file.prefix}.bin was made with other settings ({'; '.join(other)}); expected those of this run, so "
             "that the data look as the teacher's prompts do. Prepare it again with this config, or set "
-            "config.data.tokenizer and config.data.bos as they were then."
+            "config.data.tokenizer, config.data.bos and config.data.special_tokens as they were then."
         )
     file.check_vocab(vocab_size)
     return Tokens(file, said, wanted.beginning if said or _begins_with(file, wanted.beginning) else ())

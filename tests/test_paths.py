@@ -120,6 +120,7 @@ def chosen(**fields: Any) -> Any:
         ({"data__path": "~/text.txt", "data__source": "jsonl"}, {"data.path": "home/text.txt"}),
         ({"data__path": "tokens", "data__source": "binidx"}, {"data.path": "here/tokens"}),
         ({"teacher__path": "~/teacher", "data__tokenizer": "./tok"}, {"teacher.path": "home/teacher"}),
+        ({"stages": ("stage2c",), "data__chats": "~/chats"}, {"data.chats": "home/chats"}),
     ],
 )
 def test_settings_keep_whole_paths(fields: dict, expected: dict[str, str], tmp_path: pathlib.Path) -> None:
@@ -147,6 +148,24 @@ def test_the_same_words_elsewhere_are_another_run(tmp_path: pathlib.Path, monkey
         check_same_config(tmp_path / "run", settings(data__path=str(tmp_path / "here" / "text.txt")))
     with pytest.raises(ValueError, match=r"data\.path.*\bhere/text.*\belsewhere/text"):
         check_same_config(tmp_path / "run", settings())
+
+
+def test_what_is_told_by_contents_may_lie_elsewhere(tmp_path: pathlib.Path) -> None:
+    """Where the run knows the contents of conversations and stored logits; without logits it is another run."""
+
+    def settings(**fields: Any) -> dict:
+        fields = {"stages": ("stage2", "stage2c"), "data__chats": "/a/chats", "teacher__logits": "/a/logits"} | fields
+        return with_whole_paths(validate(chosen(**fields))).settings()
+
+    (tmp_path / "run" / "checkpoints" / "stage2c" / "7").mkdir(parents=True)
+    remember_config(tmp_path / "run", settings())
+    moved = settings(data__chats="/b/chats", teacher__logits="/b/logits")
+    with pytest.raises(ValueError, match=r"data\.chats.*teacher\.logits"):
+        check_same_config(tmp_path / "run", moved)
+    (tmp_path / "run" / "fingerprint.json").write_text("{}")
+    check_same_config(tmp_path / "run", moved)
+    with pytest.raises(ValueError, match=r"teacher\.logits was '/a/logits' and is now ''"):
+        check_same_config(tmp_path / "run", settings(teacher__logits=""))
 
 
 def test_what_an_earlier_version_kept_as_it_was_typed_continues(tmp_path: pathlib.Path) -> None:

@@ -32,7 +32,9 @@ _FREE_FIELDS = (*_FREE_OF_TRAIN, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.
 # What only this stage reads, beside its recipe.
 _OF_STAGES = {"data.chats": "stage2c", "data.messages_field": "stage2c", "data.replay": "stage2c"}
 # Where a run that knows what it depends on by contents may find the same elsewhere.
-_PATH_FIELDS = ("teacher.path", "teacher.revision", "data.path", "data.revision", "data.tokenizer")
+_PATH_FIELDS = ("teacher.path", "teacher.revision", "data.path", "data.revision", "data.tokenizer", "data.chats")
+# And what a finished one reads no more.
+_LOGITS = "config.teacher.logits"
 # What switches of the student were before they were true, false or none.
 _FORMER_SWITCHES = {"": None, "on": True, "off": False}
 
@@ -43,7 +45,10 @@ def with_whole_paths(run: RunConfig) -> RunConfig:
     path, logits = storage.whole_name_or_id(run.teacher.path), storage.whole_name(run.teacher.logits)
     teacher = dataclasses.replace(run.teacher, path=path, logits=logits)
     data = dataclasses.replace(
-        run.data, path=name_of_data(run.data.path), tokenizer=storage.whole_name_or_id(run.data.tokenizer)
+        run.data,
+        path=name_of_data(run.data.path),
+        tokenizer=storage.whole_name_or_id(run.data.tokenizer),
+        chats=storage.whole_name(run.data.chats),
     )
     return dataclasses.replace(run, teacher=teacher, data=data)
 
@@ -124,8 +129,11 @@ def check_same_config(workdir: storage.AnyPath, config: dict) -> list[str]:
     begun = _begun_settings(workdir)
     if not begun:
         return []
-    of_files = _PATH_FIELDS if (workdir / "fingerprint.json").exists() else ()
-    changed = _changed(begun, config, except_for=[f"config.{field}" for field in of_files])
+    by_contents = [f"config.{field}" for field in _PATH_FIELDS]
+    if bool(begun.get(_LOGITS)) == bool(flat_settings(config).get(_LOGITS)):
+        by_contents.append(_LOGITS)
+    has_contents = (workdir / "fingerprint.json").exists()
+    changed = _changed(begun, config, except_for=by_contents if has_contents else ())
     settled = settled_stages(workdir)
     refused = [name for name in changed if _stage_of(name) in {None, *settled}]
     old = list(begun.get("config.stages", RunConfig().stages))
@@ -169,7 +177,7 @@ def _stage_of(setting: str) -> str | None:
 def _with_whole_paths(settings: dict) -> dict:
     """Stored settings, whose paths an earlier version kept as they were typed."""
     teacher, data = settings.get("teacher", {}), settings.get("data", {})
-    known = {name: data[name] for name in ("source", "path", "tokenizer") if name in data}
+    known = {name: data[name] for name in ("source", "path", "tokenizer", "chats") if name in data}
     run = RunConfig(teacher=Teacher(teacher.get("path", "")), data=Data(**known))
     whole = dataclasses.asdict(with_whole_paths(run))
     changed = {"teacher": teacher | {"path": whole["teacher"]["path"]}} if "path" in teacher else {}

@@ -33,7 +33,7 @@ from radlads_jax.system import space
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEACHER = ROOT / "configs" / "demo_teacher"
-NAMES = ["disk", "data", "rates", "tokenizer", "checkpoints", "export", "teacher", "kernels"]
+NAMES = ["disk", "data", "rates", "tokenizer", "checkpoints", "export", "positions", "teacher", "kernels"]
 
 
 def settings(teacher: pathlib.Path = TEACHER, **fields) -> ConfigDict:
@@ -102,6 +102,18 @@ def test_an_untrained_teacher_is_refused_unless_forced(untrained, tmp_path, caps
         check(job)
     assert lines(capsys.readouterr().out)["teacher"].startswith("NO")
     assert holds(check(job, force=True))
+
+
+def test_rows_beyond_the_teachers_positions(tmp_path, capsys):
+    """Of a stage that learns from the teacher; another one may go further."""
+    long = {"stages": ("stage1", "stage2", "stage3"), "stage2__seq_len": 2080, "stage2__tokens": 2080 * 8}
+    long |= {"data__documents": 200, "stage3__batch_size": 1}
+    with pytest.raises(ValueError, match=r"is 2,048, below config\.stage2\.seq_len, 2,080; expected .*--force"):
+        check(make(settings(**long), tmp_path / "run"))
+    assert lines(capsys.readouterr().out)["positions"].startswith("NO")
+    further = long | {"stage2__seq_len": 2048, "stage3__seq_len": 4096, "stage3__tokens": 4096}
+    check(make(settings(**further), tmp_path / "other"))
+    assert "rows of at most 4,096 tokens" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_refused_with_what_is_needed(tmp_path, monkeypatch):

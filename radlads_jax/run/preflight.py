@@ -70,6 +70,7 @@ def check(job: Job, teacher: TeacherWeights, *, force: bool = False, whole: bool
         findings += [layers(job)] if layers_to_choose(job.run.student) or job.student.copied else []
         findings += [softmax_layers(job)] if job.student.kept_attention is not None else []
         findings += [tokenizer(job), _checkpoints(job), export_format(job)]
+        findings += [positions(job)] if job.student.recurrent_mixer is not None else []
         if job.source is not None and job.student.recurrent_mixer:
             findings.append(_teacher_loss(job, cast(Params, teacher.held())))
         findings.append(_kernels(job))
@@ -148,6 +149,23 @@ def stored_logits(job: Job) -> Finding:
     live = [plan.name for plan in plans if plan.needs_weights]
     why = " and by ".join(f"{name} (its loss is the {STAGES[name].loss}, of which nothing is stored)" for name in live)
     return Finding("logits", said + (f", and by {why}" if live else ""))
+
+
+def positions(job: Job) -> Finding:
+    """How long the rows are beside what the teacher knows: a problem where a stage learns from it further out."""
+    most, run = job.teacher.max_position_embeddings, job.run
+    longest = max(recipe.seq_len for recipe in run.recipes.values())
+    result = f"rows of at most {longest:,} tokens; the teacher's max_position_embeddings is {most:,}"
+    beyond = [name for name, recipe in run.recipes.items() if STAGES[name].needs_teacher and recipe.seq_len > most]
+    if not beyond:
+        return Finding("positions", result)
+    names = " and ".join(f"config.{name}.seq_len, {run.stage(name).seq_len:,}" for name in beyond)
+    return Finding(
+        "positions",
+        result,
+        f"the teacher's max_position_embeddings is {most:,}, below {names}; expected rows within it, for further out "
+        "its logits are no model to learn from. Lower it, or give the teacher the RoPE scaling that it is meant for.",
+    )
 
 
 def layers(job: Job) -> Finding:

@@ -170,6 +170,8 @@ class _StageRun:
             late = late or self.checkpoints.due(step)
             # Whoever stops it may not wait long.
             evaluates = stop is None and self._evaluates(step)
+            if stop is not None and self._evaluates(step):
+                self.run.logger.say(f"{self.name}: the scores after step {step:,} are left out, for it is stopped")
             if must_save or late or wants_line or evaluates:
                 jax.block_until_ready(state.step)
                 pace = self.clock.tick(step)

@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 import jax.numpy as jnp
+from absl import logging
 
 from radlads_jax.decoding.loaded import model_directory
 from radlads_jax.models.config import ModelConfig
@@ -48,10 +49,18 @@ def export_again(
     written = dataclasses.replace(cfg, tie_embeddings=(cfg.tie_embeddings or retie) and not untie)
     form = writer_for(written, writer)
     form.require(written, source)
-    dtype = dtype or stored_dtype(config)
+    stored = stored_dtype(config)
+    if dtype == "float32" and stored != "float32":
+        logging.warning(
+            "the weights in %s are %s: float32 writes the same values in twice the room. Those that were trained are "
+            "in the run's checkpoints, and exported by a run with config.export.dtype=float32.",
+            source,
+            stored,
+        )
+    dtype = dtype or stored
     params = load_params(source, cfg, dtype=dtype)
     if retie and not cfg.tie_embeddings:
-        _check_same_head(params, source)
+        params = _for_one_matrix(params, cfg, source)
     if cfg.tie_embeddings and untie:
         params["head"] = {"kernel": params["embed"]["embedding"].T}
     kept = written if untie else cfg
@@ -69,16 +78,29 @@ def export_again(
     )
 
 
-def _check_same_head(params: Params, source: storage.AnyPath) -> None:
-    """Raises ValueError where a head is another matrix than the embedding, and not one that began as it."""
+def _for_one_matrix(params: Params, cfg: ModelConfig, source: storage.AnyPath) -> Params:
+    """The model with the embedding for its head, which still stands beside it.
+
+    A format of 1 + w norms moved powers of two, one a channel, from the last norm into the head: they go back. Raises
+    ValueError where the head is another matrix than the embedding, and not one that began as it.
+    """
     head = params["head"]["kernel"][:, :_COMPARED].T.astype(jnp.float32)
     embedding = params["embed"]["embedding"][:_COMPARED].astype(jnp.float32)
+    if cfg.zero_centred_norms:
+        ratio = jnp.sum(head * embedding, 0) / jnp.sum(embedding**2, 0)
+        known = jnp.isfinite(ratio) & (ratio != 0)
+        exponents = jnp.round(jnp.log2(jnp.abs(jnp.where(known, ratio, 1))))
+        powers = jnp.where(known, jnp.sign(ratio), 1) * jnp.exp2(exponents)
+        scale, head = params["norm"]["scale"], head / powers
+        own = ((1 + scale.astype(jnp.float32)) * powers - 1).astype(scale.dtype)
+        params = params | {"norm": {"scale": own}}
     apart = float(jnp.linalg.norm(head - embedding) / jnp.linalg.norm(head))
     if apart > _FAR:
         raise ValueError(
             f"got --retie for {source}, whose head differs from its embedding by {apart:.0%} of its size: with one for "
             "both it would be another model. Expected a student of a teacher that ties them. Leave --retie out."
         )
+    return params
 
 
 def stored_dtype(config: dict[str, Any]) -> str:

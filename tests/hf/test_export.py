@@ -16,6 +16,7 @@ from radlads_jax.models.tree import nest
 from radlads_jax.porting import load_params, model_config_from_hf, param_shapes, read_config, save_params
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.writers import WRITERS
+from radlads_jax.run import exporting
 from radlads_jax.run.exporting import export_again
 from radlads_jax.student import Student
 
@@ -120,6 +121,15 @@ def test_a_run_is_exported_again_in_another_dtype(exported, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype("bfloat16")), read, params)
     assert (target / "tokenizer.json").read_bytes() == (workdir / "export" / "tokenizer.json").read_bytes()
     assert "Qwen/Qwen2.5-0.5B-Instruct" in (target / "README.md").read_text()
+
+
+def test_more_digits_than_were_written_are_not_promised(exported, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(exporting.logging, "warning", lambda words, *values: said.append(words % values))
+    short = export_again(exported[0], tmp_path / "short", dtype="bfloat16")
+    assert not said
+    export_again(short, tmp_path / "wide", dtype="float32")
+    assert len(said) == 1 and "are bfloat16: float32 writes the same values" in said[0]
 
 
 def test_a_head_of_its_own_is_not_left_out(exported, tmp_path):

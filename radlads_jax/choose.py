@@ -53,6 +53,11 @@ def main(values: flags.FlagValues) -> None:
             f"--keep is {values.keep} and --model {kind}; expected a model of softmax attention alone, and 1 to "
             f"{cfg.num_layers - 1} of them to keep. Change --keep or --model."
         )
+    if sizes.tokens > cfg.max_position_embeddings:
+        raise ValueError(
+            f"--tokens is {sizes.tokens:,} and --model reads {cfg.max_position_embeddings:,}; expected rows no longer "
+            "than that. Lower it."
+        )
     tokenizer = load_tokenizer(model_directory(values.model))
     prompts(tokenizer, sizes, KINDS)
     batch = text_batch(tokenizer, sizes, storage.as_path(values.data) if values.data else None)

@@ -80,6 +80,8 @@ def main(values: flags.FlagValues) -> None:
     for name in ("batch_size", "probe_samples"):
         if getattr(values, name) < 1:
             raise ValueError(f"{name} is {getattr(values, name)}; expected at least 1. Change --{name}.")
+    if values.limit is not None and not (0 < values.limit < 1 or (values.limit >= 1 and values.limit % 1 == 0)):
+        raise ValueError(f"--limit is {values.limit:g}; expected a number of documents, or a share of them below 1.")
     if values.control and values.teacher is None:
         raise ValueError("--control is made of the teacher's weights; expected --teacher DIR beside it.")
     if values.completions and values.teacher is None:

@@ -183,6 +183,7 @@ def test_the_command_chooses_writes_and_says_where_a_teacher_is_at_chance(tmp_pa
         ("--keep=4", r"--keep is 4\b.*\b1 to 3\b"),
         ("--prompts=0", "prompts is 0"),
         ("--tokens=40", "prompts of 40 tokens"),
+        ("--tokens=513", r"--tokens is 513 and --model reads 512; expected rows no longer"),
         ("--data={place}/none.txt", r"No such file .*none\.txt"),
         ("--data={place}/short.txt", r"--data .*short\.txt holds too little text .*\b4,096 tokens"),
         ("--data={place}/latin.txt", r"latin\.txt is not UTF-8"),
@@ -192,9 +193,10 @@ def test_the_command_refuses_before_the_weights_are_read(flag, words, tmp_path, 
     (tmp_path / "short.txt").write_text("A king.")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 9_000)
     monkeypatch.setattr(choose, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    reads_512 = dataclasses.replace(CFG, max_position_embeddings=512)
     values = flags.FlagValues()
     choose.define_flags(values)
-    values(["choose", f"--model={save_teacher(tmp_path, CFG)}", "--keep=1", flag.format(place=tmp_path)])
+    values(["choose", f"--model={save_teacher(tmp_path, reads_512)}", "--keep=1", flag.format(place=tmp_path)])
     with pytest.raises((ValueError, OSError), match=words):
         choose.main(values)
 

@@ -1,11 +1,16 @@
 """The probes' contexts are as described, a model that knows the answers passes them, and the picture is drawn."""
 
+import dataclasses
+import itertools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+import transformers
+from tokenizers import normalizers, pre_tokenizers, processors
 from untrained import save_tokenizer
 
 from radlads_jax.data import synthetic, tokenise
@@ -211,3 +216,42 @@ def test_a_models_probes(model):
     assert results == probe_scores.run_probes(model, **options)
     some = probe_scores.run_probes(model, kinds=["recall", "passkey"], by_position=False, **options)
     assert some == {name: results[name] for name in ("recall", "passkey")}
+
+
+@pytest.fixture(scope="module")
+def llama_like():
+    """A tokenizer that puts a mark for a space before every text, and BOS before every prompt."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    made.train_from_iterator(synthetic.documents(0, 100), trainer)
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in probes.PROBES if kind not in probes.COPYING])
+def test_parts_are_tokens_of_running_text(llama_like, kind):
+    """Nowhere two spaces, which no text that such a model was trained on has."""
+    example = probes.PROBES[kind](Text(llama_like, 0), 900)
+    pieces = llama_like.convert_ids_to_tokens(example.ids)
+    assert not any("▁▁" in piece for piece in pieces)
+    assert not any(piece == "▁" and after.startswith("▁") for piece, after in itertools.pairwise(pieces))
+    assert re.fullmatch(r"▁\d+", "".join(pieces[example.start :]))
+
+
+def test_a_prompt_begins_once(llama_like, model):
+    asked = dataclasses.replace(model, cfg=dataclasses.replace(STUDENT, vocab_size=400), tokenizer=llama_like)
+    assert asked.encode("<s>A king") == [1, *asked.encode("A king")[1:]] and asked.encode("A king")[0] == 1
+    assert asked.encode("") == [1]
+
+
+def test_rows_begin_as_prompts_do(llama_like, tokenizer, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("".join(synthetic.documents(0, 40)))
+    for path in (None, file):
+        rows = probes.rows_of_text(Text(llama_like, 0), 5, 60, path)
+        assert rows.shape == (5, 60) and (rows[:, 0] == 1).all() and not (rows[:, 1:] == 1).any()
+        whole = probes.rows_of_text(Text(tokenizer, 0), 5, 60, path).reshape(-1)
+        assert whole.tolist() == probes.document(Text(tokenizer, 0), 300, path).ids

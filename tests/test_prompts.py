@@ -171,6 +171,19 @@ def test_records_that_are_refused(tmp_path, record, told):
         read_prompts(file)
 
 
+@pytest.mark.parametrize("name", ["prompts.JSONL", "prompts.ndjson", "prompts.json", "prompts.txt"])
+def test_lines_of_json_are_told_by_the_files_name(tmp_path, name):
+    file = tmp_path / name
+    file.write_text(json.dumps({"messages": MESSAGES}))
+    if name.endswith("txt"):
+        with pytest.raises(ValueError, match=r"prompts\.txt, line 1 is JSON .*\.jsonl or"):
+            read_prompts(file)
+        file.write_text('{"a": 1}')
+        assert read_prompts(file) == [Prompt('{"a": 1}')]
+    else:
+        assert read_prompts(file) == [Prompt(MESSAGES)]
+
+
 @pytest.mark.parametrize("line", ['{"prompt": "a", "prompt": "b"}', '{"messages": [{"role": "user", "role": "x"}]}'])
 def test_a_key_that_is_given_twice_is_refused(tmp_path, line):
     file = tmp_path / "prompts.jsonl"

@@ -58,6 +58,20 @@ def test_comparison_and_its_page():
     assert alone["mean_relative"] is None and "published" not in alone["tasks"]["arc_easy"]
 
 
+def test_a_score_without_an_error_is_compared_with_nothing():
+    """One right document puts no teacher above the floor."""
+    one = {"arc_easy": result_of(1.0) | {"stderr": None, "documents": 1}}
+    line = suite.compare(STUDENT, one, one)["tasks"]["arc_easy"]
+    assert line["relative"] is None and not line["at_floor"]
+
+
+def test_choices_that_a_tasks_own_code_scores_have_no_known_chance():
+    samples = {"mine": [{"filtered_resps": [1, 2, 3, 4], "target": 0}] * 5}
+    for own, expected in (({}, 0.25), ({"process_results": "!function mine.py"}, None)):
+        evaluated = {"configs": {"mine": {"output_type": "multiple_choice"} | own}}
+        assert suite._chance(evaluated, samples) == expected
+
+
 def test_a_teacher_at_the_floor_is_no_measure():
     """(28 - 25) / (26 - 25) would be 300%, from a teacher that may have guessed."""
     scores = {"arc_easy": result_of(0.28), "piqa": result_of(0.7, chance=0.5), "none": result_of(0.2, chance=0.0)}

@@ -110,6 +110,8 @@ def test_the_picks_of_a_groups_parts_count_together():
 def test_the_best_constant_answer():
     assert rotation.best_constant(samples()) == 0.5
     assert rotation.best_constant([{"target": "a text"}]) is None
+    # Such a task's file lists the right option first, and its prompts no options.
+    assert rotation.best_constant([{"target": 0}] * 9) is None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (the extra `eval`)")

@@ -41,8 +41,12 @@ class Model:
     stop_ids: tuple[int, ...]
 
     def encode(self, text: str) -> list[int]:
-        """The text's tokens, with the tokenizer's own beginning; an empty text is its beginning-of-text token."""
-        ids = self._tokens(text)
+        """The text's tokens, with the tokenizer's own beginning; an empty text is its beginning-of-text token.
+
+        A text that begins with that token's name gets no second one.
+        """
+        begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        ids = self._tokens(text, add_special_tokens=not begun)
         beginning = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         ids = ids or [i for i in beginning if i is not None][:1]
         if not ids:

@@ -1,6 +1,7 @@
 """Prompts: read from a file, and as a model's tokens."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from radlads_jax.decoding.loaded import Model
 from radlads_jax.system import storage
 from radlads_jax.system.untrusted import listed, parse_json
 
+_JSON_LINES = (".jsonl", ".ndjson", ".json")
 _KEYS = ("prompt", "messages", "tools")
 
 
@@ -33,9 +35,23 @@ def read_prompts(path: storage.AnyPath) -> list[Prompt]:
     lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{path} holds no prompt; expected one a line. Fill the file, or give another as --prompts.")
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() not in _JSON_LINES:
+        _refuse_json(lines[0][1], f"{path}, line {lines[0][0]}")
         return [Prompt(line) for _, line in lines]
     return [_prompt_of(line, f"{path}, line {number}") for number, line in lines]
+
+
+def _refuse_json(line: str, where: str) -> None:
+    """Raises ValueError for a line of text that was meant as one of JSON."""
+    try:
+        record = json.loads(line) if line.lstrip().startswith("{") else None
+    except ValueError:
+        return
+    if isinstance(record, dict) and {"prompt", "messages"} & set(record):
+        raise ValueError(
+            f"{where} is JSON with a prompt, in a file of plain text; expected one whose name ends in "
+            f"{' or '.join(_JSON_LINES)}. Rename it."
+        )
 
 
 def _prompt_of(line: str, where: str) -> Prompt:

@@ -86,8 +86,7 @@ def text_batch(tokenizer: Any, sizes: Sizes, file: storage.AnyPath | None) -> Ba
             f"--data {file} holds too little text for {sizes.texts} rows of {sizes.tokens} tokens; expected {length:,} "
             "tokens. Give a longer text, or lower --texts or --tokens."
         )
-    ids = probes.document(text, length, file).ids
-    rows = np.asarray(ids, np.int32).reshape(sizes.texts, sizes.tokens)
+    rows = probes.rows_of_text(text, sizes.texts, sizes.tokens, file)
     positions = np.broadcast_to(np.arange(sizes.tokens, dtype=np.int32), rows.shape)
     return {"tokens": rows, "segment_ids": np.ones_like(rows), "positions": positions}
 

@@ -92,8 +92,7 @@ def text_rows(tokenizer: Any, sizes: Sizes, text_file: storage.AnyPath | None = 
             f"--probe_text {text_file} holds {there:,} tokens; expected {length:,}, for {sizes.prompts} prompts and "
             "what follows them. Give a longer text, or lower --completions."
         )
-    ids = probes.document(text, length, text_file).ids
-    return np.asarray(ids, np.int32).reshape(sizes.prompts, sizes.tokens)
+    return probes.rows_of_text(text, sizes.prompts, sizes.tokens, text_file)
 
 
 def reference(teacher: Model, sizes: Sizes, text_file: storage.AnyPath | None = None) -> Reference:

@@ -10,11 +10,14 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from radlads_jax.data import synthetic
-from radlads_jax.data.tokenise import Framing, tokenised
+from radlads_jax.data.tokenise import Framing, prompt_beginning, tokenised
 from radlads_jax.system import storage
 
+# What a part stands behind when its ids are asked for.
+_BEFORE = "a"
 DEFAULT_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 NEEDLES = 8
 # Variables that are set to a number, each of which one other variable is then set to.
@@ -60,6 +63,17 @@ class Text:
         self._of_files: dict[storage.AnyPath, np.ndarray] = {}
 
     def ids(self, text: str) -> list[int]:
+        """Of a text that begins with a space, as it stands behind another one.
+
+        For a SentencePiece tokenizer puts a space of its own before a text's first, a token that no running text has.
+        """
+        if text.startswith(" "):
+            before, whole = (self._bare(words) for words in (_BEFORE, _BEFORE + text))
+            if whole[: len(before)] == before:
+                return whole[len(before) :]
+        return self._bare(text)
+
+    def _bare(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def of_file(self, file: storage.AnyPath) -> np.ndarray:
@@ -213,6 +227,16 @@ def check_lengths(
             )
     if text_file is not None:
         document(text, max(lengths), text_file)
+
+
+def rows_of_text(text: Text, count: int, length: int, file: storage.AnyPath | None) -> Int[np.ndarray, "N T"]:
+    """`document`, of count * length tokens at most, in rows, before each what the tokenizer puts before a prompt."""
+    begin = prompt_beginning(text.tokenizer)
+    if not begin:
+        return np.asarray(document(text, count * length, file).ids, np.int32).reshape(count, length)
+    before, room = len(text.beginning()), length - len(begin)
+    ids = np.asarray(document(text, before + count * room, file).ids[before:], np.int32).reshape(count, room)
+    return np.concatenate([np.broadcast_to(np.asarray(begin, np.int32), (count, len(begin))), ids], axis=1)
 
 
 def document(text: Text, length: int, file: storage.AnyPath | None) -> Example:

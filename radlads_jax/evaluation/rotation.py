@@ -23,9 +23,12 @@ class _Request(NamedTuple):
 
 
 def best_constant(samples: Sequence[Mapping[str, Any]]) -> float | None:
-    """The score of always giving the same option, the one that is right most often; None where none is a number."""
+    """The score of always giving the same option, the one that is right most often; None where none is a number.
+
+    Also where one is right in all: such a task lists the right one first, and no model is told the order.
+    """
     targets = [sample["target"] for sample in samples]
-    if not targets or not all(type(target) is int for target in targets):
+    if not all(type(target) is int for target in targets) or len(set(targets)) < 2:
         return None
     return max(Counter(targets).values()) / len(targets)
 

@@ -205,10 +205,16 @@ def _standard_error(scores: list[Any]) -> float | None:
 
 
 def _chance(evaluated: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) -> float | None:
-    """The mean over documents of one in the number of their choices; 0 for tasks without choices."""
+    """The mean over documents of one in the number of their choices; 0 for tasks without choices.
+
+    None where a task scores choices by code of its own, which may count several of them as right.
+    """
     shares: list[float] = []
     for task, documents in samples.items():
-        is_choice = evaluated["configs"][task].get("output_type") == "multiple_choice"
+        config = evaluated["configs"][task]
+        is_choice = config.get("output_type") == "multiple_choice"
+        if is_choice and config.get("process_results"):
+            return None
         shares += [1 / len(document["filtered_resps"]) if is_choice else 0.0 for document in documents]
     return sum(shares) / len(shares) if shares else None
 
@@ -248,8 +254,8 @@ def compare(
         other = (teacher or {}).get(task)
         if other is not None:
             line["teacher"] = other
-            known = None not in (result["score"], other["score"], result["chance"])
-            line["at_floor"] = known and other["score"] - Z * (other["stderr"] or 0.0) <= result["chance"]
+            known = None not in (result["score"], other["score"], result["chance"], other["stderr"])
+            line["at_floor"] = known and other["score"] - Z * other["stderr"] <= result["chance"]
             known = known and not line["at_floor"]
             line["relative"] = relative_score(result["score"], other["score"], result["chance"]) if known else None
         if control is not None:

@@ -31,6 +31,11 @@ out=${OUT:-runs/gpu_check$([[ $platform == cuda ]] || echo _cpu)}
 limit=${LIMIT_S:-570}
 teacher=${TEACHER:-$([[ ! -d packed/teacher ]] || echo packed/teacher)}
 text=${TEXT:-$([[ ! -f packed/text.txt ]] || echo packed/text.txt)}
+# One of them alone would be set aside, and students scored beside a teacher that is not theirs.
+[[ (-n $teacher && -n $text) || -z $teacher$text ]] ||
+    { echo "error: got TEACHER='$teacher', TEXT='$text'; expected both or neither." >&2; exit 1; }
+[[ -z $teacher || (-f $teacher/config.json && -f $text) ]] ||
+    { echo "error: TEACHER=$teacher or TEXT=$text is not there; expected a model's directory and a text." >&2; exit 1; }
 mkdir -p "$out"
 
 export JAX_PLATFORMS=$platform HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
@@ -47,7 +52,7 @@ fi
 
 # What a run is told: teacher and text, and with --cpu a few steps of few tokens.
 data=(--config.data.source=synthetic --config.data.documents=3000 --config.teacher.path=configs/demo_teacher)
-if [[ -n $teacher && -n $text ]]; then
+if [[ -n $teacher ]]; then
     data=(--config.data.source=text "--config.data.path=$text" "--config.teacher.path=$teacher")
 fi
 small=() few=() tiny=()
@@ -142,7 +147,9 @@ run_part() {
     echo "$name ..." >&2
     "$name" >"$out/$name.md" 2>"$out/$name.log" &
     # The part's own processes, which a signal to its shell alone would leave behind, are a group (set -m).
-    wait_for $! "$left" || code=$?
+    part=$!
+    wait_for "$part" "$left" || code=$?
+    part=''
     case $code in
         0) echo "went well, $((SECONDS - begun)) s" | tee "$out/$name.done" >"$out/$name.ended" ;;
         143) echo "cut after $((SECONDS - begun)) s: the time was over; the same command goes on" >"$out/$name.ended" ;;
@@ -152,7 +159,7 @@ run_part() {
 }
 
 wait_for() {
-    local group=$1 left=$2 watcher code=0
+    local group=$1 left=$2 code=0
     (sleep "$left" && kill -TERM -- "-$group" && sleep 20 && kill -KILL -- "-$group") 2>/dev/null &
     watcher=$!
     wait "$group" || code=$?
@@ -176,6 +183,16 @@ write_report() {
         fi
     done
 }
+
+# Stopped, it stops its part, which would go on alone and keep the GPU.
+stop() {
+    [[ -z $part ]] || { kill -TERM -- "-$watcher" "-$part" && wait "$part"; } 2>/dev/null
+    exit "$1"
+}
+part='' watcher=''
+trap 'stop 130' INT
+trap 'stop 143' TERM
+trap 'stop 129' HUP
 
 set -m
 failed=0

@@ -26,7 +26,7 @@ from radlads_jax.porting.repository import require_name_and_token
 from radlads_jax.run import on_hub
 from radlads_jax.system.command import refuse
 from radlads_jax.system.stopping import SIGNALS
-from radlads_jax.system.storage import sizes_below
+from radlads_jax.system.storage import sizes_below, whole_name
 
 # Below a work directory, what a run that is begun again need not do again.
 _KEPT = ("checkpoints", "choice.json", "data", "export", "samples.md", "summary.json", "sweep.json")
@@ -47,9 +47,10 @@ def run_for(command: list[str], seconds: float) -> tuple[int, bool]:
 
 def session(workdir: Path, repo: str, hours: float, save_every: float, rest: list[str]) -> int:
     """Fetches, runs and saves until the run is done or the hours are over; returns the run's exit code."""
-    if repo and not workdir.exists():
-        there = on_hub.bring_back(workdir, repo)
-        print(f"session: fetched the run from {repo}" if there else "session: a new run", flush=True)
+    if repo:
+        there, fetched = on_hub.is_run(workdir), on_hub.bring_back(workdir, repo)
+        said = f"fetched the run from {repo}" if fetched else f"the run in {workdir}" if there else "a new run"
+        print(f"session: {said}", flush=True)
     end, is_patient = time.monotonic() + 3600 * hours, False
     command = [sys.executable, "-m", "radlads_jax.launch", "--workdir", str(workdir), *rest]
     while True:
@@ -88,7 +89,7 @@ def _interrupt(*_: Any) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", required=True)
     parser.add_argument("--repo", default="")
     parser.add_argument("--hours", type=float, required=True)
     parser.add_argument("--save_every", type=float, default=1.0)
@@ -102,7 +103,12 @@ def main() -> int:
             )
         if known.repo:
             require_name_and_token(known.repo)
-        return session(known.workdir.absolute(), known.repo, known.hours, known.save_every, rest)
+        workdir = Path(whole_name(known.workdir))
+        if "://" in known.workdir:
+            raise ValueError(
+                f"--workdir is {known.workdir}; expected a directory of this disk, for the hub keeps the run."
+            )
+        return session(workdir, known.repo, known.hours, known.save_every, rest)
     except ValueError as error:
         return refuse(error)
 

@@ -136,7 +136,8 @@ setup() {
 
 # A service, so that it outlives the connection, goes on after a signal or a crash (not after exit code 1, a mistake),
 # and is asked to save by SIGTERM when it is stopped or the host shuts down. gcloud sends the command again where the
-# connection broke, so that it may find the service begun.
+# connection broke, so that it may find the service begun. systemd-run looks for a program from where it is called, not
+# from the service's directory. Where jax finds no TPU the run is refused, not computed by the hosts' CPUs.
 start() {
     local flags
     printf -v flags ' %q' "$@"
@@ -145,7 +146,8 @@ start() {
         --property=EnvironmentFile=-"$HOME/'"$secrets"'" \
         --property=Restart=on-failure --property=RestartPreventExitStatus=1 --property=RestartSec=10 \
         --property=TimeoutStopSec=600 \
-        .venv/bin/python -m radlads_jax.launch --distributed=auto'"$flags && sudo touch $mark"
+        --setenv=JAX_PLATFORMS=tpu,cpu \
+        "$HOME/radlads_jax/.venv/bin/python" -m radlads_jax.launch --distributed=auto'"$flags && sudo touch $mark"
 }
 
 money="The slice is still there, and costs money; the same command tries again, and to give it back:

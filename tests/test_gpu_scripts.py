@@ -4,6 +4,7 @@ import os
 import pathlib
 import shlex
 import subprocess
+import time
 
 import pytest
 
@@ -62,6 +63,26 @@ def test_what_the_time_does_not_reach_is_said(tmp_path):
     code, calls, report = check(tmp_path, "*demo*) sleep 60; echo late ;;", "--cpu", "demo", "speed", LIMIT_S="5")
     assert code == 1 and "cut after" in report and "not begun: the time was over" in report
     assert len(calls) == 1 and "late" not in report
+
+
+def test_a_stopped_check_leaves_nothing_running(tmp_path):
+    env = os.environ | {"PYTHON": python(tmp_path, f"*demo*) touch {tmp_path}/begun; sleep 60 ;;")}
+    line = ["bash", ROOT / "launch" / "gpu_check.sh", "--cpu", "demo", "speed"]
+    script = subprocess.Popen(line, env=env | {"OUT": str(tmp_path / "out")}, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    script.terminate()
+    assert script.wait(timeout=30) == 143
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in processes
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1, "the next part did not begin"
+
+
+@pytest.mark.parametrize("given", [{"TEACHER": "a"}, {"TEXT": "a"}, {"TEACHER": "a", "TEXT": "b"}])
+def test_a_teacher_without_its_text_is_refused(given):
+    line = ["bash", ROOT / "launch" / "gpu_check.sh", "--cpu"]
+    done = subprocess.run(line, env=os.environ | given, capture_output=True, text=True)
+    assert done.returncode == 1 and ("is not there" if len(given) == 2 else "both or neither") in done.stderr
 
 
 def test_an_unknown_part_is_refused():

@@ -118,6 +118,16 @@ def test_jobsets(name: str) -> None:
     assert workdir.removeprefix("--workdir=").startswith(mounted["runs"])
 
 
+@pytest.mark.parametrize(("name", "platforms"), [("jobset.yaml", "tpu,cpu"), ("jobset_gpu.yaml", "cuda")])
+def test_a_pod_without_its_devices_is_refused(name: str, platforms: str) -> None:
+    """Here there are none of them; a run by the hosts' CPUs would bill on."""
+    variables = {each["name"]: each["value"] for each in pod(name)["containers"][0]["env"]}
+    assert variables["JAX_PLATFORMS"] == platforms
+    words = "from radlads_jax.system import backend; backend.require()"
+    done = subprocess.run([sys.executable, "-c", words], env=os.environ | variables, capture_output=True, text=True)
+    assert f"JAX_PLATFORMS is '{platforms}', and jax can not use that here" in done.stderr
+
+
 @pytest.mark.parametrize("name", JOBSETS)
 def test_jobs_are_of_kubernetes_own_schema(name: str) -> None:
     """Strictly: a field that Kubernetes does not know is an error."""

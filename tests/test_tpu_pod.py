@@ -62,7 +62,9 @@ TOOLS = {
         stop) [[ -e unit ]] || exit 5; rm unit ;;
         reset-failed) rm -f ended ;;
     esac""",
-    "systemd-run": """[[ ! -e ../unreached/$(basename "$PWD") ]] || exit 255
+    # It looks for a program from where it is called, not from the service's directory.
+    "systemd-run": """[[ "$*" == *" $HOME/radlads_jax/.venv/bin/python -m "* ]] || exit 1
+    [[ ! -e ../unreached/$(basename "$PWD") ]] || exit 255
     [[ ! -e unit ]] || { echo 'Unit radlads.service already exists.' >&2; exit 1; }
     echo active >unit; echo begun >>../begun""",
     "journalctl": 'echo "the log of $(basename "$PWD")"',

@@ -83,6 +83,14 @@ def _results_file() -> Path | None:
     file = storage.as_path(_RESULTS.value)
     if not isinstance(file, Path):
         raise ValueError(f"--results is {_RESULTS.value}; expected a file on this disk, which can be added to.")
+    try:
+        # Before minutes of compilation, not after them.
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+    except OSError as error:
+        raise ValueError(
+            f"--results is {_RESULTS.value}, which can not be written ({error}). Choose another."
+        ) from error
     return file
 
 

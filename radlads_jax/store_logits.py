@@ -58,6 +58,7 @@ def main(values: flags.FlagValues) -> int:
         return refuse(error)
     try:
         hosts.start(values.distributed, values.coordinator, values.num_processes, values.process_id)
+        backend.require()
         hosts.require_same({"--output": str(output)} | settings.flat_settings(chosen.to_dict()))
         with held(output), backend.room_for("teacher and rows do", _LESS_MEMORY):
             job = make_job(dataclasses.replace(run, teacher=dataclasses.replace(run.teacher, logits="")), output)

@@ -200,6 +200,17 @@ def test_tokens_are_prepared_once_and_copied_to_every_host(gcs, run, another_hos
     assert gcs.read[names[0]] == first.tokens.nbytes
 
 
+def test_what_is_read_from_the_bucket_leaves_no_copy_here(gcs, tmp_path_factory):
+    """Stored logits are many times the disk of the host that writes them."""
+    path = storage.as_path("gs://bucket/logits/block.bin")
+    for keep in (False, True):
+        written = storage.unpublished(path, kept=True)
+        written.write_bytes(b"x" * 1000)
+        storage.publish(written, path, keep=keep)
+        assert gcs.names("bucket", "logits/") == ["logits/block.bin"] and not written.exists()
+        assert storage._place_of_copy(path).exists() == keep
+
+
 def test_a_token_file_that_is_written_again_is_fetched_again(gcs):
     for ids in ([1, 2, 3], [4, 5, 6]):
         with binidx.TokenFileWriter("gs://bucket/tokens/mine", 100) as writer:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -231,6 +232,18 @@ def test_the_plans_of_the_page_are_known(monkeypatch, capsys):
     planned = planner_lib.make_planner(run, {}, configs / "plans.jsonl").smallest("v6e")
     assert [stage["name"] for stage in planned["stages"]] == list(run.stages) and planned["usd"] > 0
     assert capsys.readouterr().err.count("0.99") == 1
+
+
+def test_results_that_can_not_be_written_are_told_before_compiling(tmp_path, monkeypatch):
+    (tmp_path / "taken").write_text("")
+    for name, is_fine in (("out/plans.jsonl", True), ("taken/plans.jsonl", False), (".", False)):
+        monkeypatch.setattr(plan, "_RESULTS", SimpleNamespace(value=str(tmp_path / name)))
+        if is_fine:
+            assert plan._results_file() == tmp_path / name
+            assert plans._read_results(tmp_path / name) == {}
+        else:
+            with pytest.raises(ValueError, match=r"--results is .*, which can not be written"):
+                plan._results_file()
 
 
 def test_two_runs_share_a_file_of_results(compilations, tmp_path):

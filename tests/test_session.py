@@ -76,6 +76,27 @@ def test_what_is_no_run_is_neither_saved_nor_fetched_nor_overwritten(hub: FakeHu
     assert hub.repos[NAME].files["model.safetensors"] == b"precious"
 
 
+def test_a_saved_run_is_fetched_unless_there_is_one_as_far(
+    hub: FakeHub, tmp_path: pathlib.Path, monkeypatch: Any
+) -> None:
+    """What a mounted or an older directory holds does not overwrite it."""
+    workdir = begun(tmp_path / "run")
+    on_hub.save(workdir, NAME)
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    (tmp_path / "empty").mkdir()
+    assert on_hub.bring_back(tmp_path / "empty", NAME) and (tmp_path / "empty" / "fingerprint.json").is_file()
+    (tmp_path / "other" / "data").mkdir(parents=True)
+    with pytest.raises(ValueError, match=rf"{NAME} holds a saved run, and .*other other files and no run"):
+        on_hub.bring_back(tmp_path / "other", NAME)
+    assert not on_hub.bring_back(workdir, NAME), "it is as far"
+    shutil.move(workdir / "checkpoints" / "stage1" / "2", workdir / "checkpoints" / "stage1" / "1")
+    with pytest.raises(ValueError, match=r"has got to step 2 of stage1 \(1 here\), further than"):
+        on_hub.bring_back(workdir, NAME)
+    shutil.move(workdir / "checkpoints" / "stage1" / "1", workdir / "checkpoints" / "stage1" / "3")
+    assert not on_hub.bring_back(workdir, NAME)
+
+
 def test_a_hub_that_does_not_answer_is_no_new_run(hub: FakeHub, tmp_path: pathlib.Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match=rf"{NAME} .*\bfetched .*\breached\b"):
@@ -116,12 +137,20 @@ def test_a_session_saves_as_it_goes_and_ends_with_its_run(
 def test_a_save_that_fails_does_not_hide_how_the_run_failed(
     hub: FakeHub, tmp_path: pathlib.Path, session: ModuleType, monkeypatch: Any, capsys: Any, code: int
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(session, "run_for", lambda *_: (code, False))
+    def run_for(*_: Any) -> tuple[int, bool]:
+        """In its time the hub goes away."""
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+        return codes.pop(0), False
+
+    codes, there = [code, 128 + signal.SIGTERM], "huggingface_hub.constants.ENDPOINT"
+    monkeypatch.setattr(session, "run_for", run_for)
     assert session.session(begun(tmp_path / "run"), NAME, hours=1, save_every=0.1, rest=[]) == code
     assert NAME in capsys.readouterr().err
-    monkeypatch.setattr(session, "run_for", lambda *_: (128 + signal.SIGTERM, False))
-    with pytest.raises(ValueError, match=NAME):
+    monkeypatch.setattr(there, hub.url)
+    with pytest.raises(ValueError, match=rf"{NAME} could not be looked at"):
+        session.session(tmp_path / "run", NAME, hours=1, save_every=0.1, rest=[])
+    # Where it does not answer from the beginning, its run may be further than this one.
+    with pytest.raises(ValueError, match=rf"{NAME} could not be fetched"):
         session.session(tmp_path / "run", NAME, hours=1, save_every=0.1, rest=[])
 
 
@@ -220,6 +249,16 @@ def test_without_a_token_nothing_begins(session: ModuleType, monkeypatch: Any, c
     monkeypatch.delenv("HF_TOKEN", raising=False)
     assert session.main() == 1 and "HF_TOKEN is not set" in capsys.readouterr().err
     assert TOKEN not in os.environ.get("HF_TOKEN", "")
+
+
+def test_a_work_directory_by_another_name(session: ModuleType, monkeypatch: Any, capsys: Any) -> None:
+    given: list[pathlib.Path] = []
+    monkeypatch.setattr(session, "session", lambda workdir, *_: given.append(workdir) or 0)
+    for name in ("gs://bucket/mine", "~/mine"):
+        monkeypatch.setattr(sys, "argv", ["session.py", f"--workdir={name}", "--hours=1"])
+        assert session.main() == (1 if "://" in name else 0)
+    assert given == [pathlib.Path.home() / "mine"]
+    assert "--workdir is gs://bucket/mine; expected a directory of this disk" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--hours=0", "--hours=nan", "--save_every=-1"])

@@ -83,7 +83,8 @@ class StoredLogits:
         unfinished = storage.unpublished(path, kept=True)
         with storage.writing(unfinished) as file:
             file.write(records.tobytes())
-        storage.publish(unfinished, path)
+        # Read by ranges, wherever they are: a copy of all on this disk would serve nobody.
+        storage.publish(unfinished, path, keep=False)
 
     def rows(self, numbers: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
         """{"teacher_indices": int32 [B, T, k], "teacher_log_probs": float32 [B, T, k]} of rows.

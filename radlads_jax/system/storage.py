@@ -336,12 +336,15 @@ def unpublished(path: AnyPath, *, kept: bool = False) -> Path:
     return place / f"{path.stem}.{mark}{path.suffix}"
 
 
-def publish(written: Path, path: AnyPath) -> None:
-    """Gives an unpublished file its name; one that goes to a bucket also stays here, as the copy of it."""
+def publish(written: Path, path: AnyPath, *, keep: bool = True) -> None:
+    """Gives an unpublished file its name; one that goes to a bucket also stays here, if kept, as the copy of it."""
     if not in_bucket(path):
         written.replace(path)
         return
     _filesystem().put_file(str(written), str(path))
+    if not keep:
+        written.unlink()
+        return
     copy = _place_of_copy(path)
     copy.parent.mkdir(parents=True, exist_ok=True)
     written.replace(copy)

@@ -234,6 +234,24 @@ def test_the_plans_of_the_page_are_known(monkeypatch, capsys):
     assert capsys.readouterr().err.count("0.99") == 1
 
 
+def test_a_gpu_plan_follows_what_is_computed_again_and_the_dtype():
+    run = RunConfig(teacher=Teacher("Qwen/Qwen2.5-7B-Instruct"), stages=("stage2",))
+
+    def planned(**fields):
+        recipe = {"remat": fields.pop("remat", "full")}
+        of_run = dataclasses.replace(run, stage2=dataclasses.replace(run.stage2, **recipe), **fields)
+        return planner_lib.make_planner(of_run, {}).topology("h100:64")["stages"][0]
+
+    full, dots, none = (planned(remat=remat) for remat in ("full", "dots", "none"))
+    assert full["peak_bytes"] < dots["peak_bytes"] < none["peak_bytes"]
+    # 96 rows of 512 tokens over 64 chips, a part of a row each, 28 layers.
+    results = 96 * 512 / 64 * 2 * 28 * (9 * 3584 + 3 * 18944)
+    assert dots["peak_bytes"] - full["peak_bytes"] == pytest.approx(results, rel=1e-6)
+    assert none["ideal_flops"] == none["model_flops"] < full["ideal_flops"]
+    wide = planned(dtype="float32")
+    assert wide["peak_bytes"] > full["peak_bytes"] and wide["step_seconds"] == 2 * full["step_seconds"]
+
+
 def test_results_that_can_not_be_written_are_told_before_compiling(tmp_path, monkeypatch):
     (tmp_path / "taken").write_text("")
     for name, is_fine in (("out/plans.jsonl", True), ("taken/plans.jsonl", False), (".", False)):

@@ -39,8 +39,9 @@ ASSUMPTIONS = (
     _STEPS_ALONE,
 )
 ASSUMPTIONS_UNCOMPILED = (
-    "nothing was compiled: FLOPs are the model's own with one forward pass computed again, at 40% of the peak; memory "
-    "is parameters, optimizer, gradients and teacher as they are split, and activations counted by hand.",
+    "nothing was compiled: FLOPs are the model's own, with remat full one forward pass computed again, at 40% of the "
+    "peak (in float32, TF32's, of half of it); memory is parameters, optimizer, gradients and teacher as they are "
+    "split, and activations counted by hand.",
     _STEPS_ALONE,
 )
 
@@ -145,7 +146,8 @@ def step_time(chip: Chip, counts: Counts) -> _StepTime:
     return _StepTime(compute, memory, network, step, max(parts, key=lambda name: parts[name]), exposed)
 
 
-def step_time_uncompiled(chip: Chip, flops: float) -> _StepTime:
+def step_time_uncompiled(chip: Chip, flops: float, dtype: str) -> _StepTime:
     """See ASSUMPTIONS_UNCOMPILED."""
-    seconds = flops / (_EFFICIENCY * chip.flops)
+    peak = chip.flops / (1 if dtype == "bfloat16" or chip.is_compiled_for else 2)
+    seconds = flops / (_EFFICIENCY * peak)
     return _StepTime(seconds, 0.0, 0.0, seconds, "compute", 0.0)

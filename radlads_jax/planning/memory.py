@@ -1,6 +1,6 @@
 """What a device holds in a training step, counted by hand: what lies there between steps, and what a step needs more.
 
-The temporary bytes are those of a pass with `remat` "full": a layer's input is kept, all else is computed again.
+With `remat` "full" a layer's input is kept, all else is computed again; other ways keep more, which is counted too.
 """
 
 from typing import Any
@@ -14,9 +14,10 @@ from radlads_jax.models.decoder import abstract_params
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.sharding import AnyMesh
 
-# bfloat16 in an MLP's backward pass: gate, up, their product and the gradients of the three.
+# Both are of bfloat16; float32 takes twice as many. In an MLP's backward pass: gate, up, their product and the
+# gradients of the three.
 _MLP_BYTES = 12
-# bfloat16: a layer's input and output, the normed rows that mixer and MLP read, and the gradients of the two.
+# A layer's input and output, the normed rows that mixer and MLP read, and the gradients of the two.
 _ROW_BYTES = 12
 
 
@@ -40,7 +41,8 @@ def temporary_bytes(
     rows_split = axes["data"] * axes["fsdp"]
     parts_of_batch = batch_parts(recipe, mesh)
     tokens = recipe.batch_size // parts_of_batch * recipe.seq_len / (rows_split * axes["context"])
-    kept = tokens / axes["tensor"] * 2
+    wide = 1 if student.dtype == "bfloat16" else 2
+    kept = wide * tokens / axes["tensor"] * 2
     columns = spec.columns(student) / axes["tensor"]
     mixer = spec.bytes_per_column * columns
     mlp = _MLP_BYTES * student.intermediate_size / axes["tensor"]
@@ -48,17 +50,24 @@ def temporary_bytes(
     parts = {"gradients": float(gradients) * (2 if parts_of_batch > 1 else 1)}
     if whole_student:
         parts["layers' inputs"] = kept * student.num_layers * student.hidden_size
-        parts["last hidden states"] = 3 * 2 * tokens * student.hidden_size
+        parts["last hidden states"] = wide * 3 * 2 * tokens * student.hidden_size
+        if recipe.remat == "dots":
+            # Of a layer's matrix products, about so many numbers a token (docs/PODS.md).
+            results = 9 * student.hidden_size + 3 * student.intermediate_size
+            parts["kept results"] = kept * student.num_layers * results
+        elif recipe.remat == "none":
+            everything = mixer + mlp + _ROW_BYTES * student.hidden_size
+            parts["kept results"] = wide * tokens * student.num_layers * everything
     else:
         layers = len(student.aligned_layers)
         parts["mixers' inputs and targets"] = kept * layers * student.hidden_size * (axes["tensor"] + 1)
     if spec.shares_values:
         # The first layer's values, for all the others, and their gradient.
-        parts["value residual"] = 2 * 2 * tokens * columns
+        parts["value residual"] = wide * 2 * 2 * tokens * columns
     if student.dtype == "bfloat16":
         # The compiler casts whole stacks before it runs the first layer, and holds the copy until the last.
         parts["layers in bfloat16"] = gradients / 2
-    # The layer's own in bfloat16, whole over fsdp, and its gradients.
-    parts["one layer's weights"] = 2 * 2 * layer / axes["tensor"]
-    parts["one layer's activations"] = tokens * (max(mixer, mlp) + _ROW_BYTES * student.hidden_size)
+    # The layer's own as it computes, whole over fsdp, and its gradients.
+    parts["one layer's weights"] = wide * 2 * 2 * layer / axes["tensor"]
+    parts["one layer's activations"] = wide * tokens * (max(mixer, mlp) + _ROW_BYTES * student.hidden_size)
     return parts

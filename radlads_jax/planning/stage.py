@@ -35,7 +35,7 @@ def by_arithmetic(plan: StagePlan) -> dict[str, Any]:
     models = (plan.student, plan.teacher, plan.name, recipe.seq_len)
     flops = {
         key: tokens * cost.model_flops(*models, remat=remat, stored=plan.reads_logits) / mesh.size
-        for key, remat in (("model_flops", False), ("ideal_flops", True))
+        for key, remat in (("model_flops", False), ("ideal_flops", recipe.remat == "full"))
     }
     held = {
         "parameter_bytes": memory.shard_bytes((state.params, frozen)),
@@ -47,6 +47,7 @@ def by_arithmetic(plan: StagePlan) -> dict[str, Any]:
     parts = mesh_lib.batch_parts(recipe, mesh)
     steps = recipe.steps + (len(RATE_FACTORS) * recipe.trial_steps if recipe.sweep else 0)
     sizes = {"name": plan.name, "steps": steps, "tokens_per_step": tokens, "accumulate": parts}
+    sizes["dtype"] = plan.student.dtype
     temporary = sum(needed.values())
     by_hand = {"temp_bytes_by_hand": temporary, "peak_bytes_by_hand": sum(held.values()) + temporary}
     return sizes | held | flops | by_hand
@@ -105,7 +106,7 @@ def priced(record: dict[str, Any], chip: Chip, price: float | None, chips: int) 
     if not fits:
         return record | {"fits": False} | dict.fromkeys((*_TIMES, *BILLS))
     if record["counts"] is None:
-        timed, done, factor = cost.step_time_uncompiled(chip, record["ideal_flops"]), {}, 1.0
+        timed, done, factor = cost.step_time_uncompiled(chip, record["ideal_flops"], record["dtype"]), {}, 1.0
     else:
         # A file of results has lists.
         begun = [tuple(map(float, transfer)) for transfer in record["counts"]["begun"]]
@@ -121,7 +122,7 @@ def priced(record: dict[str, Any], chip: Chip, price: float | None, chips: int) 
             "memory_seconds": timed.memory,
             "network_seconds": timed.network,
         }
-    counted = cost.step_time_uncompiled(chip, record["ideal_flops"]).step
+    counted = cost.step_time_uncompiled(chip, record["ideal_flops"], record["dtype"]).step
     seconds = factor * timed.step
     hours = seconds * record["steps"] / 3600
     low, high = cost.rented_hours(hours, chip.step_spread)

@@ -43,13 +43,10 @@ def as_path(where: str | os.PathLike) -> AnyPath:
     or a setting names comes through here. Raises ValueError for another kind of URL, and where the bucket does not
     exist or cannot be read.
     """
-    text = os.fspath(where)
-    if isinstance(where, Path) or (isinstance(where, epath.Path) and not in_bucket(where)):
-        return Path(_absolute(text))
-    if isinstance(where, epath.Path):
+    if isinstance(where, epath.Path) and in_bucket(where):
         return where
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://|gs:/", text)
-    if scheme is None:
+    text = os.fspath(where)
+    if isinstance(where, Path | epath.Path) or not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|gs:/", text):
         return Path(_absolute(text))
     bucket = re.match(r"gs://([^/]+)", text)
     if bucket is None:
@@ -342,12 +339,11 @@ def publish(written: Path, path: AnyPath, *, keep: bool = True) -> None:
         written.replace(path)
         return
     _filesystem().put_file(str(written), str(path))
-    if not keep:
-        written.unlink()
-        return
-    copy = _place_of_copy(path)
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    written.replace(copy)
+    if keep:
+        copy = _place_of_copy(path)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        written.replace(copy)
+    written.unlink(missing_ok=True)
 
 
 def _fetch(path: AnyPath, copy: Path) -> None:

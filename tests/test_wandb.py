@@ -54,9 +54,9 @@ def wandb(monkeypatch) -> StandIn:
     return module
 
 
-def train(workdir: pathlib.Path, steps: range) -> None:
+def train(workdir: pathlib.Path, steps: range, settings: dict = SETTINGS) -> None:
     workdir.mkdir(exist_ok=True)
-    with MetricsLogger(workdir, wandb=WandbCurves(workdir, "mine", SETTINGS)) as logger:
+    with MetricsLogger(workdir, wandb=WandbCurves(workdir, "mine", settings)) as logger:
         logger.begin("stage1", steps.start - 1, 9, tokens_per_step=64)
         for step in steps:
             values = {"loss": 1 / step, "grad_norm": float("nan"), "layer_loss": [1.0, 2.0], "finite": 0.0}
@@ -109,6 +109,17 @@ def test_what_was_logged_beyond_the_checkpoint_is_not_logged_again(ids, tmp_path
     # Only metrics.jsonl, which can be cut, forgot steps 5 and 4 meanwhile.
     assert len(set(logged_by(ids))) == len(ids.logged)
     assert [step for _, step in logged_by(ids)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_recipe_that_was_given_up_keeps_its_curves_to_itself(wandb, tmp_path) -> None:
+    """As after a kill before the first checkpoint, and another rate; the way to compute it is no recipe."""
+    for lr, remat, steps in ((1.0, "full", range(1, 4)), (0.1, "full", range(1, 3)), (0.1, "none", range(1, 5))):
+        train(tmp_path / "run", steps, {"stage1": {"lr": lr, "remat": remat}})
+    train(tmp_path / "run", range(1, 2), {"stage1": {"lr": 0.01}})
+    names = [next(name for name in line if name.endswith("/loss")) for line in wandb.logged]
+    assert names == ["stage1/loss"] * 3 + ["stage1.2/loss"] * 4 + ["stage1.3/loss"]
+    assert [line.get("stage1.2/step") for line in wandb.logged[3:7]] == [1, 2, 3, 4]
+    assert ("stage1.2/*", "stage1.2/step") in wandb.metrics
 
 
 def test_a_copy_is_another_run(ids, tmp_path) -> None:

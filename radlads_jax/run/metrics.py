@@ -70,7 +70,7 @@ class MetricsLogger:
         logged = _drop_lines_beyond(path, stage, start)
         if self._wandb is not None:
             # A run of wandb's can not be cut: what an interrupted run logged beyond `start` stays, and counts.
-            self._wandb.begin(stage, logged)
+            self._wandb.begin(stage, start, logged)
         self._file = path.open("a", encoding="utf-8")
         # purge_step hides the curves' points beyond `start` that an interrupted run left.
         self._writer = Curves(self._mirror.path / "tensorboard" / stage, purge_step=start + 1)

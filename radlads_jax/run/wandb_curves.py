@@ -3,6 +3,7 @@
 wandb's own settings hold: WANDB_MODE=offline keeps everything in DIR/wandb for a later `wandb sync`.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -12,8 +13,11 @@ from typing import Any
 
 from radlads_jax.system.storage import AnyPath, as_path, in_bucket, read_text, write_text
 
-# The run's id, and on a line below it what tells the directory from a copy of it, and what the run must have.
+# The run's id, and on a line below it what tells the directory from a copy of it, and what the run must have: of every
+# stage the last step, the name of its curves, and the recipe that they are of.
 _FILE_NAME = "wandb_id"
+# Of a recipe what changes no result.
+_FREE = ("accumulate", "remat")
 
 
 class WandbCurves:
@@ -32,7 +36,9 @@ class WandbCurves:
                 "extra `wandb`. Install it with pip install 'radlads-jax[wandb]', or leave the setting out."
             ) from error
         self._directory = directory = as_path(workdir)
-        before, self._logged = _known_run(directory)
+        before, known = _known_run(directory)
+        self._logged, self._names, self._recipes = (known.get(part, {}) for part in ("logged", "names", "recipes"))
+        self._settings = settings
         try:
             self._run = wandb.init(
                 project=project,
@@ -53,20 +59,32 @@ class WandbCurves:
         # Written anew each time: a directory that was moved is then known by its new name.
         self._remember()
 
-    def begin(self, stage: str, logged: int) -> None:
-        """A stage begins or goes on, of which this directory has logged the steps up to `logged` before."""
-        if self._goes_on and logged > self._logged.get(stage, 0):
+    def begin(self, stage: str, start: int, logged: int) -> None:
+        """A stage goes on after step `start`, of which this directory has logged the steps up to `logged` before.
+
+        One that begins anew by another recipe has curves of another name: those of the first can not be taken away.
+        """
+        recipe = {name: value for name, value in dict(self._settings.get(stage) or {}).items() if name not in _FREE}
+        told = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
+        if start == 0 and logged and self._recipes.get(stage, told) != told:
+            self._logged.pop(stage, None)
+            name, _, count = self._names.get(stage, stage).partition(".")
+            self._names[stage] = f"{name}.{int(count or 1) + 1}"
+        elif self._goes_on and logged > self._logged.get(stage, 0):
             self._logged[stage] = logged
-            self._remember()
+        self._recipes[stage] = told
+        self._remember()
 
     def _remember(self) -> None:
         known = {"directory": _identity(self._directory), "logged": self._logged}
+        known |= {"names": self._names, "recipes": self._recipes}
         write_text(self._directory / _FILE_NAME, f"{self._run.id}\n{json.dumps(known)}\n")
 
     def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """Scalars of one step, unless the run has them; lists and what is not finite are left out."""
         if step <= self._logged.get(stage, 0):
             return
+        stage = self._names.get(stage, stage)
         if stage not in self._stages:
             self._run.define_metric(f"{stage}/step")
             self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
@@ -78,8 +96,8 @@ class WandbCurves:
         self._run.finish()
 
 
-def _known_run(directory: AnyPath) -> tuple[str | None, dict[str, int]]:
-    """The run that this directory logs to, and the last step of each stage that it must have.
+def _known_run(directory: AnyPath) -> tuple[str | None, dict[str, Any]]:
+    """The run that this directory logs to, and what is known of it.
 
     (None, {}) where there is none, or it is that of the directory of which this one is a copy: both would log steps of
     the same numbers to one run.
@@ -92,7 +110,7 @@ def _known_run(directory: AnyPath) -> tuple[str | None, dict[str, int]]:
     known: dict[str, Any] = json.loads(rest) if rest.strip() else {"directory": _identity(directory), "logged": {}}
     if not identity.strip() or not set(known["directory"]) & set(_identity(directory)):
         return None, {}
-    return identity.strip(), dict(known["logged"])
+    return identity.strip(), known
 
 
 def _identity(directory: AnyPath) -> list[str]:

@@ -21,7 +21,7 @@ from pallas_kernels.wkv6.api import IMPLEMENTATIONS
 from radlads_jax.models import heads, starts
 from radlads_jax.models.attention import Context, Mixer, projection_tensors
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, shift_tokens, split_heads
+from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, shift_tokens, split_heads, spread
 from radlads_jax.models.rwkv import (
     RwkvOptions,
     card_facts,
@@ -64,7 +64,8 @@ class _TokenShift(nnx.Module):
         self.b = nnx.Param(_uniform(rngs.params(), (5, rank, width), jnp.dtype(cfg.param_dtype)))
 
     def __call__(self, x: Float[Array, "B T D"], previous: Float[Array, "B T D"]) -> list[Float[Array, "B T D"]]:
-        mu_x, mu, a, b = (p[...].astype(x.dtype) for p in (self.mu_x, self.mu, self.a, self.b))
+        a, b = (p[...].astype(x.dtype) for p in (self.a, self.b))
+        mu_x, *mu = (spread(mu, x.shape, x.dtype) for mu in (self.mu_x[...], *self.mu[...]))
         s = previous - x
         streams = jnp.split(jnp.tanh((x + s * mu_x) @ a), 5, axis=-1)
         return [x + s * (mu[i] + streams[i] @ b[i]) for i in range(5)]

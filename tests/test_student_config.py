@@ -119,6 +119,19 @@ def test_a_rank_that_the_mixer_has_no_use_for_is_refused(mixer, field):
     assert f"config.student.{field}" in message and mixer in message
 
 
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"mixer": "rad_rwkv6", "rank_gate": 64}, ["config.student.rank_gate is 64", "'full'", "'low_rank'"]),
+        ({"mixer": "rad_rwkv7", "gate": "none", "rank_gate": 64}, ["config.student.rank_gate is 64", "'none'"]),
+        ({"mixer": "rad_rwkv6", "token_shift": False, "rank_shift": 64}, ["config.student.rank_shift", "token_shift"]),
+    ],
+)
+def test_a_rank_of_a_map_that_is_left_out_is_refused(fields, named):
+    message = refusal(**fields)
+    assert all(word in message for word in named), message
+
+
 def test_an_unknown_mixer_is_told_which_there_are():
     message = refusal(mixer="rad_rwkv8")
     assert "rad_rwkv8" in message and "rad_rwkv7" in message
@@ -177,6 +190,7 @@ def test_gdns_options_are_settings():
         # A checkpoint's.
         ({"options": {"key_heads": 2}}, ["config.student.key_heads"]),
         ({"shortest_half_life": 9.0, "longest_half_life": 3.0}, ["shortest_half_life", "9", "3"]),
+        ({"shortest_half_life": 0.005}, ["shortest_half_life", "0.005", "0.14 <= shortest"]),
         ({"kv_heads": "half"}, ["kv_heads", "'half'", "cloned"]),
         ({"conv_v": -1.0}, ["conv_v", "-1"]),
     ],

@@ -70,6 +70,12 @@ def calibrated(
         return jax.jit(calibrate, out_shardings=shardings(mesh, mixers, student))(mixers, weights, batch)
 
 
+def has_queries(batch: Mapping[str, Any]) -> bool:
+    """Whether a row of the batch, as numpy arrays, has a query whose attention is looked at."""
+    _, segment_ids, positions = _read(batch)
+    return bool(((segment_ids > 0) & (positions >= _FIRST_QUERY)).any())
+
+
 def statistics(
     student: ModelConfig, teacher: ModelConfig, weights: Params, batch: Mapping[str, Any]
 ) -> dict[int, TeacherStatistics]:

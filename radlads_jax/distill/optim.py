@@ -1,6 +1,7 @@
 """Adam, or Adafactor, with one learning rate for the mixers and one for the rest, as RADLADS section 2 trains them."""
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ import optax
 from radlads_jax.config import Optim, StageConfig
 from radlads_jax.distill.train_state import Params
 from radlads_jax.models.tree import joined
+
+_BY_CHANNEL = re.compile(r"/(shift/mu|r_k|conv\w*)$")
 
 
 def make_optimizer(stage: StageConfig, optim: Optim) -> optax.GradientTransformation:
@@ -52,11 +55,13 @@ def _clipped_layers(updates: Params, _: Params | None) -> Params:
 def _decayed_matrices(rate: float) -> optax.GradientTransformation:
     """Adds `rate` of each matrix to its update: of what has two dimensions or more in a layer of its own.
 
-    Vectors, of which a stack makes an [L, D], have a size to keep: norms, biases, decay bases.
+    Vectors, of which a stack makes an [L, D], have a size to keep: norms, biases, decay bases. So have what multiplies
+    channel by channel, several vectors in one: mixes of tokens, bonuses, taps of convolutions.
     """
 
     def decayed(path: tuple, update: jax.Array, x: jax.Array) -> jax.Array:
-        return update + rate * x if _own_rank(path, x) > 1 else update
+        is_matrix = _own_rank(path, x) > 1 and not _BY_CHANNEL.search(joined(path))
+        return update + rate * x if is_matrix else update
 
     return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(decayed, updates, params))
 

@@ -13,6 +13,8 @@ from radlads_jax.student import AUTO, Student
 
 # What is 0 or "" for the mixer's own choice.
 _RANKS = ("rank_decay", "rank_iclr", "rank_value", "rank_shift", "rank_gate")
+# The map that a rank is of, where a switch may leave it out.
+_RANK_OF = {"rank_gate": ("gate", "low_rank"), "rank_shift": ("token_shift", True)}
 _VALUES = (*_RANKS, "gate", "kv_heads", "shortest_half_life", "longest_half_life", "conv_qk", "conv_v", "gate_std")
 
 
@@ -102,6 +104,18 @@ def _check_calibration(student: ModelConfig, chosen: Student) -> None:
                 f"config.student.calibrate is {chosen.calibrate}, where {name!r} is no start to train from without "
                 f"{' or '.join(needed)}; expected that beside it. Add it, or leave {name!r} out."
             )
+    for name in (chosen.calibrate or mixer_spec(chosen.mixer).calibrated) if chosen.init == "calibrated" else ():
+        asked = (
+            [f for f in known[name].replaces if getattr(chosen, f, None) or f in chosen.options]
+            if name in known
+            else []
+        )
+        if asked:
+            raise ValueError(
+                f"config.student.{asked[0]} is set, and config.student.init is 'calibrated', whose part {name!r} takes "
+                f"its place; expected one of them. Leave it out, or name the parts without {name!r} "
+                "(config.student.calibrate)."
+            )
     if chosen.init == "calibrated" and chosen.fresh_qkvo:
         raise ValueError(
             "config.student.init is 'calibrated' and config.student.fresh_qkvo is true; expected the teacher's q, k, v "
@@ -188,9 +202,16 @@ def _options(spec: MixerSpec, student: Student, teacher: ModelConfig) -> Any:
         switches["balance_state"] = False
     chosen = switches | {f: getattr(student, f) or None for f in _VALUES} | student.options
     # A mixer without a switch has it turned off.
-    options = spec.choices()
-    return spec.choose(
+    known = spec.choices()
+    options = spec.choose(
         teacher.hidden_size,
         teacher.mixer,
-        **{f: value for f, value in chosen.items() if f in options or value is not False},
+        **{f: value for f, value in chosen.items() if f in known or value is not False},
     )
+    for rank, (switch, value) in _RANK_OF.items():
+        if chosen.get(rank) and getattr(options, switch, value) != value:
+            raise ValueError(
+                f"config.student.{rank} is {chosen[rank]}, and student.{switch} {getattr(options, switch)!r}, without "
+                f"such a map; expected {value!r}. Leave the rank out, or set the other."
+            )
+    return options

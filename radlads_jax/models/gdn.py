@@ -42,6 +42,8 @@ from radlads_jax.models.spec import (
 CONV_WIDTH = 4
 # Of |q|^2 and |k|^2, as transformers has it.
 _UNIT_EPS = 1e-6
+# Tokens; with less a gate keeps nothing of a state, and its logarithm has no start to train from.
+_LEAST_HALF_LIFE = 0.14
 _KV_HEADS = ("teacher", "cloned")
 
 
@@ -77,10 +79,11 @@ class GdnOptions:
             )
         if self.kv_heads not in _KV_HEADS:
             raise ValueError(f"student.kv_heads is {self.kv_heads!r}; expected one of {', '.join(_KV_HEADS)}.")
-        if not 0 < self.shortest_half_life <= self.longest_half_life < math.inf:
+        if not _LEAST_HALF_LIFE <= self.shortest_half_life <= self.longest_half_life < math.inf:
             raise ValueError(
                 f"student.shortest_half_life and student.longest_half_life are {self.shortest_half_life:g} and "
-                f"{self.longest_half_life:g} tokens; expected 0 < shortest <= longest. Exchange or raise them."
+                f"{self.longest_half_life:g} tokens; expected {_LEAST_HALF_LIFE:.2f} <= shortest <= longest. Exchange "
+                "or raise them."
             )
         for name in ("conv_qk", "conv_v", "gate_std"):
             if not 0 < getattr(self, name) < math.inf:
@@ -301,9 +304,9 @@ SPEC = MixerSpec(
     disk_prefix="linear_attn",
     export_format="qwen3_5",
     calibrations=lambda cfg: {
-        "decay": Calibration(gdn_start.decay_of_look_back),
+        "decay": Calibration(gdn_start.decay_of_look_back, replaces=("shortest_half_life", "longest_half_life")),
         "beta": Calibration(gdn_start.beta_of_entropy),
-        "gate": Calibration(gdn_start.open_gate),
+        "gate": Calibration(gdn_start.open_gate, replaces=("gate_std",)),
         "output": Calibration(gdn_start.output_of_rms),
     },
     calibrated=("decay", "beta", "gate", "output"),

@@ -213,7 +213,9 @@ def _decay_of_look_back(cfg: ModelConfig, mixer: dict[str, Any], seen: TeacherSt
     """What a head's state holds is as old, on average, as what its query head looks at; whatever the token."""
     base = mixer["decay"]["base"]
     log_w = starts.log_decay_of_look_back(seen.look_back)
-    return {"decay": mixer["decay"] | {"base": starts.of_heads(jnp.log(-log_w), base)}}
+    # A head that looks back nowhere would forget all at once, by an infinite base.
+    start = jnp.log(jnp.minimum(-log_w, 0.95 * -_LOG_W_MIN))
+    return {"decay": mixer["decay"] | {"base": starts.of_heads(start, base)}}
 
 
 def _calibrations(cfg: ModelConfig) -> dict[str, Calibration]:

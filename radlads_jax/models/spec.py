@@ -118,12 +118,14 @@ class Calibration:
     """One part of a mixer's start by its teacher: (cfg, fresh parameters, what was seen) -> those that change.
 
     of_attention: of a stack's parameters, with its axis, and TeacherStatistics. of_outputs: of one layer's and its
-    LayerOutputs, when all parts of the first kind are there. needs: parts of which one has to come with it.
+    LayerOutputs, when all parts of the first kind are there. needs: parts of which one has to come with it. replaces:
+    the mixer's options of a start that it overwrites.
     """
 
     of_attention: Callable[[ModelConfig, dict[str, Any], TeacherStatistics], dict[str, Any]] | None = None
     of_outputs: Callable[[ModelConfig, dict[str, Any], LayerOutputs], dict[str, Any]] | None = None
     needs: tuple[str, ...] = ()
+    replaces: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

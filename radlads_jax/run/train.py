@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from radlads_jax.distill.calibrate import calibrated
+from radlads_jax.distill.calibrate import calibrated, has_queries
 from radlads_jax.distill.optim import learning_rates
 from radlads_jax.distill.program import abstract_state, create_state, make_step
 from radlads_jax.distill.stages import STAGES
@@ -340,7 +340,13 @@ def _calibrated(job: Job, mixers: Params, teacher: Params | None) -> Params:
     """The mixers by what the teacher does on the first stage's first batch, the same one at every continuation."""
     assert teacher is not None  # a run that converts has loaded it
     first = job.run.stages[0]
-    batch = sharding.place_rows(job.mesh, next(job.batches(first)), job.run.stage(first).batch_size)
+    rows = next(job.batches(first))
+    if not hosts.agreed(int(has_queries(rows))):
+        raise ValueError(
+            "config.student.init is 'calibrated', and no document of the first batch is long enough to see where the "
+            "teacher looks; expected some of more than 8 tokens. Bring longer ones, or leave init out."
+        )
+    batch = sharding.place_rows(job.mesh, rows, job.run.stage(first).batch_size)
     return calibrated(job.student, job.teacher, mixers, teacher, batch, job.run.student.calibrate, job.mesh)
 
 

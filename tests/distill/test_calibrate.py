@@ -9,7 +9,7 @@ import pytest
 from untrained import random_mixers, random_params, student_of
 
 from radlads_jax.config import Mesh, RunConfig
-from radlads_jax.distill.calibrate import calibrated, statistics
+from radlads_jax.distill.calibrate import calibrated, has_queries, statistics
 from radlads_jax.distill.mesh import make_mesh
 from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models import ModelConfig, bind, sharding
@@ -95,6 +95,17 @@ def test_parts_make_of_statistics_what_they_say(seen, weights, batch):
     np.testing.assert_array_equal(alone["o"]["kernel"], old["o"]["kernel"])
 
 
+@pytest.mark.parametrize("mixer", ["gdn", "rad_rwkv7", "rad_rwkv6"])
+def test_documents_that_are_all_short_leave_a_start_to_train_from(weights, batch, mixer):
+    """Of 8 tokens each, where no query tells how far back it looks; a run refuses them."""
+    place = np.arange(40)
+    short = dict(batch) | {"segment_ids": np.tile(1 + place // 8, (2, 1)), "positions": np.tile(place % 8, (2, 1))}
+    assert not has_queries(short) and has_queries(jax.tree.map(np.asarray, dict(batch)))
+    student = student_of(TEACHER, mixer, (1,))
+    found = calibrated(student, TEACHER.as_teacher_of(student), random_mixers(student), weights, short)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(found))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["gdn", "rad_rwkv7", "rad_rwkv6"])
 def test_eight_devices_calibrate_as_one_does(weights, batch, mixer):
@@ -123,6 +134,14 @@ def test_eight_devices_calibrate_as_one_does(weights, batch, mixer):
         ({"mixer": "gdn", "init": "calibrated", "fresh_qkvo": True}, ["config.student.init", "fresh_qkvo"]),
         ({"mixer": "gdn", "calibrate": ("decay",)}, ["config.student.calibrate", "'published'"]),
         ({"mixer": "gdn", "init": "calibrated", "calibrate": ("decays",)}, ["decays", "decay, beta"]),
+        (
+            {"mixer": "gdn", "init": "calibrated", "shortest_half_life": 9.0},
+            ["config.student.shortest_half_life", "'decay'", "without 'decay'"],
+        ),
+        (
+            {"mixer": "gdn", "init": "calibrated", "calibrate": ("gate",), "options": {"gate_std": 0.5}},
+            ["config.student.gate_std", "'gate'"],
+        ),
     ],
 )
 def test_what_can_not_be_calibrated_is_named(fields, named):

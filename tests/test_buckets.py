@@ -294,7 +294,7 @@ def test_between_two_attempts_to_send_is_a_pause(gcs, monkeypatch):
         patch.setattr(storage._filesystem(), "put_file", fail)
         with pytest.raises(ConnectionError):
             mirror.send()
-        assert not mirror.send(every=60)
+        assert not mirror.send(every=60.0)
     assert mirror.send() and gcs.names("bucket", "pause/") == ["pause/a"]
     mirror.close()
 

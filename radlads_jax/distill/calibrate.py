@@ -72,7 +72,7 @@ def calibrated(
 
 def has_queries(batch: Mapping[str, Any]) -> bool:
     """Whether a row of the batch, as numpy arrays, has a query whose attention is looked at."""
-    _, segment_ids, positions = _read(batch)
+    segment_ids, positions = (batch[name][:, :_MOST_TOKENS] for name in ("segment_ids", "positions"))
     return bool(((segment_ids > 0) & (positions >= _FIRST_QUERY)).any())
 
 

@@ -104,12 +104,9 @@ def _check_calibration(student: ModelConfig, chosen: Student) -> None:
                 f"config.student.calibrate is {chosen.calibrate}, where {name!r} is no start to train from without "
                 f"{' or '.join(needed)}; expected that beside it. Add it, or leave {name!r} out."
             )
-    for name in (chosen.calibrate or mixer_spec(chosen.mixer).calibrated) if chosen.init == "calibrated" else ():
-        asked = (
-            [f for f in known[name].replaces if getattr(chosen, f, None) or f in chosen.options]
-            if name in known
-            else []
-        )
+    parts = chosen.calibrate or mixer_spec(chosen.mixer).calibrated
+    for name in known.keys() & set(parts) if chosen.init == "calibrated" else ():
+        asked = [f for f in known[name].replaces if getattr(chosen, f, None) or f in chosen.options]
         if asked:
             raise ValueError(
                 f"config.student.{asked[0]} is set, and config.student.init is 'calibrated', whose part {name!r} takes "

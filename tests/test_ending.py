@@ -139,11 +139,12 @@ def test_a_control_that_always_fails_takes_no_answers_with_it(run: Any, monkeypa
     assert all("control" not in score and "teacher" in score for score in summary["answers"]["scores"])
 
 
-def test_a_control_that_was_stopped_is_scored_by_the_next_start(run: Any, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, OSError])
+def test_a_control_that_was_stopped_is_scored_by_the_next_start(run: Any, monkeypatch: Any, reason: Any) -> None:
     def stopped(*_: Any) -> Any:
-        raise KeyboardInterrupt
+        raise reason
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(reason):
         patched.setattr(heldout, "untrained_control", stopped)
         run.go_on()
     assert "control" not in json.loads((run.workdir / "summary.json").read_text())

@@ -160,9 +160,12 @@ def _complete(
             to_do = [step for step in to_do if step != "control"]
             try:
                 summary |= heldout.evaluate_control(job, teacher)
-            except Exception:
-                # It would fail again: the next start goes on without. One that was only stopped is still to do.
-                _keep(job, summary, to_do)
+            except Exception as error:
+                # It would fail again: the next start goes on without. What was only stopped, or had no answer from a
+                # disk or a network, is still to do.
+                if not isinstance(error, OSError):
+                    _keep(job, summary, to_do)
+                    display.say("the control can not be scored; the next start goes on without it")
                 raise
             _keep(job, summary, to_do)
         if "answers" in to_do:

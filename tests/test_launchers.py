@@ -124,7 +124,10 @@ def test_a_pod_without_its_devices_is_refused(name: str, platforms: str) -> None
     variables = {each["name"]: each["value"] for each in pod(name)["containers"][0]["env"]}
     assert variables["JAX_PLATFORMS"] == platforms
     words = "from radlads_jax.system import backend; backend.require()"
-    done = subprocess.run([sys.executable, "-c", words], env=os.environ | variables, capture_output=True, text=True)
+    # On a machine that has some, none is to be seen.
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "TPU_VISIBLE_CHIPS": "", "TPU_SKIP_MDS_QUERY": "1"}
+    env = os.environ | variables | hidden
+    done = subprocess.run([sys.executable, "-c", words], env=env, capture_output=True, text=True)
     assert f"JAX_PLATFORMS is '{platforms}', and jax can not use that here" in done.stderr
 
 

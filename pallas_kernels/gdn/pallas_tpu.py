@@ -1,6 +1,7 @@
 """gdn for TPUs (Pallas, Mosaic): one pass over the sequence forward, one backward, several heads a grid step."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -87,13 +88,15 @@ def head_groups(
     """
     if groups * heads_of_one <= most:
         return groups, groups
+    # Key heads whose keys and values both fill lanes: one, or two of 64 channels.
+    unit = math.lcm(*(tpu.LANES // math.gcd(tpu.LANES, size) for size in (key_size, heads_of_one * value_size)))
+    largest = max(most // heads_of_one, unit)
     smallest = max(most // heads_of_one // 2, 1)
-    narrow = min(key_size, heads_of_one * value_size)
-    whole = [n for n in range(most // heads_of_one, smallest - 1, -1) if not n * narrow % tpu.LANES]
+    whole = [n for n in range(largest, smallest - 1, -1) if n % unit == 0]
     for count in whole:
         if groups % count == 0:
             return count, groups
-    if not whole or groups * heads_of_one * max(key_size, value_size) <= MAX_CHANNELS:
+    if groups * heads_of_one * max(key_size, value_size) <= MAX_CHANNELS:
         return groups, groups
     # A grid step takes about as long as eight heads even before its first.
     return min(((n, -(-groups // n) * n) for n in whole), key=lambda pair: pair[1] * (1 + 8 / (pair[0] * heads_of_one)))

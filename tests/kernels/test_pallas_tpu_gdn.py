@@ -10,6 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.gdn import gdn, pallas_tpu
+from pallas_kernels.shared import tpu
 from pallas_kernels.testing import TOLERANCE, gated_delta_inputs, gated_delta_loop, rms_ratio, value_and_gradients
 
 
@@ -131,6 +132,22 @@ def test_several_groups_of_heads(monkeypatch):
 )
 def test_head_groups(groups, heads_of_one, size, chosen):
     assert pallas_tpu.head_groups(groups, heads_of_one, size, size) == chosen
+
+
+@pytest.mark.parametrize(("key_size", "value_size"), [(64, 64), (128, 64), (64, 128), (128, 128)])
+@pytest.mark.parametrize("heads_of_one", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("most", [4, pallas_tpu.MAX_HEADS])
+def test_a_step_fills_lanes_or_has_all_heads(key_size, value_size, heads_of_one, most):
+    """Few heads a step, as in float32, and head counts that no power of two divides."""
+    for groups in (1, 5, 24, 25, 40):
+        step, padded = pallas_tpu.head_groups(groups, heads_of_one, key_size, value_size, max(most, heads_of_one))
+        assert padded >= groups and padded % step == 0
+        if step < padded or padded > groups:
+            assert step * key_size % tpu.LANES == step * heads_of_one * value_size % tpu.LANES == 0
+            assert step * heads_of_one <= max(most, 2 * heads_of_one)
+        else:
+            few = groups * heads_of_one * max(key_size, value_size) <= pallas_tpu.MAX_CHANNELS
+            assert few or groups * heads_of_one <= max(most, 2 * heads_of_one)
 
 
 def test_backward_keeps_no_per_token_states():

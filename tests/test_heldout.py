@@ -1,7 +1,6 @@
 """Scores on held-out rows: of the export at the end of a run, and of the student while it trains."""
 
 import dataclasses
-import json
 import re
 
 import jax
@@ -12,6 +11,7 @@ from untrained import TEACHER, random_params, save_teacher, student_of
 
 from radlads_jax import config
 from radlads_jax.porting import load_params, model_config_from_hf, read_config, save_params
+from radlads_jax.reporting.metrics_file import read_metrics
 from radlads_jax.run import ending, heldout
 from radlads_jax.run.heldout import exported_student
 from radlads_jax.run.job import make_job
@@ -74,7 +74,9 @@ def test_scores_while_it_trains(tmp_path, capsys):
     settings = tiny_run.settings(save_teacher(tmp_path), steps=STEPS) | {"train.sample_prompts": ()}
     summary = tiny_run.convert(tmp_path / "run", settings | SCORED)
     said = capsys.readouterr().out
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path / "run")
+    assert len({(line["stage"], line["step"]) for line in lines}) == len(lines) == sum(STEPS.values())
+    assert all({"loss", "time", "grad_norm"} <= line.keys() for line in lines)
     scored = {(line["stage"], line["step"]): line for line in lines if "heldout_loss" in line}
     assert list(scored) == [("stage2", 2), ("stage2", 4), ("stage2", 5), ("stage3", 2)]
     assert {"heldout_kl", "heldout_top1", "heldout_agreement", "heldout_relative_top1"} <= scored["stage2", 5].keys()
@@ -94,6 +96,28 @@ def test_scores_while_it_trains(tmp_path, capsys):
 
     short = tiny_run.convert(tmp_path / "short", settings | {"stages": ("stage1", "stage2")})
     assert scored["stage2", 5]["heldout_kl"] == pytest.approx(short["student"]["kl"], rel=1e-5)
+
+
+def test_a_step_whose_scores_fail_has_its_checkpoint(tmp_path, monkeypatch):
+    """Whatever scoring needs and does not get, the next start goes on behind the step; the run is as if undisturbed."""
+    settings = tiny_run.settings(save_teacher(tmp_path), steps={"stage2": 6}) | {
+        "train.eval_every": 3,
+        "train.checkpoint_every": 3,
+    }
+    whole = tiny_run.convert(tmp_path / "whole", settings)
+    evaluate = heldout.evaluate_in_training
+    for step in (3, 6):
+        monkeypatch.setattr(heldout, "evaluate_in_training", fail)
+        with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+            tiny_run.convert(tmp_path / "run", settings)
+        assert [line["step"] for line in read_metrics(tmp_path / "run")][-1] == step
+        assert (tmp_path / "run" / "checkpoints" / "stage2" / str(step)).exists()
+    monkeypatch.setattr(heldout, "evaluate_in_training", evaluate)
+    assert tiny_run.convert(tmp_path / "run", settings)["student"] == whole["student"]
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
 
 def test_scores_where_no_stage_trains_the_student_whole_are_refused(tmp_path):

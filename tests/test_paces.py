@@ -24,12 +24,12 @@ def test_paces_leave_pauses_out(together: int) -> None:
 
 @pytest.mark.parametrize(("together", "every"), [(1, 10), (5, 10), (5, 13), (10, 25), (10, 100)])
 def test_paces_leave_the_time_of_scores_out(together: int, every: int) -> None:
-    """Scores of 7 s between steps of half a second; lines that are due with them are written when they are there."""
+    """Scores of 7 s between steps of half a second; lines that wait are written before them."""
     records: list[dict[str, Any]] = []
     for step in range(1, 201):
         written = min(-(-step // together) * together, -(-step // every) * every)
         scored = {"heldout_seconds": 7.0} if step % every == 0 else {}
-        records.append({"stage": "s", "step": step, "time": 0.5 * written + 7.0 * (written // every)} | scored)
+        records.append({"stage": "s", "step": step, "time": 0.5 * written + 7.0 * ((written - 1) // every)} | scored)
     paces = run_log.StageLog("s", tuple(records), {}, log_every=together).paces()
     assert 150 < sum(steps for _, steps, _ in paces) < 200
     assert all(seconds / steps == pytest.approx(0.5) for _, steps, seconds in paces)

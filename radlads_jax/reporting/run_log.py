@@ -96,14 +96,9 @@ class StageLog:
         for record in self.records:
             if (written := number(record.get("time"))) is None:
                 continue
-            taken = number(record.get("heldout_seconds")) or 0.0
-            # Lines of earlier steps that waited for the scores were written with theirs.
-            for i in range(len(marks) - 1, -1, -1):
-                if marks[i][1] <= written - scoring - taken:
-                    break
-                marks[i] = (marks[i][0], marks[i][1] - taken)
-            scoring += taken
             marks.append((record["step"], written - scoring))
+            # A step is scored after its line is written.
+            scoring += number(record.get("heldout_seconds")) or 0.0
         return marks
 
     def paces(self) -> list[tuple[float, float, float]]:

@@ -89,20 +89,26 @@ class MetricsLogger:
                 "a stage's steps are logged once, in order. Call begin when a stage starts or continues."
             )
         self._last_step = step
+        tokens = step * self._tokens_per_step
+        self._write({"stage": stage, "step": step, "tokens": tokens, "time": round(time.time(), 3)}, values)
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Records more values of the step that was logged last, in a line of their own with its stage and step."""
+        self._write({"stage": self._stage, "step": self._last_step}, values)
+
+    def _write(self, place: dict[str, Any], values: Mapping[str, Any]) -> None:
         if self._file is None or self._writer is None or self._display is None:
             return
         numbers = {name: np.asarray(value, np.float64).tolist() for name, value in values.items()}
         finite = {name: _finite(value) for name, value in numbers.items()}
-        tokens = step * self._tokens_per_step
-        place = {"stage": stage, "step": step, "tokens": tokens, "time": round(time.time(), 3)}
         # A value of the same name, the tokens that one step's loss counted, gives way.
         self._file.write(json.dumps(place | finite | place) + "\n")
         self._file.flush()
         for name, value in numbers.items():
             if not isinstance(value, list):
-                self._writer.add_scalar(name, value, step)
+                self._writer.add_scalar(name, value, place["step"])
         if self._wandb is not None:
-            self._wandb.log(stage, step, numbers)
+            self._wandb.log(place["stage"], place["step"], numbers)
         self._display.loss = numbers.get("loss", self._display.loss)
 
     def sync(self) -> None:

@@ -168,15 +168,10 @@ class _StageRun:
             stop, wants_line = policy.ask(step)
             must_save = step == self.recipe.steps or stop is not None
             late = late or self.checkpoints.due(step)
-            # Whoever stops it may not wait long.
-            evaluates = stop is None and self._evaluates(step)
-            if stop is not None and self._evaluates(step):
-                self.run.logger.say(f"{self.name}: the scores after step {step:,} are left out, for it is stopped")
-            if must_save or late or wants_line or evaluates:
+            if must_save or late or wants_line or self._evaluates(step):
                 jax.block_until_ready(state.step)
                 pace = self.clock.tick(step)
-                self._flush(self._scores(step, state, frozen, teacher) if evaluates else {})
-                # The time of scores is no training's.
+                self._flush()
                 self.clock.start(step)
                 self.run.logger.progress(step, pace and pace * self.tokens_per_step)
             # A run of skipped steps that may end the run keeps the checkpoint from before it.
@@ -184,8 +179,12 @@ class _StageRun:
                 late = False
                 self._save(step, state)
             if stop is not None:
+                if self._evaluates(step):
+                    self.run.logger.say(f"{self.name}: the scores after step {step:,} are left out, for it is stopped")
                 self.checkpoints.wait()
                 raise Interrupted(stop, f"step {step} of {self.recipe.steps} of {self.name}")
+            if self._evaluates(step):
+                self._score(step, state, frozen, teacher)
 
     def _begin(self, saved: _Resume | None) -> tuple[TrainState, Params]:
         """The state to go on with, and the parameters that the stage reads and does not train."""
@@ -207,31 +206,26 @@ class _StageRun:
         every = self.options.eval_every if STAGES[self.name].whole_student else 0
         return bool(every) and (step % every == 0 or step == self.recipe.steps)
 
-    def _scores(self, step: int, state: TrainState, frozen: Params, teacher: Params | None) -> dict[str, float]:
-        """The student's on held-out rows, beside its teacher where the stage has its weights; they are said.
+    def _score(self, step: int, state: TrainState, frozen: Params, teacher: Params | None) -> None:
+        """Scores the student on held-out rows, beside its teacher where the stage has its weights; logs and says it.
 
-        With them the seconds that they took.
+        With the seconds that it took, which are no training's.
         """
         begun = time.monotonic()
         scores = heldout.evaluate_in_training(self.job, merge_params(state.params, frozen), teacher)
-        scores["heldout_seconds"] = time.monotonic() - begun
+        self.run.logger.add(scores | {"heldout_seconds": time.monotonic() - begun})
         self.run.logger.say(f"{self.name}: after step {step:,} {heldout.in_words(scores)}", style="")
-        return scores
+        self.clock.start(step)
 
-    def _flush(self, scores: dict[str, float]) -> None:
-        """Logs the steps that have been computed since the last time; TooManyNonFinite where they are to end it.
-
-        scores: of the last one of them.
-        """
-        last = max(self.pending, default=0)
+    def _flush(self) -> None:
+        """Logs the steps that have been computed since the last time; TooManyNonFinite where they are to end it."""
         for step, values in jax.device_get(self.pending).items():
             spike = self.clock.note_loss(float(values["loss"]))
             in_a_row = self.skipped_in_a_row = int(values["skipped_in_a_row"])
             # A skipped step moves no schedule.
             updates = step - 1 - int(values["skipped"]) + (in_a_row > 0)
             lr = {f"lr_{group}": float(rate(updates)) for group, rate in self.rates.items()}
-            of_step = scores if step == last else {}
-            self.run.logger.log(self.name, step, values | lr | {"spike": spike} | of_step)
+            self.run.logger.log(self.name, step, values | lr | {"spike": spike})
             if in_a_row:
                 self.run.logger.say(
                     f"{self.name}: step {step} is skipped, its loss or gradient is not finite ({in_a_row} in a row)"

@@ -109,9 +109,13 @@ class StageConfig:
     sweep: bool = False
 
     @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_len
+
+    @property
     def steps(self) -> int:
         """Optimizer steps: enough whole batches for the tokens."""
-        return -(-self.tokens // (self.batch_size * self.seq_len))
+        return -(-self.tokens // self.tokens_per_step)
 
     @property
     def trial_steps(self) -> int:
@@ -221,6 +225,11 @@ class RunConfig:
     def recipes(self) -> dict[str, StageConfig]:
         """Of the stages that run, in their order."""
         return {name: self.stage(name) for name in self.stages}
+
+    @property
+    def eval_tokens(self) -> int:
+        """Held out of the text: rows as long as the first stage's."""
+        return self.data.eval_rows * self.stage(self.stages[0]).seq_len
 
     def settings(self) -> dict[str, Any]:
         """Every setting as nested dicts, added stages among the others: as a config file has them."""

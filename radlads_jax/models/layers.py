@@ -35,6 +35,25 @@ def _spread_backward(shape: tuple[int, ...], _dtype: DTypeLike, param: Array, d_
 spread.defvjp(_spread_forward, _spread_backward)
 
 
+@jax.custom_vjp
+def scaled(x: Float[Array, "... d"], scale: Float[Array, " d"]) -> Float[Array, "... d"]:
+    """x times a vector of parameters, in x's dtype; the vector's gradient is summed in float32, as `spread` says."""
+    return x * scale.astype(x.dtype)
+
+
+def _scaled_forward(x: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
+    return scaled(x, scale), (x, scale)
+
+
+def _scaled_backward(kept: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+    x, scale = kept
+    of_tokens = d_out.astype(jnp.float32) * x.astype(jnp.float32)
+    return scaled(d_out, scale), jnp.sum(of_tokens, range(x.ndim - 1)).astype(scale.dtype)
+
+
+scaled.defvjp(_scaled_forward, _scaled_backward)
+
+
 class RMSNorm(nnx.Module):
     """y = scale * x / sqrt(mean(x^2) + eps), or (1 + scale) * ... where zero-centred; statistics float32."""
 
@@ -54,7 +73,7 @@ class RMSNorm(nnx.Module):
         scale = jnp.tile(self.scale[...], times) if times > 1 else self.scale[...]
         if self.zero_centred:
             return ((1 + scale.astype(jnp.float32)) * normed).astype(dtype)
-        return spread(scale, normed.shape, dtype) * normed.astype(dtype)
+        return scaled(normed.astype(dtype), scale)
 
 
 @jax.custom_vjp

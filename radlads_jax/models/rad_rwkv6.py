@@ -21,7 +21,7 @@ from pallas_kernels.wkv6.api import IMPLEMENTATIONS
 from radlads_jax.models import heads, starts
 from radlads_jax.models.attention import Context, Mixer, projection_tensors
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, shift_tokens, split_heads, spread
+from radlads_jax.models.layers import GroupNorm, LowRank, linear, orthogonal, scaled, shift_tokens, split_heads, spread
 from radlads_jax.models.rwkv import (
     RwkvOptions,
     card_facts,
@@ -65,9 +65,9 @@ class _TokenShift(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], previous: Float[Array, "B T D"]) -> list[Float[Array, "B T D"]]:
         a, b = (p[...].astype(x.dtype) for p in (self.a, self.b))
-        mu_x, *mu = (spread(mu, x.shape, x.dtype) for mu in (self.mu_x[...], *self.mu[...]))
+        mu = [spread(mu, x.shape, x.dtype) for mu in self.mu[...]]
         s = previous - x
-        streams = jnp.split(jnp.tanh((x + s * mu_x) @ a), 5, axis=-1)
+        streams = jnp.split(jnp.tanh((x + scaled(s, self.mu_x[...])) @ a), 5, axis=-1)
         return [x + s * (mu[i] + streams[i] @ b[i]) for i in range(5)]
 
 

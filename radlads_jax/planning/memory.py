@@ -3,6 +3,7 @@
 With `remat` "full" a layer's input is kept, all else is computed again; other ways keep more, which is counted too.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -23,14 +24,9 @@ _ROW_BYTES = 12
 
 def shard_bytes(tree: Any) -> int:
     """Bytes that one device holds of a tree of shapes with shardings."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        part = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
-        size = leaf.dtype.itemsize
-        for length in part:
-            size *= length
-        total += size
-    return total
+    leaves = jax.tree.leaves(tree)
+    parts = [leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape for leaf in leaves]
+    return sum(math.prod(part) * leaf.dtype.itemsize for part, leaf in zip(parts, leaves, strict=True))
 
 
 def temporary_bytes(
@@ -48,19 +44,19 @@ def temporary_bytes(
     mlp = _MLP_BYTES * student.intermediate_size / axes["tensor"]
     layer = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(student)["stacks"])) / student.num_layers
     parts = {"gradients": float(gradients) * (2 if parts_of_batch > 1 else 1)}
+    layers = student.num_layers if whole_student else len(student.aligned_layers)
     if whole_student:
-        parts["layers' inputs"] = kept * student.num_layers * student.hidden_size
+        parts["layers' inputs"] = kept * layers * student.hidden_size
         parts["last hidden states"] = wide * 3 * 2 * tokens * student.hidden_size
-        if recipe.remat == "dots":
-            # Of a layer's matrix products, about so many numbers a token (docs/PODS.md).
-            results = 9 * student.hidden_size + 3 * student.intermediate_size
-            parts["kept results"] = kept * student.num_layers * results
-        elif recipe.remat == "none":
-            everything = mixer + mlp + _ROW_BYTES * student.hidden_size
-            parts["kept results"] = wide * tokens * student.num_layers * everything
     else:
-        layers = len(student.aligned_layers)
         parts["mixers' inputs and targets"] = kept * layers * student.hidden_size * (axes["tensor"] + 1)
+    if recipe.remat == "dots":
+        # Of a layer's matrix products, about so many numbers a token (docs/PODS.md); an alignment has no MLP's.
+        results = 9 * student.hidden_size + 3 * student.intermediate_size * whole_student
+        parts["kept results"] = kept * layers * results
+    elif recipe.remat == "none":
+        everything = mixer + mlp * whole_student + _ROW_BYTES * student.hidden_size
+        parts["kept results"] = wide * tokens * layers * everything
     if spec.shares_values:
         # The first layer's values, for all the others, and their gradient.
         parts["value residual"] = wide * 2 * 2 * tokens * columns

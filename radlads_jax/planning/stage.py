@@ -31,7 +31,7 @@ def by_arithmetic(plan: StagePlan) -> dict[str, Any]:
     recipe, mesh = plan.recipe, plan.mesh
     assert mesh is not None
     state, frozen, weights, _ = abstract_arguments(plan)
-    tokens = recipe.batch_size * recipe.seq_len
+    tokens = recipe.tokens_per_step
     models = (plan.student, plan.teacher, plan.name, recipe.seq_len)
     flops = {
         key: tokens * cost.model_flops(*models, remat=remat, stored=plan.reads_logits) / mesh.size

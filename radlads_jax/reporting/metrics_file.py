@@ -12,7 +12,8 @@ FILE_NAME = "metrics.jsonl"
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The records of workdir/metrics.jsonl in order, without a last line that a killed run left unfinished.
 
-    One for each step: a line of the same stage and step as the one before it adds to that one. Raises ValueError for a broken line before the last one.
+    One for each step: a line of the same stage and step as the one before it adds to that one. Raises ValueError for a
+    broken line before the last one.
     """
     path = as_path(workdir) / FILE_NAME
     if not path.exists():

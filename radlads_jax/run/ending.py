@@ -23,7 +23,8 @@ from radlads_jax.reporting.sections import write_report
 from radlads_jax.run import display, heldout
 from radlads_jax.run.job import Job
 from radlads_jax.run.settings import trained_stages
-from radlads_jax.system import hosts, storage
+from radlads_jax.system import backend, hosts, storage
+from radlads_jax.system.outage import is_outage
 from radlads_jax.system.untrusted import brief
 
 # In summary.json, what comes after the scores and is not done yet. What an earlier version wrote has all of it.
@@ -107,15 +108,17 @@ def finish(job: Job, student: Params, teacher: Params | None, stages: list[dict[
 
 def _set_former_scores_aside(job: Job) -> None:
     """Scores and samples of a run of fewer stages are not to stand beside the weights that come."""
-    stages, directory = trained_stages(job.workdir), job.workdir
+    stages, workdir = trained_stages(job.workdir), job.workdir
     if stages is not None and stages != list(job.run.stages):
-        for suffix in (".json", ".md"):
-            # What a user has measured is kept, by another name.
-            if (path := directory / f"evaluation{suffix}").exists():
-                storage.write_text(directory / f"evaluation-{'-'.join(stages)}{suffix}", storage.read_text(path))
-                path.unlink()
+        # What a user has measured is kept, by another name; beside the export too, which is replaced.
+        for directory, beside in ((workdir, ""), (workdir / "export", "-of-export")):
+            for suffix in (".json", ".md", ".partial.json"):
+                if (path := directory / f"evaluation{suffix}").exists():
+                    name = f"evaluation-{'-'.join(stages)}{beside}{suffix}"
+                    storage.write_text(workdir / name, storage.read_text(path))
+                    path.unlink()
     for name in ("summary.json", _SAMPLES):
-        (directory / name).unlink(missing_ok=True)
+        (workdir / name).unlink(missing_ok=True)
 
 
 def _write_page(job: Job) -> storage.AnyPath:
@@ -162,8 +165,8 @@ def _complete(
                 summary |= heldout.evaluate_control(job, teacher)
             except Exception as error:
                 # It would fail again: the next start goes on without. What was only stopped, or had no answer from a
-                # disk or a network, is still to do.
-                if not isinstance(error, OSError):
+                # disk, a network or another host, or no room in memory, is still to do.
+                if not (isinstance(error, OSError) or is_outage(error) or backend.is_out_of_memory(error)):
                     _keep(job, summary, to_do)
                     display.say("the control can not be scored; the next start goes on without it")
                 raise

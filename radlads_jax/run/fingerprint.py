@@ -63,9 +63,10 @@ def begin(workdir: AnyPath, parts: Mapping[str, Any]) -> None:
     _write(workdir, {**parts, **read(workdir)})
 
 
-def remember(workdir: AnyPath, parts: Mapping[str, Any]) -> None:
-    """Adds what the run turns out to depend on, where it is not known yet; the first host does."""
-    _write(workdir, {**parts, **_known(workdir)})
+def remember(workdir: AnyPath, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Adds to the parts what the run turns out to depend on, as far as it is not known yet; the first host does."""
+    known = _known(workdir)
+    _write(workdir, known | {part: {**values, **known.get(part, {})} for part, values in parts.items()})
 
 
 def _known(workdir: AnyPath) -> dict[str, Any]:

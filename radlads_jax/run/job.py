@@ -212,8 +212,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
             check_exportable(tokenizer_dir, form.config(student, base_config))
         tokens = find_tokens(run, workdir, tokenizer, student.vocab_size)
         chat_file = find_chats(run, workdir, tokenizer, student.vocab_size)
-    eval_tokens = run.data.eval_rows * run.stage(run.stages[0]).seq_len
-    _check_rows(run, tokens.file, chat_file, eval_tokens)
+    _check_rows(run, tokens.file, chat_file)
     depends = _depends(source, base_config, tokenizer, tokens)
     if chat_file is not None:
         depends["chats"] = {"token_file": chat_file.prefix.name, "tokens": fingerprint.of_tokens(chat_file)}
@@ -224,7 +223,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     # One that is finished reads them no more, and they may be gone.
     if not (is_finished := fingerprint.finished(workdir, run.stages) is not None):
         if run.teacher.logits:
-            logits = teacher_logits.find(run, depends, tokens.file, eval_tokens, original.vocab_size)
+            logits = teacher_logits.find(run, depends, tokens.file, run.eval_tokens, original.vocab_size)
         depends["logits"] = teacher_logits.identity(logits)
     if not is_finished or names_others(workdir, run):
         _require_same(workdir, depends)
@@ -238,7 +237,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
         tokenizer_dir,
         tokenizer,
         tokens.file,
-        eval_tokens,
+        run.eval_tokens,
         mesh,
         tokens.beginning,
         depends,
@@ -280,9 +279,7 @@ def _comparable(depends: dict[str, Any]) -> dict[str, Any]:
     return parts | {part: data[part] for part in ("tokens", "documents") if part in data} | chats
 
 
-def _check_rows(
-    run: RunConfig, token_file: binidx.TokenFile, chat_file: binidx.TokenFile | None, eval_tokens: int
-) -> None:
+def _check_rows(run: RunConfig, token_file: binidx.TokenFile, chat_file: binidx.TokenFile | None) -> None:
     """Raises ValueError where a stage, even the last one, could not fill a single batch."""
     for name, recipe in run.recipes.items():
         kinds = {"data": (token_file, recipe.batch_size)}
@@ -294,7 +291,7 @@ def _check_rows(
             require(is_whole, "config.data.replay", run.data.replay, whole)
             kinds = {"data": (token_file, replayed), "conversations": (chat_file, recipe.batch_size - replayed)}
         for what, (file, wanted) in kinds.items():
-            held_out = 0 if file is chat_file else eval_tokens
+            held_out = 0 if file is chat_file else run.eval_tokens
             rows = pipeline.rows_available(file, recipe.seq_len, held_out)
             if rows < wanted:
                 raise ValueError(

@@ -153,9 +153,14 @@ def stored_logits(job: Job) -> Finding:
 
 def positions(job: Job) -> Finding:
     """How long the rows are beside what the teacher knows: a problem where a stage learns from it further out."""
-    most, run = job.teacher.max_position_embeddings, job.run
+    run, scaling, most = job.run, job.teacher.rope_scaling, job.teacher.max_position_embeddings
+    said = f"the teacher's max_position_embeddings is {most:,}"
+    if scaling is not None and scaling.kind == "linear":
+        # Some count the positions before the scaling, as those of a teacher that was made for longer rows by it.
+        most = int(most * scaling.factor)
+        said += f", its RoPE scaled for up to {scaling.factor:g} times as many"
     longest = max(recipe.seq_len for recipe in run.recipes.values())
-    result = f"rows of at most {longest:,} tokens; the teacher's max_position_embeddings is {most:,}"
+    result = f"rows of at most {longest:,} tokens; {said}"
     beyond = [name for name, recipe in run.recipes.items() if STAGES[name].needs_teacher and recipe.seq_len > most]
     if not beyond:
         return Finding("positions", result)
@@ -163,7 +168,7 @@ def positions(job: Job) -> Finding:
     return Finding(
         "positions",
         result,
-        f"the teacher's max_position_embeddings is {most:,}, below {names}; expected rows within it, for further out "
+        f"{said}, below {names}; expected rows within it, for further out "
         "its logits are no model to learn from. Lower it, or give the teacher the RoPE scaling that it is meant for.",
     )
 
@@ -228,7 +233,7 @@ def data(job: Job) -> Finding:
     shares, short = [], []
     cut = job.run.data.streaming and job.depends["data"].get("max_tokens") == job.token_file.num_tokens
     for name, recipe in job.run.recipes.items():
-        tokens = recipe.steps * recipe.batch_size * recipe.seq_len
+        tokens = recipe.steps * recipe.tokens_per_step
         if STAGES[name].reads_chats:
             shares.append(_conversations(job, name, tokens))
             continue

@@ -104,7 +104,7 @@ def _trial(
     """Trains the stage's first steps by a recipe of as many; {lr, mixer_lr, kl}, kl None where it is not finite."""
     recipe = job.run.stage(name)
     steps = recipe.trial_steps
-    tokens = steps * recipe.batch_size * recipe.seq_len
+    tokens = steps * recipe.tokens_per_step
     short = _with_recipe(job, name, {"tokens": tokens, "warmup_steps": min(recipe.warmup_steps, fitting_warmup(steps))})
     student = _trained(short, short.stage_plan(name), teacher, start, stopping)
     kl = heldout.evaluate_job(short, short.student, student, teacher.held())["student"]["kl"]
@@ -134,7 +134,7 @@ def _trained(
             loss = float(metrics["loss"])
             if bar is not None:
                 bar.loss = loss
-                pace = None if step == 1 else recipe.batch_size * recipe.seq_len / (time.monotonic() - began)
+                pace = None if step == 1 else recipe.tokens_per_step / (time.monotonic() - began)
                 bar.move(step, pace, None)
             if signum := hosts.agreed(stopping() or 0):
                 raise Interrupted(signum, f"a trial of {plan.name}'s rates", "which begins anew")

@@ -91,7 +91,8 @@ def _tokenise(
     around: by default what the config says. alone: as of `prepare.prepare`.
     """
     data = run.data
-    needed = max((recipe.tokens for recipe in run.recipes.values()), default=0)
+    # What the longest stage reads, and what packing leaves over.
+    needed = run.eval_tokens + max(recipe.steps * recipe.tokens_per_step for recipe in run.recipes.values())
     limit = data.max_tokens or (needed + needed // 50 + 10**6 if data.streaming else None)
     return prepare.prepare(
         _source(run),

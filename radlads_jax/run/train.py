@@ -142,7 +142,6 @@ class _StageRun:
         self.batches = job.batches(name)
         self.step = make_step(self.plan)
         self.rates = learning_rates(self.recipe)
-        self.tokens_per_step = self.recipe.batch_size * self.recipe.seq_len
         self.pending: dict[int, dict[str, jax.Array]] = {}
         self.skipped_in_a_row = 0
 
@@ -152,7 +151,7 @@ class _StageRun:
         teacher, stored = self.run.teacher.for_stage(self.plan), self.plan.reads_logits
         flops = model_flops(self.job.student, self.job.teacher, self.name, self.recipe.seq_len, stored=stored)
         self.run.logger.begin(
-            self.name, start, self.recipe.steps, tokens_per_step=self.tokens_per_step, flops_per_token=flops
+            self.name, start, self.recipe.steps, tokens_per_step=self.recipe.tokens_per_step, flops_per_token=flops
         )
         policy = _StopPolicy(self.run.stopping, self.clock, self.options.log_every, self.recipe.steps)
         late = False
@@ -173,7 +172,7 @@ class _StageRun:
                 pace = self.clock.tick(step)
                 self._flush()
                 self.clock.start(step)
-                self.run.logger.progress(step, pace and pace * self.tokens_per_step)
+                self.run.logger.progress(step, pace and pace * self.recipe.tokens_per_step)
             # A run of skipped steps that may end the run keeps the checkpoint from before it.
             if must_save or (late and not self.skipped_in_a_row):
                 late = False
@@ -275,14 +274,13 @@ def _summary_line(job: Job, name: str, meta: dict[str, Any]) -> dict[str, Any]:
     that trained it.
     """
     recipe = job.run.stage(name)
-    tokens_per_step = recipe.batch_size * recipe.seq_len
-    timed = meta["timed_steps"] * tokens_per_step
+    timed = meta["timed_steps"] * recipe.tokens_per_step
     return {
         "name": name,
         "trains": STAGES[name].trains,
         "loss": job.stage_plan(name).loss,
         "steps": recipe.steps,
-        "tokens": recipe.steps * tokens_per_step,
+        "tokens": recipe.steps * recipe.tokens_per_step,
         "seconds": meta["seconds"],
         "tokens_per_second": timed / meta["seconds"] if meta["seconds"] else None,
         "first_loss": meta["first_loss"],

@@ -37,13 +37,18 @@ def require() -> None:
         ) from error
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is jax's error of a device's memory."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
 @contextlib.contextmanager
 def room_for(what: str, advice: str) -> Iterator[None]:
     """Raises ValueError in the place of jax's error where a device's memory is full; its other errors pass."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise ValueError(
             f"{what} not fit into a device's memory ({brief(error)}); expected less at once. {advice}"

@@ -35,6 +35,11 @@ def is_message(value: Any) -> bool:
     return isinstance(content, str) or (content is None and bool(value.get("tool_calls")))
 
 
+def is_tools(value: Any) -> bool:
+    """Whether it may be what a model may call: a list of objects, each a JSON schema."""
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
 def chat_text(
     tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, directory: Any
 ) -> str:
@@ -44,13 +49,19 @@ def chat_text(
     template refuses the messages, and where it makes nothing of tools.
     """
     require_template(tokenizer, directory, "Give a --prompt to continue instead.")
-    text = rendered(tokenizer, messages, tools, directory)
-    if tools and text == rendered(tokenizer, messages, None, directory):
+    check_tools(tokenizer, messages, tools, directory)
+    return rendered(tokenizer, messages, tools, directory)
+
+
+def check_tools(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, where: Any
+) -> None:
+    """Raises ValueError for tools of which the template writes nothing."""
+    if tools and rendered(tokenizer, messages, tools, where) == rendered(tokenizer, messages, None, where):
         raise ValueError(
-            f'got {len(tools)} "tools", of which the chat template of {directory} writes nothing; expected a model '
+            f'got {len(tools)} "tools", of which the chat template of {where} writes nothing; expected a model '
             'that was made for tools. Leave "tools" out.'
         )
-    return text
 
 
 def require_template(tokenizer: Any, whose: Any, advice: str) -> None:

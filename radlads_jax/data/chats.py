@@ -12,13 +12,21 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from radlads_jax.data.binidx import TokenFile, TokenFileWriter, open_token_file
-from radlads_jax.data.chat_template import Message, check_text, is_message, rendered, require_template
+from radlads_jax.data.chat_template import (
+    Message,
+    check_text,
+    check_tools,
+    is_message,
+    is_tools,
+    rendered,
+    require_template,
+)
 from radlads_jax.data.packing import Batch, PackedRows
 from radlads_jax.data.prepare import made_before, publish_recipe, tokenizer_hash, tokens_bar
 from radlads_jax.data.sources import Source, fingerprint, json_records
@@ -103,7 +111,8 @@ def prepare_chats(path: str, messages_field: str, tokenizer: Any, cache_dir: Any
 def _documents(source: Source, tokenizer: Any, directory: str) -> Iterator[np.ndarray]:
     """Each conversation's tokens, with what the assistant says marked."""
     for record, where in json_records(source):
-        for training in trainings(tokenizer, _messages(record, source.text_field, where), where):
+        messages, tools = _messages(record, source.text_field, where), _tools(record, where)
+        for training in trainings(tokenizer, messages, where, tools):
             yield _marked(training, tokenizer)
 
 
@@ -124,24 +133,50 @@ def _messages(record: dict[str, Any], field: str, where: str) -> list[Message]:
     return messages
 
 
-def trainings(tokenizer: Any, messages: Sequence[Message], where: str) -> list[_Training]:
+def _tools(record: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
+    tools = record.get("tools")
+    if tools is not None and not is_tools(tools):
+        raise ValueError(
+            f'{where} has {brief(tools)} as "tools"; expected a list of objects, what the model may call as JSON '
+            "schemas. Mend the line."
+        )
+    return tools
+
+
+def trainings(
+    tokenizer: Any, messages: Sequence[Message], where: str, tools: Sequence[dict[str, Any]] | None = None
+) -> list[_Training]:
     """What a conversation gives to train on, as a model meets it that answers it turn by turn.
 
     One text with all answers where the template writes each turn in the same way whatever follows; where it does not,
     as those do that leave out what was thought before, a text for every answer. None where the assistant says nothing.
+    tools: what it may call. Raises ValueError for tools, and calls of them, of which the template writes nothing.
     """
+    check_tools(tokenizer, messages, tools, where)
     # What the assistant says before anybody has spoken is no answer.
     turns = [i for i, message in enumerate(messages) if i and message["role"] == _ASSISTANT]
-    each = [_answer(tokenizer, messages[: i + 1], where) for i in turns]
+    answers = [_answer(tokenizer, messages[: i + 1], tools, where) for i in turns]
+    each = [one for one in answers if one.spans]
     if each and all(each[-1].text.startswith(one.text) for one in each[:-1]):
         return [_Training(each[-1].text, tuple(span for one in each for span in one.spans))]
     return each
 
 
-def _answer(tokenizer: Any, messages: Sequence[Message], where: str) -> _Training:
-    """The text up to the last message, which is the assistant's."""
-    before = rendered(tokenizer, messages[:-1], None, where)
-    text = check_text(rendered(tokenizer, messages, None, where, begins_answer=False).rstrip(), where)
+def _answer(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, where: str
+) -> _Training:
+    """The text up to the last message, which is the assistant's; without a span where the template writes nothing."""
+
+    def written(message: Message) -> str:
+        return rendered(tokenizer, [*messages[:-1], message], tools, where, begins_answer=False)
+
+    before, last = rendered(tokenizer, messages[:-1], tools, where), messages[-1]
+    text = check_text(written(last), where)
+    if last.get("tool_calls") and text == _or_none(written, {"role": last["role"], "content": last.get("content")}):
+        raise ValueError(
+            f"{where} has an answer with tool_calls, of which the chat template writes nothing; expected a template "
+            "that was made for tools, or what is learnt is to say nothing. Leave the line out."
+        )
     if not text.startswith(before):
         begins = len(_common(text, before))
         raise ValueError(
@@ -149,7 +184,16 @@ def _answer(tokenizer: Any, messages: Sequence[Message], where: str) -> _Trainin
             f"{brief(text[begins:][: len(before) - begins + 20])} before the one of {where}; expected the same, or "
             "what is learnt is not what is asked. Correct the template, or leave the line out."
         )
-    return _Training(text, ((len(before), len(text)),))
+    said = text[len(before) :].rstrip()
+    return _Training(before + said, ((len(before), len(before + said)),) if said else ())
+
+
+def _or_none(written: Callable[[Message], str], message: Message) -> str | None:
+    """None where the template refuses the message: one that has to have its calls."""
+    try:
+        return written(message)
+    except ValueError:
+        return None
 
 
 def _common(a: str, b: str) -> str:

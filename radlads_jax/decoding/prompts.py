@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from radlads_jax.data.chat_template import Message, is_message
+from radlads_jax.data.chat_template import Message, is_message, is_tools
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.system import storage
 from radlads_jax.system.untrusted import listed, parse_json
@@ -23,9 +23,10 @@ class Prompt:
 
 
 def read_prompts(path: storage.AnyPath) -> list[Prompt]:
-    """The prompts of a file: lines of text, or of JSON with "prompt" (text) or "messages" (a chat) where it is .jsonl.
+    """The prompts of a file: lines of text; where it is .jsonl, .ndjson or .json, an object a line.
 
-    A chat may have "tools". Raises ValueError naming the line that is none, and for a file without prompts.
+    An object has "prompt" (text) or "messages" (a chat), and a chat may have "tools". Raises ValueError naming the line
+    that is none, and for a file without prompts.
     """
     try:
         text = storage.read_text(path).removeprefix("\ufeff")
@@ -59,8 +60,8 @@ def _prompt_of(line: str, where: str) -> Prompt:
     if not isinstance(record, dict) or not _is_prompt(record):
         count = "both" if isinstance(record, dict) and {"prompt", "messages"} <= set(record) else "neither"
         raise ValueError(
-            f'{where} has {count} of a text "prompt" and "messages" with role and content; expected one of them. '
-            "Correct the line."
+            f'{where} has {count} of a text "prompt" and "messages" with role and content; expected one of them in an '
+            "object a line. Correct it."
         )
     if unknown := [key for key in record if key not in _KEYS]:
         raise ValueError(
@@ -68,7 +69,7 @@ def _prompt_of(line: str, where: str) -> Prompt:
             "Leave them out."
         )
     tools = record.get("tools")
-    if tools is not None and not ("messages" in record and _is_list_of_objects(tools)):
+    if tools is not None and not ("messages" in record and is_tools(tools)):
         raise ValueError(
             f'{where} has "tools" that are no list of JSON objects, or no "messages" beside them; expected both. '
             "Correct the line."
@@ -83,10 +84,6 @@ def _is_prompt(record: dict[str, Any]) -> bool:
         return isinstance(record["prompt"], str) and bool(record["prompt"])
     messages = record["messages"]
     return isinstance(messages, list) and bool(messages) and all(map(is_message, messages))
-
-
-def _is_list_of_objects(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def encoded(model: Model, prompt: Prompt, *, chat: bool, system: str) -> list[int]:

@@ -183,6 +183,11 @@ class StudentForCausalLM(StudentPreTrainedModel, GenerationMixin):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # Asked by generate(), which would go by the class's name, and make a DynamicCache where that has no "rwkv".
+        return False
+
     @can_return_tuple
     def forward(
         self,

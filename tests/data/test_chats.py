@@ -124,6 +124,36 @@ def test_an_answer_that_calls_a_tool_needs_no_text(tokenizer, tmp_path, monkeypa
     assert tokenizer.decode((file.tokens[file.tokens % 2 == 1] // 2).tolist()) == "clock<end>"
 
 
+def test_tools_are_written_as_a_model_is_asked_with_them(tokenizer, monkeypatch):
+    """What the model may call stands before the conversation; what the template does not write is refused."""
+    tools = [{"name": "weather"}]
+    messages = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": None, "tool_calls": tools}]
+    writes = "{% if tools %}<tools>{{ tools[0].name }}<end>{% endif %}"
+    writes += TEMPLATE.replace("m['content']", "(m['content'] or m['tool_calls'][0]['name'])")
+    monkeypatch.setattr(tokenizer, "chat_template", writes)
+    (training,) = chats.trainings(tokenizer, messages, "line 1", tools)
+    asked = tokenizer.apply_chat_template(messages[:1], tools=tools, tokenize=False, add_generation_prompt=True)
+    assert training.text.startswith(asked) and asked.startswith("<tools>weather<end>")
+    assert said(training) == ["weather<end>"]
+
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    with pytest.raises(ValueError, match=r"got 1 \"tools\", of which the chat template of line 1 writes nothing"):
+        chats.trainings(tokenizer, messages, "line 1", tools)
+    with pytest.raises(ValueError, match="line 1 has an answer with tool_calls, of which the chat template writes"):
+        chats.trainings(tokenizer, messages, "line 1")
+
+
+def test_an_answer_of_which_nothing_is_written_is_not_learnt(tokenizer, monkeypatch):
+    """A template without an end, whose prompt ends in a space."""
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    plain += "{% if add_generation_prompt %}assistant: {% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", plain)
+    talk = [{"role": "user", "content": "Hi "}, {"role": "assistant", "content": ""}]
+    assert chats.trainings(tokenizer, talk, "line 1") == []
+    (training,) = chats.trainings(tokenizer, [talk[0], {"role": "assistant", "content": "Yes \n"}], "line 1")
+    assert said(training) == ["Yes"]
+
+
 def test_a_tokenizer_without_a_template_is_refused(tokenizer, tmp_path, monkeypatch):
     path = write(tmp_path / "talks.jsonl", [TALK])
     monkeypatch.setattr(tokenizer, "chat_template", None)

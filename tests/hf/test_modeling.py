@@ -89,7 +89,7 @@ def test_padding_anywhere_changes_nothing(export, name):
         assert relative_rms(got[row, mask[row]], expected) < 5e-6
 
 
-@pytest.mark.parametrize("name", ["rwkv6 hybrid", "rwkv7", "window rwkv7 hybrid"])
+@pytest.mark.parametrize("name", SOME)
 def test_greedy_text_of_a_padded_batch_is_ours(export, name):
     """Every token that generate() chose has our largest logit after the tokens before it."""
     exported, prompts, new = export(name), [ids(1, n, seed=n)[0] for n in (12, 7, 1)], 8
@@ -104,7 +104,7 @@ def test_greedy_text_of_a_padded_batch_is_ours(export, name):
         np.testing.assert_array_equal(row.argmax(-1)[len(prompt) - 1 :][:new], text)
 
 
-@pytest.mark.parametrize("name", ["rwkv6", "rwkv7 hybrid, last", "window rwkv7 hybrid"])
+@pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("options", [{"do_sample": True, "top_k": 20}, {"num_beams": 3}], ids=["sampling", "beams"])
 def test_generate_gives_the_same_with_and_without_a_state(export, name, options):
     """Without one every step reads the whole row again; beams exercise the reordering of states."""
@@ -121,7 +121,7 @@ def test_generate_gives_the_same_with_and_without_a_state(export, name, options)
     assert results[0].shape[1] > 6
 
 
-@pytest.mark.parametrize("name", ["rwkv7 hybrid, last", "window rwkv7 hybrid"])
+@pytest.mark.parametrize("name", SOME)
 def test_generate_continues_from_a_returned_state(export, name):
     model, prompt = export(name).model(), torch.as_tensor(ids(1, 6))
     options = {"do_sample": False, "eos_token_id": None}

@@ -47,11 +47,18 @@ def choose(
 ) -> Callable[..., Any]:
     """Returns the named implementation, or for None the best one that `backend` has for these head sizes.
 
-    A named implementation is never replaced by another: ValueError if the operation has none of that name.
+    A named implementation is never replaced by another: ValueError if the operation has none of that name. So it is
+    where none that it has runs on the backend.
     """
     if implementation is None:
-        preferred = _PREFERENCE.get(backend(), ("chunked",))
-        implementation = next(name for name in preferred if name in implementations and fits(name, head_sizes))
+        preferred = (*_PREFERENCE.get(backend(), ("chunked",)), "reference")
+        fitting = (name for name in preferred if name in implementations and fits(name, head_sizes))
+        implementation = next(fitting, None)
+        if implementation is None:
+            raise ValueError(
+                f"{operation} has {sorted(implementations)}, of which none runs on {backend()}; expected 'chunked' or "
+                "'reference' among them, which run everywhere. Add one, or name an implementation."
+            )
         _log_choice(operation, implementation, backend())
     if implementation not in implementations:
         raise ValueError(
@@ -63,7 +70,7 @@ def choose(
 
 def fits(name: str, head_sizes: Sequence[int]) -> bool:
     """Whether an implementation that its backend prefers can take these sizes there."""
-    if name == "chunked":
+    if name in ("chunked", "reference"):
         return True
     return set(head_sizes) <= set(_KERNEL_HEAD_SIZES) and (name != "triton_gpu" or _triton_fits())
 

@@ -241,13 +241,16 @@ _GROUPS = {field.name for field in dataclasses.fields(RunConfig) if dataclasses.
 
 # The recipes of stages that strangers add.
 _ADDED: dict[str, StageConfig] = {}
+# The stages that read config.data.chats.
+CHAT_STAGES = {"stage2c"}
 
 
-def add_recipe(name: str, recipe: StageConfig) -> None:
+def add_recipe(name: str, recipe: StageConfig, *, reads_chats: bool = False) -> None:
     """Makes config.<name> a stage's recipe with these defaults, in what `defaults()` makes from then on."""
     if name in typing.get_type_hints(RunConfig):
         raise ValueError(f"a stage is called {name!r}, which is a setting already; expected a new name.")
     _ADDED[name] = recipe
+    (CHAT_STAGES.add if reads_chats else CHAT_STAGES.discard)(name)
 
 
 def stage_names() -> tuple[str, ...]:
@@ -355,10 +358,10 @@ def _check_stage(where: str, stage: StageConfig, shards: int) -> None:
 
 
 def _check_chats(run: RunConfig) -> None:
-    wanted, data = "stage2c" in run.stages, run.data
-    example = "the path of conversations in .jsonl where config.stages has stage2c, and nothing elsewhere"
+    wanted, data, names = bool(CHAT_STAGES & set(run.stages)), run.data, " or ".join(sorted(CHAT_STAGES))
+    example = f"the path of conversations in .jsonl where config.stages has {names}, and nothing elsewhere"
     require(wanted == bool(data.chats), "config.data.chats", data.chats, example)
-    require(wanted or not data.replay, "config.data.replay", data.replay, "0, for config.stages has no stage2c")
+    require(wanted or not data.replay, "config.data.replay", data.replay, f"0, for config.stages has no {names}")
 
 
 def _check_teacher(teacher: Teacher) -> None:

@@ -18,6 +18,7 @@ from untrained import random_mixers, save_teacher
 from radlads_jax import config
 from radlads_jax import prepare as prepare_door
 from radlads_jax.data import binidx, prepare, sources, synthetic
+from radlads_jax.data.tokenise import Framing
 from radlads_jax.run import fingerprint, preflight, tokens, train
 from radlads_jax.run.job import Job, make_job
 from radlads_jax.run.settings import check_same_config, remember_config
@@ -56,7 +57,7 @@ def job_of(place: pathlib.Path, workdir: str = "run", **more) -> Job:
 def begin(place: pathlib.Path, **more) -> Job:
     job = job_of(place, **more)
     remember_config(place / "run", chosen(place, **more).to_dict())
-    fingerprint.remember(place / "run", job.depends)
+    fingerprint.begin(place / "run", job.depends)
     return job
 
 
@@ -184,7 +185,7 @@ def test_a_run_of_an_older_version_goes_on_with_its_tokens(place):
     job = job_of(place)
     assert job.token_file.prefix.name == "corpus-0123456789abcdef"
     assert job.token_file.tokens.tolist() == before.token_file.tokens.tolist()
-    fingerprint.remember(place / "run", job.depends)
+    fingerprint.begin(place / "run", job.depends)
     assert job_of(place).depends == job.depends
     append_text(place)
     with pytest.raises(ValueError, match=r"files b\.txt was"):
@@ -205,6 +206,27 @@ def test_a_run_that_has_not_begun_decides_nothing_of_the_next_one(place):
     fingerprint.begin(place / "run", second.depends)
     remember_config(place / "run", chosen(place).to_dict())
     assert fingerprint.read(place / "run") == json.loads(json.dumps(second.depends))
+
+
+def test_what_a_later_stage_freezes_is_remembered_too(place):
+    fingerprint.remember(place / "run", {"frozen": {"a": [1.0]}})
+    fingerprint.remember(place / "run", {"frozen": {"a": [7.0], "b": [2.0]}})
+    assert json.loads((place / "run" / fingerprint.FILE).read_text())["frozen"] == {"a": [1.0], "b": [2.0]}
+
+
+def test_a_streamed_text_is_read_for_whole_steps_and_held_out_rows(place):
+    """Short of tokens, a stage in long rows would read text twice, in a run that says another --workdir helps."""
+    run = config.validate(chosen(place, data__streaming=True, data__eval_rows=32, stage1__seq_len=2**18))
+    limits = []
+
+    def note(*_, max_tokens, **__):
+        limits.append(max_tokens)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tokens.prepare, "prepare", note)
+        tokens._tokenise(run, place / "run", types.SimpleNamespace(backend_tokenizer=None), 300, Framing((), 0, False))
+    recipe = run.stage1
+    assert limits[0] >= recipe.steps * recipe.batch_size * recipe.seq_len + 32 * 2**18 > 10**6
 
 
 def test_a_separator_is_read_as_it_was_typed(place):

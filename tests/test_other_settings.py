@@ -58,6 +58,7 @@ def test_a_finished_run_goes_on_with_one_more_stage(
     assert launched(monkeypatch, teacher, workdir, {"stage1": 5}) == 0
     first = json.loads((workdir / "summary.json").read_text())
     (workdir / "evaluation.json").write_text('{"tasks": []}')
+    (workdir / "export" / "evaluation.md").write_text("of the export")
     capsys.readouterr()
 
     # What was exported stays beside its scores until the longer run's take their place.
@@ -86,6 +87,7 @@ def test_a_finished_run_goes_on_with_one_more_stage(
     assert summary["student"] == json.loads((whole / "summary.json").read_text())["student"]
     assert (workdir / "evaluation-stage1.json").read_text() == '{"tasks": []}'
     assert not (workdir / "evaluation.json").exists()
+    assert (workdir / "evaluation-stage1-of-export.md").read_text() == "of the export"
     # And now it is finished.
     capsys.readouterr()
     assert launched(monkeypatch, teacher, workdir, BOTH, stage2__lr=4e-3) == 0

@@ -28,6 +28,19 @@ def test_a_gpu_plan_follows_what_is_computed_again_and_the_dtype():
     assert wide["peak_bytes"] > full["peak_bytes"] and wide["step_seconds"] == 2 * full["step_seconds"]
 
 
+def test_a_gpu_plan_counts_what_an_alignment_keeps():
+    run = RunConfig(teacher=Teacher("Qwen/Qwen2.5-7B-Instruct"), stages=("stage1",))
+
+    def peak(remat):
+        of_run = dataclasses.replace(run, stage1=dataclasses.replace(run.stage1, remat=remat))
+        return planner.make_planner(of_run, {}).topology("h100:4")["stages"][0]["peak_bytes"]
+
+    # 32 rows of 512 tokens over 4 chips; no MLP is aligned.
+    results = 32 * 512 / 4 * 2 * 28 * 9 * 3584
+    assert peak("dots") - peak("full") == pytest.approx(results, rel=1e-6)
+    assert peak("none") > peak("dots")
+
+
 def test_results_that_can_not_be_written_are_told_before_compiling(tmp_path, monkeypatch):
     (tmp_path / "taken").write_text("")
     for name, is_fine in (("out/plans.jsonl", True), ("taken/plans.jsonl", False), (".", False)):

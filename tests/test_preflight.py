@@ -1,5 +1,6 @@
 """The checks before a run: what they find, what they refuse, and that a sound run loses neither time nor files."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -23,6 +24,7 @@ from radlads_jax.config import defaults, validate
 from radlads_jax.distill.program import abstract_state
 from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models import ModelConfig
+from radlads_jax.models.config import RopeScaling
 from radlads_jax.models.tree import path_leaves
 from radlads_jax.porting import model_config_from_hf, read_config, save_params
 from radlads_jax.run import job as job_lib
@@ -114,6 +116,16 @@ def test_rows_beyond_the_teachers_positions(tmp_path, capsys):
     further = long | {"stage2__seq_len": 2048, "stage3__seq_len": 4096, "stage3__tokens": 4096}
     check(make(settings(**further), tmp_path / "other"))
     assert "rows of at most 4,096 tokens" in capsys.readouterr().out
+
+
+def test_rows_within_a_linear_scaling(tmp_path):
+    """Of a teacher whose max_position_embeddings is from before it."""
+    job = make(settings(data__documents=200, stage2__seq_len=4096, stage2__tokens=4096 * 8), tmp_path / "run")
+    assert preflight.positions(job).problem
+    for factor, is_fine in ((2.0, True), (1.5, False)):
+        scaled = dataclasses.replace(job.teacher, rope_scaling=RopeScaling("linear", factor))
+        finding = preflight.positions(dataclasses.replace(job, teacher=scaled))
+        assert bool(finding.problem) != is_fine and f"scaled for up to {factor:g} times as many" in finding.result
 
 
 def test_a_full_disk_is_refused_with_what_is_needed(tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ def align_loss(
             continue
         mixers = Mixers(student_cfg, mixer, mixer_structure(student_cfg, mixer))
         params = student["stacks"][i]["mixer"]
-        if stack.start == student_cfg.first_recurrent_layer:
+        if stack.start == student_cfg.first_recurrent_layer and MIXERS[mixer].shares_values:
             v_first = rematted(mixers.first_values, remat)(params, stack.first().mixer_input(x))
             context = context._replace(v_first=v_first)
         error = rematted(functools.partial(_error, mixers, context, counted), remat)
@@ -75,7 +75,7 @@ class Mixers(NamedTuple):
     def input(self, h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return h.astype(jnp.dtype(self.cfg.dtype))
 
-    def first_values(self, stacked: Params, h: Float[Array, "B T D"]) -> Array | None:
+    def first_values(self, stacked: Params, h: Float[Array, "B T D"]) -> Float[Array, "B T d"]:
         return self.of(jax.tree.map(lambda param: param[0], stacked)).first_values(self.input(h))
 
 

@@ -133,7 +133,7 @@ def _fitted(
             x, _ = stack.scan(functools.partial(visit, None, context), x)
             continue
         own, params = Mixers(student, mixer, mixer_structure(student, mixer)), mixers["stacks"][i]["mixer"]
-        if stack.start == student.first_recurrent_layer:
+        if stack.start == student.first_recurrent_layer and MIXERS[mixer].shares_values:
             context = context._replace(v_first=own.first_values(params, stack.first().mixer_input(x)))
         x, params = stack.scan(functools.partial(visit, own, context), x, params)
         fitted[i] = {"mixer": params}

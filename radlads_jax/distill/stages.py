@@ -129,7 +129,7 @@ def add_stage(name: str, stage: Stage) -> None:
     taken = {other.id: known for known, other in STAGES.items() if known != name}
     if stage.id in taken:
         raise ValueError(f"stage {name!r} has the id {stage.id}, which is {taken[stage.id]}'s; expected its own.")
-    add_recipe(name, stage.recipe)
+    add_recipe(name, stage.recipe, reads_chats=stage.reads_chats)
     STAGES[name] = stage
 
 

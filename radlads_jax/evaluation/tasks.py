@@ -254,8 +254,8 @@ def compare(
         other = (teacher or {}).get(task)
         if other is not None:
             line["teacher"] = other
-            known = None not in (result["score"], other["score"], result["chance"])
-            line["at_floor"] = known and other["score"] - Z * (other["stderr"] or 0) <= result["chance"]
+            known = None not in (result["score"], other["score"], result["chance"], other["stderr"])
+            line["at_floor"] = known and other["score"] - Z * other["stderr"] <= result["chance"]
             known = known and not line["at_floor"]
             line["relative"] = relative_score(result["score"], other["score"], result["chance"]) if known else None
         if control is not None:

@@ -75,11 +75,6 @@ class Mixer(nnx.Module):
             q, k = (heads.rotate(each, size, context.cos, context.sin) for each in (q, k))
         return tuple(heads.by_heads(each, size) for each in (q, k, v))
 
-    def first_values(self, x: Float[Array, "B T D"]) -> Float[Array, "B T d"] | None:
-        """What later layers find as context.v_first where this one is the first recurrent layer; None: nothing."""
-        del x
-        return None
-
 
 class Attention(Mixer):
     """Causal grouped-query attention with RoPE; tokens see their own segment only.

@@ -98,7 +98,7 @@ class Decoder(nnx.Module):
         context, state = make_context(self.cfg, tokens, segment_ids, positions, state)
         x, stack_states = self.embed(tokens), []
         for stack, stack_state in zip(self.walk(), _stack_states(state, self.cfg), strict=True):
-            if stack.start == self.cfg.first_recurrent_layer:
+            if stack.start == self.cfg.first_recurrent_layer and MIXERS[stack.mixer].shares_values:
                 first_values = rematted(lambda layers, x, stack=stack: _first_values(stack.first(layers), x), remat)
                 context = context._replace(v_first=first_values(stack.layers, x))
             x, stack_state = stack.scan(functools.partial(_layer, context), x, stack_state, remat=remat)
@@ -161,7 +161,7 @@ def _layer(context: Context, x, layer: Layer, layer_id, state):
     return layer(x, context, layer_id, state)
 
 
-def _first_values(layer: Layer, x: Float[Array, "B T D"]) -> Float[Array, "B T d"] | None:
+def _first_values(layer: Layer, x: Float[Array, "B T D"]) -> Float[Array, "B T d"]:
     """Computed before the scan, that not every layer's carry holds them."""
     return layer.mixer.first_values(layer.mixer_input(x))
 

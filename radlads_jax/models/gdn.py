@@ -174,10 +174,6 @@ class Gdn(nnx.Module):
         out = (heads.normed(out, self.norm) * gate).astype(x.dtype)
         return self.o(out), None if state is None else {"gdn": final, **windows}
 
-    def first_values(self, x: Float[Array, "B T D"]) -> None:
-        """Nothing is shared with later layers."""
-        del x
-
     def _convolved(self, x: Array, context: Context, state: dict | None) -> tuple[list[Array], dict[str, Array]]:
         """q, k, v [B, T, heads size] after the convolution, and its last inputs."""
         parts = _parts_of(self.cfg)

@@ -139,7 +139,7 @@ class MixerSpec:
     flops(cfg, seq_len): of a token's forward pass through scores or states, beside the matrices.
     bytes_per_column: that a step's backward pass holds for each token and column of r (planning.memory); columns(cfg):
     how many those are.
-    shares_values: later layers read the first one's values (`first_values`).
+    shares_values: later layers find as context.v_first what the first recurrent one's first_values(x) [B, T, d] gives.
     calibrations(cfg): by name, the parts that may begin as the teacher says. calibrated: those that
     config.student.init=calibrated takes, as far as they are there, unless told which.
     obstacles(cfg): why it can not begin from a teacher's softmax layers of these dimensions, by what these have.

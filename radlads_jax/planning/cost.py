@@ -39,9 +39,9 @@ ASSUMPTIONS = (
     _STEPS_ALONE,
 )
 ASSUMPTIONS_UNCOMPILED = (
-    "nothing was compiled: FLOPs are the model's own, with remat full one forward pass computed again, at 40% of the "
-    "peak (in float32, TF32's, of half of it); memory is parameters, optimizer, gradients and teacher as they are "
-    "split, and activations counted by hand.",
+    "nothing was compiled: FLOPs are the model's own, with remat full one forward pass computed again, at "
+    f"{_EFFICIENCY:.0%} of the peak (in float32, TF32's, of half of it); memory is parameters, optimizer, gradients "
+    "and teacher as they are split, and activations counted by hand.",
     _STEPS_ALONE,
 )
 
@@ -124,6 +124,11 @@ def kernel_seconds(chip: Chip, name: str, work: float) -> float:
     if name in _ATTENTION_FLOPS:
         return attention_flops({name: work}) / (_ATTENTION_EFFICIENCY * chip.flops)
     cycles = {name: each for spec in MIXERS.values() if spec.operator for name, each in spec.operator.cycles.items()}
+    if name not in cycles:
+        raise ValueError(
+            f"nothing says how many cycles the kernel {name} takes; expected it in the cycles of a mixer's operator. "
+            "Add it there (pallas_kernels.static_cost measures it)."
+        )
     return chip.kernel_cycles * cycles[name] * work / _KERNEL_COLUMNS / chip.clock
 
 

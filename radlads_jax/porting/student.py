@@ -86,7 +86,7 @@ def _refresh(cfg: ModelConfig, mixer: Params, key: jax.Array, mesh: Mesh | None)
 
 def whole_student(cfg: ModelConfig, base: Params, mixers: Params) -> Params:
     """The student's full tree: `base`, a teacher's in the student's dtype, with these mixers and a head of its own."""
-    kept, _ = split_params(base, lambda path: path not in path_leaves(mixers) and not _in_changed_mixer(cfg, path))
+    kept, _ = split_params(base, lambda path: not _in_changed_mixer(cfg, path))
     student = merge_params(kept, mixers)
     if "head" not in student and not cfg.tie_embeddings:
         student["head"] = {"kernel": base["embed"]["embedding"].T}

@@ -9,7 +9,7 @@ from radlads_jax.reporting.page import amount, charts, digits, none, percent, ta
 from radlads_jax.reporting.run_log import RunLog, number
 
 _SCORES = {"loss": "loss", "top1": "top-1", "kl": "KL", "agreement": "agreement"}
-_ROLES = ("teacher", "student")
+_ROLES = ("teacher", "control", "student")
 _COLORS = {"teacher": 2, "student": 1}
 
 
@@ -18,7 +18,7 @@ def quality(run: RunLog) -> str:
     if not run.summary:
         return none("Measured when the run has finished.")
     rows = []
-    for name in ("teacher", "student"):
+    for name in _ROLES:
         values = run.summary.get(name) or {}
         if values:
             loss_like = {"loss", "kl"}
@@ -65,7 +65,7 @@ def evaluation(scores: dict[str, Any]) -> str:
 
 def _tasks(scores: dict[str, Any], tasks: dict[str, Any]) -> str:
     published = scores.get("published_model")
-    roles = [role for role in ("teacher", "control", "student") if role != "control" or scores.get("control")]
+    roles = [role for role in _ROLES if role != "control" or scores.get("control")]
     columns = ["task", *roles, "relative"]
     columns += ["paper's teacher", "paper's student", "paper's relative"] if published else []
     rows = []
@@ -74,7 +74,7 @@ def _tasks(scores: dict[str, Any], tasks: dict[str, Any]) -> str:
         student, paper = _dict(line.get("student")), _dict(line.get("published"))
         relative = "teacher at the floor" if line.get("at_floor") is True else percent(line.get("relative"))
         cells = [task, *(_score(line, role) for role in roles), relative]
-        cells += [percent(paper.get(key)) for key in (*_ROLES, "relative")] if published else []
+        cells += [percent(paper.get(key)) for key in ("teacher", "student", "relative")] if published else []
         cells += [percent(line.get("chance")), _metric(line), amount(number(student.get("documents")))]
         rows.append([escape(cell) or "-" for cell in cells])
     said = "Relative is (student - chance) / (teacher - chance)."

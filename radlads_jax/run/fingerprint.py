@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from radlads_jax.config import CHAT_STAGES
 from radlads_jax.data.binidx import TokenFile
 from radlads_jax.data.files import identity
 from radlads_jax.porting.safetensors_read import StoredTensor, open_checkpoint
@@ -29,8 +30,6 @@ FILE = "fingerprint.json"
 _SAMPLE_BYTES, _SAMPLES = 1 << 13, 4
 # Of config.json: what a tool writes anew without any effect on the model.
 _IGNORED = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "architectures")
-# Parts that only this stage reads.
-_OF_STAGES = {"chats": "stage2c"}
 _VALUES = 8
 _TOLERANCE = 1e-2
 _ADVICE = {
@@ -50,7 +49,7 @@ def read(workdir: AnyPath) -> dict[str, Any]:
     Not what only a stage reads that has not begun: it may be another.
     """
     parts, settled = written(workdir), settled_stages(workdir)
-    return {part: value for part, value in parts.items() if _OF_STAGES.get(part) in {None, *settled}}
+    return {part: value for part, value in parts.items() if part != "chats" or not CHAT_STAGES.isdisjoint(settled)}
 
 
 def written(workdir: AnyPath) -> dict[str, Any]:

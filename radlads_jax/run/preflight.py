@@ -355,9 +355,9 @@ def _kernels(job: Job) -> Finding:
     result = f"{used} of {jax.device_count()} ({jax.devices()[0].device_kind})"
     mixer = job.student.recurrent_mixer or SOFTMAX
     if (operator := MIXERS[mixer].operator) is not None:
-        # A recurrence's state stands first, [B, H, K, V].
-        state = next(iter(mixer_state(job.student, mixer).values()))
-        head_sizes = state.shape[-2:]
+        # The recurrence's state is [B, H, K, V].
+        states = (state.shape for state in mixer_state(job.student, mixer).values() if len(state.shape) == 4)
+        head_sizes = next(states, ())[-2:]
         run = dispatch.choose(operator.name, operator.implementations, None, head_sizes)
         name = next(name for name, function in operator.implementations.items() if function is run)
         result = f"{operator.name} runs as {name} on {result}"

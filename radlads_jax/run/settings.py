@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from radlads_jax import fields
-from radlads_jax.config import Data, RunConfig, Teacher, defaults, stage_names
+from radlads_jax.config import CHAT_STAGES, Data, RunConfig, Teacher, defaults, stage_names
 from radlads_jax.student import Student
 from radlads_jax.system import storage
 from radlads_jax.system.json_files import read_json
@@ -29,8 +29,8 @@ _FREE_OF_TRAIN = (
     *_SAMPLES,
 )
 _FREE_FIELDS = (*_FREE_OF_TRAIN, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "accumulate", "remat")
-# What only this stage reads, beside its recipe.
-_OF_STAGES = {"data.chats": "stage2c", "data.messages_field": "stage2c", "data.replay": "stage2c"}
+# What only stages of conversations read, beside their recipes.
+_OF_CHATS = ("data.chats", "data.messages_field", "data.replay")
 # Where a run that knows what it depends on by contents may find the same elsewhere.
 _PATH_FIELDS = ("teacher.path", "teacher.revision", "data.path", "data.revision", "data.tokenizer", "data.chats")
 # And what a finished one reads no more.
@@ -58,9 +58,9 @@ def keep_begun_rules(workdir: storage.AnyPath, config: ConfigDict) -> None:
 
     Not those of a stage that has not begun, whose recipe is free.
     """
-    begun, settled = _begun_settings(workdir), {None, *settled_stages(workdir)}
+    begun, settled = _begun_settings(workdir), settled_stages(workdir)
     for name, (group, field) in fields.following(config).items():
-        if name in begun and _stage_of(name) in settled:
+        if name in begun and _is_read_by(settled, name):
             group[field] = begun[name]
 
 
@@ -135,7 +135,7 @@ def check_same_config(workdir: storage.AnyPath, config: dict) -> list[str]:
     has_contents = (workdir / "fingerprint.json").exists()
     changed = _changed(begun, config, except_for=by_contents if has_contents else ())
     settled = settled_stages(workdir)
-    refused = [name for name in changed if _stage_of(name) in {None, *settled}]
+    refused = [name for name in changed if _is_read_by(settled, name)]
     old = list(begun.get("config.stages", RunConfig().stages))
     new = list(config.get("stages", RunConfig().stages))
     trained = _last(old, settled)
@@ -146,7 +146,7 @@ def check_same_config(workdir: storage.AnyPath, config: dict) -> list[str]:
             f"{workdir} holds a run with other settings: {'; '.join(changed[n] for n in refused[:10])}. Repeat its "
             "settings to continue it, or choose another --workdir."
         )
-    told = [words for name, words in changed.items() if _stage_of(name) in {None, *new}]
+    told = [words for name, words in changed.items() if _is_read_by(new, name)]
     kept = begun_stages(workdir)
     if told and (lost := [stage for stage in trained_stages(workdir) or [] if stage not in kept]):
         raise ValueError(
@@ -168,10 +168,12 @@ def _changed(begun: dict[str, Any], config: dict, except_for: Collection[str]) -
     return {n: f"{n} was {old.get(n)!r} and is now {new.get(n)!r}" for n in names if old.get(n) != new.get(n)}
 
 
-def _stage_of(setting: str) -> str | None:
-    """The stage that alone reads a setting, which is named in full; None where the whole run does."""
+def _is_read_by(stages: Collection[str], setting: str) -> bool:
+    """Whether one of these stages reads a setting, which is named in full, or the whole run does."""
+    if setting.removeprefix("config.") in _OF_CHATS:
+        return not CHAT_STAGES.isdisjoint(stages)
     group = setting.split(".")[1]
-    return group if group in stage_names() else _OF_STAGES.get(setting.removeprefix("config."))
+    return group not in stage_names() or group in stages
 
 
 def _with_whole_paths(settings: dict) -> dict:

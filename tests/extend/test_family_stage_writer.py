@@ -124,6 +124,26 @@ def test_a_stage_may_count_its_own_flops(teacher_dir, monkeypatch):
     assert of_trained != model_flops(teacher, teacher, mixers_alone.NAME, 16) == 80.0
 
 
+def test_a_stage_may_read_conversations(teacher_dir, tmp_path):
+    """Then config.data.chats is its, which no other stage reads."""
+    name, stage = "mixers_on_chats", mixers_alone.STAGE._replace(id=70_002, reads_chats=True)
+    add_stage(name, stage)
+    try:
+        settings = tiny_run.settings(teacher_dir, "rad_rwkv6", {name: 1})
+        chosen = config.defaults()
+        chosen.update_from_flattened_dict(settings)
+        with pytest.raises(ValueError, match=r"config\.data\.chats .* mixers_on_chats or stage2c"):
+            config.validate(chosen)
+        chosen.update_from_flattened_dict({"data.chats": "talk.jsonl"})
+        assert config.validate(chosen).data.chats == "talk.jsonl"
+        chosen.stages = ("stage1",)
+        with pytest.raises(ValueError, match=r"config\.data\.chats .* nothing elsewhere"):
+            config.validate(chosen)
+    finally:
+        del STAGES[name], config._ADDED[name]
+        config.CHAT_STAGES.discard(name)
+
+
 def test_the_writer_writes_its_own_format(finished, tmp_path):
     workdir, _ = finished
     target = export_again(workdir / "export", tmp_path / "plain", writer="plain")
@@ -135,6 +155,8 @@ def test_the_writer_writes_its_own_format(finished, tmp_path):
         np.testing.assert_array_equal(value, leaves[name])
     assert json.loads((target / "config.json").read_text())["mixer"] == "rad_rwkv6"
     assert (target / "tokenizer.json").is_file()
+    # Nobody is told to load it by transformers.
+    assert "AutoModelForCausalLM" not in (target / "README.md").read_text()
 
 
 def test_what_it_has_no_place_for_is_told_before_anything_is_written(tmp_path):

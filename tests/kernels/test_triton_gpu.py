@@ -328,6 +328,14 @@ def test_dispatch_takes_a_tpu_kernel_for_its_head_sizes(sizes, chosen, monkeypat
     assert dispatch.choose("wkv7", implementations, None, sizes)() == chosen
 
 
+def test_dispatch_of_an_operation_with_few_implementations():
+    """As a stranger's begins: a reference alone, or a kernel for another backend."""
+    of_name = {name: lambda name=name: name for name in ("pallas_tpu", "reference")}
+    assert dispatch.choose("leaky", of_name, None, (16, 16))() == "reference"
+    with pytest.raises(ValueError, match=r"leaky has \['pallas_tpu'\], of which none runs on cpu; expected 'chunked'"):
+        dispatch.choose("leaky", {"pallas_tpu": of_name["pallas_tpu"]}, None, (64, 64))
+
+
 if __name__ == "__main__":
     round_as_tensor_cores_do()
     with triton_call.running(interpret):

@@ -21,6 +21,19 @@ PARTS = {
 }
 
 
+def test_a_norm_keeps_no_scale_of_every_token():
+    """What its backward pass finds stored: an array of the rows' size for the norm itself, and one for the scale."""
+    norm = RMSNorm(64, dataclasses.replace(CFG, dtype="bfloat16"), zero_centred=False)
+    graph, params = nnx.split(norm)
+    x = jnp.ones((4, 128, 64), jnp.bfloat16)
+
+    def kept(params, x):
+        return jax.vjp(lambda params, x: nnx.merge(graph, params)(x), params, x)[1]
+
+    wide = [leaf for leaf in jax.tree.leaves(jax.eval_shape(kept, params, x)) if leaf.shape == x.shape]
+    assert sum(leaf.dtype == jnp.bfloat16 for leaf in wide) == 1
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_gradients_are_summed_over_tokens_in_float32(name):
     """16,384 tokens in bfloat16 whose gradients have one sign: sums of that dtype stop growing."""

@@ -10,6 +10,8 @@ from radlads_jax.models.tree import ParamPath
 from radlads_jax.porting.safetensors_write import PlannedTensor
 from radlads_jax.system.storage import AnyPath
 
+_USE = "## Use\n\nradlads_jax wrote this directory in a format for other programs; they say how they read it."
+
 
 def _nothing(cfg: ModelConfig, directory: AnyPath | None) -> list[str]:
     """No obstacle."""
@@ -25,9 +27,9 @@ class Writer:
     format has no place for, or its readers would compute otherwise. expected: what a model without obstacles is.
     tensors(parameters by path, cfg, dtype), config(cfg, base config.json), files(cfg): what is written.
     written(cfg): the model that a reader of it finds, which computes the same.
-    use(cfg): the model card's section on how to use it; "" where the files' own code is run. readers(cfg): of engines
-    that load the format, why they do not load this model as it is written; nothing where they do. forms: the format as
-    one engine reads it, by the engine's name.
+    use(cfg): the model card's section on how to use it; "" where transformers runs the files' own code. readers(cfg):
+    of engines that load the format, why they do not load this model as it is written; nothing where they do. forms: the
+    format as one engine reads it, by the engine's name.
     """
 
     name: str
@@ -37,7 +39,7 @@ class Writer:
     obstacles: Callable[[ModelConfig, AnyPath | None], list[str]] = _nothing
     expected: str = "any model"
     written: Callable[[ModelConfig], ModelConfig] = lambda cfg: cfg
-    use: Callable[[ModelConfig], str] = lambda cfg: ""
+    use: Callable[[ModelConfig], str] = lambda cfg: _USE
     readers: Callable[[ModelConfig], dict[str, list[str]]] = lambda cfg: {}
     forms: Mapping[str, "Writer"] = dataclasses.field(default_factory=dict)
 

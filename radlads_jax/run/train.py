@@ -1,4 +1,4 @@
-"""The only loop and all of its I/O: stage after stage, resumable at any step, then its ending."""
+"""The training loop and all of its I/O: stage after stage, resumable at any step, then its ending."""
 
 import dataclasses
 import functools

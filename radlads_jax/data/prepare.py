@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from radlads_jax.data.binidx import TokenFile, TokenFileWriter, open_token_file
 from radlads_jax.data.sources import Source, documents, files_left_out, fingerprint
 from radlads_jax.data.tokenise import BatchTokenizer, Framing, tokenised
-from radlads_jax.system.storage import AnyPath, as_path, children, in_bucket, read_text, write_text
+from radlads_jax.system.json_files import write_json
+from radlads_jax.system.storage import AnyPath, as_path, children, in_bucket, read_text
 from radlads_jax.system.untrusted import listed, parse_json
 
 
@@ -119,7 +120,7 @@ def made_from(token_file: TokenFile) -> dict[str, Any]:
 
 def publish_recipe(prefix: AnyPath, recipe: dict[str, Any]) -> None:
     """Writes what a token file was made from beside it, and removes what was begun of others there."""
-    write_text(_beside(prefix), json.dumps(recipe, indent=1) + "\n")
+    write_json(_beside(prefix), recipe, indent=1)
     _remove_unfinished(prefix)
 
 

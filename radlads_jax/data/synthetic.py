@@ -1,6 +1,5 @@
 """The project's own language: readable little tales that can only be predicted with a memory."""
 
-import json
 import os
 import random
 from collections.abc import Iterator, Mapping
@@ -8,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from radlads_jax.data.tales import PASSAGES, Span, Tale, ask, begin, scene, tell
+from radlads_jax.system.json_files import write_json
 from radlads_jax.system.storage import as_path, write_text
 
 TRAIN_SEED = 0
@@ -124,4 +124,4 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike) -> None:
         "model_max_length": 131072,
         "chat_template": _CHAT_TEMPLATE,
     }
-    write_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_json(directory / "tokenizer_config.json", config)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.safetensors_write import PlannedTensor, plan_files, write_file, write_index
 from radlads_jax.porting.tokenizer_files import write_tokenizer
 from radlads_jax.porting.writers import writer_for
+from radlads_jax.system.json_files import write_json
 from radlads_jax.system.storage import AnyPath, as_path, children, copy_file, empty, in_bucket, write_text
 
 _GENERATION_CONFIG = "generation_config.json"
@@ -93,7 +93,7 @@ def save_params(
                 write_text(partial / MODEL_CARD, model_card)
             _write_generation_config(partial, generation_config, tokenizer_from, base_config)
             # Last: by this file one knows a model.
-            _write_json(partial / "config.json", config)
+            write_json(partial / "config.json", config, ascii_only=False)
     else:
         _take_part(files)
     if jax.process_count() > 1:
@@ -209,8 +209,4 @@ def _write_generation_config(
         config = {key: base[key] for key in ids if base.get(key) is not None}
     # An empty one would hide config.json's.
     if config:
-        _write_json(target / _GENERATION_CONFIG, config)
-
-
-def _write_json(path: AnyPath, value: dict[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        write_json(target / _GENERATION_CONFIG, config, ascii_only=False)

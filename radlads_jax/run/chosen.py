@@ -11,6 +11,7 @@ from typing import Any
 
 from radlads_jax.config import RunConfig
 from radlads_jax.system import hosts, storage
+from radlads_jax.system.json_files import write_json
 from radlads_jax.system.storage import AnyPath
 from radlads_jax.system.untrusted import brief, parse_json
 
@@ -60,8 +61,7 @@ def write(workdir: AnyPath, run: RunConfig, choice: Mapping[str, Any], count: in
     """Writes DIR/choice.json whole or not at all; the first host does."""
     if hosts.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**choice, "of run": _identity(run, count, depends)}, indent=1)
-        storage.write_text(workdir / FILE, text + "\n")
+        write_json(workdir / FILE, {**choice, "of run": _identity(run, count, depends)}, indent=1)
     hosts.barrier()
 
 

@@ -12,7 +12,7 @@ from radlads_jax import fields
 from radlads_jax.config import Data, RunConfig, Teacher, defaults, stage_names
 from radlads_jax.student import Student
 from radlads_jax.system import storage
-from radlads_jax.system.json_files import read_json
+from radlads_jax.system.json_files import read_json, write_json
 from radlads_jax.system.untrusted import brief
 
 # What may differ between a run and its continuation: none of it changes the result, but for the rounding of sums.
@@ -194,7 +194,7 @@ def names_others(workdir: storage.AnyPath, run: RunConfig) -> bool:
 def remember_config(workdir: storage.AnyPath, config: dict) -> None:
     """Writes DIR/config.json."""
     workdir.mkdir(parents=True, exist_ok=True)
-    storage.write_text(workdir / "config.json", json.dumps(config, indent=2) + "\n")
+    write_json(workdir / "config.json", config)
 
 
 def flat_settings(settings: dict, where: str = "config") -> dict[str, Any]:

@@ -24,8 +24,8 @@ from radlads_jax.run import heldout
 from radlads_jax.run.display import Bar, Lines, show
 from radlads_jax.run.job import Job
 from radlads_jax.run.teacher_weights import TeacherWeights
-from radlads_jax.system import hosts, storage
-from radlads_jax.system.json_files import read_json
+from radlads_jax.system import hosts
+from radlads_jax.system.json_files import read_json, write_json
 from radlads_jax.system.stopping import Interrupted
 from radlads_jax.system.untrusted import brief
 
@@ -186,7 +186,7 @@ def _write(job: Job, name: str, trials: list[dict[str, Any]]) -> None:
         job.workdir.mkdir(parents=True, exist_ok=True)
         own = {"of run": _identity(job, name), "steps": job.run.stage(name).trial_steps, "trials": trials}
         stages = _stages(job) | {name: own}
-        storage.write_text(job.workdir / _FILE, json.dumps(stages, indent=1) + "\n")
+        write_json(job.workdir / _FILE, stages, indent=1)
     hosts.barrier()
 
 

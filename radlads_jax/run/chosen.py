@@ -4,14 +4,12 @@ They are chosen once (run/choosing.py). A continuation reads them; one without t
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from radlads_jax.config import RunConfig
 from radlads_jax.system import hosts, storage
-from radlads_jax.system.json_files import write_json
+from radlads_jax.system.json_files import digest, write_json
 from radlads_jax.system.storage import AnyPath
 from radlads_jax.system.untrusted import brief, parse_json
 
@@ -71,4 +69,4 @@ def _identity(run: RunConfig, count: int, depends: Mapping[str, Any]) -> str:
     rows = [(name, recipe.seq_len) for name, recipe in run.recipes.items()][:1]
     told = [count, run.seed, data, rows, run.train.eval_batch_size, run.student.mixer, run.student.options]
     contents = {name: depends.get(name) for name in ("teacher", "tokenizer", "data")}
-    return hashlib.sha256(json.dumps([repr(told), contents], sort_keys=True).encode()).hexdigest()[:16]
+    return digest([repr(told), contents])

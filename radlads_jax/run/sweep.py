@@ -5,8 +5,6 @@ favour high rates: of two that are as good as each other take the lower one for 
 """
 
 import dataclasses
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable
@@ -25,7 +23,7 @@ from radlads_jax.run.display import Bar, Lines, show
 from radlads_jax.run.job import Job
 from radlads_jax.run.teacher_weights import TeacherWeights
 from radlads_jax.system import hosts
-from radlads_jax.system.json_files import read_json, write_json
+from radlads_jax.system.json_files import digest, read_json, write_json
 from radlads_jax.system.stopping import Interrupted
 from radlads_jax.system.untrusted import brief
 
@@ -151,8 +149,7 @@ def _identity(job: Job, name: str) -> str:
     rows = (job.eval_tokens, run.data.cross_document, run.data.replay)
     told = (run.seed, run.stages, softened, job.student, run.student, run.optim, recipe, rows, RATE_FACTORS)
     depends = {part: job.depends.get(part) for part in ("teacher", "tokenizer", "data", "chats", "logits")}
-    text = json.dumps([repr(told), depends], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest([repr(told), depends])
 
 
 def _read(job: Job, name: str, *, begun: bool) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
-"""Files that hold one JSON object: read within bounds, written whole."""
+"""Files that hold one JSON object: read within bounds, written whole, told by a short hash."""
 
+import hashlib
 import json
 import re
 import shlex
@@ -33,6 +34,11 @@ def read_json(path: AnyPath, advice: str = "Download the file again.") -> dict[s
 def write_json(path: AnyPath, value: Mapping[str, Any], *, indent: int = 2, ascii_only: bool = True) -> None:
     """Writes a file's JSON object, whole or not at all. ascii_only: what is beyond ASCII is escaped."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=ascii_only) + "\n")
+
+
+def digest(value: Any) -> str:
+    """A short hash of what JSON can say, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def refuse_pointer(path: AnyPath, beginning: bytes) -> None:

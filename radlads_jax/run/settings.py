@@ -15,7 +15,9 @@ from radlads_jax.system import storage
 from radlads_jax.system.json_files import read_json, write_json
 from radlads_jax.system.untrusted import brief
 
-# What may differ between a run and its continuation: none of it changes the result, but for the rounding of sums.
+# Of a recipe what changes no result, but for the rounding of sums; a recipe that is told without it has these.
+FREE_OF_RECIPES: dict[str, Any] = {"accumulate": 1, "remat": "full"}
+# What may differ between a run and its continuation: none of it changes the result either.
 _SAMPLES = ("sample_prompts", "sample_tokens", "answer_tales")
 _FREE_OF_TRAIN = (
     "log_every",
@@ -28,7 +30,7 @@ _FREE_OF_TRAIN = (
     "wandb_project",
     *_SAMPLES,
 )
-_FREE_FIELDS = (*_FREE_OF_TRAIN, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "accumulate", "remat")
+_FREE_FIELDS = (*_FREE_OF_TRAIN, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", *FREE_OF_RECIPES)
 # What only this stage reads, beside its recipe.
 _OF_STAGES = {"data.chats": "stage2c", "data.messages_field": "stage2c", "data.replay": "stage2c"}
 # Where a run that knows what it depends on by contents may find the same elsewhere.

@@ -21,6 +21,7 @@ from radlads_jax.models.tree import merge_params, split_params
 from radlads_jax.run import heldout
 from radlads_jax.run.display import Bar, Lines, show
 from radlads_jax.run.job import Job
+from radlads_jax.run.settings import FREE_OF_RECIPES
 from radlads_jax.run.teacher_weights import TeacherWeights
 from radlads_jax.system import hosts
 from radlads_jax.system.json_files import digest, read_json, write_json
@@ -144,7 +145,7 @@ def _trained(
 
 def _identity(job: Job, name: str) -> str:
     """Of what the trials depend on."""
-    run, recipe = job.run, dataclasses.replace(job.run.stage(name), accumulate=1, remat="full")
+    run, recipe = job.run, dataclasses.replace(job.run.stage(name), **FREE_OF_RECIPES)
     softened = (run.teacher.dtype, run.teacher.temperature, run.teacher.top_k)
     rows = (job.eval_tokens, run.data.cross_document, run.data.replay)
     told = (run.seed, run.stages, softened, job.student, run.student, run.optim, recipe, rows, RATE_FACTORS)

@@ -12,7 +12,7 @@ from radlads_jax.data.chat_template import Message, chat_text, check_text
 from radlads_jax.decoding.loop import unrolled
 from radlads_jax.models import ModelConfig, init_state
 from radlads_jax.models.config import SOFTMAX
-from radlads_jax.models.decoder import Params
+from radlads_jax.models.tree import Params
 from radlads_jax.porting import (
     check_tokenizer,
     load_params,

@@ -18,8 +18,8 @@ from pallas_kernels.linear_loss import linear_kl
 from pallas_kernels.sharded import constrain
 from radlads_jax.evaluation.probes import Example
 from radlads_jax.models import ModelConfig, bind, sharding
-from radlads_jax.models.decoder import Params
 from radlads_jax.models.swapped import Inputs, hidden_from, layer_inputs
+from radlads_jax.models.tree import Params
 from radlads_jax.models.window import WindowOptions
 
 Batch = Mapping[str, np.ndarray]

@@ -9,9 +9,10 @@ from typing import Any
 
 from radlads_jax.distill.stages import stage_losses
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.decoder import Params, abstract_params
+from radlads_jax.models.decoder import abstract_params
 from radlads_jax.models.mixers import mixer_titles
 from radlads_jax.models.placement import shardings
+from radlads_jax.models.tree import Params
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params

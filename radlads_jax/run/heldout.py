@@ -22,7 +22,7 @@ from radlads_jax.decoding.loop import generate_greedy
 from radlads_jax.decoding.text_stream import text_after
 from radlads_jax.distill.losses import Batch, next_tokens, read_rows
 from radlads_jax.models import ModelConfig, bind, sharding
-from radlads_jax.models.decoder import Params
+from radlads_jax.models.tree import Params
 from radlads_jax.models.window import untrained_control
 from radlads_jax.run.answers import answer_scores, answers_table
 from radlads_jax.run.job import Job

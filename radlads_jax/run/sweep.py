@@ -16,8 +16,7 @@ from rich.table import Table
 from radlads_jax.config import RATE_FACTORS, fitting_warmup
 from radlads_jax.distill.program import StagePlan, create_state, make_step
 from radlads_jax.models import sharding
-from radlads_jax.models.decoder import Params
-from radlads_jax.models.tree import merge_params, split_params
+from radlads_jax.models.tree import Params, merge_params, split_params
 from radlads_jax.run import heldout
 from radlads_jax.run.display import Bar, Lines, show
 from radlads_jax.run.job import Job

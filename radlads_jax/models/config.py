@@ -158,7 +158,8 @@ class ModelConfig:
         outside = [i for i in attention_layers if not 0 <= i < self.num_layers]
         if outside:
             raise ValueError(
-                f"student.attention_layers holds {outside}, but the teacher's layers are 0 to {self.num_layers - 1}."
+                f"config.student.attention_layers holds {outside}, but the teacher's layers are 0 to "
+                f"{self.num_layers - 1}."
             )
         self._require_softmax(attention_layers)
         assert self.recurrent_mixer in (None, mixer), "one model has one recurrent mixer"

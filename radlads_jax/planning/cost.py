@@ -39,9 +39,9 @@ ASSUMPTIONS = (
     _STEPS_ALONE,
 )
 ASSUMPTIONS_UNCOMPILED = (
-    "nothing was compiled: FLOPs are the model's own, with remat full one forward pass computed again, at 40% of the "
-    "peak (in float32, TF32's, of half of it); memory is parameters, optimizer, gradients and teacher as they are "
-    "split, and activations counted by hand.",
+    "nothing was compiled: FLOPs are the model's own, with remat full one forward pass computed again, at "
+    f"{_EFFICIENCY:.0%} of the peak (in float32, TF32's, of half of it); memory is parameters, optimizer, gradients "
+    "and teacher as they are split, and activations counted by hand.",
     _STEPS_ALONE,
 )
 

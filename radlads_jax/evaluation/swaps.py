@@ -108,11 +108,6 @@ class Swaps:
         self._placed = [[self._on_devices(batch) for batch in kind] for kind in (rows.texts, rows.prompts)]
         self._teacher = [self._pass(_inputs, batch, nowhere).hidden for batch in self._placed[0]]
 
-    @property
-    def batches(self) -> int:
-        """Passes that one measurement takes."""
-        return len(self.rows.texts) + len(self.rows.prompts)
-
     def flipped(self, windowed: Bool[np.ndarray, " L"], layers: Sequence[int]) -> tuple[Measured, list[Measured]]:
         """With these windows, and with each of the layers alone changed from window to whole or the other way."""
         texts = [self._batch(batch, windowed, layers, i) for i, batch in enumerate(self._placed[0])]

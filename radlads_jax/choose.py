@@ -6,7 +6,6 @@ Prints every layer's figures; --out gets choice.json and a picture, choice.svg. 
 --config.student.attention_layers=auto:N.
 """
 
-import json
 import time
 from typing import Any
 
@@ -18,6 +17,7 @@ from radlads_jax.models.window import WindowOptions
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.reporting.bars import layers_picture
 from radlads_jax.system import backend, command, storage, terminal
+from radlads_jax.system.json_files import write_json
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -75,7 +75,7 @@ def main(values: flags.FlagValues) -> None:
     console.print(table(choice))
     console.print(f"{said(choice)}. {choice['passes']:,} passes of {sizes.batch_size} rows in {seconds:,.0f} s.")
     if out is not None:
-        storage.write_text(out / "choice.json", json.dumps(choice, indent=1) + "\n")
+        write_json(out / "choice.json", choice, indent=1)
         storage.write_text(out / "choice.svg", layers_picture(choice["single"], choice["layers"], choice["warning"]))
 
 

@@ -8,7 +8,6 @@ is found before something fails is in evaluation.partial.json there.
 """
 
 import dataclasses
-import json
 import logging
 from typing import Any
 
@@ -31,6 +30,7 @@ from radlads_jax.evaluation.task_checks import check_tasks
 from radlads_jax.evaluation.task_code import check_task_code
 from radlads_jax.evaluation.tasks import SUITE_NAME, compare, expand_tasks, load_tasks
 from radlads_jax.system import backend, command, storage
+from radlads_jax.system.json_files import write_json
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -110,7 +110,7 @@ def main(values: flags.FlagValues) -> None:
         kl = {role: measured.kl for role, measured in by_role.items() if measured.kl}
         result["kl"] = {"sizes": dataclasses.asdict(completion_sizes(values)), "models": kl}
     page = as_markdown(result)
-    storage.write_text(directory / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    write_json(directory / "evaluation.json", result)
     storage.write_text(directory / "evaluation.md", page)
     partial.unlink(missing_ok=True)
     print(page)

@@ -18,7 +18,7 @@ from pallas_kernels.shared.triton_chunk import chunk_decay, invert_unit_lower, j
 from pallas_kernels.shared.triton_states import through_state
 
 P, INVERSE = (tl.constexpr(index) for index in range(2))
-D_KK, D_QK = (tl.constexpr(index) for index in range(2))
+_D_KK, _D_QK = (tl.constexpr(index) for index in range(2))
 
 
 @jit
@@ -234,8 +234,8 @@ def pair_gradients(
     d_kk = tl.where(strict, d_kk * decay, 0.0)
     d_qk = d_qk * decay
     base = d_inner + chunk * 2 * C * C + row[:, None] * C + row[None, :]
-    tl.store(base + D_KK * C * C, (d_kk * weight[None, :]).to(dtype))
-    tl.store(base + D_QK * C * C, (d_qk * weight[None, :]).to(dtype))
+    tl.store(base + _D_KK * C * C, (d_kk * weight[None, :]).to(dtype))
+    tl.store(base + _D_QK * C * C, (d_qk * weight[None, :]).to(dtype))
     kk, qk = _key_products(q, k, batch, group, token, T, G, K, C, BLOCK, PRECISION)
     of_pairs = tl.where(strict, d_kk * kk + d_qk * qk, 0.0)
     itself = tl.sum(tl.where(row[:, None] == row[None, :], d_qk * qk, 0.0), axis=0)
@@ -289,11 +289,11 @@ def key_gradients(
         from_start += tl.sum(query * grad_q + key * grad_k, axis=1)
         from_end += tl.sum(key * into, axis=1)
         grad_k += into * (weight * rest)[:, None]
-        pairs = tl.load(base + D_QK * C * C)
+        pairs = tl.load(base + _D_QK * C * C)
         grad_q = tl.dot(pairs, key, acc=grad_q, input_precision=PRECISION)
         put(d_q, grad_q, batch, head, token[:, None], at, T, H, K)
         grad_k = tl.dot(tl.trans(pairs), query, acc=grad_k, input_precision=PRECISION)
-        pairs = tl.load(base + D_KK * C * C)
+        pairs = tl.load(base + _D_KK * C * C)
         grad_k = tl.dot(pairs, key, acc=grad_k, input_precision=PRECISION)
         grad_k = tl.dot(tl.trans(pairs), key, acc=grad_k, input_precision=PRECISION)
         put(d_k, grad_k, batch, head, token[:, None], at, T, H, K)

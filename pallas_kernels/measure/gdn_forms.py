@@ -13,12 +13,11 @@ def plain_chunked(
     log_g: jax.Array,
     beta: jax.Array,
     chunk_size: int = _CHUNK_SIZE,
-    solve: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Line for line as in transformers 5 (qwen3_5): float32, all chunks' systems at once, then a loop over chunks.
 
     T is a whole number of chunks; q is scaled already. JAX's own gradient. The systems are inverted row by row, as
-    transformers does for export; `solve` takes two triangular solves, as it does else, which XLA has no fast form of.
+    transformers does for export; the triangular solves that it does else have no fast form in XLA.
     """
     (batch, length, heads, value_size), key_size = v.shape, q.shape[-1]
     q, k = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (q, k))
@@ -34,15 +33,8 @@ def plain_chunked(
     pairwise_decay = jnp.exp(jnp.where(upper, -jnp.inf, gap))
     ut_system = (k_beta @ jnp.swapaxes(key, -1, -2)) * pairwise_decay
     intra_chunk = (query @ jnp.swapaxes(key, -1, -2)) * pairwise_decay
-    decayed_k_beta = k_beta * jnp.exp(cum_decay)[..., None]
-    if solve:
-        new_values, k_cumdecay = (
-            jax.scipy.linalg.solve_triangular(ut_system, x, lower=True, unit_diagonal=True)
-            for x in (v_beta, decayed_k_beta)
-        )
-    else:
-        inverse = _substituted(-jnp.tril(ut_system, -1))
-        new_values, k_cumdecay = inverse @ v_beta, inverse @ decayed_k_beta
+    inverse = _substituted(-jnp.tril(ut_system, -1))
+    new_values, k_cumdecay = inverse @ v_beta, inverse @ (k_beta * jnp.exp(cum_decay)[..., None])
     query = query * jnp.exp(cum_decay)[..., None]
     key = key * jnp.exp(cum_decay[..., -1:] - cum_decay)[..., None]
     chunk_decay = jnp.exp(cum_decay[..., -1])[..., None, None]

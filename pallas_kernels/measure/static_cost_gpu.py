@@ -46,7 +46,7 @@ class _Cost(NamedTuple):
 
 
 def launches(
-    operation: str, B: int, T: int, H: int, K: int, dtype: str = "bfloat16", segments: bool = True
+    operation: str, B: int, T: int, H: int, K: int, dtype: str = "bfloat16"
 ) -> tuple[list[Launch], list[Launch]]:
     """The kernels that forward and backward call, in order, for [B,T,H,K] of `dtype` with decays in float32."""
     function, names = _OPERATIONS[operation]
@@ -57,7 +57,7 @@ def launches(
         for name in names
     }
     state = jax.ShapeDtypeStruct((B, H, K, K), jnp.float32)
-    ids = jax.ShapeDtypeStruct((B, T), jnp.int32) if segments else None
+    ids = jax.ShapeDtypeStruct((B, T), jnp.int32)
     seen: list[Launch] = []
     forward: list[Launch] = []
 
@@ -65,7 +65,7 @@ def launches(
         seen.append(launch)
         return [jnp.zeros(output.shape, output.dtype) for output in launch.outputs]
 
-    def both(inputs: dict[str, jax.Array], state: jax.Array, ids: jax.Array | None) -> Any:
+    def both(inputs: dict[str, jax.Array], state: jax.Array, ids: jax.Array) -> Any:
         def call(inputs: dict[str, jax.Array], state: jax.Array) -> Any:
             return function(**inputs, initial_state=state, segment_ids=ids, implementation="triton_gpu")
 

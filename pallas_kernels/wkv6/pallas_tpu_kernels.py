@@ -1,6 +1,6 @@
 """The forward and the backward kernel of wkv6 on TPU, for lists of heads: one list per step, so that heads overlap.
 
-Exponents are those of `chunked.levels`, the last two from the chunk's start and to its end. A level's array serves
+Exponents are those of `levels`, the last two from the chunk's start and to its end. A level's array serves
 twice: X holds decayed receptances in the later of two neighbouring spans and decayed keys in the earlier one, so that
 X X^T has all of the level's pairs and, with D = dO V^T + V dO^T under the level's mask, D X has the gradients of both.
 States are kept transposed, [V,K]: a decay is then one row, as everything else that belongs to key channels.

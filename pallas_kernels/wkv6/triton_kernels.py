@@ -1,6 +1,6 @@
 """The Triton kernels of wkv6, forward and backward; the pass over chunks is `shared.triton_states.pass_states`.
 
-Decays of -5 a token make e^-G too large to split off. As in `wkv6.chunked` every pair of tokens is served at one level:
+Decays of -5 a token make e^-G too large to split off. As in `wkv6.levels` every pair of tokens is served at one level:
 in groups of eight, with exponents counted from the group's middle; all others where a boundary between two spans of
 8, 16, ... tokens comes between them, with both exponents counted from that boundary and so never positive.
 Sequences are [B,T,H,D], stored states [B,H,N,V,K]. Products are of the sequences' dtype, or for float32 of PRECISION;

@@ -25,7 +25,7 @@ from pallas_kernels.shared.triton_chunk import (
 from pallas_kernels.shared.triton_states import through_state
 
 AK, RB, RK, INVERSE = (tl.constexpr(index) for index in range(4))
-D_AB, D_AK, D_RB, D_RK = (tl.constexpr(index) for index in range(4))
+_D_AB, _D_AK, _D_RB, _D_RK = (tl.constexpr(index) for index in range(4))
 
 
 @jit
@@ -188,10 +188,10 @@ def pair_gradients(
     lower = together & (row[:, None] >= row[None, :])
     strict = together & (row[:, None] > row[None, :])
     base = d_inner + chunk * 4 * C * C + row[:, None] * C + row[None, :]
-    tl.store(base + D_AB * C * C, tl.where(strict, d_ab, 0.0).to(dtype))
-    tl.store(base + D_AK * C * C, tl.where(strict, d_ak, 0.0).to(dtype))
-    tl.store(base + D_RB * C * C, tl.where(lower, d_rb, 0.0).to(dtype))
-    tl.store(base + D_RK * C * C, tl.where(lower, d_rk, 0.0).to(dtype))
+    tl.store(base + _D_AB * C * C, tl.where(strict, d_ab, 0.0).to(dtype))
+    tl.store(base + _D_AK * C * C, tl.where(strict, d_ak, 0.0).to(dtype))
+    tl.store(base + _D_RB * C * C, tl.where(lower, d_rb, 0.0).to(dtype))
+    tl.store(base + _D_RK * C * C, tl.where(lower, d_rk, 0.0).to(dtype))
 
 
 @jit
@@ -246,8 +246,8 @@ def key_gradients(
     through_end += from_state * tl.load(decay + chunk * 2 * K + key)
 
     base = d_inner + chunk * 4 * C * C + row[:, None] * C + row[None, :]
-    pairs = tl.load(base + D_AB * C * C)
-    others = tl.load(base + D_AK * C * C)
+    pairs = tl.load(base + _D_AB * C * C)
+    others = tl.load(base + _D_AK * C * C)
     a_decay = tl.exp(x - decays)
     a_in = (tile(a, batch, head, token, at, T, H, K) * a_decay).to(dtype)
     grad_a = tl.where(in_head, grad_a * to_middle, 0.0)
@@ -258,8 +258,8 @@ def key_gradients(
     from_a = a_in * grad_a
     put(d_a, grad_a * a_decay, batch, head, token, at, T, H, K)
 
-    pairs = tl.load(base + D_RB * C * C)
-    others = tl.load(base + D_RK * C * C)
+    pairs = tl.load(base + _D_RB * C * C)
+    others = tl.load(base + _D_RK * C * C)
     r_in = (tile(r, batch, head, token, at, T, H, K) * shrink).to(dtype)
     grad_r = tl.where(in_head, grad_r * to_middle, 0.0)
     grad_r = tl.dot(pairs, b_in, acc=grad_r, input_precision=PRECISION)

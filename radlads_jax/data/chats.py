@@ -11,7 +11,6 @@ the two can not part.
 import dataclasses
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ from radlads_jax.data.chat_template import (
 from radlads_jax.data.packing import Batch, PackedRows
 from radlads_jax.data.prepare import made_before, publish_recipe, tokenizer_hash, tokens_bar
 from radlads_jax.data.sources import Source, fingerprint, json_records
+from radlads_jax.system.json_files import digest
 from radlads_jax.system.storage import AnyPath
 from radlads_jax.system.untrusted import brief, listed
 
@@ -88,10 +88,10 @@ def prepare_chats(path: str, messages_field: str, tokenizer: Any, cache_dir: Any
         "template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
         "vocab_size": vocab_size,
     }
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    if there := made_before(cache_dir, digest):
+    name = digest(recipe)
+    if there := made_before(cache_dir, name):
         return open_token_file(there)
-    prefix = cache_dir / f"chats-{digest}"
+    prefix = cache_dir / f"chats-{name}"
     with TokenFileWriter(prefix, 2 * vocab_size) as writer, tokens_bar() as bar:
         task = bar.add_task(f"tokenising {path}", total=None, completed=writer.num_tokens)
         documents = _documents(source, tokenizer, path)

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import os
 import sys
 from pathlib import Path
@@ -14,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from radlads_jax.data.binidx import TokenFile, TokenFileWriter, open_token_file
 from radlads_jax.data.sources import Source, documents, files_left_out, fingerprint
 from radlads_jax.data.tokenise import BatchTokenizer, Framing, tokenised
-from radlads_jax.system.storage import AnyPath, as_path, children, in_bucket, read_text, write_text
+from radlads_jax.system.json_files import digest, write_json
+from radlads_jax.system.storage import AnyPath, as_path, children, in_bucket, read_text
 from radlads_jax.system.untrusted import listed, parse_json
 
 
@@ -43,12 +43,12 @@ def prepare(
         ValueError: bad text (see sources.documents), no text at all, an id outside the vocabulary.
     """
     made_from = _recipe(source, tokenizer, vocab_size, framing, max_tokens)
-    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    prefix = made_before(as_path(cache_dir), digest)
+    name = digest(made_from)
+    prefix = made_before(as_path(cache_dir), name)
     if alone:
         _require_alone(as_path(cache_dir), prefix)
     if prefix is None:
-        prefix = as_path(cache_dir) / f"{_readable(source)}-{digest}"
+        prefix = as_path(cache_dir) / f"{_readable(source)}-{name}"
         _write(prefix, source, tokenizer, vocab_size, framing, max_tokens)
     # Also beside a file whose maker ended between the two.
     if not _beside(prefix).is_file():
@@ -119,7 +119,7 @@ def made_from(token_file: TokenFile) -> dict[str, Any]:
 
 def publish_recipe(prefix: AnyPath, recipe: dict[str, Any]) -> None:
     """Writes what a token file was made from beside it, and removes what was begun of others there."""
-    write_text(_beside(prefix), json.dumps(recipe, indent=1) + "\n")
+    write_json(_beside(prefix), recipe, indent=1)
     _remove_unfinished(prefix)
 
 
@@ -127,10 +127,10 @@ def _beside(prefix: AnyPath) -> AnyPath:
     return prefix.with_name(f"{prefix.name}.json")
 
 
-def made_before(directory: AnyPath, digest: str) -> AnyPath | None:
-    """The token file of that digest, whatever its source was called."""
+def made_before(directory: AnyPath, name: str) -> AnyPath | None:
+    """The token file of that digest, which ends its name, whatever its source was called."""
     names = children(directory) if directory.is_dir() else {}
-    return next((directory / n.removesuffix(".idx") for n in sorted(names) if n.endswith(f"-{digest}.idx")), None)
+    return next((directory / n.removesuffix(".idx") for n in sorted(names) if n.endswith(f"-{name}.idx")), None)
 
 
 def _remove_unfinished(prefix: AnyPath) -> None:

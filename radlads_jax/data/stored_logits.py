@@ -10,7 +10,6 @@ tokens are held out at the end.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from radlads_jax.system import storage
+from radlads_jax.system.json_files import write_json
 from radlads_jax.system.storage import AnyPath, read_ranges
 from radlads_jax.system.untrusted import brief, parse_json
 
@@ -122,7 +122,7 @@ def begin(directory: AnyPath, recipe: dict[str, Any]) -> StoredLogits:
             )
         return stored
     directory.mkdir(parents=True, exist_ok=True)
-    storage.write_text(directory / FILE, json.dumps(recipe, indent=1) + "\n")
+    write_json(directory / FILE, recipe, indent=1)
     return StoredLogits(directory, recipe)
 
 

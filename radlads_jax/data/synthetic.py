@@ -1,6 +1,5 @@
 """The project's own language: readable little tales that can only be predicted with a memory."""
 
-import json
 import os
 import random
 from collections.abc import Iterator, Mapping
@@ -8,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from radlads_jax.data.tales import PASSAGES, Span, Tale, ask, begin, scene, tell
+from radlads_jax.system.json_files import write_json
 from radlads_jax.system.storage import as_path, write_text
 
 TRAIN_SEED = 0
@@ -77,8 +77,8 @@ def _next_passage(tale: Tale, mix: Mapping[str, int]) -> str:
     return tale.rng.choices(list(mix), [weight * room.get(name, 1) for name, weight in mix.items()])[0]
 
 
-def train_tokenizer(vocab_size: int = VOCAB_SIZE, seed: int = TRAIN_SEED, count: int = 4000) -> Tokenizer:
-    """Byte-level BPE with Qwen2's splitting rule, learned from the first `count` documents of the language `seed`.
+def train_tokenizer(vocab_size: int = VOCAB_SIZE, count: int = 4000) -> Tokenizer:
+    """Byte-level BPE with Qwen2's splitting rule, learned from the first `count` documents of TRAIN_SEED.
 
     Ids 0, 1, 2 are the special tokens, the next 256 the bytes, so that any text can be encoded.
     """
@@ -103,7 +103,7 @@ def train_tokenizer(vocab_size: int = VOCAB_SIZE, seed: int = TRAIN_SEED, count:
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    tokenizer.train_from_iterator(documents(seed, count), trainer)
+    tokenizer.train_from_iterator(documents(TRAIN_SEED, count), trainer)
     return tokenizer
 
 
@@ -124,4 +124,4 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike) -> None:
         "model_max_length": 131072,
         "chat_template": _CHAT_TEMPLATE,
     }
-    write_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_json(directory / "tokenizer_config.json", config)

@@ -54,6 +54,12 @@ def prompt_beginning(tokenizer: Any) -> tuple[int, ...]:
     return tuple(whole[: next(places, 0)])
 
 
+def before_all(tokenizer: Any) -> list[int]:
+    """What stands in the place of a context where there is none: the tokenizer's BOS, or else the token that ends
+    texts; empty where it has neither."""
+    return [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
+
+
 def tokenised(texts: Iterable[str], tokenizer: BatchTokenizer, framing: Framing) -> Iterator[np.ndarray]:
     """Every text's ids, framed, int64 [length]."""
     for batch in _batches(texts):

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 
 from radlads_jax.data.chat_template import Message, chat_text, check_text
+from radlads_jax.data.tokenise import before_all
 from radlads_jax.decoding.loop import unrolled
 from radlads_jax.models import ModelConfig, init_state
 from radlads_jax.models.config import SOFTMAX
-from radlads_jax.models.decoder import Params
+from radlads_jax.models.tree import Params
 from radlads_jax.porting import (
     check_tokenizer,
     load_params,
@@ -47,8 +48,7 @@ class Model:
         """
         begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
         ids = self._tokens(text, add_special_tokens=not begun)
-        beginning = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        ids = ids or [i for i in beginning if i is not None][:1]
+        ids = ids or before_all(self.tokenizer)
         if not ids:
             raise ValueError(
                 "the prompt is empty and the tokenizer has no token for a text's beginning; expected at least one "

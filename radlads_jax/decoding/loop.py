@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from radlads_jax.decoding.sampling import GREEDY, Sampling, choose
 from radlads_jax.models import ModelConfig, bind, init_state
-from radlads_jax.models.decoder import Params
 from radlads_jax.models.state import State, grows
+from radlads_jax.models.tree import Params
 
 _CHUNKS = (512, 64, 8)
 # The most tokens of a prompt that `prefill` leaves to be read.

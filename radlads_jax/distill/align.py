@@ -16,9 +16,10 @@ from radlads_jax.distill.losses import Batch, LossSums
 from radlads_jax.models import sharding
 from radlads_jax.models.attention import Context
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.decoder import Layer, Params, bind, make_context, rematted
+from radlads_jax.models.decoder import Layer, bind, make_context, rematted
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.placement import gathered
+from radlads_jax.models.tree import Params
 
 
 def align_loss(

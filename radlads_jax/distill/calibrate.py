@@ -19,12 +19,12 @@ from radlads_jax.distill.align import Mixers, mixer_structure
 from radlads_jax.models import sharding
 from radlads_jax.models.attention import Context, softmax_attention
 from radlads_jax.models.config import SOFTMAX, ModelConfig
-from radlads_jax.models.decoder import Layer, Params, bind, make_context
+from radlads_jax.models.decoder import Layer, bind, make_context
 from radlads_jax.models.layers import repeat_kv
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.placement import constrain_params, shardings
 from radlads_jax.models.spec import Calibration, LayerOutputs, TeacherStatistics
-from radlads_jax.models.tree import overlay_params
+from radlads_jax.models.tree import Params, overlay_params
 
 # Of each row: a look-back beyond half of it can not be told from none.
 _MOST_TOKENS = 1024

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.linear_loss import linear_cross_entropy, linear_kl, linear_topk_kl
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.decoder import Decoder, Params, bind
+from radlads_jax.models.decoder import Decoder, bind
+from radlads_jax.models.tree import Params
 
 Batch = dict[str, jax.Array]
 

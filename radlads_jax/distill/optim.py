@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from radlads_jax.config import Optim, StageConfig
-from radlads_jax.distill.train_state import Params
-from radlads_jax.models.tree import joined
+from radlads_jax.models.tree import Params, in_mixer, joined, stack_of
 
 _BY_CHANNEL = re.compile(r"/(shift/mu|r_k|conv\w*)$")
 
@@ -68,7 +67,7 @@ def _decayed_matrices(rate: float) -> optax.GradientTransformation:
 
 def _own_rank(path: tuple, x: Any) -> int:
     """Dimensions of a parameter in one layer, without the axis along which a stack holds its layers."""
-    return x.ndim - ("stacks" in joined(path).split("/"))
+    return x.ndim - (stack_of(joined(path)) is not None)
 
 
 def _kept_in(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
@@ -122,6 +121,6 @@ def param_groups(params: Params) -> Params:
     """The group's name of every parameter: "mixer" for what stands in a mixer, "rest" for all others."""
 
     def name(path: tuple, _: Any) -> str:
-        return "mixer" if "/mixer/" in joined(path) else "rest"
+        return "mixer" if in_mixer(joined(path)) else "rest"
 
     return jax.tree_util.tree_map_with_path(name, params)

@@ -20,8 +20,8 @@ from radlads_jax.distill.step import make_train_step
 from radlads_jax.distill.train_state import TrainState
 from radlads_jax.models import placement, sharding
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.decoder import Params, abstract_params
-from radlads_jax.models.tree import path_leaves, split_params
+from radlads_jax.models.decoder import abstract_params
+from radlads_jax.models.tree import Params, path_leaves, split_params
 
 # What the compiler is asked for beside its defaults, by the kind of chip.
 COMPILER_OPTIONS: dict[str, dict[str, str]] = {

@@ -1,6 +1,5 @@
 """The stages as data: which loss, which parameters train, whether a teacher is needed, and how they are told."""
 
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,8 +7,8 @@ from radlads_jax.config import RunConfig, StageConfig, add_recipe
 from radlads_jax.distill.align import align_loss
 from radlads_jax.distill.losses import LossSums, answers_kl_loss, cross_entropy_loss, kl_loss, stored_kl_loss
 from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.tree import in_mixer, stack_of
 
-_MIXER_PATH = re.compile(r"stacks/(\d+)/mixer/")
 # How many stages there were when a seed first chose the order of a stage's rows. It never changes, or every run's
 # order would.
 _FIRST_STAGES = 5
@@ -52,8 +51,8 @@ class Stage(NamedTuple):
 
 def is_aligned_mixer(path: str, cfg: ModelConfig) -> bool:
     """Whether the parameter is of a mixer that begins as another than the teacher's (ModelConfig.is_aligned)."""
-    match = _MIXER_PATH.match(path)
-    return match is not None and cfg.is_aligned(int(match[1]))
+    stack = stack_of(path)
+    return stack is not None and in_mixer(path) and cfg.is_aligned(stack)
 
 
 def everything(path: str, cfg: ModelConfig) -> bool:

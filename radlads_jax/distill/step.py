@@ -10,8 +10,7 @@ import optax
 from pallas_kernels.sharded import ROWS, constrain
 from radlads_jax.distill.losses import Batch, LossSums
 from radlads_jax.distill.train_state import TrainState
-from radlads_jax.models.decoder import Params
-from radlads_jax.models.tree import merge_params
+from radlads_jax.models.tree import Params, merge_params
 
 _LossFn = Callable[[Params, Params | None, Batch], LossSums]
 

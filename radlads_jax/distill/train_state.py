@@ -1,12 +1,12 @@
 """What training changes: the trained parameters, the optimizer's state and the counters of a stage."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-Params = dict[Any, Any]
+from radlads_jax.models.tree import Params
 
 
 class TrainState(NamedTuple):

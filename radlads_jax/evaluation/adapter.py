@@ -8,6 +8,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from radlads_jax.data.tokenise import before_all
 from radlads_jax.decoding.generation import generate
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.decoding.sampling import Sampling
@@ -39,8 +40,7 @@ class RadladsLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without context."""
-        begin = self.tokenizer.bos_token_id
-        return self.eot_token_id if begin is None else begin
+        return next(iter(before_all(self.tokenizer)), self.eot_token_id)
 
     @property
     def tokenizer_name(self) -> str:

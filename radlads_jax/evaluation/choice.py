@@ -22,7 +22,7 @@ from rich.text import Text
 from radlads_jax.evaluation import floor, probes
 from radlads_jax.evaluation.swaps import Batch, Measured, Rows, Swaps, prompt_rows, text_rows
 from radlads_jax.models import ModelConfig
-from radlads_jax.models.decoder import Params
+from radlads_jax.models.tree import Params
 from radlads_jax.models.window import WindowOptions
 from radlads_jax.system import storage
 from radlads_jax.system.terminal import progress_bar

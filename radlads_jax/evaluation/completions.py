@@ -22,7 +22,7 @@ from radlads_jax.decoding.loaded import Model
 from radlads_jax.decoding.sampling import Sampling
 from radlads_jax.evaluation import probes
 from radlads_jax.models import ModelConfig, bind
-from radlads_jax.models.decoder import Params
+from radlads_jax.models.tree import Params
 from radlads_jax.system import storage
 
 _DRAWS = 1000

@@ -1,6 +1,5 @@
 """All that is asked of the models, tasks and probes, and where the results go."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from radlads_jax.evaluation.tasks import RECALL_NAME, console, expand_tasks, run
 from radlads_jax.models import ModelConfig
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.system import storage
+from radlads_jax.system.json_files import write_json
 
 # Writes down a role's part of the results.
 _Keep = Callable[[str, str, dict[str, Any]], None]
@@ -102,7 +102,7 @@ def evaluate_models(tasks: dict[str, Any], values: flags.FlagValues, partial: st
 
     def keep(role: str, part: str, results: dict[str, Any]) -> None:
         found.setdefault(role, {})[part] = results
-        storage.write_text(partial, json.dumps(found, indent=2) + "\n")
+        write_json(partial, found)
 
     kept = None if values.teacher is None else _measure_teacher(measured, tasks, values, keep)
     student = load_model(values.model, dtype=values.dtype)

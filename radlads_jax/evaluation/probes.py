@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from radlads_jax.data import synthetic
-from radlads_jax.data.tokenise import Framing, prompt_beginning, tokenised
+from radlads_jax.data.tokenise import Framing, before_all, prompt_beginning, tokenised
 from radlads_jax.system import storage
 
 # What a part stands behind when its ids are asked for.
@@ -88,8 +88,7 @@ class Text:
 
     def beginning(self) -> list[int]:
         """What stands before every context, so that its first token has one before it."""
-        ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        return [i for i in ids if i is not None][:1] or self.ids("\n")
+        return before_all(self.tokenizer) or self.ids("\n")
 
     def filler(self, length: int) -> list[int]:
         """So many tokens of text that says nothing."""

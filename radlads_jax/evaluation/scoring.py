@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from radlads_jax.decoding.loop import Sequences, empty_sequences, read_chunk, read_tokens
 from radlads_jax.models import ModelConfig, bind
-from radlads_jax.models.decoder import Params
+from radlads_jax.models.tree import Params
 from radlads_jax.system.terminal import progress_bar
 
 # Rows are read in chunks of this many tokens, shorter ones at one of the widths below it.

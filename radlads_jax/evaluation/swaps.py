@@ -18,8 +18,8 @@ from pallas_kernels.linear_loss import linear_kl
 from pallas_kernels.sharded import constrain
 from radlads_jax.evaluation.probes import Example
 from radlads_jax.models import ModelConfig, bind, sharding
-from radlads_jax.models.decoder import Params
 from radlads_jax.models.swapped import Inputs, hidden_from, layer_inputs
+from radlads_jax.models.tree import Params
 from radlads_jax.models.window import WindowOptions
 
 Batch = Mapping[str, np.ndarray]
@@ -107,11 +107,6 @@ class Swaps:
         nowhere = np.zeros(cfg.num_layers, bool)
         self._placed = [[self._on_devices(batch) for batch in kind] for kind in (rows.texts, rows.prompts)]
         self._teacher = [self._pass(_inputs, batch, nowhere).hidden for batch in self._placed[0]]
-
-    @property
-    def batches(self) -> int:
-        """Passes that one measurement takes."""
-        return len(self.rows.texts) + len(self.rows.prompts)
 
     def flipped(self, windowed: Bool[np.ndarray, " L"], layers: Sequence[int]) -> tuple[Measured, list[Measured]]:
         """With these windows, and with each of the layers alone changed from window to whole or the other way."""

@@ -5,13 +5,19 @@ Source: the families' config.json on the Hugging Face hub; RADLADS (arXiv 2505.0
 
 import dataclasses
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
+_Layer = TypeVar("_Layer")
 # The mixer of teachers, and of the layers that a hybrid keeps; all others are recurrent.
 SOFTMAX = "attention"
 # log(a) divides, and is above 0.
 LEAST_LOG_SCALE = 2.0
+
+
+def runs_of(layers: Iterable[_Layer]) -> tuple[tuple[_Layer, int], ...]:
+    """Layers that are alike and follow one another, as (one of them, how many): of mixers, a model's stacks."""
+    return tuple((layer, len(list(run))) for layer, run in itertools.groupby(layers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,12 +158,13 @@ class ModelConfig:
         outside = [i for i in attention_layers if not 0 <= i < self.num_layers]
         if outside:
             raise ValueError(
-                f"student.attention_layers holds {outside}, but the teacher's layers are 0 to {self.num_layers - 1}."
+                f"config.student.attention_layers holds {outside}, but the teacher's layers are 0 to "
+                f"{self.num_layers - 1}."
             )
         self._require_softmax(attention_layers)
         assert self.recurrent_mixer in (None, mixer), "one model has one recurrent mixer"
         pairs = [(SOFTMAX if i in attention_layers else mixer, own) for i, own in enumerate(self.layer_mixers)]
-        runs = [(pair, len(list(run))) for pair, run in itertools.groupby(pairs)]
+        runs = runs_of(pairs)
         return dataclasses.replace(
             self,
             stacks=tuple((name, n) for (name, _), n in runs),
@@ -179,5 +186,5 @@ class ModelConfig:
     def as_teacher_of(self, student: "ModelConfig") -> "ModelConfig":
         """This model cut into stacks at the student's boundaries too, so that both are scanned side by side."""
         of_student = (stack for stack, (_, n) in enumerate(student.stacks) for _ in range(n))
-        runs = itertools.groupby(zip(self.layer_mixers, of_student, strict=False), key=lambda pair: pair)
-        return dataclasses.replace(self, stacks=tuple((own, len(list(run))) for (own, _), run in runs))
+        runs = runs_of(zip(self.layer_mixers, of_student, strict=False))
+        return dataclasses.replace(self, stacks=tuple((own, n) for (own, _), n in runs))

@@ -16,6 +16,7 @@ from radlads_jax.models.layers import MLP, RMSNorm, linear
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.placement import gathered
 from radlads_jax.models.state import State, grows, mixer_state
+from radlads_jax.models.tree import Params
 
 # What a layer's backward pass finds stored: everything, its matmuls' results, or its input alone.
 _REMAT_POLICIES = {
@@ -23,8 +24,6 @@ _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-Params = dict[str, Any]
 
 
 class Embedding(nnx.Module):

@@ -78,16 +78,16 @@ class GdnOptions:
                 "all given with value_heads a multiple of key_heads. Correct the one that is wrong."
             )
         if self.kv_heads not in _KV_HEADS:
-            raise ValueError(f"student.kv_heads is {self.kv_heads!r}; expected one of {', '.join(_KV_HEADS)}.")
+            raise ValueError(f"config.student.kv_heads is {self.kv_heads!r}; expected one of {', '.join(_KV_HEADS)}.")
         if not _LEAST_HALF_LIFE <= self.shortest_half_life <= self.longest_half_life < math.inf:
             raise ValueError(
-                f"student.shortest_half_life and student.longest_half_life are {self.shortest_half_life:g} and "
+                f"config.student.shortest_half_life and .longest_half_life are {self.shortest_half_life:g} and "
                 f"{self.longest_half_life:g} tokens; expected {_LEAST_HALF_LIFE:.2f} <= shortest <= longest. Exchange "
                 "or raise them."
             )
         for name in ("conv_qk", "conv_v", "gate_std"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"student.{name} is {getattr(self, name)}; expected a number above 0.")
+                raise ValueError(f"config.student.{name} is {getattr(self, name)}; expected a number above 0.")
 
     @property
     def fused(self) -> bool:

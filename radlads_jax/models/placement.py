@@ -15,7 +15,7 @@ from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.sharding import AnyMesh, moved
 from radlads_jax.models.spec import Tensor
 from radlads_jax.models.tensors import layer_tensors, tensor_of
-from radlads_jax.models.tree import joined
+from radlads_jax.models.tree import joined, stack_of
 
 
 def param_axes(cfg: ModelConfig, path: str, rank: int) -> tuple[Axes, ...]:
@@ -24,15 +24,11 @@ def param_axes(cfg: ModelConfig, path: str, rank: int) -> tuple[Axes, ...]:
     tensor = tensor_of(cfg, path)
     if tensor is None or rank != _rank(tensor, path):
         return ()
-    return (None, *tensor.axes) if _in_stack(path) else tensor.axes
-
-
-def _in_stack(path: str) -> bool:
-    return "stacks/" in path
+    return (None, *tensor.axes) if stack_of(path) is not None else tensor.axes
 
 
 def _rank(tensor: Tensor, path: str) -> int:
-    return len(tensor.shape) + (tensor.row is not None) + _in_stack(path)
+    return len(tensor.shape) + (tensor.row is not None) + (stack_of(path) is not None)
 
 
 def shardings(mesh: AnyMesh | None, tree: Any, cfg: ModelConfig) -> Any:

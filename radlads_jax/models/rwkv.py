@@ -36,16 +36,16 @@ class RwkvOptions:
     def __post_init__(self):
         if self.balance_state and self.group_norm:
             raise ValueError(
-                "student.balance_state and student.group_norm are both on, but they are two answers to one question "
-                "(how the size of the state is bounded). Turn one of them off: balance_state is the paper's default, "
-                "group_norm the older variant."
+                "config.student.balance_state and config.student.group_norm are both on, but they are two answers to "
+                "one question (how the size of the state is bounded). Turn one of them off: balance_state is the "
+                "paper's default, group_norm the older variant."
             )
         if self.gate not in _GATES:
-            raise ValueError(f"student.gate is {self.gate!r}; expected one of {', '.join(_GATES)}.")
+            raise ValueError(f"config.student.gate is {self.gate!r}; expected one of {', '.join(_GATES)}.")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name.startswith("rank_") and value < 1:
-                raise ValueError(f"student.{field.name} is {value}; expected at least 1.")
+                raise ValueError(f"config.student.{field.name} is {value}; expected at least 1.")
 
     @classmethod
     def for_width(cls, hidden_size: int) -> "RwkvOptions":

@@ -1,5 +1,6 @@
 """Nested dicts of parameters, by path: split, merge, overlay, flatten."""
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -7,11 +8,13 @@ import jax
 from flax import traverse_util
 
 _Tree = TypeVar("_Tree")
-_Params = dict[Any, Any]
+# Strings are the keys, but for the stacks' numbers.
+Params = dict[Any, Any]
 ParamPath = tuple[str | int, ...]
+_IN_STACK = re.compile(r"(?:^|/)stacks/(\d+)/(mixer/)?")
 
 
-def split_params(params: _Params, predicate: Callable[[str], bool]) -> tuple[_Params, _Params]:
+def split_params(params: Params, predicate: Callable[[str], bool]) -> tuple[Params, Params]:
     """(those whose "/"-joined path fulfils the predicate, the others), both without empty dicts; nothing is copied."""
     flat = flatten(params)
     chosen = {path for path in flat if predicate(shown(path))}
@@ -19,7 +22,7 @@ def split_params(params: _Params, predicate: Callable[[str], bool]) -> tuple[_Pa
     return nest(first), nest(second)
 
 
-def merge_params(first: _Params, second: _Params) -> _Params:
+def merge_params(first: Params, second: Params) -> Params:
     """The union of two dicts of disjoint paths. Raises ValueError for a path in both."""
     merged = dict(first)
     for key, value in second.items():
@@ -32,7 +35,7 @@ def merge_params(first: _Params, second: _Params) -> _Params:
     return merged
 
 
-def overlay_params(below: _Params, above: _Params) -> _Params:
+def overlay_params(below: Params, above: Params) -> Params:
     """`below` with the arrays of `above` in the place of its own."""
     return below | {
         key: overlay_params(below[key], value) if isinstance(value, dict) else value for key, value in above.items()
@@ -42,6 +45,18 @@ def overlay_params(below: _Params, above: _Params) -> _Params:
 def joined(path: tuple) -> str:
     """A leaf's path in a pytree, its keys joined with slashes."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def stack_of(path: str) -> int | None:
+    """The stack of the parameter that this path is or ends in, as in an optimizer's state; None for one in none."""
+    found = _IN_STACK.search(path)
+    return None if found is None else int(found[1])
+
+
+def in_mixer(path: str) -> bool:
+    """Whether the parameter that this path is or ends in stands in a stack's mixer."""
+    found = _IN_STACK.search(path)
+    return found is not None and found[2] is not None
 
 
 def path_leaves(tree: Any) -> dict[str, Any]:

@@ -40,8 +40,8 @@ class WindowOptions:
         for name, least in (("sinks", 0), ("window", 1)):
             if getattr(self, name) < least:
                 raise ValueError(
-                    f"student.options.{name} is {getattr(self, name)}; expected at least {least} for a mixer with a "
-                    "window."
+                    f"config.student.options.{name} is {getattr(self, name)}; expected at least {least} for a mixer "
+                    "with a window."
                 )
 
     @classmethod

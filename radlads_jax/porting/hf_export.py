@@ -1,11 +1,10 @@
 """Writes the config.json of an export: a softmax model of a family, or a student for the published readers."""
 
 import dataclasses
-import itertools
 from pathlib import Path
 from typing import Any
 
-from radlads_jax.models.config import ModelConfig, RopeScaling
+from radlads_jax.models.config import ModelConfig, RopeScaling, runs_of
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.spec import PublishedFormat
 from radlads_jax.porting.families import FAMILIES
@@ -149,9 +148,7 @@ def _scaling_keys(scaling: RopeScaling) -> dict[str, Any]:
 
 
 def _check_says_the_same(out: dict[str, Any], cfg: ModelConfig) -> None:
-    runs = itertools.groupby(cfg.layer_mixers)
-    stacks = tuple((name, len(list(run))) for name, run in runs)
-    wanted = dataclasses.replace(cfg, stacks=stacks, dtype="float32", param_dtype="float32")
+    wanted = dataclasses.replace(cfg, stacks=runs_of(cfg.layer_mixers), dtype="float32", param_dtype="float32")
     got = model_config_from_hf(out)
     differing = [f.name for f in dataclasses.fields(cfg) if getattr(got, f.name) != getattr(wanted, f.name)]
     if differing:

@@ -14,13 +14,12 @@ from pallas_kernels.sharded import fitting
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.spec import Layout
 from radlads_jax.models.tensors import param_shapes
-from radlads_jax.models.tree import ParamPath, flatten, nest, shown
+from radlads_jax.models.tree import ParamPath, Params, flatten, nest, shown
 from radlads_jax.porting.model_tensors import model_tensors
 from radlads_jax.porting.names import Location, disk_tensors
 from radlads_jax.porting.safetensors_read import StoredTensor
 from radlads_jax.system.storage import as_path, in_bucket
 
-Params = dict[str, Any]
 # A parameter tree's shardings, one for all, or None for the default device.
 _Shardings = dict[str, Any] | Sharding | None
 _Array = TypeVar("_Array", np.ndarray, jax.Array)

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import numpy as np
 
 from radlads_jax.porting.safetensors_read import DTYPES, INDEX_FILE, SINGLE_FILE
-from radlads_jax.system.storage import AnyPath, write_text, writing
+from radlads_jax.system.json_files import write_json
+from radlads_jax.system.storage import AnyPath, writing
 
 _Fetch = Callable[[], np.ndarray]
 
@@ -60,7 +61,7 @@ def write_index(directory: AnyPath, files: dict[str, list[PlannedTensor]]) -> No
     total_size = sum(tensor.num_bytes for tensors in files.values() for tensor in tensors)
     weight_map = {tensor.name: file for file, tensors in files.items() for tensor in tensors}
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    write_text(directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+    write_json(directory / INDEX_FILE, index)
 
 
 def _header(tensors: list[PlannedTensor]) -> bytes:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -13,13 +12,13 @@ from jax.experimental import multihost_utils
 
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.tensors import param_shapes
-from radlads_jax.models.tree import flatten, shown
+from radlads_jax.models.tree import Params, flatten, shown
 from radlads_jax.porting.families.qwen3_5 import text_config
-from radlads_jax.porting.load import Params
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.safetensors_write import PlannedTensor, plan_files, write_file, write_index
 from radlads_jax.porting.tokenizer_files import write_tokenizer
 from radlads_jax.porting.writers import writer_for
+from radlads_jax.system.json_files import write_json
 from radlads_jax.system.storage import AnyPath, as_path, children, copy_file, empty, in_bucket, write_text
 
 _GENERATION_CONFIG = "generation_config.json"
@@ -38,10 +37,7 @@ def save_params(
     dtype: str | None = None,
     max_shard_size: int = 5_000_000_000,
     tokenizer_from: str | os.PathLike | None = None,
-    generation_config: dict[str, Any] | None = None,
     retie: bool = False,
-    config_updates: dict[str, Any] | None = None,
-    extra_files: Sequence[str | os.PathLike] = (),
     model_card: str | None = None,
     writer: str | None = None,
 ) -> AnyPath:
@@ -49,10 +45,9 @@ def save_params(
 
     A student's export also gets torch modelling files, the auto_map that finds them, and a model card (README.md).
 
-    base_config: the teacher's config.json, whose other keys are kept. config_updates: keys put in last.
-    dtype: "float32" or "bfloat16"; None keeps each parameter's own. max_shard_size: bytes of a file.
-    generation_config: default: tokenizer_from's file, else the token ids of base_config.
-    retie: leave the head out and write tie_word_embeddings true. extra_files: copied in by name.
+    base_config: the teacher's config.json, whose other keys are kept; its token ids are generation_config.json where
+    tokenizer_from has none. dtype: "float32" or "bfloat16"; None keeps each parameter's own.
+    max_shard_size: bytes of a file. retie: leave the head out and write tie_word_embeddings true.
     model_card: README.md's text; default for a student: what its configuration says.
     writer: a name of WRITERS, or of an engine that reads the model's own format; default: the mixer's own.
     Tensors leave the devices one at a time. Everything goes into a hidden sibling directory that is renamed at the end;
@@ -79,7 +74,6 @@ def save_params(
     config["torch_dtype"] = dtype or str(flat["embed", "embedding"].dtype)
     if cfg.recurrent_mixer is not None:
         model_card = model_card or write_model_card(cfg, use=form.use(cfg))
-    config |= config_updates or {}
     check_target(directory, tokenizer_from)
     files = plan_files(tensors, max_shard_size)
     if jax.process_index() == 0:
@@ -88,12 +82,12 @@ def save_params(
                 write_file(partial / name, planned)
             if len(files) > 1:
                 write_index(partial, files)
-            _copy_files(partial, tokenizer_from, config, [*form.files(cfg), *extra_files])
+            _copy_files(partial, tokenizer_from, config, form.files(cfg))
             if model_card:
                 write_text(partial / MODEL_CARD, model_card)
-            _write_generation_config(partial, generation_config, tokenizer_from, base_config)
+            _write_generation_config(partial, tokenizer_from, base_config)
             # Last: by this file one knows a model.
-            _write_json(partial / "config.json", config)
+            write_json(partial / "config.json", config, ascii_only=False)
     else:
         _take_part(files)
     if jax.process_count() > 1:
@@ -186,31 +180,21 @@ def _appearing(directory: AnyPath) -> Iterator[AnyPath]:
 
 
 def _copy_files(
-    target: AnyPath,
-    tokenizer_from: AnyPath | None,
-    config: dict[str, Any],
-    extra_files: Sequence[str | os.PathLike],
+    target: AnyPath, tokenizer_from: AnyPath | None, config: dict[str, Any], files: Sequence[AnyPath]
 ) -> None:
     if tokenizer_from is not None:
         write_tokenizer(tokenizer_from, target, config)
-    for file in map(as_path, extra_files):
+    for file in files:
         copy_file(file, target / file.name)
 
 
-def _write_generation_config(
-    target: AnyPath, config: dict[str, Any] | None, tokenizer_from: AnyPath | None, base_config: dict[str, Any]
-) -> None:
+def _write_generation_config(target: AnyPath, tokenizer_from: AnyPath | None, base_config: dict[str, Any]) -> None:
     source = tokenizer_from / _GENERATION_CONFIG if tokenizer_from is not None else None
-    if config is None and source is not None and source.is_file():
+    if source is not None and source.is_file():
         copy_file(source, target / _GENERATION_CONFIG)
         return
-    if config is None:
-        ids, base = ("bos_token_id", "eos_token_id", "pad_token_id"), text_config(base_config)
-        config = {key: base[key] for key in ids if base.get(key) is not None}
+    ids, base = ("bos_token_id", "eos_token_id", "pad_token_id"), text_config(base_config)
+    config = {key: base[key] for key in ids if base.get(key) is not None}
     # An empty one would hide config.json's.
     if config:
-        _write_json(target / _GENERATION_CONFIG, config)
-
-
-def _write_json(path: AnyPath, value: dict[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        write_json(target / _GENERATION_CONFIG, config, ascii_only=False)

@@ -9,10 +9,10 @@ from jax.sharding import Mesh
 from rich.table import Table
 
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.decoder import Params, init_params
+from radlads_jax.models.decoder import init_params
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.placement import shardings
-from radlads_jax.models.tree import merge_params, path_leaves, split_params
+from radlads_jax.models.tree import Params, in_mixer, merge_params, path_leaves, split_params, stack_of
 
 _COPIED_PROJECTIONS = ("q", "k", "v", "o", "q_norm", "k_norm")
 # Drawn anew by fresh_qkvo, as far as a mixer has them: qkv are three of them in one matrix.
@@ -99,8 +99,8 @@ def aligned_alone(cfg: ModelConfig, mixers: Params) -> Params:
 
 
 def _in_changed_mixer(cfg: ModelConfig, path: str) -> bool:
-    parts = path.split("/")
-    return parts[0] == "stacks" and parts[2] == "mixer" and cfg.is_changed(int(parts[1]))
+    stack = stack_of(path)
+    return stack is not None and in_mixer(path) and cfg.is_changed(stack)
 
 
 def _attention_paths(cfg: ModelConfig, student: Params, teacher: Params) -> set[str]:

@@ -1,6 +1,5 @@
 """The tokenizer of an export: its teacher's files, said so that every reader gets the ids that training had."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -11,7 +10,7 @@ from typing import Any
 import transformers
 
 from radlads_jax.porting.hub import SMALL_FILES, load_tokenizer
-from radlads_jax.system.json_files import read_json
+from radlads_jax.system.json_files import read_json, write_json
 from radlads_jax.system.storage import AnyPath, as_path, copy_file, local_directory, write_text
 from radlads_jax.system.untrusted import brief
 
@@ -68,13 +67,12 @@ def write_tokenizer(source: AnyPath, target: AnyPath, config: Mapping[str, Any])
     # The code that auto_map names is not copied.
     settings = {key: value for key, value in settings.items() if key != "auto_map"}
     settings["tokenizer_class"] = _CLASS_OF_THE_FILE
-    _write_json(target / "tokenizer_config.json", settings)
+    write_json(target / "tokenizer_config.json", settings, ascii_only=False)
     written = _as_read(target, config)
     if any(wanted != got for _, wanted, got in _ids(tokenizer, written)):
         copy_file(_OWN_CLASS, target / _OWN_CLASS.name)
-        _write_json(
-            target / "tokenizer_config.json", settings | {"auto_map": {"AutoTokenizer": [None, _OWN_CLASS_NAME]}}
-        )
+        settings |= {"auto_map": {"AutoTokenizer": [None, _OWN_CLASS_NAME]}}
+        write_json(target / "tokenizer_config.json", settings, ascii_only=False)
         written = _as_read(target, config)
     _check_ids(tokenizer, written, source)
 
@@ -85,10 +83,6 @@ def check_exportable(source: str | os.PathLike, config: Mapping[str, Any]) -> No
         write_tokenizer(as_path(source), Path(directory), config)
 
 
-def _write_json(path: AnyPath, value: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
 def _as_read(target: AnyPath, config: Mapping[str, Any]) -> Any:
     """The tokenizer that AutoTokenizer finds in the directory when config.json is there too."""
     with tempfile.TemporaryDirectory(prefix="radlads_jax-") as directory:
@@ -96,7 +90,7 @@ def _as_read(target: AnyPath, config: Mapping[str, Any]) -> Any:
         shutil.copytree(local_directory(target, SMALL_FILES), whole, dirs_exist_ok=True, ignore=_all_but_the_tokenizer)
         # Of a type with code of its own transformers knows no tokenizer, and would say what it thinks of that.
         if "auto_map" not in config:
-            _write_json(whole / "config.json", config)
+            write_json(whole / "config.json", config, ascii_only=False)
         return transformers.AutoTokenizer.from_pretrained(whole, trust_remote_code=False)
 
 

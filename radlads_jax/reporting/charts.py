@@ -142,7 +142,7 @@ class _Axis:
         low, high = (0.0 if from_zero else min(lows)), max(highs)
         if low > 0 and high / low > _LOG_SPAN:
             low, high = low / 1.15, high * 1.15
-            return cls(low, high, True, tuple(log_ticks(low, high)))
+            return cls(low, high, True, tuple(_log_ticks(low, high)))
         margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
         low, high = (0.0 if from_zero and low >= 0 else low - margin), high + margin
         return cls(low, high, False, tuple(linear_ticks(low, high, 5)))
@@ -163,7 +163,7 @@ def linear_ticks(low: Real, high: Real, count: int) -> list[Real]:
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def log_ticks(low: Real, high: Real) -> list[float]:
+def _log_ticks(low: Real, high: Real) -> list[float]:
     """Powers of ten within low and high; with 2 and 5 times them where those alone would be few."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1,) if math.log10(high / low) > 3 else (1, 3) if math.log10(high / low) > 2 else (1, 2, 5)

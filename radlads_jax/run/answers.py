@@ -19,7 +19,7 @@ from pallas_kernels.sharded import constrain
 from radlads_jax.data import synthetic
 from radlads_jax.distill.losses import Batch, next_tokens, read_rows
 from radlads_jax.models import ModelConfig, bind, sharding
-from radlads_jax.models.decoder import Params
+from radlads_jax.models.tree import Params
 
 _TITLES = {"answer": "facts recalled", "copy": "lists repeated", "count": "counts"}
 # No run has as many documents: what comes from here on, none has read.

@@ -8,9 +8,9 @@ import contextlib
 import json
 import re
 import zlib
-from collections.abc import Iterator
 
 from radlads_jax.system import storage
+from radlads_jax.system.outage import chain
 from radlads_jax.system.storage import AnyPath
 
 # Beside Orbax's own files in a checkpoint's directory: {name: [bytes, CRC-32 or null]}.
@@ -21,6 +21,8 @@ _MAX_REASON = 300
 # How tensorstore says that a file is not what it was: by these codes, or by none where it cannot be decoded.
 _STORAGE_ERROR = re.compile(r"(?:(?P<code>[A-Z]{2}[A-Z_]+): )?(?:Error (?:reading|opening|decoding)|Encountered error)")
 _DAMAGE_CODES = (None, "NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "FAILED_PRECONDITION")
+# In an error of writing every code says that: RESOURCE_EXHAUSTED is a full disk.
+_STORAGE_CODE = re.compile(r"(?:[A-Z]{2}[A-Z_]+: )|Error (?:writing|opening|reading)|Encountered error")
 
 
 def list_files(directory: AnyPath) -> None:
@@ -35,22 +37,22 @@ def damage(error: BaseException, directory: AnyPath) -> str | None:
 
     Trouble on the way to the files, such as no permission or no connection, is no damage.
     """
-    chain = list(_chain(error))
-    if any(isinstance(each, OSError) and not isinstance(each, FileNotFoundError) for each in chain):
+    errors = list(chain(error))
+    if any(isinstance(each, OSError) and not isinstance(each, FileNotFoundError) for each in errors):
         return None
     if not isinstance(error, Exception) or isinstance(error, MemoryError):
         return None
     listed = _read_list(directory)
     if listed is not None and (wrong := _changed(directory, listed)):
         return wrong
-    if any(_is_of_the_storage(each) for each in chain):
+    if any(_is_of_the_storage(each) for each in errors):
         return reason(error)
     if listed is not None:
         return None
     # A process that is killed may leave a checkpoint without a list.
     if not (directory / "state" / "_METADATA").exists():
         return "state/_METADATA is missing"
-    broken = any(isinstance(each, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError) for each in chain)
+    broken = any(isinstance(each, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError) for each in errors)
     return reason(error) if broken else None
 
 
@@ -65,17 +67,7 @@ def reason(error: BaseException) -> str:
 
 def is_of_the_system(error: BaseException) -> bool:
     """Whether the disk, the bucket or the storage on it has raised an error, rather than a mistake in a program."""
-    return any(isinstance(each, OSError) or _STORAGE_CODE.match(str(each)) is not None for each in _chain(error))
-
-
-# In an error of writing every code says that: RESOURCE_EXHAUSTED is a full disk.
-_STORAGE_CODE = re.compile(r"(?:[A-Z]{2}[A-Z_]+: )|Error (?:writing|opening|reading)|Encountered error")
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
+    return any(isinstance(each, OSError) or _STORAGE_CODE.match(str(each)) is not None for each in chain(error))
 
 
 def _is_of_the_storage(error: BaseException) -> bool:

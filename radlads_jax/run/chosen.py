@@ -4,13 +4,12 @@ They are chosen once (run/choosing.py). A continuation reads them; one without t
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from radlads_jax.config import RunConfig
 from radlads_jax.system import hosts, storage
+from radlads_jax.system.json_files import digest, write_json
 from radlads_jax.system.storage import AnyPath
 from radlads_jax.system.untrusted import brief, parse_json
 
@@ -60,8 +59,7 @@ def write(workdir: AnyPath, run: RunConfig, choice: Mapping[str, Any], count: in
     """Writes DIR/choice.json whole or not at all; the first host does."""
     if hosts.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**choice, "of run": _identity(run, count, depends)}, indent=1)
-        storage.write_text(workdir / FILE, text + "\n")
+        write_json(workdir / FILE, {**choice, "of run": _identity(run, count, depends)}, indent=1)
     hosts.barrier()
 
 
@@ -71,4 +69,4 @@ def _identity(run: RunConfig, count: int, depends: Mapping[str, Any]) -> str:
     rows = [(name, recipe.seq_len) for name, recipe in run.recipes.items()][:1]
     told = [count, run.seed, data, rows, run.train.eval_batch_size, run.student.mixer, run.student.options]
     contents = {name: depends.get(name) for name in ("teacher", "tokenizer", "data")}
-    return hashlib.sha256(json.dumps([repr(told), contents], sort_keys=True).encode()).hexdigest()[:16]
+    return digest([repr(told), contents])

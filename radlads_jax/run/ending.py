@@ -5,14 +5,14 @@ checked before the first step of training.
 """
 
 import dataclasses
-import json
 from typing import Any
 
 from radlads_jax.distill.stages import stage_losses
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.decoder import Params, abstract_params
+from radlads_jax.models.decoder import abstract_params
 from radlads_jax.models.mixers import mixer_titles
 from radlads_jax.models.placement import shardings
+from radlads_jax.models.tree import Params
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
@@ -24,6 +24,7 @@ from radlads_jax.run import display, heldout
 from radlads_jax.run.job import Job
 from radlads_jax.run.settings import trained_stages
 from radlads_jax.system import backend, hosts, storage
+from radlads_jax.system.json_files import write_json
 from radlads_jax.system.outage import is_outage
 from radlads_jax.system.untrusted import brief
 
@@ -203,8 +204,7 @@ def _complete(
 def _keep(job: Job, summary: dict[str, Any], to_do: list[str]) -> None:
     if hosts.is_first():
         # Its presence says that export and scores are whole.
-        text = json.dumps(summary | ({_TO_DO: to_do} if to_do else {}), indent=2)
-        storage.write_text(job.workdir / "summary.json", text + "\n")
+        write_json(job.workdir / "summary.json", summary | ({_TO_DO: to_do} if to_do else {}))
 
 
 def _export(job: Job, student: Params) -> None:

@@ -9,7 +9,7 @@ from absl import logging
 
 from radlads_jax.decoding.loaded import model_directory
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.decoder import Params
+from radlads_jax.models.tree import Params
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params

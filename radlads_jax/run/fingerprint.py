@@ -20,7 +20,7 @@ from radlads_jax.data.files import identity
 from radlads_jax.porting.safetensors_read import StoredTensor, open_checkpoint
 from radlads_jax.run.settings import begun_stages, settled_stages, trained_stages
 from radlads_jax.system import hosts, storage
-from radlads_jax.system.json_files import read_json
+from radlads_jax.system.json_files import read_json, write_json
 from radlads_jax.system.storage import AnyPath, read_ranges
 from radlads_jax.system.untrusted import brief, listed, parse_json
 
@@ -78,7 +78,7 @@ def _known(workdir: AnyPath) -> dict[str, Any]:
 def _write(workdir: AnyPath, parts: Mapping[str, Any]) -> None:
     if hosts.is_first() and parts != _known(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        storage.write_text(workdir / FILE, json.dumps(parts, indent=1) + "\n")
+        write_json(workdir / FILE, parts, indent=1)
 
 
 def has_begun(workdir: AnyPath) -> bool:

@@ -18,11 +18,11 @@ from pallas_kernels.linear_loss import linear_stats
 from pallas_kernels.sharded import constrain
 from radlads_jax.config import Export
 from radlads_jax.data import pipeline
-from radlads_jax.decoding.loop import generate_greedy
+from radlads_jax.decoding.loop import generate_greedy, left_padded
 from radlads_jax.decoding.text_stream import text_after
 from radlads_jax.distill.losses import Batch, next_tokens, read_rows
 from radlads_jax.models import ModelConfig, bind, sharding
-from radlads_jax.models.decoder import Params
+from radlads_jax.models.tree import Params
 from radlads_jax.models.window import untrained_control
 from radlads_jax.run.answers import answer_scores, answers_table
 from radlads_jax.run.job import Job
@@ -94,9 +94,7 @@ def continue_prompts(
 ) -> list[str]:
     """The greedy continuation of every prompt, begun as documents are, cut at the end-of-text token."""
     ids = [[*beginning, *prompt_tokens(tokenizer, prompt)] for prompt in prompts]
-    width = max(map(len, ids))
-    rows = np.stack([np.pad(row, (width - len(row), 0), constant_values=-1) for row in ids]).astype(np.int32)
-    out = hosts.fetched(generate_greedy(cfg, params, rows, new_tokens)).tolist()
+    out = hosts.fetched(generate_greedy(cfg, params, left_padded(ids), new_tokens)).tolist()
     end = tokenizer.eos_token_id
     new = [row[: row.index(end)] if end in row else row for row in out]
     return [text_after(tokenizer, prompt, row) for prompt, row in zip(ids, new, strict=True)]

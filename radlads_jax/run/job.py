@@ -18,9 +18,10 @@ from radlads_jax.distill.student_config import layers_to_choose, make_student_co
 from radlads_jax.fields import require
 from radlads_jax.models import sharding
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.decoder import Params, abstract_params, init_params
+from radlads_jax.models.decoder import abstract_params, init_params
 from radlads_jax.models.mixers import mixer_spec
 from radlads_jax.models.placement import shardings
+from radlads_jax.models.tree import Params
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.families import FAMILIES
 from radlads_jax.porting.hf_config import model_config_from_hf

@@ -22,9 +22,9 @@ from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.student_config import layers_to_choose
 from radlads_jax.models import ModelConfig, sharding
 from radlads_jax.models.config import SOFTMAX
-from radlads_jax.models.decoder import Params
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.state import mixer_state
+from radlads_jax.models.tree import Params
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.porting.model_card import kept_said
 from radlads_jax.porting.names import disk_tensors

@@ -12,10 +12,12 @@ from radlads_jax import fields
 from radlads_jax.config import CHAT_STAGES, Data, RunConfig, Teacher, defaults, stage_names
 from radlads_jax.student import Student
 from radlads_jax.system import storage
-from radlads_jax.system.json_files import read_json
+from radlads_jax.system.json_files import read_json, write_json
 from radlads_jax.system.untrusted import brief
 
-# What may differ between a run and its continuation: none of it changes the result, but for the rounding of sums.
+# Of a recipe what changes no result, but for the rounding of sums; a recipe that is told without it has these.
+FREE_OF_RECIPES: dict[str, Any] = {"accumulate": 1, "remat": "full"}
+# What may differ between a run and its continuation: none of it changes the result either.
 _SAMPLES = ("sample_prompts", "sample_tokens", "answer_tales")
 _FREE_OF_TRAIN = (
     "log_every",
@@ -28,7 +30,7 @@ _FREE_OF_TRAIN = (
     "wandb_project",
     *_SAMPLES,
 )
-_FREE_FIELDS = (*_FREE_OF_TRAIN, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "accumulate", "remat")
+_FREE_FIELDS = (*_FREE_OF_TRAIN, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", *FREE_OF_RECIPES)
 # What only stages of conversations read, beside their recipes.
 _OF_CHATS = ("data.chats", "data.messages_field", "data.replay")
 # Where a run that knows what it depends on by contents may find the same elsewhere.
@@ -196,7 +198,7 @@ def names_others(workdir: storage.AnyPath, run: RunConfig) -> bool:
 def remember_config(workdir: storage.AnyPath, config: dict) -> None:
     """Writes DIR/config.json."""
     workdir.mkdir(parents=True, exist_ok=True)
-    storage.write_text(workdir / "config.json", json.dumps(config, indent=2) + "\n")
+    write_json(workdir / "config.json", config)
 
 
 def flat_settings(settings: dict, where: str = "config") -> dict[str, Any]:

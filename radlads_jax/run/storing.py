@@ -16,7 +16,7 @@ from radlads_jax.data import packing, stored_logits
 from radlads_jax.data.stored_logits import StoredLogits
 from radlads_jax.distill.losses import read_rows
 from radlads_jax.models import ModelConfig, bind, sharding
-from radlads_jax.models.decoder import Params
+from radlads_jax.models.tree import Params
 from radlads_jax.run import teacher_logits
 from radlads_jax.run.display import say
 from radlads_jax.run.job import Job

@@ -5,8 +5,6 @@ favour high rates: of two that are as good as each other take the lower one for 
 """
 
 import dataclasses
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable
@@ -18,14 +16,14 @@ from rich.table import Table
 from radlads_jax.config import RATE_FACTORS, fitting_warmup
 from radlads_jax.distill.program import StagePlan, create_state, make_step
 from radlads_jax.models import sharding
-from radlads_jax.models.decoder import Params
-from radlads_jax.models.tree import merge_params, split_params
+from radlads_jax.models.tree import Params, merge_params, split_params
 from radlads_jax.run import heldout
 from radlads_jax.run.display import Bar, Lines, show
 from radlads_jax.run.job import Job
+from radlads_jax.run.settings import FREE_OF_RECIPES
 from radlads_jax.run.teacher_weights import TeacherWeights
-from radlads_jax.system import hosts, storage
-from radlads_jax.system.json_files import read_json
+from radlads_jax.system import hosts
+from radlads_jax.system.json_files import digest, read_json, write_json
 from radlads_jax.system.stopping import Interrupted
 from radlads_jax.system.untrusted import brief
 
@@ -146,13 +144,12 @@ def _trained(
 
 def _identity(job: Job, name: str) -> str:
     """Of what the trials depend on."""
-    run, recipe = job.run, dataclasses.replace(job.run.stage(name), accumulate=1, remat="full")
+    run, recipe = job.run, dataclasses.replace(job.run.stage(name), **FREE_OF_RECIPES)
     softened = (run.teacher.dtype, run.teacher.temperature, run.teacher.top_k)
     rows = (job.eval_tokens, run.data.cross_document, run.data.replay)
     told = (run.seed, run.stages, softened, job.student, run.student, run.optim, recipe, rows, RATE_FACTORS)
     depends = {part: job.depends.get(part) for part in ("teacher", "tokenizer", "data", "chats", "logits")}
-    text = json.dumps([repr(told), depends], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest([repr(told), depends])
 
 
 def _read(job: Job, name: str, *, begun: bool) -> list[dict[str, Any]]:
@@ -186,7 +183,7 @@ def _write(job: Job, name: str, trials: list[dict[str, Any]]) -> None:
         job.workdir.mkdir(parents=True, exist_ok=True)
         own = {"of run": _identity(job, name), "steps": job.run.stage(name).trial_steps, "trials": trials}
         stages = _stages(job) | {name: own}
-        storage.write_text(job.workdir / _FILE, json.dumps(stages, indent=1) + "\n")
+        write_json(job.workdir / _FILE, stages, indent=1)
     hosts.barrier()
 
 

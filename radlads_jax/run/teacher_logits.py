@@ -1,13 +1,12 @@
 """A teacher's stored logits in the place of the teacher: what they have to be made of, and whether they are."""
 
-import hashlib
-import json
 from typing import Any
 
 from radlads_jax.config import RunConfig
 from radlads_jax.data import binidx, packing, stored_logits
 from radlads_jax.data.stored_logits import StoredLogits
 from radlads_jax.distill.stages import STAGES
+from radlads_jax.system.json_files import digest
 from radlads_jax.system.storage import as_path
 
 # What has to be the same; rows may be more than a run has.
@@ -41,16 +40,12 @@ def recipe(
         "seq_len": seq_len,
         "cross_document": run.data.cross_document,
         "rows": len(packing.train_rows(token_file, seq_len, eval_tokens=eval_tokens)),
-        "teacher": _hash(depends["teacher"]),
+        "teacher": digest(depends["teacher"]),
         "dtype": run.teacher.dtype,
         "tokenizer": depends["tokenizer"],
         "tokens": depends["data"]["tokens"],
         "documents": depends["data"]["documents"],
     }
-
-
-def _hash(part: Any) -> str:
-    return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def find(
@@ -79,4 +74,4 @@ def find(
 
 def identity(stored: StoredLogits | None) -> str | None:
     """What a continuation has to find again."""
-    return None if stored is None else _hash(stored.recipe)
+    return None if stored is None else digest(stored.recipe)

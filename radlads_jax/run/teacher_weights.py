@@ -3,7 +3,7 @@
 import jax
 
 from radlads_jax.distill.program import StagePlan
-from radlads_jax.models.decoder import Params
+from radlads_jax.models.tree import Params
 from radlads_jax.run.job import Job
 
 

@@ -15,8 +15,7 @@ from radlads_jax.distill.program import abstract_state, create_state, make_step
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.train_state import TrainState
 from radlads_jax.models import placement, sharding
-from radlads_jax.models.decoder import Params
-from radlads_jax.models.tree import merge_params, overlay_params, path_leaves, split_params
+from radlads_jax.models.tree import Params, merge_params, overlay_params, path_leaves, split_params
 from radlads_jax.planning.cost import model_flops
 from radlads_jax.porting.student import aligned_alone, init_mixers, transfer_table, whole_student
 from radlads_jax.run import ending, fingerprint, heldout, sweep

@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from radlads_jax.run.settings import FREE_OF_RECIPES
 from radlads_jax.system.storage import AnyPath, as_path, in_bucket, read_text, write_text
 
 # The run's id, and on a line below it what tells the directory from a copy of it, and what the run must have: of every
 # stage the last step, the name of its curves, and the recipe that they are of.
 _FILE_NAME = "wandb_id"
-# Of a recipe what changes no result.
-_FREE = ("accumulate", "remat")
 
 
 class WandbCurves:
@@ -64,7 +63,8 @@ class WandbCurves:
 
         One that begins anew by another recipe has curves of another name: those of the first can not be taken away.
         """
-        recipe = {name: value for name, value in dict(self._settings.get(stage) or {}).items() if name not in _FREE}
+        settings = dict(self._settings.get(stage) or {})
+        recipe = {name: value for name, value in settings.items() if name not in FREE_OF_RECIPES}
         told = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
         if start == 0 and logged and self._recipes.get(stage, told) != told:
             self._logged.pop(stage, None)

@@ -20,7 +20,7 @@ from radlads_jax import config as config_lib
 from radlads_jax.system import outage, storage
 from radlads_jax.system.untrusted import brief
 
-EXIT_FAILED, EXIT_OUTAGE = 1, 75
+EXIT_FAILED, _EXIT_OUTAGE = 1, 75
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 
@@ -82,7 +82,7 @@ def refuse(error: Exception | str, said: str | None = None) -> int:
         f"error: {text}", style="red", markup=False, emoji=False, highlight=False, soft_wrap=True
     )
     logging.debug("where it was raised", exc_info=True)
-    return EXIT_OUTAGE if isinstance(error, Exception) and outage.is_outage(error) else EXIT_FAILED
+    return _EXIT_OUTAGE if isinstance(error, Exception) and outage.is_outage(error) else EXIT_FAILED
 
 
 def parse_flags(argv: list[str]) -> list[str]:

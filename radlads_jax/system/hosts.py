@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from radlads_jax.system import failing
 
 # A Slurm job's port: above those that Linux hands out, and another for every job that shares a host.
-FIRST_PORT, PORTS = 61440, 4096
+_FIRST_PORT, PORTS = 61440, 4096
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "radlads-jax")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_NTASKS", "SLURM_PROCID")
 
@@ -146,7 +146,7 @@ def slurm_processes(environ: Mapping[str, str]) -> dict | None:
     """
     if any(name not in environ for name in SLURM) or environ["SLURM_NTASKS"] != environ["SLURM_STEP_NUM_NODES"]:
         return None
-    port = FIRST_PORT + int(environ["SLURM_JOB_ID"]) % PORTS
+    port = _FIRST_PORT + int(environ["SLURM_JOB_ID"]) % PORTS
     host = first_host(environ["SLURM_STEP_NODELIST"])
     return _arguments(f"{host}:{port}", int(environ["SLURM_NTASKS"]), int(environ["SLURM_PROCID"]))
 

@@ -1,10 +1,13 @@
-"""Files that hold one JSON object, read within bounds."""
+"""Files that hold one JSON object: read within bounds, written whole, told by a short hash."""
 
+import hashlib
+import json
 import re
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
-from radlads_jax.system.storage import AnyPath, size
+from radlads_jax.system.storage import AnyPath, size, write_text
 from radlads_jax.system.untrusted import parse_json
 
 # Tokenizers are the largest, with some ten million.
@@ -26,6 +29,16 @@ def read_json(path: AnyPath, advice: str = "Download the file again.") -> dict[s
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected one JSON object. {advice}")
     return value
+
+
+def write_json(path: AnyPath, value: Mapping[str, Any], *, indent: int = 2, ascii_only: bool = True) -> None:
+    """Writes a file's JSON object, whole or not at all. ascii_only: what is beyond ASCII is escaped."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=ascii_only) + "\n")
+
+
+def digest(value: Any) -> str:
+    """A short hash of what JSON can say, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def refuse_pointer(path: AnyPath, beginning: bytes) -> None:

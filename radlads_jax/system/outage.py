@@ -29,16 +29,17 @@ def is_outage(error: BaseException) -> bool:
     Where a service has answered, its status decides. An error of jax in another's chain is of a process that was lost,
     unless it is of a device's memory.
     """
-    chain = list(_chain(error))
-    if any(cls.__name__ == _ASKED_FOR for each in chain for cls in type(each).__mro__):
+    errors = list(chain(error))
+    if any(cls.__name__ == _ASKED_FOR for each in errors for cls in type(each).__mro__):
         return False
-    statuses = [status for each in chain if (status := _status(each)) is not None]
+    statuses = [status for each in errors if (status := _status(each)) is not None]
     if statuses:
         return all(status >= 500 or status in _LATER for status in statuses)
-    return any(_is_of_the_network(each) for each in chain)
+    return any(_is_of_the_network(each) for each in errors)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on."""
     while error is not None:
         yield error
         error = error.__cause__

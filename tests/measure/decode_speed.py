@@ -30,8 +30,8 @@ from radlads_jax.decoding.loop import BLOCK, Sequences, decode, empty_sequences,
 from radlads_jax.decoding.writer import memory_line
 from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models import ModelConfig, init_params
-from radlads_jax.models.decoder import Params
 from radlads_jax.models.state import grows
+from radlads_jax.models.tree import Params
 from radlads_jax.porting import model_config_from_hf, read_config, save_params
 from radlads_jax.student import Student
 

@@ -144,26 +144,12 @@ def test_only_the_listed_files_of_the_teacher_are_copied(small, tmp_path):
     assert all((target / name).read_text() == (tmp_path / "teacher" / name).read_text() for name in copied)
 
 
-def test_generation_config_given_or_from_the_base(small, tmp_path):
+def test_generation_config_from_the_base(small, tmp_path):
     params, cfg, options = small
-    config = {"temperature": 0.5}
-    save_params(params, cfg, tmp_path / "b", tokenizer_from=tmp_path / "teacher", generation_config=config, **options)
-    assert json.loads((tmp_path / "b" / "generation_config.json").read_text()) == config
     options["base_config"] |= {"bos_token_id": 0, "eos_token_id": [1, 2], "pad_token_id": None}
     save_params(params, cfg, tmp_path / "c", **options)
     written = json.loads((tmp_path / "c" / "generation_config.json").read_text())
     assert written == {"bos_token_id": 0, "eos_token_id": [1, 2]}
-
-
-def test_extra_files_and_keys_come_along(small, tmp_path):
-    params, cfg, options = small
-    (tmp_path / "modeling_x.py").write_text("x = 1\n")
-    updates = {"auto_map": {"AutoModel": "modeling_x.X"}}
-    save_params(
-        params, cfg, tmp_path / "b", config_updates=updates, extra_files=[tmp_path / "modeling_x.py"], **options
-    )
-    assert (tmp_path / "b" / "modeling_x.py").read_text() == "x = 1\n"
-    assert read_config(tmp_path / "b")["auto_map"] == updates["auto_map"]
 
 
 def test_an_earlier_export_is_replaced_as_a_whole(small, tmp_path):

@@ -28,7 +28,7 @@ class Family:
     max_positions, kv_heads, head_dim: what transformers takes for an absent key (None: the number of heads; the width
     by the number of heads). biases(keys): whether q, k, v have them, and whether o has. qk_norm: RMSNorm of every
     head's query and key. refused(values): what of a config.json the Decoder lacks, by how it is told, beside what holds
-    for all families. keys(cfg, base): what its config.json says beside the keys of all families; base is the teacher's.
+    for all families. keys(cfg): what its config.json says beside the keys of all families.
     disk_name: a tensor's name on disk from Hugging Face's usual one ("model.layers.0.self_attn.q_proj.weight").
     layer_types: what its config.json may call a layer. partial_rotary: RoPE may turn a part of a head. recurrent: the
     mixer of its own recurrent layers, where it has any. left_out: a pattern of tensors' names in files, of parts of a

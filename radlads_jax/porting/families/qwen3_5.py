@@ -1,10 +1,9 @@
 """Dense Qwen3.5's language model: Gated DeltaNet beside softmax layers with an output gate (Qwen3_5TextConfig)."""
 
 import dataclasses
-import itertools
 from typing import Any
 
-from radlads_jax.models.config import SOFTMAX, ModelConfig
+from radlads_jax.models.config import SOFTMAX, ModelConfig, runs_of
 from radlads_jax.models.gdn import CONV_WIDTH, GdnOptions
 from radlads_jax.porting.config_keys import ConfigKeys
 from radlads_jax.porting.families.family import Family, attention_bias
@@ -56,7 +55,7 @@ def _complete(keys: ConfigKeys, model: ModelConfig) -> ModelConfig:
     )
     return dataclasses.replace(
         model,
-        stacks=tuple((mixer, len(list(run))) for mixer, run in itertools.groupby(mixers)),
+        stacks=runs_of(mixers),
         mixer=options if MIXER in mixers else None,
         zero_centred_norms=True,
         output_gate=True,

@@ -58,7 +58,7 @@ def test_a_state_of_another_shape_does_not_trip_over_rules():
 def test_adafactor_updates_on_eight_devices_as_on_one():
     run, params = adafactor(run_of("pretrain", Mesh(fsdp=4, tensor=2))), random_params(WIDE, 0.1)
     params, _ = split_params(params, lambda path: path.endswith(("up/kernel", "q/bias")))
-    optimizer, mesh = make_optimizer(run.pretrain, run.optim), mesh_lib.make_mesh(run)
+    optimizer, mesh = make_optimizer(run.pretrain, run.optim, WIDE), mesh_lib.make_mesh(run)
     grads = jax.tree.map(lambda x: x * jnp.arange(x.shape[-1]), params)
     expected, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     placed = shardings(mesh, (grads, jax.eval_shape(optimizer.init, params), params), WIDE)

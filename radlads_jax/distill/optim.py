@@ -1,7 +1,6 @@
 """Adam, or Adafactor, with one learning rate for the mixers and one for the rest, as RADLADS section 2 trains them."""
 
 import math
-import re
 from typing import Any
 
 import jax
@@ -9,19 +8,22 @@ import jax.numpy as jnp
 import optax
 
 from radlads_jax.config import Optim, StageConfig
+from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.tensors import tensor_of
 from radlads_jax.models.tree import Params, in_mixer, joined, stack_of
 
-_BY_CHANNEL = re.compile(r"/(shift/mu|r_k|conv\w*)$")
 
+def make_optimizer(stage: StageConfig, optim: Optim, cfg: ModelConfig) -> optax.GradientTransformation:
+    """Clip by global norm, Adam or Adafactor, decoupled weight decay, then the group's own schedule.
 
-def make_optimizer(stage: StageConfig, optim: Optim) -> optax.GradientTransformation:
-    """Clip by global norm, Adam or Adafactor, decoupled weight decay, then the group's own schedule."""
+    cfg: of the model whose parameters train.
+    """
     steps = []
     if optim.clip > 0:
         steps.append(optax.clip_by_global_norm(optim.clip))
     steps += _adafactor(optim) if optim.name == "adafactor" else [_adam(optim)]
     if optim.weight_decay > 0:
-        steps.append(_decayed_matrices(optim.weight_decay))
+        steps.append(_decayed_matrices(optim.weight_decay, cfg))
     groups = {name: optax.scale_by_learning_rate(schedule) for name, schedule in learning_rates(stage).items()}
     return optax.chain(*steps, optax.partition(groups, param_groups))
 
@@ -51,15 +53,16 @@ def _clipped_layers(updates: Params, _: Params | None) -> Params:
     return jax.tree_util.tree_map_with_path(clipped, updates)
 
 
-def _decayed_matrices(rate: float) -> optax.GradientTransformation:
-    """Adds `rate` of each matrix to its update: of what has two dimensions or more in a layer of its own.
+def _decayed_matrices(rate: float, cfg: ModelConfig) -> optax.GradientTransformation:
+    """Adds `rate` of each matrix to its update: of what a token is multiplied with, and of the embedding.
 
-    Vectors, of which a stack makes an [L, D], have a size to keep: norms, biases, decay bases. So have what multiplies
-    channel by channel, several vectors in one: mixes of tokens, bonuses, taps of convolutions.
+    All else has a size to keep: norms, biases, decay bases, and what multiplies channel by channel, also where several
+    vectors are one parameter: mixes of tokens, bonuses, taps of convolutions.
     """
 
     def decayed(path: tuple, update: jax.Array, x: jax.Array) -> jax.Array:
-        is_matrix = _own_rank(path, x) > 1 and not _BY_CHANNEL.search(joined(path))
+        tensor = tensor_of(cfg, joined(path))
+        is_matrix = tensor is not None and (tensor.multiplies or tensor.path == "embed/embedding")
         return update + rate * x if is_matrix else update
 
     return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(decayed, updates, params))

@@ -167,7 +167,7 @@ def create_state(plan: StagePlan, params: Params) -> TrainState:
 
 
 def _optimizer(plan: StagePlan) -> optax.GradientTransformation:
-    return make_optimizer(plan.recipe, plan.run.optim)
+    return make_optimizer(plan.recipe, plan.run.optim, plan.student)
 
 
 def make_step(plan: StagePlan) -> Any:

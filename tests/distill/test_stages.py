@@ -135,7 +135,9 @@ def loss_of(name, student_cfg, teacher_cfg):
     return loss_fn
 
 
-OPTIMIZER = make_optimizer(StageConfig(tokens=10**6, lr=1e-3, mixer_lr=1e-2, warmup_steps=0), Optim())
+OPTIMIZER = make_optimizer(
+    StageConfig(tokens=10**6, lr=1e-3, mixer_lr=1e-2, warmup_steps=0), Optim(), STUDENTS["rwkv6"]
+)
 
 
 @functools.cache
@@ -214,7 +216,7 @@ def test_non_finite_steps_are_skipped_and_counted():
 def test_moments_kept_in_bfloat16():
     """Half the bytes; after gradients of one size and then of another, moments as float64 has them to 2%."""
     stage = StageConfig(tokens=10**6, lr=1e-3, lr_final=1e-3, mixer_lr=1e-3, mixer_lr_final=1e-3, warmup_steps=0)
-    optimizer = make_optimizer(stage, Optim(clip=0.0, moment_dtype="bfloat16"))
+    optimizer = make_optimizer(stage, Optim(clip=0.0, moment_dtype="bfloat16"), STUDENTS["rwkv6"])
     grads = np.random.default_rng(0).normal(size=(120, 4000)) * np.repeat([1.0, 3.0], 60)[:, None]
     params = {"head": jnp.zeros(4000)}
     state, update = optimizer.init(params), jax.jit(optimizer.update)
@@ -244,8 +246,9 @@ def test_moments_kept_in_bfloat16():
 def test_weight_decay_is_of_matrices_alone(name, mixer):
     """By what a parameter is in one layer: with gradients of zero, decay alone moves anything."""
     stage = StageConfig(tokens=10**6, lr=1e-2, mixer_lr=1e-2, warmup_steps=0)
-    params = jax.tree.map(jnp.ones_like, whole_student(*start_parts(mixer)))
-    optimizer = make_optimizer(stage, Optim(name=name, weight_decay=0.5))
+    parts = start_parts(mixer)
+    params = jax.tree.map(jnp.ones_like, whole_student(*parts))
+    optimizer = make_optimizer(stage, Optim(name=name, weight_decay=0.5), parts[0])
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     moved = {path for path, update in path_leaves(updates).items() if np.any(update)}
     matrices = ("kernel", "embedding", "/a", "/b")
@@ -269,7 +272,7 @@ def test_adafactor_scales_every_layer_by_itself():
     grads = rng.normal(size=(2, 130, 150)) * np.array([1.0, 100.0])[:, None, None] * rng.lognormal(size=(2, 130, 1))
     params = {"stacks": [{"mlp": {"up": {"kernel": jnp.zeros((2, 130, 150))}}}]}
     stage = StageConfig(tokens=10**6, lr=1e-2, lr_final=1e-2, mixer_lr=1.0, warmup_steps=0)
-    optimizer = make_optimizer(stage, Optim(name="adafactor", clip=0.0, beta1=0.0))
+    optimizer = make_optimizer(stage, Optim(name="adafactor", clip=0.0, beta1=0.0), STUDENTS["rwkv6"])
     state = optimizer.init(params)
     assert sum(leaf.size for path, leaf in path_leaves(state).items() if "/v" in path) == 2 * (130 + 150) + 1
     updates, _ = optimizer.update(jax.tree.map(lambda _: jnp.asarray(grads, jnp.float32), params), state, params)

@@ -39,7 +39,7 @@ def compile_seconds(stage: str, mixer: str, depth: int) -> float:
     """Seconds from the lowered step to the executable."""
     teacher_cfg = dataclasses.replace(model_config_from_hf(WIDTH | {"num_hidden_layers": depth}), dtype="float32")
     student_cfg = teacher_cfg.as_student(mixer, MIXERS[mixer].choose(teacher_cfg.hidden_size))
-    optimizer = make_optimizer(StageConfig(tokens=10**9), Optim())
+    optimizer = make_optimizer(StageConfig(tokens=10**9), Optim(), student_cfg)
 
     def loss_fn(student, teacher, batch):
         return STAGES[stage].loss_fn(student_cfg, teacher_cfg, student, teacher, batch, remat="full")

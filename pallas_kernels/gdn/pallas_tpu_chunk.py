@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.shared.triangular_tpu import BASE, NT, base_inverses, iota, merged
+from pallas_kernels.shared.turns import finished
 
 
 class Plan(NamedTuple):
@@ -139,10 +140,10 @@ def pairs(plan: Plan, kq: list[jax.Array], gates: Gates) -> list[Pairs]:
         decays.append(decay)
         inner.append((jnp.where(row > column, mine[:size] * weights, 0.0), mine[size:] * weights))
     width = min(BASE, size)
-    stricts = [-n for n, _ in inner]
-    inverses = base_inverses(plan, stricts, width)
+    stricts = [-n.astype(plan.dtype) for n, _ in inner]
+    inverses = finished(base_inverses(plan, stricts, width))
     while width < size:
-        inverses = merged(plan, stricts, inverses, width)
+        inverses = finished(merged(plan, stricts, inverses, width))
         width *= 2
     return [
         Pairs(

@@ -36,8 +36,8 @@ def wkv7_pallas_tpu(
     """See `wkv7`. Products are bfloat16 with float32 sums where r, k, v, a and b are all bfloat16, else float32.
 
     Right for sums of log_w above -60 over any half chunk: log_w >= -1.8 in chunks of 64, the default. Backward keeps
-    the inputs and one float32 state a chunk: for bfloat16 and K = V = 128 half as many bytes again. `interpret` is
-    pallas_call's; None interprets wherever there is no TPU.
+    the inputs and one state a chunk, in the products' dtype: for bfloat16 and K = V = 128 two sevenths as many bytes
+    again. `interpret` is pallas_call's; None interprets wherever there is no TPU.
     """
     key_size, value_size = r.shape[-1], v.shape[-1]
     tpu.check_sizes("wkv7", key_size, value_size, chunk_size)
@@ -136,7 +136,7 @@ def _run_forward(
     ]
     if keep_states:
         states = (batch, length // plan.size, *initial_state.shape[1:])
-        shapes.append(jax.ShapeDtypeStruct(states, jnp.float32))
+        shapes.append(jax.ShapeDtypeStruct(states, plan.dtype))
     out, final_state, *states = pl.pallas_call(
         functools.partial(forward_kernel, plan, counts is not None),
         grid=_grid(plan, inputs),

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.shared.triangular_tpu import NN, NT, TN
-from pallas_kernels.wkv7.pallas_tpu_chunk import Plan, decays, from_values, masks, pairs, solve, stack
+from pallas_kernels.shared.triangular_tpu import NN, TN
+from pallas_kernels.shared.turns import Routine, each, finished, staggered
+from pallas_kernels.wkv7.pallas_tpu_chunk import Plan, from_values, masks, prepared, solve, stack, turned
 
 
 def forward_kernel(plan: Plan, has_counts: bool, *refs: Any) -> None:
@@ -22,29 +22,34 @@ def forward_kernel(plan: Plan, has_counts: bool, *refs: Any) -> None:
     def _() -> None:
         final[...] = initial[...]
 
-    chunks = range(plan.chunks)
-    heads = range(plan.heads)
-    rows = [plan.tokens(chunk) for chunk in chunks]
-    decay = [decays(plan, log_w[0, row].astype(jnp.float32)) for row in rows]
-    mask = [masks(plan, None if counts is None else counts[0, chunk]) for chunk in chunks]
-    prepared = pairs(plan, [[x[0, row] for x in (r, k, a, b)] for row in rows], decay, mask)
-    size = plan.size
-    for chunk in chunks:
-        values = [v[0, rows[chunk], plan.values(head)].astype(plan.dtype) for head in heads]
-        chunk_pairs, start, end = prepared[chunk], decay[chunk].start, decay[chunk].end
-        state = [final[0, head] for head in heads]
+    heads, size, dot = range(plan.heads), plan.size, plan.dot
+    done: list[int] = []
+
+    def work(chunk: int) -> Routine[None]:
+        rows = plan.tokens(chunk)
+        mask = masks(plan, None if counts is None else counts[0, chunk])
+        _, pairs = yield from prepared(plan, chunk, (r, log_w, k, a, b), mask)
+        values = [v[0, rows, plan.values(head)].astype(plan.dtype) for head in heads]
+        while len(done) < chunk:
+            yield
+        centred = [final[0, head] * pairs[head].start for head in heads]
+        low = [x.astype(plan.dtype) for x in centred]
         if kept:
-            kept[0][0, chunk] = final[0]
-        centred = [state[head] * start[:, plan.keys(head)] for head in heads]
-        seen = [plan.dot(chunk_pairs[head].ra_head, centred[head], NT) for head in heads]
-        y = [seen[head][size:] + from_values(plan, chunk, chunk_pairs[head], values[head]) for head in heads]
-        u = [solve(plan, chunk, chunk_pairs[head], y[head]).astype(plan.dtype) for head in heads]
-        uv = [stack(plan, chunk, u[head], values[head]) for head in heads]
-        added = [plan.dot(uv[head], chunk_pairs[head].bk_tail, TN) for head in heads]
-        keep = mask[chunk].keep
+            for head in heads:
+                kept[0][0, chunk, head] = low[head]
+        columns = yield from each(turned(x) for x in low)
+        seen = yield from each(dot(pairs[head].ra_head, columns[head], NN) for head in heads)
+        y = yield from each(seen[head][size:] + from_values(plan, head, pairs[head], values[head]) for head in heads)
+        u = yield from each(solve(plan, head, pairs[head], y[head]).astype(plan.dtype) for head in heads)
+        uv = [stack(plan, head, u[head], values[head]) for head in heads]
+        added = yield from each(dot(uv[head], pairs[head].bk_tail, TN) for head in heads)
+        if mask.keep is not None:
+            centred = [x * mask.keep for x in centred]
         for head in heads:
-            old = centred[head] if keep is None else centred[head] * keep
-            final[0, head] = (old + added[head]) * end[:, plan.keys(head)]
+            final[0, head] = (centred[head] + added[head]) * pairs[head].end
+        done.append(chunk)
+        o = yield from each(seen[head][:size] + dot(pairs[head].inner[:size], uv[head], NN) for head in heads)
         for head in heads:
-            o = seen[head][:size] + plan.dot(chunk_pairs[head].inner[:size], uv[head], NN)
-            out[0, rows[chunk], plan.values(head)] = o.astype(out.dtype)
+            out[0, rows, plan.values(head)] = o[head].astype(out.dtype)
+
+    finished(staggered([work(chunk) for chunk in range(plan.chunks)], plan.lag))

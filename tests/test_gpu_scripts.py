@@ -60,7 +60,7 @@ def test_a_part_that_fails_is_said_and_the_others_run(tmp_path):
 
 def test_what_the_time_does_not_reach_is_said(tmp_path):
     """The part that is cut takes its processes with it."""
-    code, calls, report = check(tmp_path, "*demo*) sleep 60; echo late ;;", "--cpu", "demo", "speed", LIMIT_S="5")
+    code, calls, report = check(tmp_path, "*demo*) sleep 60; echo late ;;", "--cpu", "demo", "speed", LIMIT_S="15")
     assert code == 1 and "cut after" in report and "not begun: the time was over" in report
     assert len(calls) == 1 and "late" not in report
 

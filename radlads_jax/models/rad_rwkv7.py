@@ -234,7 +234,7 @@ SPEC = MixerSpec(
     options=RadRwkv7Options,
     tensors=_tensors,
     state=_state,
-    operator=Operator("wkv7", IMPLEMENTATIONS, {"wkv7_forward": 3.6, "wkv7_backward": 6.7}),
+    operator=Operator("wkv7", IMPLEMENTATIONS, {"wkv7_forward": 3.1, "wkv7_backward": 5.8}),
     # Decay, removal, two outer products, output: 9 K d.
     flops=lambda cfg, seq_len: 9.0 * cfg.head_dim * cfg.num_heads * cfg.head_dim,
     # bfloat16: r, k, v, a, b and the output; float32: decay, in-context rate, value residual; the gradients of all of

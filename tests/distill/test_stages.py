@@ -80,7 +80,7 @@ def gaps_by_hand(student_cfg, teacher_cfg, mixers, teacher, batch) -> list[jax.A
             target, _ = block.mixer(h, context, None, None)
             if mixer != "attention":
                 mixer_of_layer = layer(whole.stacks[i], j).mixer
-                if not gaps:
+                if not gaps and MIXERS[mixer].shares_values:
                     context = context._replace(v_first=mixer_of_layer.first_values(h))
                 out, _ = mixer_of_layer(h, context, jnp.asarray(number), None)
                 gaps.append(target - out)

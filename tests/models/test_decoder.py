@@ -192,7 +192,7 @@ def test_published_initial_values(mixer):
 
 
 def test_contradicting_switches_are_refused():
-    with pytest.raises(ValueError, match=r"student\.balance_state and student\.group_norm"):
+    with pytest.raises(ValueError, match=r"config\.student\.balance_state and config\.student\.group_norm"):
         MIXERS["rad_rwkv7"].choose(48, group_norm=True)
     with pytest.raises(ValueError, match=r"student\.gate .*'half'.*low_rank"):
         MIXERS["rad_rwkv7"].choose(48, gate="half")

@@ -58,7 +58,7 @@ class Data:
     bos: whether documents begin with the tokenizer's BOS; None = as the tokenizer begins a prompt.
     special_tokens: a special token's name in the text is that token; else it is text.
     chats, messages_field, replay: of stage2c. A .jsonl file or directory of conversations, the field with a line's
-    messages, and which share of a batch's rows is of the text instead.
+    messages (its "tools" are what the model may call), and which share of a batch's rows is of the text instead.
     """
 
     source: str = bounded("text", one_of=_SOURCES)

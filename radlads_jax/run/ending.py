@@ -164,10 +164,10 @@ def _complete(
             to_do = [step for step in to_do if step != "control"]
             try:
                 summary |= heldout.evaluate_control(job, teacher)
-            except Exception as error:
+            except (RuntimeError, ValueError) as error:
                 # It would fail again: the next start goes on without. What was only stopped, or had no answer from a
                 # disk, a network or another host, or no room in memory, is still to do.
-                if not (isinstance(error, OSError) or is_outage(error) or backend.is_out_of_memory(error)):
+                if not (is_outage(error) or backend.is_out_of_memory(error)):
                     _keep(job, summary, to_do)
                     display.say("the control can not be scored; the next start goes on without it")
                 raise

@@ -152,9 +152,10 @@ def trainings(
     as those do that leave out what was thought before, a text for every answer. None where the assistant says nothing.
     tools: what it may call. Raises ValueError for tools, and calls of them, of which the template writes nothing.
     """
-    check_tools(tokenizer, messages, tools, where)
     # What the assistant says before anybody has spoken is no answer.
     turns = [i for i, message in enumerate(messages) if i and message["role"] == _ASSISTANT]
+    if turns:
+        check_tools(tokenizer, messages[: turns[0]], tools, where)
     answers = [_answer(tokenizer, messages[: i + 1], tools, where) for i in turns]
     each = [one for one in answers if one.spans]
     if each and all(each[-1].text.startswith(one.text) for one in each[:-1]):

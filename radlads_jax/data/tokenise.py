@@ -55,8 +55,7 @@ def prompt_beginning(tokenizer: Any) -> tuple[int, ...]:
 
 
 def before_all(tokenizer: Any) -> list[int]:
-    """What stands in the place of a context where there is none: the tokenizer's BOS, or else the token that ends
-    texts; empty where it has neither."""
+    """What stands before a text without a context: [BOS], or else [the token that ends texts]; [] without either."""
     return [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
 
 

@@ -15,19 +15,23 @@ import pytest
 from radlads_jax.system import hosts
 
 ROOT = pathlib.Path(__file__).parent.parent
-JOINED = """
+JOINED = r"""
 import jax, sys
 from jax.experimental import multihost_utils
 from radlads_jax.system import hosts
 hosts.start(**eval(sys.argv[1]))
 seen = multihost_utils.process_allgather(jax.numpy.int32(10 + jax.process_index()))
-print(jax.process_index(), jax.process_count(), jax.device_count(), seen.tolist())
-print(hosts.agreed(jax.process_index() + 5), hosts.is_first())
-print(hosts.said_by_first(["{layers: ü}", "another, and longer"][jax.process_index()]))
+lines = [
+    f"{jax.process_index()} {jax.process_count()} {jax.device_count()} {seen.tolist()}",
+    f"{hosts.agreed(jax.process_index() + 5)} {hosts.is_first()}",
+    hosts.said_by_first(["{layers: ü}", "another, and longer"][jax.process_index()]),
+]
 try:
     hosts.require_same({"config.seed": 1, "config.stage1.lr": jax.process_index()})
 except ValueError as error:
-    print(error)
+    lines.append(str(error))
+# In one piece, as gloo prints to the same pipe.
+sys.stdout.write("\n".join(lines) + "\n")
 """
 
 

@@ -16,7 +16,7 @@ _logger = logging.getLogger(__name__)
 # Tried in order on each backend; the first that the operation has is taken.
 _PREFERENCE: dict[str, tuple[str, ...]] = {
     "tpu": ("pallas_tpu", "chunked"),
-    "gpu": ("triton_gpu", "chunked"),
+    "gpu": ("triton_gpu", "cudnn", "chunked"),
     "cpu": ("chunked",),
 }
 # The accelerators' kernels are made for these; a fit implementation for any other is `chunked`.
@@ -72,15 +72,18 @@ def fits(name: str, head_sizes: Sequence[int]) -> bool:
     """Whether an implementation that its backend prefers can take these sizes there."""
     if name in ("chunked", "reference"):
         return True
-    return set(head_sizes) <= set(_KERNEL_HEAD_SIZES) and (name != "triton_gpu" or _triton_fits())
+    if not set(head_sizes) <= set(_KERNEL_HEAD_SIZES):
+        return False
+    if name == "triton_gpu":
+        return _fit_gpu() and all(importlib.util.find_spec(needed) is not None for needed in ("triton", "jax_triton"))
+    return name != "cudnn" or _fit_gpu()
 
 
-def _triton_fits() -> bool:
-    """Triton is installed, and the GPU is NVIDIA's and of compute capability 8.0 or more."""
-    installed = all(importlib.util.find_spec(name) is not None for name in ("triton", "jax_triton"))
+def _fit_gpu() -> bool:
+    """The GPU is NVIDIA's and of compute capability 8.0 or more."""
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))
     numbers = re.fullmatch(r"(\d+)\.\d+", capability)  # AMD's name an architecture there: gfx942
-    return installed and numbers is not None and int(numbers[1]) >= 8
+    return numbers is not None and int(numbers[1]) >= 8
 
 
 @functools.cache

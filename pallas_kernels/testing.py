@@ -203,3 +203,11 @@ def gated_delta_loop(
     result.update({f"d_{name}": np.moveaxis(grads[name], 0, 1) for name in inputs})
     result["d_initial_state"] = d_state
     return result
+
+
+def attention_formula(q: Any, k: Any, v: Any, segment_ids: np.ndarray) -> jax.Array:
+    """softmax(q k^T / sqrt(K)) v of q [B, T, H, K], a key head for every query head, all scores at once."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("bthk,bshk->bhts", q, k) / q.shape[-1] ** 0.5
+    seen = np.tril(np.ones((q.shape[1],) * 2, bool)) & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)), v)

@@ -1,24 +1,21 @@
 """Softmax attention beside its own definition in float64; the TPU's kernels are interpreted."""
 
+import functools
+import re
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from pallas_kernels.attention import api, attention
 from pallas_kernels.dispatch import traced_for
-from pallas_kernels.testing import TOLERANCE, rms_ratio
+from pallas_kernels.testing import TOLERANCE, attention_formula, rms_ratio
 
 LENGTH = 300  # three blocks of queries, the last one smaller
 WHOLE = 256  # what the TPU's kernels take of it
-
-
-def defined(q, k, v, segment_ids):
-    """softmax(q k^T / sqrt(K)) v, a key head for every query head, all scores at once."""
-    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    scores = jnp.einsum("bthk,bshk->bhts", q, k) / q.shape[-1] ** 0.5
-    seen = np.tril(np.ones((q.shape[1],) * 2, bool)) & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)), v)
 
 
 def value_and_gradients(attend, *inputs):
@@ -40,14 +37,14 @@ def inputs(request):
     return (q, k, v), segment_ids
 
 
-@pytest.mark.parametrize("implementation", sorted(api.IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", ["chunked", "pallas_tpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_values_and_gradients(inputs, implementation, dtype):
     length = WHOLE if implementation == "pallas_tpu" else LENGTH
     arrays, segment_ids = [x[:, :length] for x in inputs[0]], inputs[1][:, :length]
     with jax.enable_x64(True):
         exact = tuple(jnp.asarray(jnp.asarray(x, dtype), jnp.float64) for x in arrays)
-        expected = value_and_gradients(lambda q, k, v: defined(q, k, v, segment_ids), *exact)
+        expected = value_and_gradients(lambda q, k, v: attention_formula(q, k, v, segment_ids), *exact)
 
     def attend(q, k, v):
         return attention(q, k, v, segment_ids=jnp.asarray(segment_ids), implementation=implementation)
@@ -65,25 +62,56 @@ def test_rows_without_segments_are_one(inputs):
 
 
 @pytest.mark.parametrize(
-    ("backend", "length", "size", "dtype", "kernel"),
+    ("backend", "length", "size", "dtype", "expected"),
     [
-        ("tpu", 2048, 64, "bfloat16", True),
-        ("tpu", 4096, 128, "bfloat16", True),
-        ("tpu", 1024, 64, "bfloat16", False),
-        ("tpu", 2100, 64, "bfloat16", False),
-        ("tpu", 2048, 80, "bfloat16", False),
-        ("tpu", 2048, 64, "float32", False),
-        ("gpu", 2048, 64, "bfloat16", False),
-        ("cpu", 2048, 64, "bfloat16", False),
+        ("tpu", 2048, 64, "bfloat16", "pallas_tpu"),
+        ("tpu", 4096, 128, "bfloat16", "pallas_tpu"),
+        ("tpu", 1024, 64, "bfloat16", "chunked"),
+        ("tpu", 2100, 64, "bfloat16", "chunked"),
+        ("tpu", 2048, 80, "bfloat16", "chunked"),
+        ("tpu", 2048, 64, "float32", "chunked"),
+        ("gpu 9.0", 2048, 64, "bfloat16", "cudnn"),
+        ("gpu 8.0", 4096, 128, "bfloat16", "cudnn"),
+        ("gpu 9.0", 1024, 64, "bfloat16", "chunked"),
+        ("gpu 9.0", 2048, 64, "float32", "chunked"),
+        ("gpu 7.5", 2048, 64, "bfloat16", "chunked"),
+        ("gpu gfx942", 2048, 64, "bfloat16", "chunked"),
+        ("cpu", 2048, 64, "bfloat16", "chunked"),
     ],
 )
-def test_which_runs_where(monkeypatch, backend, length, size, dtype, kernel):
+def test_which_runs_where(monkeypatch, backend, length, size, dtype, expected):
+    backend, _, capability = backend.partition(" ")
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
     ran = []
     stand_ins = {name: lambda q, *_, name=name: ran.append(name) or q for name in api.IMPLEMENTATIONS}
     monkeypatch.setattr(api, "IMPLEMENTATIONS", stand_ins)
     with traced_for(backend):
         attention(*(jnp.zeros((1, length, 1, size), dtype) for _ in range(3)))
-    assert ran == ["pallas_tpu" if kernel else "chunked"]
+    assert ran == [expected]
+
+
+@pytest.mark.parametrize("segments", [True, False])
+def test_cudnn_is_called_for_values_and_gradients(monkeypatch, segments):
+    """As a program for a GPU is lowered, each device its own rows; what cuDNN gives can be seen on a GPU alone."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    q, k, v = (jax.ShapeDtypeStruct((2, 256, heads, 64), jnp.bfloat16) for heads in (4, 2, 2))
+    ids = jax.ShapeDtypeStruct((2, 256), jnp.int32) if segments else None
+
+    def loss(q, k, v, ids):
+        rows = jax.sharding.PartitionSpec("data")
+        attend = functools.partial(attention, implementation="cudnn")
+        sharded = jax.shard_map(
+            lambda q, k, v, ids: attend(q, k, v, segment_ids=ids), mesh=mesh, in_specs=(rows,) * 4, out_specs=rows
+        )
+        return jnp.sum(sharded(q, k, v, ids).astype(jnp.float32))
+
+    lowered = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, v, ids).lower(lowering_platforms=("cuda",)).as_text()
+    kind = "ScaleBiasSoftmax" if segments else "Softmax"
+    assert re.findall(r"@__cudnn\$fmha(\w+)", lowered) == [kind, f"{kind}Backward"]
+    settings = lowered.replace("\\22", '"')
+    assert set(re.findall(r'"mask_type": "(\w+)"', settings)) == {"CAUSAL"}
+    assert set(re.findall(r'"fmha_scale": ([\d.]+)', settings)) == {"0.125"}
 
 
 def test_a_row_that_is_no_whole_number_of_blocks_is_refused():

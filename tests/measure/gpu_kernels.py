@@ -4,13 +4,14 @@
     python tests/measure/gpu_kernels.py times [--shape 1,4096,16,128] [--repeats 10]
 
 errors: RMS ratios of output, final state and the worst gradient of wkv7, wkv6 and gdn to the float64 loop over tokens,
-and of linear_loss's value and gradients to the plain formula in float64; above the tests' tolerance they are marked,
-and the exit code is 1. times: milliseconds, medians of turns, all in one process, with bfloat16 inputs; what
+and of linear_loss's and attention's to the plain formulas in float64; above the tests' tolerance they are marked, and
+the exit code is 1. times: milliseconds, medians of turns, all in one process, with bfloat16 inputs; what
 flash-linear-attention's kernels take stands beside them where torch, a GPU and fla are there. On a CPU the only
 implementation is `chunked`: that the commands work.
 """
 
 import argparse
+import functools
 import importlib.util
 import os
 import statistics
@@ -27,10 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch
+from pallas_kernels.attention import attention
 from pallas_kernels.gdn import gdn
 from pallas_kernels.measure import loss_forms
 from pallas_kernels.testing import (
     TOLERANCE,
+    attention_formula,
     gated_delta_inputs,
     gated_delta_loop,
     recurrence_inputs,
@@ -51,9 +54,9 @@ LOSS_SIZE = loss_forms.Size(tokens=300, vocab=5003, width=256)
 LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": TOLERANCE["bfloat16"]}
 
 
-def implementations() -> list[str]:
-    """What this backend would choose, and `chunked`."""
-    return ["triton_gpu", "chunked"] if jax.default_backend() == "gpu" else ["chunked"]
+def implementations(kernel: str = "triton_gpu") -> list[str]:
+    """What a GPU would choose, and `chunked`."""
+    return [kernel, "chunked"] if jax.default_backend() == "gpu" else ["chunked"]
 
 
 def inputs_of(operation: str, shape: tuple[int, int, int, int], dtype: str) -> dict[str, jax.Array]:
@@ -122,6 +125,56 @@ def loss_errors(loss: str, dtype: str) -> dict[str, float]:
     return {name: rms_ratio(got[name], want[name]) for name in want}
 
 
+def attention_inputs(shape: tuple[int, int, int, int], documents: int) -> tuple[list[jax.Array], np.ndarray]:
+    """bfloat16 q, k, v of a shape B,T,H,K, with half as many heads of keys, and segment_ids."""
+    batch, length, heads, size = shape
+    rng = np.random.default_rng(0)
+    arrays = (rng.standard_normal((batch, length, count, size)) for count in (heads, heads // 2, heads // 2))
+    segment_ids = 1 + np.arange(length) * documents // length
+    return [jnp.asarray(x, jnp.bfloat16) for x in arrays], np.tile(segment_ids.astype(np.int32), (batch, 1))
+
+
+def attention_program(implementation: str, segment_ids: np.ndarray) -> Callable[..., jax.Array]:
+    """q, k, v -> o; rows of one document have no segments to be told."""
+    ids = jnp.asarray(segment_ids) if segment_ids.max() > 1 else None
+    return lambda q, k, v: attention(q, k, v, segment_ids=ids, implementation=implementation)
+
+
+def attention_errors(implementation: str, size: int, length: int, documents: int) -> dict[str, float]:
+    """Of output and gradients in bfloat16, to the formula in float64."""
+    inputs, segment_ids = attention_inputs((2, length, 4, size), documents)
+    cotangent = attention_inputs((2, length, 4, size), documents)[0][0][::-1]
+
+    def both(attend: Callable[..., jax.Array], cotangent: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, ...]:
+        out, pull = jax.vjp(attend, *inputs)
+        return out, *pull(cotangent)
+
+    got = jax.jit(functools.partial(both, attention_program(implementation, segment_ids)))(cotangent, *inputs)
+    with jax.enable_x64(True):
+        exact = [jnp.asarray(x, jnp.float64) for x in (cotangent, *inputs)]
+        want = both(lambda q, k, v: attention_formula(q, k, v, segment_ids), *exact)
+    return {
+        name: rms_ratio(ours, right) for name, ours, right in zip(("o", "d_q", "d_k", "d_v"), got, want, strict=True)
+    }
+
+
+def attention_times(
+    implementation: str, inputs: list[jax.Array], segment_ids: np.ndarray, repeats: int
+) -> tuple[float, float]:
+    """As `our_times`."""
+    forward = attention_program(implementation, segment_ids)
+
+    def both(*inputs: jax.Array) -> Any:
+        out, pull = jax.vjp(forward, *inputs)
+        return out, pull(jnp.ones_like(out))
+
+    times = [
+        _milliseconds(lambda run=run: run(*inputs), jax.block_until_ready, repeats)
+        for run in (jax.jit(forward), jax.jit(both))
+    ]
+    return times[0], times[1]
+
+
 def _row(*cells: object) -> None:
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
@@ -148,6 +201,13 @@ def print_errors(sizes: list[int], length: int) -> bool:
                 for name in implementations():
                     row = errors(operation, name, dtype, size, length)
                     failed |= _error_row(operation, name, dtype, size, row, TOLERANCE[dtype])
+    for size in sizes:
+        for name in implementations("cudnn"):
+            for documents in (1, 2):
+                row = attention_errors(name, size, length, documents)
+                failed |= _error_row(
+                    f"attention, {documents} a row", name, "bfloat16", size, row, TOLERANCE["bfloat16"]
+                )
     for loss in LOSSES:
         for dtype in DTYPES:
             row = loss_errors(loss, dtype)
@@ -263,6 +323,12 @@ def print_times(shape: tuple[int, int, int, int], repeats: int) -> None:
                 label, call = others[key]
                 forward, both = fla_times(call, inputs, repeats)
                 _row(key, label, f"{forward:.3f}", f"{both:.3f}", "-")
+    inputs, segment_ids = attention_inputs(shape, documents=2)
+    beside = attention_program("chunked", segment_ids)(*inputs)
+    for name in implementations("cudnn"):
+        out = attention_program(name, segment_ids)(*inputs)
+        forward, both = attention_times(name, inputs, segment_ids, repeats)
+        _row("attention, 2 a row", name, f"{forward:.3f}", f"{both:.3f}", f"{rms_ratio(out, beside):.1e}")
     if not others:
         print("\nflash-linear-attention was not there to be timed (torch with CUDA, and fla).")
 

@@ -15,6 +15,7 @@ from untrained import TEACHER, random_params, save_teacher, student_of
 from radlads_jax import config
 from radlads_jax.decoding.loaded import load_model
 from radlads_jax.distill.stages import STAGES, add_stage
+from radlads_jax.models import bind
 from radlads_jax.models.tree import path_leaves
 from radlads_jax.planning.cost import model_flops
 from radlads_jax.planning.planner import make_planner
@@ -57,6 +58,22 @@ def test_a_teacher_of_the_family_is_read_under_its_own_names(teacher_dir):
     read = path_leaves(load_params(teacher_dir, cfg, dtype="float32"))
     for path, value in path_leaves(random_params(TERN, 0.08)).items():
         np.testing.assert_array_equal(read[path], value, err_msg=path)
+
+
+@pytest.mark.parametrize("cfg", [student_of(TERN, "gdn", (1,)), TERN], ids=["hybrid", "softmax"])
+def test_a_gdn_student_of_the_family_is_written_as_engines_read_it(cfg, tmp_path):
+    """Under Qwen3.5's names, and without the family's own keys; with all layers softmax too."""
+    params = random_params(cfg)
+    served = save_params(
+        params, cfg, tmp_path / "served", base_config={"model_type": "tern", "tern_wings": 2}, writer="qwen3_5"
+    )
+    assert "tern_wings" not in read_config(served)
+    back = model_config_from_hf(read_config(served))
+    assert back.family == "qwen3_5_text"
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 24))
+    first, second = (bind(of, values) for of, values in ((cfg, params), (back, load_params(served, back))))
+    expected, got = (np.asarray(decoder.logits(decoder.hidden(tokens)[0]), np.float64) for decoder in (first, second))
+    assert np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2)) < 1e-5
 
 
 def test_what_the_family_refuses_is_told(teacher_dir):

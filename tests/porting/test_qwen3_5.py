@@ -157,7 +157,8 @@ def test_the_constant_is_held_by_bfloat16():
     [
         (student_of(QWEN3, "rad_rwkv7"), "rad_rwkv7"),
         (dataclasses.replace(QWEN3, qkv_bias=True), "biases of q, k or v"),
-        (dataclasses.replace(QWEN3, family="other"), "family other"),
+        (dataclasses.replace(QWEN3, rotary_size=8), "RoPE of a part of a head"),
+        (dataclasses.replace(QWEN3, output_gate=True, zero_centred_norms=True), r"1 \+ w.* an output gate"),
         (other_softmax(QWEN3, KeptAttention(rope=False)), "softmax layers without RoPE"),
         (other_softmax(TEACHERS["llama"], KeptAttention(rope=False, log_scale=64.0)), "attention_log_scale"),
     ],

@@ -22,7 +22,7 @@ import numpy as np
 from radlads_jax.models.config import SOFTMAX, KeptAttention, ModelConfig
 from radlads_jax.models.gdn import GdnOptions
 from radlads_jax.models.tree import ParamPath
-from radlads_jax.porting.families import qwen3_5
+from radlads_jax.porting.families import FAMILIES, llama, qwen3_5
 from radlads_jax.porting.hf_export import hf_config_from_model
 from radlads_jax.porting.names import disk_tensors
 from radlads_jax.porting.safetensors_write import PlannedTensor
@@ -35,7 +35,6 @@ _Fetch = Callable[[str], np.ndarray]
 _SIZES = ("key_heads", "value_heads", "key_size", "value_size")
 # What a teacher's own attention may be told and was not trained with: vLLM would heed it in this format too.
 _OF_OTHER_ATTENTION = ("dual_chunk_attention_config", "sliding_window", "use_sliding_window", "max_window_layers")
-_TEACHERS = ("qwen2", "qwen3", "llama", "mistral")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +97,9 @@ def _without_place(cfg: ModelConfig) -> list[str]:
     obstacles = {
         f"the mixer {cfg.recurrent_mixer} (only {qwen3_5.MIXER} has one)": cfg.recurrent_mixer
         not in (None, qwen3_5.MIXER),
-        f"a teacher of the family {cfg.family} (out of {', '.join(_TEACHERS)})": cfg.family not in _TEACHERS,
+        "norms that multiply by 1 + w (a teacher's own)": cfg.zero_centred_norms,
+        "an output gate of the teacher's own": cfg.output_gate,
+        "RoPE of a part of a head (a teacher's own)": cfg.rotary_size is not None,
         "biases of q, k or v beside norms of q and k": cfg.qk_norm and cfg.qkv_bias,
         "a bias of o in softmax layers (vllm would leave it out)": cfg.o_bias and SOFTMAX in cfg.layer_mixers,
     }
@@ -108,8 +109,10 @@ def _without_place(cfg: ModelConfig) -> list[str]:
 def _tensors(flat: dict[ParamPath, Any], cfg: ModelConfig, dtype: str | None, form: _Form) -> list[PlannedTensor]:
     if cfg.family == qwen3_5.NAME:
         return _with_biases(planned_tensors(flat, cfg, dtype), _native(cfg, form))
-    # Worked on in float32, which holds every bfloat16; a tensor that is not changed comes out as it went in.
-    stored = {tensor.name: tensor for tensor in planned_tensors(flat, cfg, "float32")}
+    # By Hugging Face's usual names. Worked on in float32, which holds every bfloat16; a tensor that is not changed
+    # comes out as it went in.
+    usual = dataclasses.replace(cfg, family=llama.FAMILY.name)
+    stored = {tensor.name: tensor for tensor in planned_tensors(flat, usual, "float32")}
     disk_dtype = np.dtype(jnp.dtype(dtype or flat["embed", "embedding"].dtype))
 
     def fetch(name: str) -> np.ndarray:
@@ -213,7 +216,8 @@ def _padded(array: np.ndarray, heads: int, which: str, kind: str, cfg: ModelConf
 def _config(cfg: ModelConfig, base: dict[str, Any], form: _Form) -> dict[str, Any]:
     # Of the layers that foretell further tokens no tensor is written (Family.left_out).
     base = qwen3_5.text_config(base)
-    base = {key: value for key, value in base.items() if not key.startswith("mtp_") and key not in _OF_OTHER_ATTENTION}
+    left_out = (*_OF_OTHER_ATTENTION, *FAMILIES[cfg.family].keys(cfg))
+    base = {key: value for key, value in base.items() if not key.startswith("mtp_") and key not in left_out}
     config = hf_config_from_model(_native(cfg, form), base)
     # vLLM's name of it; without it there is no bias, and no word of that.
     config |= {"qkv_bias": True} if config["attention_bias"] else {}
@@ -230,7 +234,7 @@ def _writer(name: str, form: _Form, engine: engines.Engine | None, forms: dict[s
         functools.partial(_config, form=form),
         obstacles=functools.partial(_obstacles, engine=engine),
         written=functools.partial(_native, form=form),
-        expected=f"softmax layers of {', '.join(_TEACHERS)} and mixers of the kind {qwen3_5.MIXER}",
+        expected=f"softmax layers as Qwen3's, Qwen2.5's or Llama's and mixers of the kind {qwen3_5.MIXER}",
         use=lambda cfg: engines.how_to_use(_native(cfg, form), nested=form.nested),
         readers=readers,
         forms=forms,

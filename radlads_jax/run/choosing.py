@@ -68,9 +68,9 @@ def _texts(job: Job) -> list[Any]:
     batches = pipeline.make_train_iterator(
         job.token_file,
         seq_len=seq_len,
-        batch_size=max(1, min(_ROWS, pipeline.rows_available(job.token_file, seq_len, job.eval_tokens))),
+        batch_size=max(1, min(_ROWS, pipeline.rows_available(job.token_file, seq_len, job.run.eval_tokens))),
         seed=STAGES[name].order_seed(job.run.seed),
-        eval_tokens=job.eval_tokens,
+        eval_tokens=job.run.eval_tokens,
         cross_document=job.run.data.cross_document,
     )
     return [next(batches)]

@@ -127,9 +127,9 @@ def batches(job: Job) -> Sequence[Mapping[str, np.ndarray]]:
     run = job.run
     return pipeline.make_eval_batches(
         job.token_file,
-        seq_len=job.eval_tokens // run.data.eval_rows,
+        seq_len=run.eval_tokens // run.data.eval_rows,
         batch_size=run.train.eval_batch_size,
-        eval_tokens=job.eval_tokens,
+        eval_tokens=run.eval_tokens,
         cross_document=run.data.cross_document,
         rows_of_batch=sharding.own_rows(job.mesh, run.train.eval_batch_size),
     )

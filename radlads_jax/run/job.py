@@ -42,7 +42,7 @@ class Job:
     """What every stage of one run needs.
 
     source: the teacher's directory, None where the run starts from fresh weights. base_config: its config.json.
-    teacher: the teacher's dimensions, its stacks cut at the student's boundaries. eval_tokens: held out at the end.
+    teacher: the teacher's dimensions, its stacks cut at the student's boundaries.
     to_choose: how many softmax layers are still to be chosen; the student then has as many, evenly spaced, and the
     teacher is in one piece (run/choosing.py).
     mesh: the devices the run is spread over, None for one. beginning: ids that documents begin with. depends: what a
@@ -59,7 +59,6 @@ class Job:
     tokenizer_dir: AnyPath
     tokenizer: Any
     token_file: binidx.TokenFile
-    eval_tokens: int
     mesh: Mesh | None = None
     beginning: tuple[int, ...] = ()
     depends: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -94,7 +93,7 @@ class Job:
             text = packing.train_rows(
                 self.token_file,
                 recipe.seq_len,
-                eval_tokens=self.eval_tokens,
+                eval_tokens=self.run.eval_tokens,
                 cross_document=self.run.data.cross_document,
             )
             return pipeline.make_mixed_iterator(
@@ -110,7 +109,7 @@ class Job:
             seq_len=recipe.seq_len,
             batch_size=rows,
             seed=STAGES[name].order_seed(self.run.seed),
-            eval_tokens=self.eval_tokens,
+            eval_tokens=self.run.eval_tokens,
             cross_document=self.run.data.cross_document,
             rows_of_batch=sharding.own_rows(self.mesh, rows),
             beside=self.logits.rows if self.logits is not None and self.stage_plan(name).reads_logits else None,
@@ -238,7 +237,6 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
         tokenizer_dir,
         tokenizer,
         tokens.file,
-        run.eval_tokens,
         mesh,
         tokens.beginning,
         depends,

@@ -237,11 +237,12 @@ def data(job: Job) -> Finding:
         if STAGES[name].reads_chats:
             shares.append(_conversations(job, name, tokens))
             continue
-        share = pipeline.repeats(job.token_file, recipe.seq_len, tokens, job.eval_tokens)
+        share = pipeline.repeats(job.token_file, recipe.seq_len, tokens, job.run.eval_tokens)
         short += [name] if cut and share > 1 and not job.run.data.max_tokens else []
         shares.append(f"{name} reads {f'{share:.0%} of them' if share <= 1 else f'them {share:.1f} times'}")
-    count = job.token_file.num_tokens - job.eval_tokens
-    read = f"{count:,} tokens besides {job.eval_tokens:,} held out, of {described(job.token_file, job.depends['data'])}"
+    held_out = job.run.eval_tokens
+    count = job.token_file.num_tokens - held_out
+    read = f"{count:,} tokens besides {held_out:,} held out, of {described(job.token_file, job.depends['data'])}"
     problem = (
         f"the tokens in {job.token_file.prefix.parent} were read from a stream for a run of fewer, and "
         f"{listed(short)} would repeat them; expected as many as the longest stage reads. Choose another --workdir, "

@@ -36,7 +36,7 @@ def store(job: Job, output: AnyPath, precision: str) -> StoredLogits:
     begun with others.
     """
     _check(job)
-    recipe = teacher_logits.recipe(job.run, job.depends, job.token_file, job.eval_tokens, job.teacher.vocab_size)
+    recipe = teacher_logits.recipe(job.run, job.depends, job.token_file, job.run.eval_tokens, job.teacher.vocab_size)
     recipe["log_probs"] = precision
     with hosts.first_alone("logits"):
         stored = stored_logits.begin(output, recipe)
@@ -49,7 +49,7 @@ def store(job: Job, output: AnyPath, precision: str) -> StoredLogits:
     rows = packing.train_rows(
         job.token_file,
         recipe["seq_len"],
-        eval_tokens=job.eval_tokens,
+        eval_tokens=job.run.eval_tokens,
         cross_document=recipe["cross_document"],
     )
     with progress_bar("storing logits", show=hosts.is_first()) as progress:

@@ -146,7 +146,7 @@ def _identity(job: Job, name: str) -> str:
     """Of what the trials depend on."""
     run, recipe = job.run, dataclasses.replace(job.run.stage(name), **FREE_OF_RECIPES)
     softened = (run.teacher.dtype, run.teacher.temperature, run.teacher.top_k)
-    rows = (job.eval_tokens, run.data.cross_document, run.data.replay)
+    rows = (run.eval_tokens, run.data.cross_document, run.data.replay)
     told = (run.seed, run.stages, softened, job.student, run.student, run.optim, recipe, rows, RATE_FACTORS)
     depends = {part: job.depends.get(part) for part in ("teacher", "tokenizer", "data", "chats", "logits")}
     return digest([repr(told), depends])

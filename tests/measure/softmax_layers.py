@@ -107,7 +107,7 @@ def _of_row(cfg: ModelConfig, teacher_cfg: ModelConfig, params: Any, teacher: An
 
 def long_rows(job: Job, count: int, length: int) -> np.ndarray:
     """Held-out rows of this length, whose documents see each other."""
-    held = packing.eval_rows(job.token_file, length, eval_tokens=job.eval_tokens, cross_document=True)
+    held = packing.eval_rows(job.token_file, length, eval_tokens=job.run.eval_tokens, cross_document=True)
     return np.stack([held[i]["tokens"] for i in range(count)])
 
 

@@ -25,7 +25,7 @@ from pallas_kernels.context_parallel import over_shards
 from pallas_kernels.gdn import conv_over_shards, gdn, gdn_step, short_conv
 from pallas_kernels.gdn.api import IMPLEMENTATIONS
 from pallas_kernels.sharded import ROWS, constrain, per_shard
-from radlads_jax.models import gdn_start, heads
+from radlads_jax.models import gdn_start, heads, starts
 from radlads_jax.models.attention import Context
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.layers import RMSNorm, linear
@@ -136,8 +136,8 @@ class Gdn(nnx.Module):
         del layer_id
         self.cfg, options = cfg, cfg.mixer
         heads, size = _value_heads(cfg)
-        starts = {"q": options.conv_qk, "k": options.conv_qk, "v": options.conv_v}
-        taps = {part.name: _first_taps(part.channels, starts[part.name], cfg) for part in _parts_of(cfg)}
+        last = {"q": options.conv_qk, "k": options.conv_qk, "v": options.conv_v}
+        taps = {part.name: _first_taps(part.channels, last[part.name], cfg) for part in _parts_of(cfg)}
         if options.fused:
             self.qkv = linear(cfg.hidden_size, sum(part.channels for part in _parts_of(cfg)), cfg, rngs)
             self.conv = nnx.Param(jnp.concatenate(list(taps.values())))
@@ -154,7 +154,12 @@ class Gdn(nnx.Module):
         self.o = linear(heads * size, cfg.hidden_size, cfg, rngs)
 
     def __call__(self, x: Float[Array, "B T D"], context: Context, layer_id, state):
-        """-> (out [B, T, D], state {"gdn": [B, H, K, V] float32, "conv_q", "conv_k", "conv_v": [B, 3, C]})."""
+        """-> (out [B, T, D], state as of `heads`)."""
+        out, state = self.heads(x, context, layer_id, state)
+        return self.o(out), state
+
+    def heads(self, x: Float[Array, "B T D"], context: Context, layer_id, state):
+        """-> (what o reads [B, T, d], state {"gdn": [B, H, K, V] float32, "conv_q", "conv_k", "conv_v": [B, 3, C]})."""
         del layer_id
         (q, k, v), windows = self._convolved(x, context, state)
         (_, key_heads, size), _, (_, _, value_size) = _parts_of(self.cfg)
@@ -172,7 +177,7 @@ class Gdn(nnx.Module):
         out, final = run(q, k, v, log_g, beta, initial, context.segment_ids)
         gate = jax.nn.silu(self.z(x).astype(jnp.float32))
         out = (heads.normed(out, self.norm) * gate).astype(x.dtype)
-        return self.o(out), None if state is None else {"gdn": final, **windows}
+        return out, None if state is None else {"gdn": final, **windows}
 
     def _convolved(self, x: Array, context: Context, state: dict | None) -> tuple[list[Array], dict[str, Array]]:
         """q, k, v [B, T, heads size] after the convolution, and its last inputs."""
@@ -304,6 +309,7 @@ SPEC = MixerSpec(
         "beta": Calibration(gdn_start.beta_of_entropy),
         "gate": Calibration(gdn_start.open_gate, replaces=("gate_std",)),
         "output": Calibration(gdn_start.output_of_rms),
+        "projection": dataclasses.replace(starts.SOLVED_OUTPUT, needs=("gate",)),
     },
     calibrated=("decay", "beta", "gate", "output"),
     columns=_columns,

@@ -128,6 +128,10 @@ def test_eight_devices_calibrate_as_one_does(weights, batch, mixer):
         ({"mixer": "rad_rwkv7", "init": "calibrated", "calibrate": ("gate",)}, ["'gate'", "output or projection"]),
         ({"mixer": "rad_rwkv7", "init": "calibrated", "calibrate": ("projection",)}, ["'projection'", "without gate"]),
         (
+            {"mixer": "gdn", "init": "calibrated", "calibrate": ("decay", "projection")},
+            ["'projection'", "without gate"],
+        ),
+        (
             {"mixer": "rad_rwkv6", "init": "calibrated", "calibrate": ("gate", "output")},
             ["config.student.calibrate", "gate='full'", "decay, output, projection"],
         ),

@@ -1,7 +1,7 @@
 """What a calibrated start gives: a student at the start, in a short stage 1 and a short stage 2, beside the published.
 
 JAX_PLATFORMS=cpu python tests/measure/calibrated_start.py [--mixer gdn] [--steps 8 --steps2 8] [--seeds 2]
-    [--teacher DIR --text FILE] [--every 0] [--variant NAME=SETTINGS ...] [--picture FILE.svg]
+    [--teacher DIR --text FILE --dtype float32] [--every 0] [--variant NAME=SETTINGS ...] [--picture FILE.svg]
 
 The demo's teacher, data and rates with batches of 4 x 256 tokens, or a teacher of yours with configs/convert.py's and
 batches of 4 x 512; every variant on the same ones. SETTINGS are of config.student, as "calibrate=decay+gate" or
@@ -53,7 +53,7 @@ def job_of(arguments: argparse.Namespace, seed: int, settings: dict[str, Any], w
     if arguments.teacher:
         config.data.eval_rows, config.train.eval_batch_size = 8, ROWS
         config.teacher.path, config.data.path, config.data.max_tokens = arguments.teacher, arguments.text, 1_000_000
-        config.dtype = config.teacher.dtype = "float32"
+        config.dtype = config.teacher.dtype = arguments.dtype
     else:
         config.data.documents = 1500
     length = 512 if arguments.teacher else 256
@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("--mixer", default="gdn")
     parser.add_argument("--teacher", default="")
     parser.add_argument("--text", default="")
+    parser.add_argument("--dtype", default="float32", help="of a teacher of yours and its student")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--steps2", type=int, default=8)
     parser.add_argument("--every", type=int, default=0)

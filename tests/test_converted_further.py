@@ -14,6 +14,7 @@ from untrained import TEACHER, random_mixers, random_params, save_teacher, stude
 
 from radlads_jax.config import Mesh, RunConfig
 from radlads_jax.distill.align import align_loss
+from radlads_jax.distill.calibrate import calibrated
 from radlads_jax.distill.program import StagePlan, abstract_student
 from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models import ModelConfig, bind, gdn_start, sharding
@@ -238,6 +239,15 @@ def test_an_export_of_ours_begins_as_its_own_teacher_would(family, tmp_path):
     qkv = np.concatenate([expected[name]["kernel"] for name in "qkv"], axis=-1)
     np.testing.assert_allclose(got["qkv"]["kernel"], qkv, rtol=1e-6)
     np.testing.assert_allclose(got["o"]["kernel"], 2 * expected["o"]["kernel"], rtol=1e-6)
+    # Of padded heads the mixer takes the first half of the channels, and its o is solved for those.
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 24)))
+    batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": jnp.arange(24) + 0 * tokens}
+    cut = teacher.as_teacher_of(cfg)
+    weights, losses = load_params(tmp_path, cut), {}
+    for parts in (("gate",), ("gate", "projection")):
+        begun = calibrated(cfg, cut, init_mixers(cfg, weights, seed=0), weights, batch, parts)
+        losses[parts] = float(align_loss(cfg, cut, begun, weights, batch, remat="none").loss)
+    assert losses["gate", "projection"] < losses["gate",]
 
 
 def stacked(params):

@@ -50,6 +50,8 @@ def _scales(cfg: ModelConfig, seen: LayerOutputs) -> Float[Array, " d"]:
     """
     weight = seen.counted[..., None, None]
     attention, mixer = (x.reshape(*x.shape[:2], cfg.num_heads, -1) for x in (seen.attention, seen.mixer))
+    # The mixer's may be the first channels of attention's heads (models/gdn_start.py).
+    attention = attention[..., : mixer.shape[-1]]
     both, ours, theirs = (
         jnp.sum(x * y * weight, (0, 1, 3)) for x, y in ((attention, mixer), (mixer, mixer), (attention, attention))
     )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.shared import tpu
 from pallas_kernels.shared.triangular_tpu import BASE, NT, base_inverses, iota, merged
 from pallas_kernels.shared.turns import finished
 
@@ -42,14 +43,7 @@ class Plan(NamedTuple):
         return slice(head * self.value_size, (head + 1) * self.value_size)
 
     def dot(self, x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
-        """The product in float32: one pass of bfloat16 operands, or all of float32's digits."""
-        return jax.lax.dot_general(
-            x.astype(self.dtype),
-            y.astype(self.dtype),
-            (((axes[0],), (axes[1],)), ((), ())),
-            precision=None if self.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
+        return tpu.dot(x, y, axes, self.dtype)
 
 
 class Gates(NamedTuple):

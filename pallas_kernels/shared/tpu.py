@@ -31,6 +31,17 @@ def check_sizes(operation: str, key_size: int, value_size: int, chunk_size: int 
         )
 
 
+def dot(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: Any) -> jax.Array:
+    """A product of matrices in a kernel, in float32: one pass of bfloat16 operands, or all of float32's digits."""
+    return jax.lax.dot_general(
+        x.astype(dtype),
+        y.astype(dtype),
+        (((axes[0],), (axes[1],)), ((), ())),
+        precision=None if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
 def interpreted(interpret: Any) -> Any:
     """pallas_call's `interpret`: None interprets wherever there is no TPU."""
     return dispatch.backend() != "tpu" if interpret is None else interpret

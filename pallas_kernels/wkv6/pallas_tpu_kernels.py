@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.shared import tpu
+from pallas_kernels.shared.triangular_tpu import NN, NT, TN
 from pallas_kernels.wkv6.levels import GROUP
 
-# Which axes of two matrices a product sums over.
-NN, NT, TN = (1, 0), (1, 1), (0, 0)
 # The hardware has 2^x.
 _LOG2_E = 1.4426950408889634
 
@@ -41,14 +41,7 @@ class Plan(NamedTuple):
         return slice(head * self.value_size, (head + 1) * self.value_size)
 
     def dot(self, x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
-        """The product in float32: one pass of bfloat16 operands, or all of float32's digits."""
-        return jax.lax.dot_general(
-            x.astype(self.dtype),
-            y.astype(self.dtype),
-            (((axes[0],), (axes[1],)), ((), ())),
-            precision=None if self.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
+        return tpu.dot(x, y, axes, self.dtype)
 
 
 class _Resets(NamedTuple):

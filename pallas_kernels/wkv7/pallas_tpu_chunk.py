@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.shared import tpu
 from pallas_kernels.shared.triangular_tpu import BASE, NN, base_inverses, iota, merged
 from pallas_kernels.shared.turns import Routine, each, staggered
 
@@ -67,14 +68,7 @@ class Plan(NamedTuple):
         return slice(chunk * self.size, (chunk + 1) * self.size)
 
     def dot(self, x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
-        """The product in float32: one pass of bfloat16 operands, or all of float32's digits."""
-        return jax.lax.dot_general(
-            x.astype(self.dtype),
-            y.astype(self.dtype),
-            (((axes[0],), (axes[1],)), ((), ())),
-            precision=None if self.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
+        return tpu.dot(x, y, axes, self.dtype)
 
 
 class Masks(NamedTuple):

@@ -315,7 +315,7 @@ def test_a_corpus_that_is_prepared_before_is_the_same_run(place, capsys):
     token_file = {"data__source": "binidx", "data__path": str(place / "tokens")}
     run = job_of(place, "other run", **token_file)
     assert run.token_file.tokens.tolist() == text.token_file.tokens.tolist() == made.file.tokens.tolist()
-    assert (run.eval_tokens, run.beginning) == (text.eval_tokens, text.beginning)
+    assert (run.run.eval_tokens, run.beginning) == (text.run.eval_tokens, text.beginning)
     assert "2 files with 40 documents" in preflight.data(run).result
     assert not (place / "other run" / "data").exists()
     # Again is quick, another text in the same directory is not taken in, tokens are no text.

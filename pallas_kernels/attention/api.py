@@ -31,9 +31,9 @@ def attention(
     """softmax(q k^T / sqrt(K)) v over the keys at or before each query in its segment; softmax float32, o as q.
 
     H is a multiple of G: a group of H / G neighbouring heads shares a key head. pallas_tpu takes rows of a multiple of
-    128 positions, cudnn bfloat16 and float16. Left to the backend, they run on TPU and NVIDIA's GPUs for rows of such
-    multiples from 2,048 positions on, for head sizes 64 and 128, in bfloat16 alone: a TPU multiplies float32 so too
-    unless told otherwise, and the library's kernels have no word for it.
+    128 positions, cudnn bfloat16 and float16. Left to the backend, they run on TPU and on NVIDIA's GPUs from Hopper on
+    for rows of such multiples from 2,048 positions on, for head sizes 64 and 128, in bfloat16 alone: a TPU multiplies
+    float32 so too unless told otherwise, and the library's kernels have no word for it.
     """
     length = q.shape[1]
     if implementation is None and (length < _KERNEL_FROM or length % SMALLEST_BLOCK or q.dtype != jnp.bfloat16):

@@ -1,4 +1,4 @@
-"""Softmax attention on NVIDIA's GPUs by cuDNN's, which holds no scores outside the chip's own memory."""
+"""Softmax attention on NVIDIA's GPUs from Hopper on by cuDNN's, which holds no scores outside the chip's own memory."""
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -12,8 +12,8 @@ def attention_cudnn(
 ) -> Float[Array, "B T H K"]:
     """`attention` in bfloat16 or float16.
 
-    What is of one segment is told as a mask [B, 1, T, T] in the inputs' dtype: cuDNN's packed rows want a fixed number
-    of segments, and a Hopper.
+    What is of one segment is told as a mask [B, 1, T, T] in the inputs' dtype, for which the backward pass makes a
+    gradient that nobody reads: cuDNN's packed rows want a fixed number of segments.
     """
     same = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation="cudnn")

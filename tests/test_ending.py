@@ -104,8 +104,11 @@ def test_other_prompts_are_continued_by_the_export(run: Any, monkeypatch: Any) -
     assert not (run.workdir / "samples.md").exists()
 
 
-def test_answers_of_tales_can_be_asked_for_later(run: Any, monkeypatch: Any) -> None:
+def test_answers_of_tales_can_be_asked_for_later(run: Any, teacher: Any, monkeypatch: Any, capsys: Any) -> None:
     assert "answers" not in run.go_on()
+    asked = f"radlads_jax.evaluate --model {run.workdir} --teacher {teacher} --tasks=recall"
+    assert asked in capsys.readouterr().out, "next tokens flatter"
+    assert "--tasks=recall" in (run.workdir / "export" / "README.md").read_text()
     shutil.rmtree(run.workdir / "checkpoints")
     monkeypatch.setattr(train, "make_step", planted)
     summary = run.go_on(**{"train.answer_tales": 8})
@@ -113,7 +116,8 @@ def test_answers_of_tales_can_be_asked_for_later(run: Any, monkeypatch: Any) -> 
     assert answers["tales"] == 8 and answers["scores"][0]["what"] == "facts recalled"
     assert all(0 <= score[name] <= 1 for score in answers["scores"] for name in ("teacher", "control", "student"))
     for page in (run.workdir / "export" / "README.md", run.workdir / "report" / "index.html"):
-        assert "facts recalled" in page.read_text()
+        assert "facts recalled" in page.read_text() and "--tasks=recall" not in page.read_text()
+    assert "--tasks=recall" not in capsys.readouterr().out
     written = (run.workdir / "summary.json").read_text()
     assert json.loads(written) == summary
     monkeypatch.setattr(heldout, "answer", planted)

@@ -194,6 +194,12 @@ def _scores(summary: Mapping[str, Any]) -> str:
                 for row in answers["scores"]
             ),
         ]
+    else:
+        lines += [
+            "",
+            "Scores of next tokens do not show what a model recalls of its context: `python -m radlads_jax.evaluate "
+            "--tasks=recall` asks.",
+        ]
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ checked before the first step of training.
 """
 
 import dataclasses
+import shlex
 from typing import Any
 
 from radlads_jax.distill.stages import stage_losses
@@ -196,6 +197,14 @@ def _complete(
             (job.workdir / _SAMPLES).unlink(missing_ok=True)
         _keep(job, summary, [])
     display.show(heldout.results_table(summary))
+    if "answers" not in summary and job.source is not None and job.student.recurrent_mixer is not None:
+        command = (
+            f"--model {shlex.quote(str(job.workdir))} --teacher {shlex.quote(job.run.teacher.path)} --tasks=recall"
+        )
+        display.say(
+            "scores of next tokens do not show what it recalls of its context; to ask both models: "
+            f"python -m radlads_jax.evaluate {command}"
+        )
     if hosts.is_first():
         display.say(f"how it went, as a page: {_write_page(job)}")
     return summary

@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 
 from radlads_jax.decoding.loaded import DTYPES, load_model, model_directory, read_model_config
-from radlads_jax.evaluation.choice import KINDS, Sizes, choose_layers, prompts, said, table, text_batch
+from radlads_jax.evaluation.layer_choice import KINDS, Sizes, choose_layers, prompts, said, table, text_batch
 from radlads_jax.models.window import WindowOptions
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.reporting.bars import layers_picture

@@ -60,8 +60,7 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
         storage.require_writable(workdir)
         settings_lib.check_same_config(workdir, settings)
         # Imported late: the models and their compiler take seconds that a typo should not.
-        from radlads_jax.evaluation.choice import choose_for_run, table
-        from radlads_jax.run import choosing, preflight
+        from radlads_jax.run import preflight, softmax_layers
         from radlads_jax.run.display import say
         from radlads_jax.run.job import make_job
         from radlads_jax.run.teacher_weights import TeacherWeights
@@ -95,7 +94,7 @@ def main(argv: list[str], join: Callable[[], None] = lambda: None) -> int:
                 if hosts.is_first():
                     settings_lib.remember_config(workdir, settings)
 
-            job = choosing.decide(job, teacher, choose_for_run, table)
+            job = softmax_layers.decide(job, teacher)
             convert(job, teacher, begun)
             # The others stay until the first one has written its pages.
             hosts.barrier()

@@ -15,7 +15,7 @@ AUTO = re.compile(r"auto:(\d+)")
 @dataclasses.dataclass(frozen=True)
 class Student:
     """mixer: a name of models.mixers.MIXERS; "attention" is no conversion. attention_layers keep softmax; ("auto:N",)
-    chooses N of them by the teacher's forward passes (evaluation/choice.py).
+    chooses N of them by the teacher's forward passes (evaluation/layer_choice.py).
     attention_every: N keeps every N-th layer, those with (i + 1) % N == 0, in place of attention_layers; 0 = off.
 
     use_rope, token_shift, group_norm, balance_state: None = the mixer's published choice; gate: "" = the same, else one

@@ -14,15 +14,15 @@ from untrained import TEACHER, random_params, save_teacher, save_tokenizer
 from radlads_jax import choose, config
 from radlads_jax.config import RunConfig, validate
 from radlads_jax.distill.student_config import make_student_config
-from radlads_jax.evaluation import choice, floor
-from radlads_jax.evaluation.choice import Sizes, choose_layers, unevenness
+from radlads_jax.evaluation import floor, layer_choice
+from radlads_jax.evaluation.layer_choice import Sizes, choose_layers, unevenness
 from radlads_jax.evaluation.probes import Example
 from radlads_jax.evaluation.swaps import Measured, Rows, Swaps, prompt_rows
 from radlads_jax.models import bind
 from radlads_jax.models.window import WindowOptions
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.reporting.bars import layers_picture
-from radlads_jax.run import choosing, chosen, preflight, train
+from radlads_jax.run import choice_file, preflight, softmax_layers, train
 from radlads_jax.run.job import make_job
 from radlads_jax.run.teacher_weights import TeacherWeights
 from radlads_jax.student import Student
@@ -67,8 +67,8 @@ def rows(count: int = 3):
 @pytest.mark.parametrize(("keep", "layer"), [(1, 0), (2, 3)])
 def test_the_layer_that_reads_is_kept_first_and_the_same_seed_chooses_the_same(keep, layer, tokenizer, monkeypatch):
     params, sizes = planted(layer), Sizes(prompts=6, texts=2, tokens=LENGTH, batch_size=6)
-    monkeypatch.setattr(choice, "KINDS", ("short",))
-    monkeypatch.setitem(choice.probes.PROBES, "short", asking(params))
+    monkeypatch.setattr(layer_choice, "KINDS", ("short",))
+    monkeypatch.setitem(layer_choice.probes.PROBES, "short", asking(params))
     found = [
         choose_layers(CFG, params, tokenizer, rows(), keep, options=OPTIONS, sizes=sizes, quiet=True) for _ in range(2)
     ]
@@ -113,7 +113,7 @@ def _nll(logits, token):
 
 
 def test_a_tie_goes_to_even_spacing_and_a_clear_lead_does_not():
-    draws = choice._Draws(4, np.ones(12, bool), 12, 0)
+    draws = layer_choice._Draws(4, np.ones(12, bool), 12, 0)
     # The first layer's windows cost one prompt much and another nearly as much less; the others' cost nothing.
     noise = np.tile([3.0, -2.9], 6)
 
@@ -121,12 +121,12 @@ def test_a_tie_goes_to_even_spacing_and_a_clear_lead_does_not():
         changes = [Measured(np.full(4, 0.1), (noise + lead) * (i == 0), np.zeros(12)) for i in range(5)]
         return draws.scores(changes)
 
-    tied = choice._best(scores(0.0), range(5), [], 5)
+    tied = layer_choice._best(scores(0.0), range(5), [], 5)
     assert (tied.layer, tied.tied) == (2, [0, 1, 2, 3, 4])
-    clear = choice._best(scores(50.0), range(5), [], 5)
+    clear = layer_choice._best(scores(50.0), range(5), [], 5)
     assert (clear.layer, clear.tied) == (0, [0]) and clear.score == pytest.approx(4)
     # Whichever is added to the middle one, the gaps are as uneven: the better score decides.
-    assert choice._best(scores(0.0), range(5), [2], 5)[0::2] == (0, [0, 1, 3, 4])
+    assert layer_choice._best(scores(0.0), range(5), [2], 5)[0::2] == (0, [0, 1, 3, 4])
     assert unevenness([1, 3], 5) < unevenness([0, 1], 5)
 
 
@@ -138,7 +138,7 @@ def test_a_number_that_leaves_nothing_to_choose_is_refused(keep, tokenizer):
 
 def test_prompts_without_room_are_refused(tokenizer):
     with pytest.raises(ValueError, match=r"prompts of 20 tokens.*expected more"):
-        choice.prompts(tokenizer, Sizes(tokens=20), choice.KINDS)
+        layer_choice.prompts(tokenizer, Sizes(tokens=20), layer_choice.KINDS)
 
 
 def test_a_kind_that_the_teacher_can_not_answer_does_not_count():
@@ -155,7 +155,8 @@ def test_a_kind_that_the_teacher_can_not_answer_does_not_count():
     changes = [Measured(np.full(2, float(i)), np.where(counted, 0.0, 99.0 * (i == 0)), right) for i in range(3)]
     # What the teacher can not answer would have chosen the first; by all three kinds at the floor the text decides.
     for of in (counted, np.zeros(30, bool)):
-        np.testing.assert_allclose(choice._Draws(2, of, 10, 0).scores(changes)[0], [-1.224745, 0, 1.224745], rtol=1e-5)
+        scores = layer_choice._Draws(2, of, 10, 0).scores(changes)[0]
+        np.testing.assert_allclose(scores, [-1.224745, 0, 1.224745], rtol=1e-5)
 
 
 def test_the_command_chooses_writes_and_says_where_a_teacher_is_at_chance(tmp_path, capsys):
@@ -280,7 +281,7 @@ def test_an_engine_that_wants_an_interval_is_told_before_the_choice(run_of, tmp_
     assert "softmax layers" not in said.result + said.problem
 
 
-def test_a_run_chooses_once_and_goes_on_with_what_it_chose(run_of):
+def test_a_run_chooses_once_and_goes_on_with_what_it_chose(run_of, monkeypatch):
     workdir, settings = run_of
     asked, read = [], []
 
@@ -289,15 +290,17 @@ def test_a_run_chooses_once_and_goes_on_with_what_it_chose(run_of):
         read.extend(texts)
         return {"layers": [0]}
 
+    monkeypatch.setattr(softmax_layers, "choose_for_run", choose)
+    monkeypatch.setattr(softmax_layers, "table", str)
     job = _job(workdir, settings)
     assert job.to_choose == 1 and job.teacher.stacks == (("attention", 2),)
     assert job.student.layer_mixers == ("window", "attention")
     said = preflight.layers(job)
     assert "1 of 2 will be chosen" in said.result and "evenly spaced: 1" in said.result
-    with pytest.raises(ValueError, match=r"'auto:1'.*choosing\.decide"):
+    with pytest.raises(ValueError, match=r"'auto:1'.*softmax_layers\.decide"):
         train.convert(job)
     teacher = TeacherWeights(job)
-    decided = choosing.decide(job, teacher, choose, str)
+    decided = softmax_layers.decide(job, teacher)
     assert teacher._params is None and teacher.job is decided and asked == [((("attention", 2),), 1, 0)]
     # What the first stage reads first, and nothing of what is held out.
     np.testing.assert_array_equal(read[0]["tokens"][: tiny_run.ROWS], next(job.batches("stage1"))["tokens"])
@@ -307,7 +310,7 @@ def test_a_run_chooses_once_and_goes_on_with_what_it_chose(run_of):
 
     summary = train.convert(decided)
     again = _job(workdir, settings)
-    assert again.student == decided.student and choosing.decide(again, TeacherWeights(again), choose, str) is again
+    assert again.student == decided.student and softmax_layers.decide(again, TeacherWeights(again)) is again
     assert len(asked) == 1
     exported = json.loads((workdir / "export" / "config.json").read_text())
     assert exported["attention_layers"] == [0] and summary["stages"][0]["steps"] == 1
@@ -322,16 +325,18 @@ def test_every_host_goes_on_with_the_first_ones_choice(run_of, tmp_path, monkeyp
         said.append(json.loads(text)["layers"])
         return json.dumps({"layers": [1]})
 
-    monkeypatch.setattr(choosing.hosts, "said_by_first", first)
+    monkeypatch.setattr(softmax_layers.hosts, "said_by_first", first)
+    monkeypatch.setattr(softmax_layers, "choose_for_run", lambda *rest, **more: {"layers": [0]})
+    monkeypatch.setattr(softmax_layers, "table", str)
     job = _job(tmp_path, run_of[1])
-    decided = choosing.decide(job, TeacherWeights(job), lambda *rest, **more: {"layers": [0]}, str)
+    decided = softmax_layers.decide(job, TeacherWeights(job))
     assert said == [[0]] and decided.student.layer_mixers == ("window", "attention")
-    assert json.loads((tmp_path / chosen.FILE).read_text())["layers"] == [1]
+    assert json.loads((tmp_path / choice_file.FILE).read_text())["layers"] == [1]
 
 
 def test_a_choice_that_is_gone_or_wrong_is_refused_once_the_run_has_begun(run_of):
     workdir, settings = run_of
-    path = workdir / chosen.FILE
+    path = workdir / choice_file.FILE
     text = path.read_text()
     # As the command writes it after the first step.
     (workdir / "config.json").write_text("{}")
@@ -347,7 +352,7 @@ def test_a_choice_that_is_gone_or_wrong_is_refused_once_the_run_has_begun(run_of
 
 def test_a_choice_for_another_text_is_none(tmp_path):
     depends, run = {"teacher": "a", "tokenizer": "b", "data": "c"}, RunConfig()
-    chosen.write(tmp_path, run, {"layers": [1]}, 1, depends)
-    assert chosen.read(tmp_path, run, 1, 2, depends) == (1,)
-    assert chosen.read(tmp_path, run, 1, 2, depends | {"data": "d"}) == ()
-    assert chosen.read(tmp_path, dataclasses.replace(run, seed=1), 1, 2, depends) == ()
+    choice_file.write(tmp_path, run, {"layers": [1]}, 1, depends)
+    assert choice_file.read(tmp_path, run, 1, 2, depends) == (1,)
+    assert choice_file.read(tmp_path, run, 1, 2, depends | {"data": "d"}) == ()
+    assert choice_file.read(tmp_path, dataclasses.replace(run, seed=1), 1, 2, depends) == ()

@@ -30,7 +30,7 @@ from radlads_jax.porting.load import load_params
 from radlads_jax.porting.model_tensors import model_tensors
 from radlads_jax.porting.tokenizer_files import check_exportable
 from radlads_jax.porting.writers import writer_for
-from radlads_jax.run import chosen, fingerprint, teacher_logits
+from radlads_jax.run import choice_file, fingerprint, teacher_logits
 from radlads_jax.run.settings import names_others
 from radlads_jax.run.tokens import Tokens, find_chats, find_tokens
 from radlads_jax.system import hosts
@@ -44,7 +44,7 @@ class Job:
     source: the teacher's directory, None where the run starts from fresh weights. base_config: its config.json.
     teacher: the teacher's dimensions, its stacks cut at the student's boundaries.
     to_choose: how many softmax layers are still to be chosen; the student then has as many, evenly spaced, and the
-    teacher is in one piece (run/choosing.py).
+    teacher is in one piece (run/softmax_layers.py).
     mesh: the devices the run is spread over, None for one. beginning: ids that documents begin with. depends: what a
     continuation has to find again, by contents. chats: the conversations that stage2c reads. logits: the teacher's
     stored ones, which stages read that can.
@@ -71,7 +71,7 @@ class Job:
 
     def with_layers(self, layers: tuple[int, ...]) -> "Job":
         """The job whose student keeps these softmax layers, in place of those that were to be chosen."""
-        student = make_student_config(self.teacher, chosen.with_layers(self.run, layers))
+        student = make_student_config(self.teacher, choice_file.with_layers(self.run, layers))
         check_trainable(self.run, student)
         return dataclasses.replace(self, student=student, teacher=self.teacher.as_teacher_of(student), to_choose=0)
 
@@ -245,7 +245,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     )
     if not (count := layers_to_choose(run.student)):
         return job
-    layers = chosen.read(workdir, run, count, original.num_layers, depends)
+    layers = choice_file.read(workdir, run, count, original.num_layers, depends)
     return job.with_layers(layers) if layers else dataclasses.replace(job, teacher=original, to_choose=count)
 
 

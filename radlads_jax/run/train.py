@@ -49,7 +49,7 @@ def convert(
     if job.to_choose:
         raise ValueError(
             f"config.student.attention_layers is 'auto:{job.to_choose}', and nothing has chosen them; expected a job "
-            "of radlads_jax.run.choosing.decide. Run it before."
+            "of radlads_jax.run.softmax_layers.decide. Run it before."
         )
     ending.check(job)
     if (summary := fingerprint.finished(job.workdir, job.run.stages)) is not None:

@@ -14,8 +14,8 @@ import pathlib
 import numpy as np
 
 from radlads_jax.decoding.loaded import load_model
-from radlads_jax.evaluation import choice
-from radlads_jax.evaluation.choice import Sizes
+from radlads_jax.evaluation import layer_choice
+from radlads_jax.evaluation.layer_choice import Sizes
 from radlads_jax.evaluation.probe_scores import wilson
 from radlads_jax.evaluation.swaps import Rows, Swaps, prompt_rows, text_rows
 from radlads_jax.models.window import WindowOptions
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--kinds", nargs="+", default=list(choice.KINDS))
+    parser.add_argument("--kinds", nargs="+", default=list(layer_choice.KINDS))
     args = parser.parse_args()
     model = load_model(args.model, dtype="float32")
     chosen = json.loads(args.choice.read_text())["layers"] if args.choice else []
@@ -58,9 +58,12 @@ def main() -> None:
     for length in args.lengths:
         sizes = Sizes(args.prompts, args.texts, length, args.batch, SEED)
         texts, num_texts = text_rows(
-            [choice.text_batch(model.tokenizer, sizes, storage.as_path(args.data))], args.texts, args.batch, length
+            [layer_choice.text_batch(model.tokenizer, sizes, storage.as_path(args.data))],
+            args.texts,
+            args.batch,
+            length,
         )
-        prompts, num_prompts = prompt_rows(choice.prompts(model.tokenizer, sizes, args.kinds), args.batch, length)
+        prompts, num_prompts = prompt_rows(layer_choice.prompts(model.tokenizer, sizes, args.kinds), args.batch, length)
         swaps = Swaps(model.cfg, model.params, Rows(texts, prompts, num_texts, num_prompts), WindowOptions())
         for name in args.only or named:
             measured, _ = swaps.flipped(~np.isin(np.arange(layers), named[name]), ())

@@ -1,6 +1,6 @@
 """The softmax layers that a run has chosen for its student, as its work directory keeps them: DIR/choice.json.
 
-They are chosen once (run/choosing.py). A continuation reads them; one without the file is refused.
+They are chosen once (run/softmax_layers.py). A continuation reads them; one without the file is refused.
 """
 
 import dataclasses

@@ -1,41 +1,37 @@
 """Chooses a run's softmax layers, once, from its own text and its teacher, before the student is made."""
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from radlads_jax.data import pipeline
+from radlads_jax.data.packing import Batch
 from radlads_jax.distill.stages import STAGES
-from radlads_jax.models.mixers import mixer_spec
+from radlads_jax.evaluation.layer_choice import Sizes, choose_for_run, table
 from radlads_jax.models.window import SPEC as WINDOW
-from radlads_jax.run import chosen
+from radlads_jax.run import choice_file
 from radlads_jax.run.display import say, show
 from radlads_jax.run.job import Job
 from radlads_jax.run.teacher_weights import TeacherWeights
 from radlads_jax.system import hosts
 
-# At most as many are read (evaluation.choice.Sizes).
-_ROWS = 8
 
-
-def decide(
-    job: Job, teacher: TeacherWeights, choose: Callable[..., dict[str, Any]], table: Callable[[dict[str, Any]], Any]
-) -> Job:
+def decide(job: Job, teacher: TeacherWeights) -> Job:
     """The job with its softmax layers chosen, for which the teacher's weights are loaded anew where they were.
 
-    choose: evaluation.choice.choose_for_run; table: what shows its figures. Every process takes part in the passes, the
-    first one's choice is that of all.
+    Every process takes part in the passes, the first one's choice is that of all.
     """
     if not job.to_choose:
         return job
     say(f"choosing {job.to_choose} of {job.teacher.num_layers} softmax layers by forward passes of the teacher")
-    options = mixer_spec(WINDOW.name).choose(job.teacher.hidden_size, **_window(job))
+    options = WINDOW.choose(job.teacher.hidden_size, **_window(job))
     length = job.run.stage(job.run.stages[0]).seq_len
     if length <= options.sinks + options.window:
         say(f"rows of {length} tokens are no longer than the window: recall alone tells the layers apart")
-    choice = choose(
+    params = teacher.held()
+    assert params is not None, "a student with layers to choose has a teacher"
+    choice = choose_for_run(
         job.teacher,
-        teacher.held(),
+        params,
         job.tokenizer,
         _texts(job),
         job.to_choose,
@@ -47,7 +43,7 @@ def decide(
     )
     choice = json.loads(hosts.said_by_first(json.dumps(choice)))
     show(table(choice))
-    chosen.write(job.workdir, job.run, choice, job.to_choose, job.depends)
+    choice_file.write(job.workdir, job.run, choice, job.to_choose, job.depends)
     decided = job.with_layers(tuple(choice["layers"]))
     teacher.load_anew_for(decided)
     return decided
@@ -58,7 +54,7 @@ def _window(job: Job) -> dict[str, Any]:
     return dict(job.run.student.options) if job.run.student.mixer == WINDOW.name else {}
 
 
-def _texts(job: Job) -> list[Any]:
+def _texts(job: Job) -> list[Batch]:
     """The first rows that the first stage trains on, all of them in every process.
 
     No held-out ones: these judge afterwards what was chosen.
@@ -68,7 +64,7 @@ def _texts(job: Job) -> list[Any]:
     batches = pipeline.make_train_iterator(
         job.token_file,
         seq_len=seq_len,
-        batch_size=max(1, min(_ROWS, pipeline.rows_available(job.token_file, seq_len, job.run.eval_tokens))),
+        batch_size=max(1, min(Sizes.texts, pipeline.rows_available(job.token_file, seq_len, job.run.eval_tokens))),
         seed=STAGES[name].order_seed(job.run.seed),
         eval_tokens=job.run.eval_tokens,
         cross_document=job.run.data.cross_document,

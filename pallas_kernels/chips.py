@@ -23,9 +23,8 @@ class Chip:
 
 
 # TPUs: docs.cloud.google.com/tpu/docs/v5e and its kin; a TPU7x chip is two devices, and a ring over its links goes
-# through both. Of a v6e's HBM the page has said
-# 1640 and 1600 GB/s, and says 1638 now; of a v5e's 819 GB/s, and 800 GiB/s now. Clocks follow from the operations a
-# cycle of the MXUs, links are 45 GB/s one way (v5e) or 90, and the compiler keeps a part of a GiB of memory for itself.
+# through both. Clocks follow from the operations a cycle of the MXUs, links are 45 GB/s one way (v5e) or 90, and the
+# compiler keeps a part of a GiB of memory for itself.
 # GPUs: NVIDIA's data sheets, SXM cards without sparsity.
 CHIPS = {
     "v4": Chip(275e12, kinds=("TPU v4",)),

@@ -221,6 +221,11 @@ class RunConfig:
     def stage(self, name: str) -> StageConfig:
         return self.added[name] if name in self.added else getattr(self, name)
 
+    def with_stage(self, name: str, recipe: StageConfig) -> "RunConfig":
+        """The same run with another recipe of this stage."""
+        added = {"added": self.added | {name: recipe}} if name in self.added else {name: recipe}
+        return dataclasses.replace(self, **added)
+
     @property
     def recipes(self) -> dict[str, StageConfig]:
         """Of the stages that run, in their order."""
@@ -250,7 +255,10 @@ def add_recipe(name: str, recipe: StageConfig, *, reads_chats: bool = False) -> 
     if name in typing.get_type_hints(RunConfig):
         raise ValueError(f"a stage is called {name!r}, which is a setting already; expected a new name.")
     _ADDED[name] = recipe
-    (CHAT_STAGES.add if reads_chats else CHAT_STAGES.discard)(name)
+    if reads_chats:
+        CHAT_STAGES.add(name)
+    else:
+        CHAT_STAGES.discard(name)
 
 
 def stage_names() -> tuple[str, ...]:

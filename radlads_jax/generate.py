@@ -9,6 +9,7 @@ from typing import Any
 
 from absl import flags
 
+from radlads_jax.data.packing import whole_batches
 from radlads_jax.decoding.loaded import DTYPES, load_model
 from radlads_jax.decoding.prompts import Prompt, encoded, read_prompts
 from radlads_jax.decoding.sampling import Sampling
@@ -78,14 +79,12 @@ def main(values: flags.FlagValues) -> None:
                 console.print(f"> {prompt.content}", style="bold", markup=False)
             writer.texts([row], print_now)
         return
-    rows = min(values.batch_size, len(ids))
-    for start in range(0, len(ids), rows):
-        numbers = range(start, min(start + rows, len(ids)))
-        # The last batch is filled up with its last prompt, since another number of rows is another program.
-        batch = [min(start + i, len(ids) - 1) for i in range(rows)]
-        texts = writer.texts([ids[i] for i in batch], numbers=batch)
-        for i in numbers:
-            print(json.dumps({"prompt": prompts[i].content, "text": texts[i - start]}, ensure_ascii=False), flush=True)
+    for batch in whole_batches(len(ids), values.batch_size):
+        numbers = batch.tolist()
+        texts = writer.texts([ids[i] for i in numbers], numbers=numbers)
+        # What fills up the last batch is told once.
+        for i, text in dict(zip(numbers, texts, strict=True)).items():
+            print(json.dumps({"prompt": prompts[i].content, "text": text}, ensure_ascii=False), flush=True)
 
 
 if __name__ == "__main__":

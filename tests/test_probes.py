@@ -16,7 +16,7 @@ from untrained import save_tokenizer
 from radlads_jax.data import synthetic, tokenise
 from radlads_jax.decoding.generation import Step
 from radlads_jax.decoding.loaded import Model
-from radlads_jax.evaluation import probe_scores, probes
+from radlads_jax.evaluation import intervals, probe_scores, probes
 from radlads_jax.evaluation.probes import Text
 from radlads_jax.evaluation.scoring import Score
 from radlads_jax.models import MIXERS, ModelConfig, abstract_params
@@ -117,9 +117,9 @@ def test_too_short_a_probe_is_refused(tokenizer):
 
 def test_intervals():
     # Of Wilson's formula: 5 of 10, 0 of 32, 32 of 32.
-    assert probe_scores.wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert probe_scores.wilson(0.0, 32) == pytest.approx((0.0, 0.1072), abs=1e-4)
-    assert probe_scores.wilson(1.0, 32) == pytest.approx((0.8928, 1.0), abs=1e-4)
+    assert intervals.wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert intervals.wilson(0.0, 32) == pytest.approx((0.0, 0.1072), abs=1e-4)
+    assert intervals.wilson(1.0, 32) == pytest.approx((0.8928, 1.0), abs=1e-4)
     assert [probe_scores.samples_of(n, 32) for n in (512, 4096, 8192, 32768)] == [32, 32, 16, 8]
     assert probe_scores.samples_of(32768, 2) == 2
 

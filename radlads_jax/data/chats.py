@@ -94,7 +94,7 @@ def prepare_chats(path: str, messages_field: str, tokenizer: Any, cache_dir: Any
     prefix = cache_dir / f"chats-{name}"
     with TokenFileWriter(prefix, 2 * vocab_size) as writer, tokens_bar() as bar:
         task = bar.add_task(f"tokenising {path}", total=None, completed=writer.num_tokens)
-        documents = _documents(source, tokenizer, path)
+        documents = _documents(source, tokenizer)
         for ids in itertools.islice(documents, writer.num_documents, None):
             writer.add(ids)
             bar.update(task, completed=writer.num_tokens)
@@ -108,7 +108,7 @@ def prepare_chats(path: str, messages_field: str, tokenizer: Any, cache_dir: Any
     return open_token_file(prefix)
 
 
-def _documents(source: Source, tokenizer: Any, directory: str) -> Iterator[np.ndarray]:
+def _documents(source: Source, tokenizer: Any) -> Iterator[np.ndarray]:
     """Each conversation's tokens, with what the assistant says marked."""
     for record, where in json_records(source):
         messages, tools = _messages(record, source.text_field, where), _tools(record, where)

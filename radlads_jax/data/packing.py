@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Int
 
 from radlads_jax.data.binidx import TokenFile
 
@@ -79,6 +80,15 @@ class PackedRows:
         for row in range(len(first)):
             starts[row, bounds[low[row] : high[row]] - first[row]] = True
         return starts
+
+
+def whole_batches(count: int, size: int) -> list[Int[np.ndarray, " B"]]:
+    """The numbers 0 to count in batches of `size`, or of all, the last one filled up with its last number.
+
+    For rows that a compiled program reads: another number of them is another program.
+    """
+    size = min(size, count)
+    return list(np.minimum(np.arange(-(-count // size) * size), count - 1).reshape(-1, size))
 
 
 def check_seq_len(seq_len: int) -> None:

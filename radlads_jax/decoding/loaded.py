@@ -22,7 +22,7 @@ from radlads_jax.porting import (
     read_config,
     resolve_model_dir,
 )
-from radlads_jax.porting.families.qwen3_5 import text_config
+from radlads_jax.porting.families import text_config
 from radlads_jax.porting.hub import check_ids
 from radlads_jax.system import backend
 from radlads_jax.system.json_files import read_json

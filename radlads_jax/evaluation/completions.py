@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.linear_loss import linear_stats
+from radlads_jax.data.packing import whole_batches
 from radlads_jax.decoding.generation import generate
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.decoding.sampling import Sampling
@@ -112,7 +113,7 @@ def _continued(teacher: Model, sizes: Sizes, tokens: Int[np.ndarray, "N T"]) -> 
     """The rows with the teacher's own continuation behind their prompts."""
     rows, counted = tokens.copy(), np.zeros((len(tokens), sizes.new_tokens), np.float32)
     rows[:, sizes.prompt_tokens :] = 0
-    for numbers in _batches(len(tokens), sizes.batch_size):
+    for numbers in whole_batches(len(tokens), sizes.batch_size):
         prompts = tokens[numbers, : sizes.prompt_tokens].tolist()
         made: list[list[int]] = [[] for _ in prompts]
         sampling = Sampling(sizes.temperature)
@@ -130,16 +131,10 @@ def _continued(teacher: Model, sizes: Sizes, tokens: Int[np.ndarray, "N T"]) -> 
     return _Rows(rows, counted)
 
 
-def _batches(count: int, size: int) -> list[Int[np.ndarray, " B"]]:
-    """Numbers of rows, in whole batches: what is missing in the last one is its last row again."""
-    size = min(size, count)
-    return list(np.minimum(np.arange(-(-count // size) * size), count - 1).reshape(-1, size))
-
-
 def _hidden_states(model: Model, rows: _Rows, sizes: Sizes) -> Float[np.ndarray, "N M D"]:
     parts = [
         np.asarray(_hidden(model.cfg, sizes.prompt_tokens, model.params, rows.tokens[numbers]))
-        for numbers in _batches(len(rows.tokens), sizes.batch_size)
+        for numbers in whole_batches(len(rows.tokens), sizes.batch_size)
     ]
     return np.concatenate(parts)[: len(rows.tokens)]
 
@@ -163,7 +158,7 @@ def _row_sums(model: Model, name: str, teacher: Reference) -> dict[str, Float[np
     rows, sizes = teacher.rows[name], teacher.sizes
     kernel = jnp.asarray(teacher.kernel)
     parts = []
-    for numbers in _batches(len(rows.tokens), sizes.batch_size):
+    for numbers in whole_batches(len(rows.tokens), sizes.batch_size):
         hidden = _hidden(model.cfg, sizes.prompt_tokens, model.params, rows.tokens[numbers])
         targets = rows.tokens[numbers, sizes.prompt_tokens :]
         compared = (hidden, teacher.hidden[name][numbers], targets, rows.counted[numbers])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from radlads_jax.evaluation.probe_scores import wilson
+from radlads_jax.evaluation.intervals import wilson
 from radlads_jax.evaluation.probes import Example
 from radlads_jax.evaluation.swaps import Measured
 

@@ -26,6 +26,9 @@ SUITE = {
     "winogrande": _PaperTask("acc", 0.5),
 }
 
+# Of a task that is none of these: its score is the first of these that it has.
+METRICS = ("acc", "exact_match", "f1", "acc_norm")
+
 # (student's, teacher's) scores in the order of SUITE, by the student's mixer, width and number of layers.
 _PUBLISHED = {
     ("rad_rwkv6", 3584, 28): (

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from radlads_jax.data.packing import whole_batches
 from radlads_jax.decoding.generation import generate
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.decoding.loop import UNREAD, empty_sequences, left_padded, prefill
+from radlads_jax.evaluation.intervals import wilson
 from radlads_jax.evaluation.probes import COPYING, DEFAULT_LENGTHS, PROBES, Example, Text, check_lengths, document
 from radlads_jax.evaluation.scoring import FULL_BATCH_WIDTH, padded_width, score_continuations, score_rows
 from radlads_jax.system import storage
@@ -25,16 +27,6 @@ _LEAST_SAMPLES = 8
 _COPIED = 64
 # Bins of the loss by position, each twice as wide as the one before it.
 _FIRST_BIN = 16
-# Of a normal distribution, for 95%.
-Z = 1.96
-
-
-def wilson(share: float, samples: int) -> tuple[float, float]:
-    """The 95% interval of a share that was found in so many samples (Wilson 1927); of means in [0, 1], at least 95%."""
-    centre = share + Z**2 / (2 * samples)
-    spread = Z * (share * (1 - share) / samples + Z**2 / (4 * samples**2)) ** 0.5
-    low, high = ((centre + sign * spread) / (1 + Z**2 / samples) for sign in (-1, 1))
-    return max(low, 0.0), min(high, 1.0)
 
 
 def samples_of(length: int, samples: int) -> int:
@@ -86,16 +78,14 @@ def run_probes(
 
 def _answers(model: Model, name: str, examples: list[Example], batch_size: int) -> dict[str, Any]:
     longest = max(example.start for example in examples)
-    size = min(len(examples), batch_size, max(1, batch_size * FULL_BATCH_WIDTH // longest))
+    size = min(batch_size, max(1, batch_size * FULL_BATCH_WIDTH // longest))
     forced: list[float] = []
     right: list[float] = []
-    for begin in range(0, len(examples), size):
-        batch = examples[begin : begin + size]
-        # Filled up, since another number of rows is another program.
-        filled = [*batch, *[batch[-1]] * (size - len(batch))]
-        of_batch = _answers_of_batch(model, filled, longest, copies=name in COPYING)
+    for numbers in whole_batches(len(examples), size):
+        of_batch = _answers_of_batch(model, [examples[i] for i in numbers], longest, copies=name in COPYING)
         for found, scores in zip((forced, right), of_batch, strict=True):
-            found += scores[: len(batch)]
+            found += scores
+    forced, right = forced[: len(examples)], right[: len(examples)]
     generated = float(np.mean(right))
     return {
         "generated": generated,

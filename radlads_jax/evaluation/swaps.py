@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.linear_loss import linear_kl
 from pallas_kernels.sharded import constrain
+from radlads_jax.data.packing import whole_batches
 from radlads_jax.evaluation.probes import Example
 from radlads_jax.models import ModelConfig, bind, sharding
 from radlads_jax.models.swapped import Inputs, hidden_from, layer_inputs
@@ -79,11 +80,10 @@ def _wide(values: np.ndarray, length: int) -> np.ndarray:
 
 
 def _batches(rows: Mapping[str, np.ndarray], size: int) -> tuple[list[Batch], int]:
-    """In whole batches; what is missing in the last one is its last row again."""
+    """In whole batches, and how many rows are in them without those that fill up the last one."""
     count = len(rows["tokens"])
-    size = min(size, count)
-    order = np.minimum(np.arange(-(-count // size) * size), count - 1).reshape(-1, size)
-    return [{name: values[numbers] for name, values in rows.items()} for numbers in order], count
+    batches = whole_batches(count, size)
+    return [{name: values[numbers] for name, values in rows.items()} for numbers in batches], count
 
 
 class Swaps:
@@ -140,13 +140,8 @@ class Swaps:
         self.step()
         return result
 
-    def _on_devices(self, batch: Batch) -> Mapping[str, Array]:
-        rows = len(batch["tokens"])
-        own = sharding.own_rows(self.mesh, rows)
-        return {
-            name: jnp.asarray(values)
-            for name, values in sharding.place_rows(self.mesh, {k: v[own] for k, v in batch.items()}, rows).items()
-        }
+    def _on_devices(self, batch: Batch) -> dict[str, Array]:
+        return sharding.place_whole(self.mesh, batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -3,10 +3,8 @@
 from typing import Any
 
 from radlads_jax.evaluation import completions, rotation
-from radlads_jax.evaluation.paper import relative_score
+from radlads_jax.evaluation.paper import METRICS, relative_score
 
-# A task's score is the first of these that it has.
-METRICS = ("acc", "exact_match", "f1", "acc_norm")
 # In the place of a relative score.
 _AT_FLOOR = "teacher at the floor"
 

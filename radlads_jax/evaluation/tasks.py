@@ -13,9 +13,9 @@ from rich.console import Console
 
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.evaluation import rotation
-from radlads_jax.evaluation.paper import SUITE, published_scores, relative_score
-from radlads_jax.evaluation.probe_scores import Z
-from radlads_jax.evaluation.table import METRICS, shown
+from radlads_jax.evaluation.intervals import Z
+from radlads_jax.evaluation.paper import METRICS, SUITE, published_scores, relative_score
+from radlads_jax.evaluation.table import shown
 from radlads_jax.evaluation.task_code import close_templates
 from radlads_jax.models import ModelConfig
 from radlads_jax.system import storage

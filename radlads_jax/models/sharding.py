@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jax.sharding import Mesh as DeviceMesh
@@ -58,6 +59,14 @@ def place_rows(mesh: DeviceMesh | None, batch: Mapping[str, Any], rows: int) -> 
         return jax.make_array_from_callback((rows, *values.shape[1:]), placed, part)
 
     return {name: placed_array(values) for name, values in batch.items()}
+
+
+def place_whole(mesh: DeviceMesh | None, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A batch of [B, T] arrays that every process has whole, on the devices that compute its rows."""
+    rows = len(next(iter(batch.values())))
+    own = own_rows(mesh, rows)
+    placed = place_rows(mesh, {name: values[own] for name, values in batch.items()}, rows)
+    return {name: jnp.asarray(values) for name, values in placed.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -11,8 +11,7 @@ from radlads_jax.models.config import LEAST_LOG_SCALE, SOFTMAX, KeptAttention, M
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.spec import MixerSpec
 from radlads_jax.porting.config_keys import ConfigKeys
-from radlads_jax.porting.families import FAMILIES, Family
-from radlads_jax.porting.families.qwen3_5 import text_config
+from radlads_jax.porting.families import FAMILIES, Family, text_config
 from radlads_jax.system.untrusted import brief, listed
 
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")

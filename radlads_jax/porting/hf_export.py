@@ -7,8 +7,7 @@ from typing import Any
 from radlads_jax.models.config import ModelConfig, RopeScaling, runs_of
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.spec import PublishedFormat
-from radlads_jax.porting.families import FAMILIES
-from radlads_jax.porting.families.qwen3_5 import text_config
+from radlads_jax.porting.families import FAMILIES, text_config
 from radlads_jax.porting.hf_config import ROPE_KEYS, model_config_from_hf, rope_from_hf
 
 # What a student's config.json says of its softmax side; the mixer's own keys are its spec's.

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.tensors import param_shapes
 from radlads_jax.models.tree import Params, flatten, shown
-from radlads_jax.porting.families.qwen3_5 import text_config
+from radlads_jax.porting.families import text_config
 from radlads_jax.porting.model_card import write_model_card
 from radlads_jax.porting.safetensors_write import PlannedTensor, plan_files, write_file, write_index
 from radlads_jax.porting.tokenizer_files import write_tokenizer

@@ -110,11 +110,9 @@ def _likeliest(
             tokens[i, : len(row)], segments[i, : len(row)] = row, 1
         positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
         batch = {"tokens": tokens, "segment_ids": segments, "positions": positions}
-        own = sharding.own_rows(mesh, batch_size)
-        placed = sharding.place_rows(mesh, {name: values[own] for name, values in batch.items()}, batch_size)
-        on_device = {name: jnp.asarray(values) for name, values in placed.items()}
+        placed = sharding.place_whole(mesh, batch)
         with sharding.traced_over(mesh):
-            right += list(jax.device_get(_is_likeliest(cfg, params, on_device)))
+            right += list(jax.device_get(_is_likeliest(cfg, params, placed)))
     return right[: len(rows)]
 
 

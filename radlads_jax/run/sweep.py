@@ -87,9 +87,7 @@ def _with_rates(job: Job, name: str, factor: float) -> Job:
 
 def _with_recipe(job: Job, name: str, values: dict[str, Any]) -> Job:
     recipe = dataclasses.replace(job.run.stage(name), **values)
-    added = name in job.run.added
-    run = dataclasses.replace(job.run, **({"added": job.run.added | {name: recipe}} if added else {name: recipe}))
-    return dataclasses.replace(job, run=run)
+    return dataclasses.replace(job, run=job.run.with_stage(name, recipe))
 
 
 def _trial(

@@ -129,13 +129,13 @@ def _do_nothing(signum: int, _: Any) -> None:
     """Python writes a signal's number to the pipe only where it has a handler for it."""
 
 
-def _watch(reader: int, leave: tuple[int, ...]) -> None:
-    """leave: the signals that end the process; once one has asked for it, SIGINT does."""
+def _watch(reader: int, ending: tuple[int, ...]) -> None:
+    """ending: the signals that end the process; once one has asked for it, SIGINT does."""
     while number := os.read(reader, 1):
-        if number[0] in leave:
+        if number[0] in ending:
             _leave(number[0])
         if number[0] in SIGNALS:
-            leave = (signal.SIGINT,)
+            ending = (signal.SIGINT,)
 
 
 def _leave(signum: int) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 
 from radlads_jax.decoding.loaded import load_model
 from radlads_jax.evaluation import layer_choice
+from radlads_jax.evaluation.intervals import wilson
 from radlads_jax.evaluation.layer_choice import Sizes
-from radlads_jax.evaluation.probe_scores import wilson
 from radlads_jax.evaluation.swaps import Rows, Swaps, prompt_rows, text_rows
 from radlads_jax.models.window import WindowOptions
 from radlads_jax.system import storage

@@ -25,6 +25,7 @@ class Family:
     """A dense decoder with RoPE, RMSNorm and a SiLU MLP, whose config.json transformers reads.
 
     name: its model_type. architecture: the class of its causal language model.
+    nested_in: the model_type of a model with images that holds it as its text_config.
     max_positions, kv_heads, head_dim: what transformers takes for an absent key (None: the number of heads; the width
     by the number of heads). biases(keys): whether q, k, v have them, and whether o has. qk_norm: RMSNorm of every
     head's query and key. refused(values): what of a config.json the Decoder lacks, by how it is told, beside what holds
@@ -40,6 +41,7 @@ class Family:
     architecture: str
     max_positions: int
     biases: Callable[[ConfigKeys], tuple[bool, bool]]
+    nested_in: str | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
     qk_norm: bool = False

@@ -17,16 +17,6 @@ _DEFAULT_INTERVAL = 4
 _DEFAULT_PARTIAL = 0.25
 
 
-def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of the language model, where it lies in one of a model with images; else config itself."""
-    if config.get("model_type") != _NESTED:
-        return config
-    inner = config.get("text_config")
-    # The outer object says how both are tied, unless the inner one does.
-    tied = {"tie_word_embeddings": config.get("tie_word_embeddings", False)}
-    return (config if inner is None else tied | ConfigKeys(config).mapping("text_config")) | {"model_type": NAME}
-
-
 def nested(config: dict[str, Any]) -> dict[str, Any]:
     """The config of a model with images, without them, that holds this one of a language model."""
     outer = ("architectures", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -125,6 +115,7 @@ def interval(cfg: ModelConfig) -> int | None:
 FAMILY = Family(
     NAME,
     "Qwen3_5ForCausalLM",
+    nested_in=_NESTED,
     max_positions=32768,
     kv_heads=4,
     head_dim=256,

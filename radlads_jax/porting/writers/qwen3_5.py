@@ -22,7 +22,7 @@ import numpy as np
 from radlads_jax.models.config import SOFTMAX, KeptAttention, ModelConfig
 from radlads_jax.models.gdn import GdnOptions
 from radlads_jax.models.tree import ParamPath
-from radlads_jax.porting.families import FAMILIES, llama, qwen3_5
+from radlads_jax.porting.families import FAMILIES, llama, qwen3_5, text_config
 from radlads_jax.porting.hf_export import hf_config_from_model
 from radlads_jax.porting.names import disk_tensors
 from radlads_jax.porting.safetensors_write import PlannedTensor
@@ -215,7 +215,7 @@ def _padded(array: np.ndarray, heads: int, which: str, kind: str, cfg: ModelConf
 
 def _config(cfg: ModelConfig, base: dict[str, Any], form: _Form) -> dict[str, Any]:
     # Of the layers that foretell further tokens no tensor is written (Family.left_out).
-    base = qwen3_5.text_config(base)
+    base = text_config(base)
     left_out = (*_OF_OTHER_ATTENTION, *FAMILIES[cfg.family].keys(cfg))
     base = {key: value for key, value in base.items() if not key.startswith("mtp_") and key not in left_out}
     config = hf_config_from_model(_native(cfg, form), base)

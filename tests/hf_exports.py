@@ -12,8 +12,9 @@ from untrained import save_tokenizer, student_of
 
 from radlads_jax.models import ModelConfig
 from radlads_jax.models.config import KeptAttention, RopeScaling
+from radlads_jax.models.tensors import param_shapes
 from radlads_jax.models.tree import nest
-from radlads_jax.porting import param_shapes, save_params
+from radlads_jax.porting.save import save_params
 
 TEACHER = ModelConfig(
     "qwen2", 259, 32, 48, 4, 2, 8, (("attention", 3),), qkv_bias=True, rope_theta=1e4, max_position_embeddings=256

@@ -19,7 +19,7 @@ from untrained import random_params
 from radlads_jax import launch
 from radlads_jax.config import defaults, validate
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.porting import save_params
+from radlads_jax.porting.save import save_params
 from radlads_jax.run.job import make_job
 from radlads_jax.run.settings import check_same_config, remember_config
 

@@ -14,7 +14,7 @@ from radlads_jax.decoding.loaded import Model
 from radlads_jax.evaluation import completions, model_scores
 from radlads_jax.evaluation.completions import Sizes
 from radlads_jax.models import bind
-from radlads_jax.porting import load_tokenizer
+from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.porting.save import save_params
 
 STUDENT = student_of(TEACHER, "rad_rwkv7", (1,))

@@ -31,7 +31,7 @@ from radlads_jax.decoding.loop import (
 from radlads_jax.decoding.sampling import Sampling, choose, likely
 from radlads_jax.decoding.text_stream import TextStream
 from radlads_jax.models import MIXERS, ModelConfig, bind
-from radlads_jax.porting import load_tokenizer
+from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.porting.save import save_params
 
 TEACHER = ModelConfig("qwen2", 300, 32, 48, 4, 2, 8, (("attention", 3),), qkv_bias=True, max_position_embeddings=2048)

@@ -10,7 +10,10 @@ import tiny_run
 from untrained import TEACHER, random_params, save_teacher, student_of
 
 from radlads_jax import config
-from radlads_jax.porting import load_params, model_config_from_hf, read_config, save_params
+from radlads_jax.porting.config_keys import read_config
+from radlads_jax.porting.hf_config import model_config_from_hf
+from radlads_jax.porting.load import load_params
+from radlads_jax.porting.save import save_params
 from radlads_jax.reporting.metrics_file import read_metrics
 from radlads_jax.run import ending, heldout
 from radlads_jax.run.heldout import exported_student

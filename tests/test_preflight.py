@@ -26,7 +26,9 @@ from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models import ModelConfig
 from radlads_jax.models.config import RopeScaling
 from radlads_jax.models.tree import path_leaves
-from radlads_jax.porting import model_config_from_hf, read_config, save_params
+from radlads_jax.porting.config_keys import read_config
+from radlads_jax.porting.hf_config import model_config_from_hf
+from radlads_jax.porting.save import save_params
 from radlads_jax.run import job as job_lib
 from radlads_jax.run import preflight, train
 from radlads_jax.run.checkpoint import Checkpoints

@@ -20,7 +20,7 @@ from radlads_jax.evaluation import intervals, probe_scores, probes
 from radlads_jax.evaluation.probes import Text
 from radlads_jax.evaluation.scoring import Score
 from radlads_jax.models import MIXERS, ModelConfig, abstract_params
-from radlads_jax.porting import load_tokenizer
+from radlads_jax.porting.hub import load_tokenizer
 
 TEACHER = ModelConfig("qwen2", 300, 32, 48, 4, 2, 8, (("attention", 2),), qkv_bias=True)
 STUDENT = TEACHER.as_student("rad_rwkv7", MIXERS["rad_rwkv7"].choose(32))

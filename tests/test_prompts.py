@@ -22,7 +22,7 @@ from radlads_jax.decoding.loaded import Model
 from radlads_jax.decoding.prompts import Prompt, encoded, read_prompts
 from radlads_jax.decoding.text_stream import TextStream, text_after
 from radlads_jax.decoding.writer import Writer
-from radlads_jax.porting import load_tokenizer
+from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.run.heldout import continue_prompts
 
 BYTES = [f"<0x{byte:02X}>" for byte in "é世".encode()]

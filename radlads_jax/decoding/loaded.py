@@ -14,16 +14,11 @@ from radlads_jax.decoding.loop import unrolled
 from radlads_jax.models import ModelConfig, init_state
 from radlads_jax.models.config import SOFTMAX
 from radlads_jax.models.tree import Params
-from radlads_jax.porting import (
-    check_tokenizer,
-    load_params,
-    load_tokenizer,
-    model_config_from_hf,
-    read_config,
-    resolve_model_dir,
-)
+from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.families import text_config
-from radlads_jax.porting.hub import check_ids
+from radlads_jax.porting.hf_config import model_config_from_hf
+from radlads_jax.porting.hub import check_ids, check_tokenizer, load_tokenizer, resolve_model_dir
+from radlads_jax.porting.load import load_params
 from radlads_jax.system import backend
 from radlads_jax.system.json_files import read_json
 from radlads_jax.system.storage import AnyPath, as_path

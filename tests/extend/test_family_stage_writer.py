@@ -19,8 +19,11 @@ from radlads_jax.models import bind
 from radlads_jax.models.tree import path_leaves
 from radlads_jax.planning.cost import model_flops
 from radlads_jax.planning.planner import make_planner
-from radlads_jax.porting import load_params, model_config_from_hf, read_config, save_params
+from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.families import FAMILIES
+from radlads_jax.porting.hf_config import model_config_from_hf
+from radlads_jax.porting.load import load_params
+from radlads_jax.porting.save import save_params
 from radlads_jax.porting.writers import WRITERS
 from radlads_jax.run.exporting import export_again
 from radlads_jax.run.job import make_job

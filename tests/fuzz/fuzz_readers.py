@@ -17,8 +17,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from radlads_jax.data import binidx, prepare, sources
 from radlads_jax.data.tokenise import Framing, prompt_beginning
 from radlads_jax.models import MIXERS, ModelConfig
-from radlads_jax.porting import check_tokenizer, load_tokenizer, model_config_from_hf, read_config
+from radlads_jax.porting.config_keys import read_config
+from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.hf_export import hf_config_from_model
+from radlads_jax.porting.hub import check_tokenizer, load_tokenizer
 from radlads_jax.porting.model_tensors import model_tensors
 from radlads_jax.porting.names import disk_tensors
 

@@ -12,9 +12,13 @@ from untrained import save_tokenizer
 
 from radlads_jax.config import RunConfig, Teacher
 from radlads_jax.models import MIXERS, ModelConfig
+from radlads_jax.models.tensors import param_shapes
 from radlads_jax.models.tree import nest
-from radlads_jax.porting import load_params, model_config_from_hf, param_shapes, read_config, save_params
+from radlads_jax.porting.config_keys import read_config
+from radlads_jax.porting.hf_config import model_config_from_hf
+from radlads_jax.porting.load import load_params
 from radlads_jax.porting.model_card import write_model_card
+from radlads_jax.porting.save import save_params
 from radlads_jax.porting.writers import WRITERS
 from radlads_jax.run import exporting
 from radlads_jax.run.exporting import export_again

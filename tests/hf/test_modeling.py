@@ -11,8 +11,11 @@ import pytest
 from hf_exports import MODELS, OTHER_SOFTMAX, SOME, Exported, ids, relative_rms
 
 from radlads_jax.models import bind
-from radlads_jax.porting import load_params, model_config_from_hf, read_config, save_params
+from radlads_jax.porting.config_keys import read_config
+from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.hf_export import modelling_files
+from radlads_jax.porting.load import load_params
+from radlads_jax.porting.save import save_params
 
 torch = pytest.importorskip("torch", reason="compares with torch, which is pinned for Python 3.11 alone")
 transformers = pytest.importorskip("transformers")

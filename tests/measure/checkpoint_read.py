@@ -102,7 +102,8 @@ def load_as_host(directory: Path, host: int, port: int) -> dict[str, float]:
     from radlads_jax.distill import mesh as mesh_lib
     from radlads_jax.models.decoder import abstract_params
     from radlads_jax.models.placement import shardings
-    from radlads_jax.porting import model_config_from_hf, read_config
+    from radlads_jax.porting.config_keys import read_config
+    from radlads_jax.porting.hf_config import model_config_from_hf
     from radlads_jax.porting.load import load_params
     from radlads_jax.porting.safetensors_read import read_header
 
@@ -123,7 +124,8 @@ def load_as_host(directory: Path, host: int, port: int) -> dict[str, float]:
 def load_whole(directory: Path, dtype: str) -> dict[str, float]:
     import jax
 
-    from radlads_jax.porting import model_config_from_hf, read_config
+    from radlads_jax.porting.config_keys import read_config
+    from radlads_jax.porting.hf_config import model_config_from_hf
     from radlads_jax.porting.load import load_params
 
     cfg = model_config_from_hf(read_config(directory))

@@ -32,7 +32,9 @@ from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models import ModelConfig, init_params
 from radlads_jax.models.state import grows
 from radlads_jax.models.tree import Params
-from radlads_jax.porting import model_config_from_hf, read_config, save_params
+from radlads_jax.porting.config_keys import read_config
+from radlads_jax.porting.hf_config import model_config_from_hf
+from radlads_jax.porting.save import save_params
 from radlads_jax.student import Student
 
 Runs = dict[str, Callable[[], None]]

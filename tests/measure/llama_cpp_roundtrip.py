@@ -24,8 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from radlads_jax.models import MIXERS, ModelConfig, bind
+from radlads_jax.models.tensors import param_shapes
 from radlads_jax.models.tree import nest
-from radlads_jax.porting import load_params, model_config_from_hf, param_shapes, read_config, save_params
+from radlads_jax.porting.config_keys import read_config
+from radlads_jax.porting.hf_config import model_config_from_hf
+from radlads_jax.porting.load import load_params
+from radlads_jax.porting.save import save_params
 from radlads_jax.porting.writers import WRITERS
 
 PACKAGE = "llama-cpp-python==0.3.36"
@@ -105,7 +109,7 @@ def random_export(directory: Path, python: Path) -> Path:
 def prompt_ids(export: Path, python: Path, prompt: str) -> list[int]:
     """The prompt as the export's own tokenizer reads it."""
     if (export / "tokenizer.json").is_file():
-        from radlads_jax.porting import load_tokenizer
+        from radlads_jax.porting.hub import load_tokenizer
 
         return load_tokenizer(export)(prompt, add_special_tokens=False)["input_ids"]
     encode = "import sentencepiece as s, sys; "

@@ -33,7 +33,8 @@ from llama_cpp_roundtrip import ours
 from served_programs import post
 
 from radlads_jax.decoding.loaded import load_model
-from radlads_jax.porting import model_config_from_hf, read_config
+from radlads_jax.porting.config_keys import read_config
+from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.porting.tokenizer_files import SAMPLES
 from radlads_jax.run.exporting import export_again

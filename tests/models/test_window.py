@@ -15,7 +15,7 @@ from radlads_jax.models import MIXERS, bind, init_state, sharding
 from radlads_jax.models.attention import Context
 from radlads_jax.models.decoder import make_context
 from radlads_jax.models.window import WindowOptions
-from radlads_jax.porting import model_config_from_hf
+from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.hf_export import hf_config_from_model
 from radlads_jax.porting.model_card import tags, write_model_card
 from radlads_jax.porting.student import init_mixers

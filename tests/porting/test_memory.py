@@ -37,7 +37,11 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from radlads_jax.porting import load_params, model_config_from_hf, param_shapes, read_config, save_params
+from radlads_jax.models.tensors import param_shapes
+from radlads_jax.porting.config_keys import read_config
+from radlads_jax.porting.hf_config import model_config_from_hf
+from radlads_jax.porting.load import load_params
+from radlads_jax.porting.save import save_params
 from radlads_jax.models.tree import nest
 from radlads_jax.porting.safetensors_read import open_checkpoint
 

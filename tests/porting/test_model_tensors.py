@@ -11,9 +11,11 @@ from untrained import random_params, student_of
 
 from radlads_jax.models import ModelConfig
 from radlads_jax.models.tree import flatten
-from radlads_jax.porting import model_config_from_hf, read_config, save_params
+from radlads_jax.porting.config_keys import read_config
+from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.safetensors_read import INDEX_FILE, SINGLE_FILE, open_checkpoint
+from radlads_jax.porting.save import save_params
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

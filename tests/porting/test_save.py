@@ -11,9 +11,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors import safe_open
 
 from radlads_jax.models.tensors import param_shapes
-from radlads_jax.porting import hf_config_from_model, save
+from radlads_jax.porting import save
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
+from radlads_jax.porting.hf_export import hf_config_from_model
 from radlads_jax.porting.load import load_params
 from radlads_jax.porting.safetensors_read import INDEX_FILE, open_checkpoint
 from radlads_jax.porting.save import save_params

@@ -16,11 +16,13 @@ from radlads_jax import fields
 from radlads_jax.fields import bounded, require
 from radlads_jax.fields import parse_arg as parse_arg  # what config files take from here
 from radlads_jax.student import Student, check_student
+from radlads_jax.text import Data, check_data
 
 STAGE_NAMES = ("pretrain", "stage1", "stage2", "stage2a", "stage2c", "stage3")
-_SOURCES = ("synthetic", "text", "jsonl", "parquet", "hf", "binidx")
 _DTYPES = ("float32", "bfloat16")
 _OPTIMIZERS = ("adam", "adafactor")
+# The largest decay of a moment that a bfloat16 follows, whose steps are at most 2^-8 of it.
+_SMALL_BETA = 0.996
 WARMUP = 50
 RATE_FACTORS = (1 / 3, 1.0, 3.0)  # what a sweep multiplies a stage's rates by
 
@@ -45,41 +47,6 @@ class Teacher:
     @property
     def stored_top_k(self) -> int:
         return self.top_k or 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """source: one of _SOURCES; path: file, directory or hub id. tokenizer: a directory, "" = the teacher's.
-
-    name, split, revision: of a dataset on the hub; revision is a commit, branch or tag, "" its main branch.
-    cross_document: the published behaviour, rows without boundaries. eval_rows: held-out rows at the data's end.
-    max_tokens: stop tokenising there (0 = all of it, or what the recipe needs for a streamed source).
-    documents, seed: how many the synthetic source makes, and which. separator: "\\n" is read as a new line.
-    bos: whether documents begin with the tokenizer's BOS; None = as the tokenizer begins a prompt.
-    special_tokens: a special token's name in the text is that token; else it is text.
-    chats, messages_field, replay: of stage2c. A .jsonl file or directory of conversations, the field with a line's
-    messages (its "tools" are what the model may call), and which share of a batch's rows is of the text instead.
-    """
-
-    source: str = bounded("text", one_of=_SOURCES)
-    path: str = ""
-    name: str = ""
-    split: str = "train"
-    revision: str = ""
-    text_field: str = "text"
-    streaming: bool = False
-    tokenizer: str = ""
-    separator: str = "\n\n\n"
-    bos: bool | None = None
-    special_tokens: bool = False
-    cross_document: bool = False
-    max_tokens: int = bounded(0, least=0)
-    eval_rows: int = bounded(64, least=1)
-    documents: int = bounded(20000, least=1)
-    seed: int = bounded(0, least=0)
-    chats: str = ""
-    messages_field: str = "messages"
-    replay: float = bounded(0.0, least=0, below=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +168,7 @@ class RunConfig:
     stages: tuple[str, ...] = ("stage1", "stage2", "stage3")
     teacher: Teacher = Teacher()
     student: Student = Student()  # noqa: RUF009 (it is frozen)
-    data: Data = Data()
+    data: Data = Data()  # noqa: RUF009 (it is frozen)
     optim: Optim = Optim()
     train: Train = Train()
     mesh: Mesh = Mesh()
@@ -326,16 +293,9 @@ def validate(config: ConfigDict) -> RunConfig:
         _check_stage(f"config.{name}", recipe, run.mesh.context)
     _check_teacher(run.teacher)
     check_student(run.student)
-    has_data = bool(run.data.path) or run.data.source == "synthetic"
-    example = f"the path of the {run.data.source} data, e.g. --config.data.path=PATH"
-    require(has_data, "config.data.path", run.data.path, example)
+    check_data(run.data)
     _check_chats(run)
-    if run.data.source == "binidx":
-        require(not run.data.max_tokens, "config.data.max_tokens", run.data.max_tokens, "0: a token file is read whole")
-    if run.optim.name == "adafactor":
-        for name in ("beta2", "eps"):
-            value, default = getattr(run.optim, name), getattr(Optim(), name)
-            require(value == default, f"config.optim.{name}", value, f"{default:g}, for adafactor asks none")
+    _check_optim(run.optim)
     fsdp = run.mesh.fsdp
     require(fsdp == -1 or fsdp >= 1, "config.mesh.fsdp", fsdp, "at least 1, or -1 for all devices")
     shard = run.export.max_shard_gb
@@ -365,11 +325,28 @@ def _check_stage(where: str, stage: StageConfig, shards: int) -> None:
         fields.check_regex(f"{where}.freeze", pattern)
 
 
+def _check_optim(optim: Optim) -> None:
+    small = optim.moment_dtype == "bfloat16"
+    if optim.name == "adafactor":
+        for name in ("beta2", "eps"):
+            value, default = getattr(optim, name), getattr(Optim(), name)
+            require(value == default, f"config.optim.{name}", value, f"{default:g}, for adafactor asks none")
+        said = "float32, for adafactor without beta1 keeps no moment in it"
+        require(bool(optim.beta1) or not small, "config.optim.moment_dtype", optim.moment_dtype, said)
+    for name in ("beta1", "beta2") if small else ():
+        beta = getattr(optim, name)
+        said = f"at most {_SMALL_BETA} where moments are kept in bfloat16, whose steps hide what moves them by less"
+        require(beta <= _SMALL_BETA, f"config.optim.{name}", beta, said)
+
+
 def _check_chats(run: RunConfig) -> None:
     wanted, data, names = bool(CHAT_STAGES & set(run.stages)), run.data, " or ".join(sorted(CHAT_STAGES))
     example = f"the path of conversations in .jsonl where config.stages has {names}, and nothing elsewhere"
     require(wanted == bool(data.chats), "config.data.chats", data.chats, example)
     require(wanted or not data.replay, "config.data.replay", data.replay, f"0, for config.stages has no {names}")
+    field, default = data.messages_field, Data().messages_field
+    said = f"{default!r}, for config.stages has no {names}"
+    require(wanted or field == default, "config.data.messages_field", field, said)
 
 
 def _check_teacher(teacher: Teacher) -> None:

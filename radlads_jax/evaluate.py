@@ -4,7 +4,8 @@ python -m radlads_jax.evaluate --model DIR [--teacher DIR [--control]] [--tasks 
                                [--limit N] [--probes [--probe_kinds passkey,...]] [--completions N]
 
 Writes evaluation.json and evaluation.md into --output or else beside the model; a run's report draws the probes. What
-is found before something fails is in evaluation.partial.json there.
+is found before something fails is in evaluation.partial.json there, and what an earlier evaluation has that this one
+lacks in evaluation-N.json.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from radlads_jax.evaluation.model_scores import (
     check_settings,
     completion_sizes,
     evaluate_models,
+    keep_earlier,
     output_directory,
     tokens_read,
     wants_probes,
@@ -71,8 +73,9 @@ def main(values: flags.FlagValues) -> None:
     if not (values.tasks or values.probes or values.completions):
         raise ValueError(f"expected --tasks, e.g. --tasks={SUITE_NAME}, --probes or --completions.")
     wrong = [n for n in values.probe_lengths if not n.isdigit() or int(n) < 1]
-    if wrong:
-        raise ValueError(f"--probe_lengths has {', '.join(wrong)}; expected numbers of tokens, e.g. 512,4096.")
+    if wrong or not values.probe_lengths:
+        said = ", ".join(wrong) or "none"
+        raise ValueError(f"--probe_lengths has {said}; expected numbers of tokens, e.g. 512,4096.")
     unknown = [kind for kind in values.probe_kinds if kind not in PROBES]
     if unknown or not values.probe_kinds:
         raise ValueError(f"--probe_kinds has {', '.join(unknown) or 'none'}; expected some of {', '.join(PROBES)}.")
@@ -100,6 +103,7 @@ def main(values: flags.FlagValues) -> None:
         by_role = evaluate_models(tasks, values, partial)
     cfg, scores = by_role["student"].cfg, by_role["student"].scores
     result = {"model": values.model, "teacher": values.teacher, "limit": values.limit, "dtype": cfg.dtype}
+    result |= {"seed": values.seed, "probe_text": values.probe_text}
     teacher, control = (by_role[role].scores if role in by_role else None for role in ("teacher", "control"))
     result |= compare(cfg, scores, teacher, control)
     if "control" in by_role:
@@ -110,6 +114,7 @@ def main(values: flags.FlagValues) -> None:
         kl = {role: measured.kl for role, measured in by_role.items() if measured.kl}
         result["kl"] = {"sizes": dataclasses.asdict(completion_sizes(values)), "models": kl}
     page = as_markdown(result)
+    keep_earlier(directory, result)
     write_json(directory / "evaluation.json", result)
     storage.write_text(directory / "evaluation.md", page)
     partial.unlink(missing_ok=True)

@@ -239,6 +239,13 @@ def test_a_wrong_field_is_named(path, value, parts):
         ),
         ({"optim.name": "adafactor", "optim.eps": 1e-6}, r"config\.optim\.eps is 1e-06; expected 1e-08"),
         ({"data.source": "binidx", "data.max_tokens": 100}, r"config\.data\.max_tokens is 100; expected 0: .* whole"),
+        ({"data.source": "synthetic"}, r"config\.data\.path is '.*'; expected nothing.*--config\.data\.source=text"),
+        ({"data.split": "test"}, r"config\.data\.split is 'test'; expected 'train'.*only hf have it"),
+        ({"data.source": "jsonl", "data.separator": "---"}, r"config\.data\.separator is '---'.*only text have it"),
+        ({"data.text_field": "body"}, r"config\.data\.text_field is 'body'.*jsonl and parquet and hf"),
+        ({"data.messages_field": "talk"}, r"config\.data\.messages_field is 'talk'.*has no stage2c"),
+        ({"optim.moment_dtype": "bfloat16", "optim.beta2": 0.999}, r"config\.optim\.beta2 is 0\.999.*at most 0\.996"),
+        ({"optim.name": "adafactor", "optim.beta1": 0.0, "optim.moment_dtype": "bfloat16"}, r"moment_dtype.*float32"),
     ],
 )
 def test_what_another_setting_leaves_without_effect(fields, message):

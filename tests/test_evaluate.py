@@ -161,6 +161,32 @@ def test_what_was_found_before_a_failure_is_kept(directories, tmp_path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "evaluation.md"]
 
 
+def test_an_earlier_evaluation_is_replaced_by_one_of_as_much_alone(tmp_path, capsys):
+    def evaluated(**result):
+        result = {"model": "m", "teacher": "t", "dtype": "float32"} | result
+        model_scores.keep_earlier(tmp_path, result)
+        (tmp_path / "evaluation.json").write_text(json.dumps(result))
+        (tmp_path / "evaluation.md").write_text(str(result))
+
+    evaluated(tasks={"piqa": 1}, kl={})
+    evaluated(tasks={"piqa": 2}, probes={"recall": 1})
+    assert not capsys.readouterr().err
+    evaluated(probes={"recall": 2})
+    assert "evaluation-1.json" in " ".join(capsys.readouterr().err.split())
+    evaluated(probes={"recall": 3}, dtype="bfloat16")
+    kept = [json.loads((tmp_path / f"evaluation{name}.json").read_text()) for name in ("-1", "-2", "")]
+    assert kept[0]["tasks"] == {"piqa": 2} and [len(each["probes"]) for each in kept] == [1, 1, 1]
+    assert (tmp_path / "evaluation-2.md").exists() and not (tmp_path / "evaluation-3.md").exists()
+    (tmp_path / "evaluation.json").write_text("[]")
+    evaluated(tasks={"piqa": 1})
+    assert (tmp_path / "evaluation-3.json").read_text() == "[]"
+
+
+def test_no_length_to_probe_is_refused(directories):
+    with pytest.raises(ValueError, match="--probe_lengths has none"):
+        evaluate.main(command_line(f"--model={directories['student']}", "--tasks=recall", "--probe_lengths="))
+
+
 def test_lengths_are_looked_at_before_a_model_is_loaded(directories, monkeypatch):
     monkeypatch.setattr(model_scores, "load_model", lambda *args, **options: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=r"\b60 tokens\b.*--probe_lengths"):

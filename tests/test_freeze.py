@@ -9,7 +9,7 @@ from untrained import TEACHER, save_teacher
 
 from radlads_jax import config
 from radlads_jax.config import RunConfig, validate
-from radlads_jax.distill.program import check_trainable
+from radlads_jax.distill.stage_checks import check_trainable
 from radlads_jax.distill.student_config import make_student_config
 
 STAGES = ("stage1", "stage2", "stage3")

@@ -23,7 +23,13 @@ FLOORS = (
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What configs/ may import, and what that is made with.
-CONFIG_MODULES = ("radlads_jax.config", "radlads_jax.recipes", "radlads_jax.fields", "radlads_jax.student")
+CONFIG_MODULES = (
+    "radlads_jax.config",
+    "radlads_jax.recipes",
+    "radlads_jax.fields",
+    "radlads_jax.student",
+    "radlads_jax.text",
+)
 
 
 def sources() -> dict[str, str]:

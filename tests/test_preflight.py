@@ -108,6 +108,23 @@ def test_an_untrained_teacher_is_refused_unless_forced(untrained, tmp_path, caps
     assert holds(check(job, force=True))
 
 
+def test_the_teacher_is_judged_by_all_tokens_also_where_a_stage_counts_few(tmp_path, monkeypatch):
+    job = make(settings(), tmp_path / "run")
+    teacher, batches = job.load_teacher("float32"), job_lib.Job.batches
+    whole = preflight._teacher_loss(job, teacher)
+
+    def none_counted(self, *asked):
+        return iter([batch | {"loss_mask": 0 * batch["loss_mask"]} for batch in [next(batches(self, *asked))]])
+
+    monkeypatch.setattr(job_lib.Job, "batches", none_counted)
+    assert preflight._teacher_loss(job, teacher) == whole
+
+
+def test_the_layers_that_stay_are_told(tmp_path):
+    job = make(settings(student__attention_every=2), tmp_path / "run")
+    assert preflight.layers(job).result == "of 4 these stay softmax attention: 1, 3"
+
+
 def test_rows_beyond_the_teachers_positions(tmp_path, capsys):
     """Of a stage that learns from the teacher; another one may go further."""
     long = {"stages": ("stage1", "stage2", "stage3"), "stage2__seq_len": 2080, "stage2__tokens": 2080 * 8}

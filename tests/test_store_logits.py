@@ -234,6 +234,7 @@ def test_no_weights_are_held_while_stage_2_trains_and_a_run_goes_on_with_the_sam
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(held))
     # At the end it is compared with the teacher itself, of which five tokens tell less.
     assert summary["student"]["kl"] > summary["stages"][0]["last_loss"] > 0
+    assert summary["stages"][0]["loss"] == "KL to the teacher of its 5 likeliest tokens and the rest"
     # A finished one does without them.
     assert job_of(teacher, tmp_path, **(chosen | {"teacher__logits": str(tmp_path / "gone")})).logits is None
     (tmp_path / "summary.json").unlink()
@@ -287,5 +288,10 @@ def test_the_command(teacher, few, tmp_path, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert f"--config.teacher.logits={tmp_path}" in printed and "0 of " in printed
     assert all((tmp_path / file.name).read_bytes() == file.read_bytes() for file in few.glob("rows-*"))
-    chosen.teacher.top_k = VOCAB + 1
-    assert store_logits.main(values) == 1 and "top_k is 301" in " ".join(capsys.readouterr().err.split())
+    for name, value, said in (
+        ("temperature", 2.0, "temperature is 2; expected 1"),
+        ("top_k", VOCAB + 1, "top_k is 301"),
+    ):
+        before, chosen.teacher[name] = chosen.teacher[name], value
+        assert store_logits.main(values) == 1 and said in " ".join(capsys.readouterr().err.split())
+        chosen.teacher[name] = before

@@ -167,10 +167,21 @@ def test_rad_rwkv7_has_no_token_shift():
     assert student_of(token_shift=False) == student_of()
 
 
-@pytest.mark.parametrize(("every", "kept"), [(4, (3,)), (3, (2,)), (2, (1, 3)), (7, ())])
+@pytest.mark.parametrize(("every", "kept"), [(4, (3,)), (3, (2,)), (2, (1, 3))])
 def test_attention_every(every, kept):
     student = student_of(attention_every=every)
     assert tuple(i for i, mixer in enumerate(student.layer_mixers) if mixer == "attention") == kept
+
+
+def test_an_interval_that_keeps_no_layer_is_refused():
+    assert "attention_every is 5 for a teacher of 4 layers" in refusal(attention_every=5)
+
+
+@pytest.mark.parametrize("field", ["gate", "init", "fresh_qkvo", "attention_every", "kv_heads", "options"])
+def test_what_no_layer_is_converted_to_has_no_settings(field):
+    value = {"gate": "full", "init": "calibrated", "fresh_qkvo": True, "attention_every": 2, "kv_heads": "cloned"}
+    message = refusal(mixer="attention", **{field: value.get(field, {"window": 3})})
+    assert f"config.student.{field} is" in message and "converts no layer" in message
 
 
 def test_gdns_options_are_settings():
@@ -178,7 +189,6 @@ def test_gdns_options_are_settings():
     chosen |= {"conv_v": 0.3, "gate_std": 0.05}
     plain, student = student_of(mixer="gdn").mixer, student_of(mixer="gdn", **chosen).mixer
     assert student == dataclasses.replace(plain, **chosen) and plain.kv_heads == "teacher"
-    assert student_of(mixer="gdn", options={"conv_v": 1}).mixer.conv_v == 1.0
 
 
 @pytest.mark.parametrize(
@@ -186,7 +196,10 @@ def test_gdns_options_are_settings():
     [
         ({"mixer": "rad_rwkv7", "kv_heads": "cloned"}, ["config.student.kv_heads", "rad_rwkv7"]),
         ({"options": {"conv_w": 0.1}}, ["config.student.conv_w", "conv_v"]),
-        ({"options": {"conv_v": "much"}}, ["config.student.conv_v", "'much'", "float"]),
+        (
+            {"options": {"conv_v": 1.0, "gate": "full"}},
+            ["config.student.options has conv_v, gate", "student.conv_v in"],
+        ),
         # A checkpoint's.
         ({"options": {"key_heads": 2}}, ["config.student.key_heads"]),
         ({"shortest_half_life": 9.0, "longest_half_life": 3.0}, ["shortest_half_life", "9", "3"]),

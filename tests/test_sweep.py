@@ -111,7 +111,12 @@ def test_a_stage_that_has_begun_keeps_its_rates(teacher, swept, tmp_path, monkey
         train.convert(job)
     (tmp_path / "sweep.json").write_text(chosen)
     monkeypatch.setattr(sweep, "_trial", None)
-    assert train.convert(job)["student"] == swept[0]["student"]
+    summary = train.convert(job)
+    assert summary["student"] == swept[0]["student"] and summary["stages"][0]["rates"]["lr"] > 0
+    # Of a stage that is done nothing depends on the file any more, and its rates are not known.
+    assert sweep.taken(job, "stage2") is not None
+    (tmp_path / "sweep.json").unlink()
+    assert sweep.taken(job, "stage2") is None
 
 
 def test_trials_of_other_settings_are_none(teacher, swept, tmp_path):

@@ -1,7 +1,6 @@
 """A stage's training step as one compiled program: what it trains, what it reads, and where all of it lies."""
 
 import dataclasses
-import difflib
 import functools
 import re
 from typing import Any
@@ -21,7 +20,7 @@ from radlads_jax.distill.train_state import TrainState
 from radlads_jax.models import placement, sharding
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import abstract_params
-from radlads_jax.models.tree import Params, path_leaves, split_params
+from radlads_jax.models.tree import Params, split_params
 
 # What the compiler is asked for beside its defaults, by the kind of chip.
 COMPILER_OPTIONS: dict[str, dict[str, str]] = {
@@ -44,11 +43,7 @@ COMPILER_OPTIONS: dict[str, dict[str, str]] = {
         "xla_tpu_scoped_vmem_limit_kib": "65536",
     },
 }
-# Of those that a message names.
-_NAMED_PATHS = 3
 _BATCH_DTYPES = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "loss_mask": jnp.float32}
-
-
 _STORED_DTYPES = {"teacher_indices": jnp.int32, "teacher_log_probs": jnp.float32}
 
 
@@ -88,7 +83,8 @@ class StagePlan:
     def loss(self) -> str:
         """What the loss is, in words."""
         said = {"temperature": "at temperature {:g}", "top_k": "of its {:,} likeliest tokens and the rest"}
-        return " ".join([self.stage.loss, *(said[name].format(value) for name, value in self.softening.items())])
+        told = {"top_k": self.run.teacher.stored_top_k} if self.reads_logits else self.softening
+        return " ".join([self.stage.loss, *(said[name].format(value) for name, value in told.items())])
 
     @property
     def needs_weights(self) -> bool:
@@ -100,44 +96,13 @@ class StagePlan:
 
     def trains(self, path: str) -> bool:
         """Whether the stage trains the parameter of a path."""
-        return _trains(self.run, self.student, self.name, path)
+        return trains(self.run, self.student, self.name, path)
 
 
-def _trains(run: RunConfig, student: ModelConfig, name: str, path: str) -> bool:
+def trains(run: RunConfig, student: ModelConfig, name: str, path: str) -> bool:
+    """Whether the run's stage of this name trains the parameter of a path."""
     frozen = run.stage(name).freeze
     return STAGES[name].trainable(path, student) and not any(re.search(pattern, path) for pattern in frozen)
-
-
-def check_trainable(run: RunConfig, student: ModelConfig) -> None:
-    """Raises ValueError for a `freeze` pattern that no parameter's path matches, or a stage that trains nothing."""
-    paths = list(path_leaves(abstract_params(student)))
-    for name, recipe in run.recipes.items():
-        frozen = recipe.freeze
-        for pattern in frozen:
-            if not any(re.search(pattern, path) for path in paths):
-                raise ValueError(
-                    f"config.{name}.freeze holds {pattern!r}, which matches none of the student's {len(paths)} "
-                    f"parameters; expected a regular expression found in a path. The nearest are "
-                    f"{', '.join(_nearest(pattern, paths))}."
-                )
-        trains = [path for path in paths if STAGES[name].trainable(path, student)]
-        if not any(_trains(run, student, name, path) for path in paths):
-            raise ValueError(
-                f"{name} has nothing to train: of its {len(trains)} parameters config.{name}.freeze {frozen} leaves "
-                f"none; expected some. They are {', '.join(trains[:_NAMED_PATHS]) or 'none without it either'}: freeze "
-                "fewer, or leave the stage out of config.stages."
-            )
-
-
-def _nearest(pattern: str, paths: list[str]) -> list[str]:
-    """The paths of which some part is most like the pattern."""
-
-    def likeness(path: str) -> float:
-        words = path.split("/")
-        parts = ["/".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)]
-        return max(difflib.SequenceMatcher(None, pattern, part).ratio() for part in parts)
-
-    return sorted(paths, key=likeness, reverse=True)[:_NAMED_PATHS]
 
 
 def abstract_student(plan: StagePlan) -> tuple[Params, Params]:

@@ -24,6 +24,7 @@ def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
     _check_own_layers(chosen, teacher)
     _check_number(chosen, teacher)
     if chosen.mixer == SOFTMAX:
+        _check_softmax(chosen)
         needing = [name for name in run.stages if STAGES[name].needs_teacher]
         if needing:
             raise ValueError(
@@ -47,6 +48,20 @@ def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
     return dataclasses.replace(student, dtype=run.dtype, param_dtype="float32")
 
 
+def _check_softmax(student: Student) -> None:
+    """Raises ValueError for a setting of converted layers where there are none."""
+    # The kept layers' own say more.
+    left = {"attention_layers", "attention_rope", "attention_output_gate", "attention_log_scale"}
+    default = Student(mixer=SOFTMAX)
+    for field in dataclasses.fields(Student):
+        value = getattr(student, field.name)
+        if field.name not in left and value != getattr(default, field.name):
+            raise ValueError(
+                f"config.student.{field.name} is {value!r} and config.student.mixer 'attention', which converts no "
+                "layer; expected another mixer, or nothing. Change the mixer, or leave the other out."
+            )
+
+
 def _check_own_layers(student: Student, teacher: ModelConfig) -> None:
     """Raises ValueError for what can not be where the teacher has recurrent layers itself, which the student keeps."""
     own = teacher.recurrent_mixer
@@ -58,9 +73,9 @@ def _check_own_layers(student: Student, teacher: ModelConfig) -> None:
             f"are; expected {own!r}, for a model has softmax attention and one other mixer. Change it, or point "
             "config.teacher.path at the softmax model that the teacher was made from."
         )
-    if student.kv_heads or "kv_heads" in student.options:
+    if student.kv_heads:
         raise ValueError(
-            f"config.student.kv_heads is {student.kv_heads or student.options['kv_heads']!r} for a teacher with layers "
+            f"config.student.kv_heads is {student.kv_heads!r} for a teacher with layers "
             f"of {own} itself; expected none, for the converted layers have the heads of those. Leave it out."
         )
     if layers_to_choose(student):
@@ -149,6 +164,12 @@ def _kept(student: Student, teacher: ModelConfig) -> tuple[int, ...]:
         return tuple((i + 1) * teacher.num_layers // count - 1 for i in range(count))
     if not student.attention_every:
         return tuple(layer for layer in student.attention_layers if isinstance(layer, int))
+    if student.attention_every > teacher.num_layers:
+        raise ValueError(
+            f"config.student.attention_every is {student.attention_every} for a teacher of {teacher.num_layers} "
+            f"layers, none of which would stay softmax attention; expected 2 to {teacher.num_layers}. Lower it, or "
+            "leave it out."
+        )
     return tuple(range(student.attention_every - 1, teacher.num_layers, student.attention_every))
 
 
@@ -186,6 +207,11 @@ def _kept_attention(run: RunConfig, student: ModelConfig, *, converts: bool = Tr
 
 def _options(spec: MixerSpec, student: Student, teacher: ModelConfig) -> Any:
     """The mixer's options: what the config's fields choose of them, and the sizes of the teacher's own such layers."""
+    if doubled := sorted(student.options.keys() & {field.name for field in dataclasses.fields(Student)}):
+        raise ValueError(
+            f"config.student.options has {', '.join(doubled)}; expected only what config.student has no field of. Set "
+            f"config.student.{doubled[0]} in its place."
+        )
     switches = {f: getattr(student, f) for f in ("use_rope", "token_shift", "group_norm", "balance_state", "qk_norm")}
     if teacher.qk_norm and switches["qk_norm"] is False and "qk_norm" in spec.choices():
         raise ValueError(

@@ -83,6 +83,9 @@ class RadladsLM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         rows, starts = [], []
+        if cut := sum(len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests):
+            said = f"{cut} of {len(requests)} prompts with their answers are longer than the {self.max_length} tokens"
+            console.print(f"{said} that the model reads, of which the last are scored.", markup=False)
         for _texts, context, continuation in requests:
             row = (context + continuation)[-(self.max_length + 1) :]
             rows.append(row)

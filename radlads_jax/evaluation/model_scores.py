@@ -1,6 +1,8 @@
 """All that is asked of the models, tasks and probes, and where the results go."""
 
-from collections.abc import Callable
+import itertools
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,9 @@ from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.system import storage
 from radlads_jax.system.json_files import write_json
 
+# Of an evaluation: what it is of, and what may be measured.
+_OF_MODELS = ("model", "teacher", "dtype")
+_PARTS = ("tasks", "probes", "kl")
 # Writes down a role's part of the results.
 _Keep = Callable[[str, str, dict[str, Any]], None]
 
@@ -37,6 +42,29 @@ def output_directory(model: str, output: str | None) -> storage.AnyPath:
     directory = storage.as_path(output or model)
     directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+def keep_earlier(directory: storage.AnyPath, result: Mapping[str, Any]) -> None:
+    """Writes an evaluation that the new one does not replace to evaluation-N.json and .md, and says so.
+
+    It is of other models, or has what the new one lacks: tasks, probes or KL.
+    """
+    path = directory / "evaluation.json"
+    if not path.exists():
+        return
+    try:
+        earlier = json.loads(storage.read_text(path))
+        of = [earlier.get(name) for name in _OF_MODELS]
+        parts = {name for name in _PARTS if earlier.get(name)}
+    except (ValueError, AttributeError):  # not one of ours
+        of, parts = [], set()
+    if of == [result.get(name) for name in _OF_MODELS] and parts <= {name for name in _PARTS if result.get(name)}:
+        return
+    number = next(n for n in itertools.count(1) if not (directory / f"evaluation-{n}.json").exists())
+    for suffix in ("json", "md"):
+        if (old := directory / f"evaluation.{suffix}").exists():
+            storage.write_text(directory / f"evaluation-{number}.{suffix}", storage.read_text(old))
+    console.print(f"what was evaluated here before is in {directory / f'evaluation-{number}.json'} now", markup=False)
 
 
 def wants_probes(values: flags.FlagValues) -> bool:

@@ -62,7 +62,8 @@ def relative_score(student: float, teacher: float, chance: float) -> float | Non
 def published_scores(cfg: ModelConfig) -> tuple[str, dict[str, dict[str, float]]] | None:
     """The name of the paper's student of this shape, and {task: {"student", "teacher"}}; None where it has none."""
     published = _PUBLISHED.get((cfg.recurrent_mixer or "", cfg.hidden_size, cfg.num_layers))
-    if published is None:
+    # Its students have no softmax layers.
+    if published is None or cfg.softmax_layers:
         return None
     name, student, teacher = published
     pairs = zip(SUITE, student, teacher, strict=True)

@@ -260,7 +260,7 @@ def compare(
             line["relative"] = relative_score(result["score"], other["score"], result["chance"]) if known else None
         if control is not None:
             line["control"] = control[task]
-        if task in published:
+        if task in published and not any(result.get("num_fewshot") or ()):
             scores = published[task]
             relative = relative_score(scores["student"], scores["teacher"], SUITE[task].chance)
             line["published"] = scores | {"relative": relative}

@@ -1,6 +1,7 @@
 """The chips that a plan knows: what they do at best, their prices, and the slices that are usually rented."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,7 +66,7 @@ def known_chip(topology: str) -> str:
 def prices(overrides: Mapping[str, float]) -> dict[str, float | None]:
     """USD a chip-hour by chip, None where none is known; ValueError for one not in CHIPS, or a price below 0."""
     for name, price in overrides.items():
-        if name not in CHIPS or price < 0:
+        if name not in CHIPS or not 0 <= price < math.inf:
             raise ValueError(
                 f"the price {name}={price} is not known; expected one of {', '.join(CHIPS)} and at least 0."
             )

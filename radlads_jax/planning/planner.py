@@ -19,11 +19,13 @@ def prepare_environment() -> None:
 def make_planner(run: config_lib.RunConfig, price_overrides: dict[str, float], results: Path | None = None) -> Any:
     """The `plans.Planner` of a run. Raises ValueError for a teacher or a chip that is not known."""
     # Imported late: what is wrong with the command shows without waiting for the compiler's libraries.
+    from radlads_jax.distill.stage_checks import check_stages
     from radlads_jax.distill.student_config import make_student_config
     from radlads_jax.planning import chips, plans
 
     original = teacher_config(run)
     student = make_student_config(original, run)
+    check_stages(run, student, original)
     return plans.Planner(run, student, original.as_teacher_of(student), chips.prices(price_overrides), results)
 
 

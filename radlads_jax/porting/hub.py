@@ -39,6 +39,11 @@ def resolve_model_dir(path_or_id: str | os.PathLike, revision: str | None = None
     directory = as_path(path_or_id)
     if not in_bucket(directory) and not directory.exists():
         directory = _downloaded(str(path_or_id), revision)
+    elif revision:
+        raise ValueError(
+            f"got the revision {revision} for {path_or_id}, a directory, which has none; expected one for a hub id "
+            "alone. Leave it out."
+        )
     find_files(directory)
     return directory
 

@@ -17,6 +17,7 @@ from radlads_jax.system.space import shown_bytes
 
 # By this tag of its card an export is known on the hub.
 OWN_TAG = "radlads"
+_SCORES = "## Scores"
 _USE_SECTION = re.compile(r"^## Use\n.*?(?=\n+^## |\n*\Z)", re.MULTILINE | re.DOTALL)
 _USE = """\
 ## Use
@@ -59,6 +60,12 @@ def write_model_card(
 def with_use(card: str, use: str) -> str:
     """The card with its section on how to use the model exchanged; as it is where it has none."""
     return _USE_SECTION.sub(lambda _: use or _USE, card)
+
+
+def scored_with_own_head(card: str) -> str:
+    """The card of a student whose head is left out, with its scores said to be of that head."""
+    said = f"{_SCORES}\n\nOf the student with its own head, in whose place this export has the embedding."
+    return card.replace(f"{_SCORES}\n", f"{said}\n", 1)
 
 
 def named(card: str, name: str) -> str:
@@ -132,6 +139,8 @@ def _recipe(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
     done = {line["name"]: line for line in (summary or {}).get("stages", ())}
     data = run["data"]
     text = _place(data.get("path", "")) or data.get("source", "")
+    if data.get("chats"):
+        text += f"; conversations: {_place(data['chats'])}, beside {data.get('replay', 0):.0%} of rows of the text"
     lines = [
         "## Recipe",
         "",
@@ -145,11 +154,12 @@ def _recipe(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
         of_stage = done.get(name, {})
         # Those of a sweep are not the recipe's.
         taken = stage | of_stage.get("rates", {})
+        untold = " (its sweep's middle)" if stage.get("sweep") and "rates" not in of_stage else ""
         rates = (f"{taken[key]:g} to {taken[f'{key}_final']:g}" for key in ("lr", "mixer_lr"))
         tokens = of_stage.get("tokens", stage["tokens"])
         trains = ", ".join(of_stage[key] for key in ("trains", "loss") if key in of_stage)
         sizes = f"{stage['seq_len']:,} | {stage['batch_size']:,}"
-        lines.append(f"| {name} | {trains} | {tokens:,} | {sizes} | {', '.join(rates)} |")
+        lines.append(f"| {name} | {trains} | {tokens:,} | {sizes} | {', '.join(rates)}{untold} |")
     return "\n".join(lines)
 
 
@@ -162,7 +172,7 @@ def _how_chosen(student: Mapping[str, Any]) -> str:
 
 def _scores(summary: Mapping[str, Any]) -> str:
     lines = [
-        "## Scores",
+        _SCORES,
         "",
         f"Means per token over {summary['tokens']:,} held-out tokens, in the units of natural logarithms.",
         "",

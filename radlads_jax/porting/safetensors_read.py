@@ -112,6 +112,11 @@ def find_files(directory: AnyPath) -> AnyPath:
             f"{directory} holds {len(files)} safetensors files and no {INDEX_FILE}; expected the index that says "
             "which tensor is in which file. Download the index too."
         )
+    if (directory / "export").is_dir():
+        raise ValueError(
+            f"{directory} holds no weights itself, as a run's directory does not; expected a model's, which is "
+            f"{directory / 'export'} here. Name that one."
+        )
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
     held = (
         f"only {', '.join(pickles[:3])}, and pickles are never loaded: they can run code" if pickles else "no weights"

@@ -13,7 +13,7 @@ from radlads_jax.models.tree import Params
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.load import load_params
-from radlads_jax.porting.model_card import with_use, write_model_card
+from radlads_jax.porting.model_card import scored_with_own_head, with_use, write_model_card
 from radlads_jax.porting.save import EXPORT_DTYPES, MODEL_CARD, save_params
 from radlads_jax.porting.writers import writer_for
 from radlads_jax.porting.writers.writer import Writer
@@ -65,6 +65,8 @@ def export_again(
         params["head"] = {"kernel": params["embed"]["embedding"].T}
     kept = written if untie else cfg
     card = _model_card(storage.as_path(model), source, written, form)
+    if card is not None and written.tie_embeddings and not cfg.tie_embeddings:
+        card = scored_with_own_head(card)
     return save_params(
         params,
         kept,

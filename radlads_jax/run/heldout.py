@@ -29,6 +29,9 @@ from radlads_jax.run.job import Job
 from radlads_jax.system import hosts, storage
 from radlads_jax.system.untrusted import brief
 
+# Nats: what rounding makes of no KL at all.
+_SAME = 1e-6
+
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _batch_sums(
@@ -234,9 +237,11 @@ def results_table(summary: dict[str, Any]) -> Group:
         scores.add_row(name, *row)
     if "control" in summary:
         worse = summary["student"]["kl"] > summary["control"]["kl"]
-        scores.caption = "control: the teacher itself, untrained, with a window of keys in the converted layers" + (
-            ". The student is further from its teacher than that." if worse else ""
-        )
+        scores.caption = "control: the teacher itself, untrained, with a window of keys in the converted layers"
+        if summary["control"]["kl"] < _SAME:
+            scores.caption += ", which takes nothing from rows as short as these"
+        elif worse:
+            scores.caption += ". The student is further from its teacher than that."
         scores.caption_justify = "left"
     samples = [
         f"\n[bold]{_on_a_line(s['prompt'])}[/bold]\n"

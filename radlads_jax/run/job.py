@@ -7,12 +7,13 @@ import grain
 import jax
 from jax.sharding import Mesh
 
-from radlads_jax.config import RunConfig, Teacher
+from radlads_jax.config import RunConfig
 from radlads_jax.data import binidx, packing, pipeline, prepare, synthetic
 from radlads_jax.data.chats import chat_rows
 from radlads_jax.data.stored_logits import StoredLogits
 from radlads_jax.distill import mesh as mesh_lib
-from radlads_jax.distill.program import StagePlan, check_trainable
+from radlads_jax.distill.program import StagePlan
+from radlads_jax.distill.stage_checks import check_stages, check_trainable
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.student_config import layers_to_choose, make_student_config
 from radlads_jax.fields import require
@@ -146,49 +147,6 @@ def _check_teacher(run: RunConfig, source: AnyPath | None, teacher: ModelConfig)
         )
 
 
-def _check_softening(run: RunConfig, teacher: ModelConfig) -> None:
-    """Raises ValueError where config.teacher.temperature or .top_k can not do what they say."""
-    asked = run.teacher
-    if asked.stored_top_k > teacher.vocab_size and (asked.top_k or asked.logits):
-        raise ValueError(
-            f"config.teacher.top_k is {asked.stored_top_k:,} and the teacher's vocabulary {teacher.vocab_size:,}; "
-            "expected no more than that. Lower it."
-        )
-    if asked.logits and asked.temperature != 1:
-        raise ValueError(
-            f"config.teacher.temperature is {asked.temperature:g} and config.teacher.logits {asked.logits}; expected "
-            "temperature 1, for of tokens that are not stored nothing is known at another. Leave one of them out."
-        )
-    changed = [name for name in ("temperature", "top_k") if getattr(asked, name) != getattr(Teacher(), name)]
-    softened = [name for name, stage in STAGES.items() if stage.softens]
-    if changed and not asked.logits and not set(softened) & set(run.stages):
-        raise ValueError(
-            f"config.teacher.{changed[0]} is {getattr(asked, changed[0]):g} and config.stages {run.stages}; expected a "
-            f"stage whose loss it changes, one of {', '.join(softened)}. Leave it out."
-        )
-
-
-def _check_sweeps(run: RunConfig) -> None:
-    """Raises ValueError where a stage is to be swept whose student the held-out KL can not judge."""
-    able = [name for name, stage in STAGES.items() if stage.needs_teacher and stage.whole_student]
-    for name, recipe in run.recipes.items():
-        if recipe.sweep and name not in able:
-            raise ValueError(
-                f"config.{name}.sweep is true, and {name}'s loss is {STAGES[name].loss}; expected a stage that the "
-                f"held-out KL judges, one of {', '.join(able)}. Leave it out."
-            )
-
-
-def _check_evaluations(run: RunConfig) -> None:
-    """Raises ValueError where the student is to be scored while it trains, and no stage trains it whole."""
-    whole = [name for name, stage in STAGES.items() if stage.whole_student]
-    if run.train.eval_every and not set(whole) & set(run.stages):
-        raise ValueError(
-            f"config.train.eval_every is {run.train.eval_every:,} and config.stages {run.stages}; expected a stage "
-            f"that trains the whole student, one of {', '.join(whole)}. Leave it out: the end has scores in any case."
-        )
-
-
 def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     """Checks teacher, student, tokenizer and data, in this order; raises ValueError for the first that is wrong."""
     mixer_spec(run.student.mixer)  # a typo is told before anything is read
@@ -198,10 +156,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     original = dataclasses.replace(model_config_from_hf(base_config), dtype=run.teacher.dtype)
     _check_teacher(run, source, original)
     student = make_student_config(original, run)
-    check_trainable(run, student)
-    _check_softening(run, original)
-    _check_sweeps(run)
-    _check_evaluations(run)
+    check_stages(run, student, original)
     with hosts.first_alone("data"):
         tokenizer_dir = _tokenizer_dir(run, workdir, source)
         tokenizer = load_tokenizer(tokenizer_dir)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
@@ -67,11 +68,12 @@ def check(job: Job, teacher: TeacherWeights, *, force: bool = False, whole: bool
     else:
         findings = [disk(job), data(job), Finding("rates", rates.described(map(job.stage_plan, job.run.stages)))]
         findings += [stored_logits(job)] if job.logits is not None else []
-        findings += [layers(job)] if layers_to_choose(job.run.student) or job.student.copied else []
+        recurrent = job.student.recurrent_mixer is not None
+        findings += [layers(job)] if recurrent and (job.student.softmax_layers or job.student.copied) else []
         findings += [softmax_layers(job)] if job.student.kept_attention is not None else []
         findings += [tokenizer(job), _checkpoints(job), export_format(job)]
-        findings += [positions(job)] if job.student.recurrent_mixer is not None else []
-        if job.source is not None and job.student.recurrent_mixer:
+        findings += [positions(job)] if recurrent else []
+        if job.source is not None and recurrent:
             findings.append(_teacher_loss(job, cast(Params, teacher.held())))
         findings.append(_kernels(job))
     problems = [finding.problem for finding in findings if finding.problem]
@@ -174,14 +176,15 @@ def positions(job: Job) -> Finding:
 
 
 def layers(job: Job) -> Finding:
-    """The softmax layers that are chosen, or how many will be; of a teacher with others too, what becomes of each."""
+    """The layers that stay softmax attention, or how many will; of a teacher with others too, what becomes of each."""
     if job.student.copied:
         kept = ranges(job.student.softmax_layers) or "none"
         converted = ranges(job.student.converted_layers)
         said = f"{converted} are converted to {job.student.recurrent_mixer}, {kept} stay softmax attention"
         return Finding("layers", f"{said}, all others are the teacher's {job.student.recurrent_mixer}")
     if not job.to_choose:
-        return Finding("layers", f"softmax attention in {_kept(job.student)}, as chosen when the run began")
+        how = ", as chosen when the run began" if layers_to_choose(job.run.student) else ""
+        return Finding("layers", f"of {job.student.num_layers} these stay softmax attention{how}: {_kept(job.student)}")
     said = f"{job.to_choose} of {job.teacher.num_layers} will be chosen to stay softmax attention"
     return Finding("layers", f"{said}; sizes are those of as many, evenly spaced: {_kept(job.student)}")
 
@@ -190,7 +193,12 @@ def softmax_layers(job: Job) -> Finding:
     """What the softmax layers that stay have other than the teacher's, and which stage trains them first."""
     kept = job.student.kept_attention
     assert kept is not None  # else there is nothing to say
-    trains = "they begin as the teacher's, and stage1 leaves them" if kept.rope else "stage1 aligns them as the mixers"
+    if kept.rope:
+        trains = "they begin as the teacher's, and stage1 leaves them"
+    elif "stage1" in job.run.stages:
+        trains = "stage1 aligns them as the mixers"
+    else:
+        trains = "they begin without what the teacher's RoPE told them, and no stage1 aligns them"
     scores = "; evaluations and export scale the logits, training does not" if kept.log_scale else ""
     return Finding("softmax", f"layers {_kept(job.student)}: {', '.join(kept_said(kept))}; {trains}{scores}")
 
@@ -333,7 +341,10 @@ def _teacher_loss(job: Job, teacher: Params) -> Finding:
     """The teacher's loss per token on the first rows of the first batch; a problem where it is that of chance."""
     run = job.run
     rows = min(run.train.eval_batch_size, run.stage(run.stages[0]).batch_size)
-    batch = next(job.batches(run.stages[0], rows))
+    batch = dict(next(job.batches(run.stages[0], rows)))
+    # Every token that follows one of its segment, also where a stage counts the assistant's alone.
+    ids = batch["segment_ids"]
+    batch["loss_mask"] = np.pad((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] > 0), ((0, 0), (0, 1))).astype(np.float32)
     measured = heldout.evaluate(job.teacher, teacher, [batch], rows, mesh=job.mesh)
     loss, chance = measured["student"]["loss"], math.log(job.teacher.vocab_size)
     result = f"loss {loss:.3f} on the first {measured['tokens']:,} tokens; that of chance is {chance:.3f}"

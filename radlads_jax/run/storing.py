@@ -65,6 +65,11 @@ def store(job: Job, output: AnyPath, precision: str) -> StoredLogits:
 def _check(job: Job) -> None:
     if job.source is None:
         raise ValueError("the config has no teacher of files; expected config.teacher.path. Set it.")
+    if job.run.teacher.temperature != 1:
+        raise ValueError(
+            f"config.teacher.temperature is {job.run.teacher.temperature:g}; expected 1, for logits are stored as they "
+            "are, and read at no other. Leave it out."
+        )
     if job.run.teacher.stored_top_k > job.teacher.vocab_size:
         raise ValueError(
             f"config.teacher.top_k is {job.run.teacher.stored_top_k:,} and the teacher's vocabulary "

@@ -67,13 +67,15 @@ def decided(
     return _with_rates(job, name, best["factor"])
 
 
-def taken(job: Job, name: str) -> Job:
+def taken(job: Job, name: str) -> Job | None:
     """The job with the rates that a stage, which is done, was trained by; with its own where there was no sweep.
 
-    Also where the file that has them is gone: nothing but what is told of the stage depends on it any more.
+    None where the file that has them is gone: nothing but what is told of the stage depends on it any more.
     """
-    trials = _read(job, name, begun=True) if job.run.stage(name).sweep else []
-    return _with_rates(job, name, _best(trials)["factor"]) if trials else job
+    if not job.run.stage(name).sweep:
+        return job
+    trials = _read(job, name, begun=True)
+    return _with_rates(job, name, _best(trials)["factor"]) if trials else None
 
 
 def _best(trials: list[dict[str, Any]]) -> dict[str, Any]:

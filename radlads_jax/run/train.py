@@ -111,7 +111,7 @@ def _run_stage(run: _Run, name: str) -> dict[str, Any]:
         start, saved = newest or (0, None)
         if saved is not None and saved.state is None:
             say(f"{name}: all {last} steps are done already")
-            return _summary_line(sweep.taken(job, name), name, saved.meta)
+            return _summary_line(job, name, saved.meta, sweep.taken(job, name))
         clock = Clock(saved.meta if saved is not None else {})
         if saved is not None:
             say(f"{name}: continuing from the checkpoint of step {start} of {last}")
@@ -120,7 +120,7 @@ def _run_stage(run: _Run, name: str) -> dict[str, Any]:
             job = sweep.decided(job, name, run.teacher, start_of, run.stopping, begun=saved is not None)
             run = dataclasses.replace(run, job=job)
         _StageRun(run, name, checkpoints, clock).train(start, saved)
-    return _summary_line(job, name, clock.meta())
+    return _summary_line(job, name, clock.meta(), job)
 
 
 def _resume(job: Job, name: str, checkpoints: Checkpoints, step: int) -> _Resume:
@@ -266,11 +266,11 @@ def _non_finite_message(workdir: storage.AnyPath, name: str, step: int, in_a_row
     )
 
 
-def _summary_line(job: Job, name: str, meta: dict[str, Any]) -> dict[str, Any]:
+def _summary_line(job: Job, name: str, meta: dict[str, Any], trained_by: Job | None) -> dict[str, Any]:
     """A stage in summary.json. last_loss: the mean of the last steps; tokens_per_second: without compilation.
 
     peak_bytes: the most memory that the first device, on a CPU the process, had taken by the stage's end. rates: those
-    that trained it.
+    that trained it, of the job trained_by; left out where they are not known any more.
     """
     recipe = job.run.stage(name)
     timed = meta["timed_steps"] * recipe.tokens_per_step
@@ -285,7 +285,7 @@ def _summary_line(job: Job, name: str, meta: dict[str, Any]) -> dict[str, Any]:
         "first_loss": meta["first_loss"],
         "last_loss": statistics.fmean(meta["last_losses"]) if meta["last_losses"] else None,
         "peak_bytes": meta.get("peak_bytes"),
-        "rates": {rate: getattr(recipe, rate) for rate in sweep.RATES},
+        **({"rates": {rate: getattr(trained_by.run.stage(name), rate) for rate in sweep.RATES}} if trained_by else {}),
     }
 
 

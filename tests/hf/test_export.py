@@ -150,6 +150,10 @@ def test_a_head_is_left_out_and_written_again(exported, tmp_path):
     (workdir / "export" / "README.md").write_text("my own words")
     tied = export_again(workdir / "export", tmp_path / "tied", retie=True)
     assert read_config(tied)["tie_word_embeddings"] is True and (tied / "README.md").read_text() == "my own words"
+    (workdir / "export" / "README.md").write_text("# A student\n\n## Scores\n\nloss 1\n")
+    export_again(workdir / "export", tmp_path / "scored", retie=True)
+    said = (tmp_path / "scored" / "README.md").read_text()
+    assert re.search(r"## Scores\n\nOf the student with its own head, .*\n\nloss 1\n", said)
     untied = export_again(tied, tmp_path / "untied", untie=True, writer="llama.cpp")
     cfg = model_config_from_hf(read_config(untied))
     assert not cfg.tie_embeddings

@@ -39,6 +39,17 @@ def test_an_existing_directory_is_itself(model_dir):
     assert hub.resolve_model_dir(str(model_dir)) == model_dir
 
 
+def test_a_revision_of_a_directory_is_refused(model_dir):
+    with pytest.raises(ValueError, match=r"the revision v2 for .*a directory, which has none"):
+        hub.resolve_model_dir(model_dir, "v2")
+
+
+def test_a_runs_directory_is_no_model_but_holds_one(tmp_path):
+    (tmp_path / "export").mkdir()
+    with pytest.raises(ValueError, match=rf"as a run's directory does not.*{re.escape(str(tmp_path / 'export'))}"):
+        hub.resolve_model_dir(tmp_path)
+
+
 def test_a_directory_of_pickles_is_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin.*\bpickles\b.*save_pretrained"):

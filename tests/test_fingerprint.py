@@ -342,6 +342,18 @@ def test_prepared_tokens_of_another_tokenizer_or_beginning_are_refused(place, ch
         job_of(place, "other run", **token_file)
 
 
+@pytest.mark.parametrize("setting", ["special_tokens", "bos"])
+def test_what_tokens_made_elsewhere_do_not_follow_is_refused(place, setting):
+    made = tokens.prepare_tokens(config.validate(chosen(place)), place / "tokens").file.prefix
+    made.with_name(f"{made.name}.json").unlink()
+    path = place / "teacher" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": synthetic.END_OF_TEXT}))
+    token_file = {"data__source": "binidx", "data__path": str(made)}
+    assert job_of(place, "plain", **token_file).beginning == ()
+    with pytest.raises(ValueError, match=rf"config\.data\.{setting} is true, and .*made elsewhere.*Leave it out"):
+        job_of(place, "other run", **token_file | {f"data__{setting}": True})
+
+
 def test_the_door_says_what_a_run_is_to_be_told(place, monkeypatch, capsys):
     def door(output: pathlib.Path | None) -> int:
         monkeypatch.setattr(prepare_door.flags, "FLAGS", {"config": types.SimpleNamespace(value=chosen(place))})

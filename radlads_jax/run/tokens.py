@@ -194,7 +194,14 @@ def _given(run: RunConfig, tokenizer: Any, vocab_size: int) -> Tokens:
             "config.data.tokenizer, config.data.bos and config.data.special_tokens as they were then."
         )
     file.check_vocab(vocab_size)
-    return Tokens(file, said, wanted.beginning if said or _begins_with(file, wanted.beginning) else ())
+    begins = _begins_with(file, wanted.beginning)
+    if not said and (run.data.special_tokens or (run.data.bos and not begins)):
+        asked = "special_tokens" if run.data.special_tokens else "bos"
+        raise ValueError(
+            f"config.data.{asked} is true, and {file.prefix}.bin was made elsewhere, whose tokens are read as they are"
+            f"{'' if asked == 'special_tokens' else ': its documents begin otherwise'}. Leave it out."
+        )
+    return Tokens(file, said, wanted.beginning if said or begins else ())
 
 
 def _begins_with(file: binidx.TokenFile, beginning: tuple[int, ...]) -> bool:

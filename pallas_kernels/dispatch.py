@@ -20,7 +20,7 @@ _PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("chunked",),
 }
 # The accelerators' kernels are made for these; a fit implementation for any other is `chunked`.
-_KERNEL_HEAD_SIZES = (64, 128)
+KERNEL_HEAD_SIZES = (64, 128)
 _TRACED_FOR: contextvars.ContextVar[str | None] = contextvars.ContextVar("traced_for", default=None)
 
 
@@ -72,7 +72,7 @@ def fits(name: str, head_sizes: Sequence[int]) -> bool:
     """Whether an implementation that its backend prefers can take these sizes there."""
     if name in ("chunked", "reference"):
         return True
-    if not set(head_sizes) <= set(_KERNEL_HEAD_SIZES):
+    if not set(head_sizes) <= set(KERNEL_HEAD_SIZES):
         return False
     if name == "triton_gpu":
         return _capability() >= 8 and all(importlib.util.find_spec(of) is not None for of in ("triton", "jax_triton"))

@@ -11,6 +11,7 @@ ranks the chips by cost. GPUs (h100:8, a100:16) are planned by arithmetic alone.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> int:
                     "got --where with --price or --results; expected neither, for it prices nothing, and no results "
                     "hold the program that it reads. Leave them out."
                 )
-            result = planner.where(_TOPOLOGY.value, _WHERE.value)
+            result: Any = planner.where(_TOPOLOGY.value, _WHERE.value)
         else:
             result = planner.auto() if automatic else planner.topology(_TOPOLOGY.value)
     except refusals() as error:

@@ -19,9 +19,8 @@ from pallas_kernels.gdn.pallas_tpu_chunk import (
     stacked,
     sum_of,
 )
+from pallas_kernels.shared.tpu import LANES
 from pallas_kernels.shared.triangular_tpu import NN, NT, TN, iota
-
-_LANES = 128
 
 
 def backward_kernel(plan: Plan, *refs: Any) -> None:
@@ -116,8 +115,8 @@ def _gate_gradients(
     columns are two of each head [C,1]: d G but for what a token's pairs with later ones take off, and d (beta rest).
     """
     heads, size = plan.heads, plan.size
-    lane = iota((size, _LANES), 1)
-    packed = jnp.zeros((size, _LANES), jnp.float32)
+    lane = iota((size, LANES), 1)
+    packed = jnp.zeros((size, LANES), jnp.float32)
     for index, x in enumerate(columns):
         packed = jnp.where(lane == index % 2 * heads + index // 2, x, packed)
     packed = jnp.transpose(packed)

@@ -1,17 +1,13 @@
 """What the Triton kernels of an operation take on an NVIDIA GPU that is not there, as NVIDIA's assembler counts it.
 
-python -m pallas_kernels.measure.static_cost_gpu wkv7 --target sm_90 --B 1 --T 8192 --H 16 --K 128
-
-Needs triton; jax-triton and a GPU it does not.
+For `static_cost`. Needs triton; jax-triton and a GPU it does not.
 """
 
-import argparse
 import functools
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,16 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels.gdn import gdn
-from pallas_kernels.measure.static_profile import FLOAT32, ONE_A_HEAD
+from pallas_kernels.measure.static_profile import ARRAYS, FLOAT32, ONE_A_HEAD
 from pallas_kernels.shared.triton_call import Launch, running
 from pallas_kernels.wkv6 import wkv6
 from pallas_kernels.wkv7 import wkv7
 
-_OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "wkv7": (wkv7, ("r", "log_w", "k", "v", "a", "b")),
-    "wkv6": (wkv6, ("r", "log_w", "k", "v")),
-    "gdn": (gdn, ("q", "k", "v", "log_g", "beta")),
-}
+_OPERATIONS = {"wkv7": wkv7, "wkv6": wkv6, "gdn": gdn}
 _POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32"}
 # Instructions on tensor cores: of one warp, of four (Hopper), of the tensor memory's own unit (Blackwell).
 _MATRIX_INSTRUCTIONS = {"mma": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
@@ -49,12 +41,12 @@ def launches(
     operation: str, B: int, T: int, H: int, K: int, dtype: str = "bfloat16"
 ) -> tuple[list[Launch], list[Launch]]:
     """The kernels that forward and backward call, in order, for [B,T,H,K] of `dtype` with decays in float32."""
-    function, names = _OPERATIONS[operation]
+    function: Any = _OPERATIONS[operation]
     shapes: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(
             (B, T, H) if name in ONE_A_HEAD else (B, T, H, K), jnp.float32 if name in FLOAT32 else dtype
         )
-        for name in names
+        for name in ARRAYS[operation]
     }
     state = jax.ShapeDtypeStruct((B, H, K, K), jnp.float32)
     ids = jax.ShapeDtypeStruct((B, T), jnp.int32)
@@ -159,15 +151,3 @@ def main(operation: str, target: str, B: int, T: int, H: int, K: int, dtype: str
             cells = (*values, *figures.instructions.values())
             table.add_row(name, launch.kernel.fn.__name__, *(str(cell) for cell in cells))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("operation", choices=_OPERATIONS)
-    parser.add_argument("--target", default="sm_90")
-    parser.add_argument("--B", type=int, default=1)
-    parser.add_argument("--T", type=int, default=8192)
-    parser.add_argument("--H", type=int, default=16)
-    parser.add_argument("--K", type=int, default=128)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    main(**vars(parser.parse_args()))

@@ -17,7 +17,8 @@ from typing import Any
 from pallas_kernels.measure.hlo_text import Instruction, called, estimated_cycles, parse, trips
 
 FORWARD, BACKWARD = "forward", "forward+backward"
-_ARRAYS = {
+# What the operations take, by name.
+ARRAYS = {
     "wkv7": ("r", "log_w", "k", "v", "a", "b"),
     "wkv6": ("r", "log_w", "k", "v"),
     "gdn": ("q", "k", "v", "log_g", "beta"),
@@ -58,7 +59,7 @@ def _program(request: dict[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
         width = heads if name in ONE_A_HEAD else heads * size
         return jax.ShapeDtypeStruct((batch, length, width), jnp.float32 if name in FLOAT32 else dtype)
 
-    arrays = [array(name) for name in _ARRAYS[request["operation"]]]
+    arrays = [array(name) for name in ARRAYS[request["operation"]]]
     if request["direction"] == FORWARD:
         return forward, [*arrays, state]
     return backward, [(*arrays, state), (like, state)]
@@ -74,7 +75,7 @@ def _bytes_moved(request: dict[str, Any]) -> int:
         channels = tokens // request["head_size"] if name in ONE_A_HEAD else tokens
         return channels * (4 if name in FLOAT32 else width)
 
-    read = sum(bytes_of(name) for name in _ARRAYS[request["operation"]]) + state
+    read = sum(bytes_of(name) for name in ARRAYS[request["operation"]]) + state
     made = tokens * width + state
     return read + made if request["direction"] == FORWARD else 3 * read + 2 * made
 

@@ -12,15 +12,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch, layout
+from pallas_kernels.dispatch import KERNEL_HEAD_SIZES
 
 CHUNK_SIZES = (16, 32, 64, 128)
 LANES = 128
-_HEAD_SIZES = (64, 128)
 
 
 def check_sizes(operation: str, key_size: int, value_size: int, chunk_size: int | None) -> None:
     """Raises NotImplementedError for head or chunk sizes that the kernels are not made for."""
-    if key_size not in _HEAD_SIZES or value_size not in _HEAD_SIZES:
+    if key_size not in KERNEL_HEAD_SIZES or value_size not in KERNEL_HEAD_SIZES:
         raise NotImplementedError(
             f"{operation} on TPU got heads of {key_size} key and {value_size} value channels, expected 64 or 128 each; "
             "take implementation='chunked'."

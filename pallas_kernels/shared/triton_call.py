@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-_HEAD_SIZES = (64, 128)
+from pallas_kernels.dispatch import KERNEL_HEAD_SIZES
+
 # The first is the default. For float32 a chunk of 32 does not fit the registers.
 _CHUNK_SIZES = {"bfloat16": (32, 16), "float32": (16,)}
 
@@ -138,10 +139,10 @@ def make_plan(operation: str, r: jax.Array, v: jax.Array, others: Sequence[jax.A
     are, else float32.
     """
     batch, length, heads, key_size = r.shape
-    if max(key_size, v.shape[-1]) > _HEAD_SIZES[-1]:
+    if max(key_size, v.shape[-1]) > KERNEL_HEAD_SIZES[-1]:
         raise NotImplementedError(
             f"{operation} got heads of size K={key_size}, V={v.shape[-1]}, and its Triton kernels take at most "
-            f"{_HEAD_SIZES[-1]}; pass implementation='chunked'."
+            f"{KERNEL_HEAD_SIZES[-1]}; pass implementation='chunked'."
         )
     dtype = "bfloat16" if all(x.dtype == jnp.bfloat16 for x in (r, v, *others)) else "float32"
     allowed = _CHUNK_SIZES[dtype]
@@ -150,7 +151,7 @@ def make_plan(operation: str, r: jax.Array, v: jax.Array, others: Sequence[jax.A
             f"{operation} got chunk_size={chunk_size}, and for {dtype} its Triton kernels take {allowed}; pass one of "
             "these, or None."
         )
-    key_whole, value_whole = (next(n for n in _HEAD_SIZES if size <= n) for size in (key_size, v.shape[-1]))
+    key_whole, value_whole = (next(n for n in KERNEL_HEAD_SIZES if size <= n) for size in (key_size, v.shape[-1]))
     return Plan(batch, length, heads, key_whole, value_whole, chunk_size or allowed[0], dtype)
 
 

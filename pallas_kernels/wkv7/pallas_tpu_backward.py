@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.shared.tpu import LANES
 from pallas_kernels.shared.triangular_tpu import NN, TN
 from pallas_kernels.shared.turns import Routine, each, finished, staggered
 from pallas_kernels.wkv7.pallas_tpu_chunk import (
-    LANES,
     Decays,
     Masks,
     Pairs,

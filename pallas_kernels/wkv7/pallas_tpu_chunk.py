@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.shared import tpu
+from pallas_kernels.shared.tpu import LANES
 from pallas_kernels.shared.triangular_tpu import BASE, NN, base_inverses, iota, merged
 from pallas_kernels.shared.turns import Routine, each, staggered
 
-LANES = 128
 # Tiles whose exponentials are made at once: more would fill the registers, fewer wait for their products.
 _BATCH = 4
 

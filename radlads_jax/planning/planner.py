@@ -1,11 +1,16 @@
 """The planner of a run: its teacher's dimensions, its student's, and the chips' prices."""
 
+import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from radlads_jax import config as config_lib
 from radlads_jax.system import storage
+
+if TYPE_CHECKING:
+    from radlads_jax.models.config import ModelConfig
+    from radlads_jax.planning.plans import Planner
 
 
 def prepare_environment() -> None:
@@ -16,7 +21,9 @@ def prepare_environment() -> None:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
-def make_planner(run: config_lib.RunConfig, price_overrides: dict[str, float], results: Path | None = None) -> Any:
+def make_planner(
+    run: config_lib.RunConfig, price_overrides: dict[str, float], results: Path | None = None
+) -> "Planner":
     """The `plans.Planner` of a run. Raises ValueError for a teacher or a chip that is not known."""
     # Imported late: what is wrong with the command shows without waiting for the compiler's libraries.
     from radlads_jax.distill.stage_checks import check_stages
@@ -29,10 +36,8 @@ def make_planner(run: config_lib.RunConfig, price_overrides: dict[str, float], r
     return plans.Planner(run, student, original.as_teacher_of(student), chips.prices(price_overrides), results)
 
 
-def teacher_config(run: config_lib.RunConfig) -> Any:
+def teacher_config(run: config_lib.RunConfig) -> "ModelConfig":
     """The teacher's dimensions: from its directory, the run's own `scratch`, or for the paper's models a table."""
-    import dataclasses
-
     from radlads_jax.porting.config_keys import read_config
     from radlads_jax.porting.hf_config import model_config_from_hf
     from radlads_jax.porting.known_models import KNOWN_CONFIGS

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from radlads_jax.planning import stage as stage_lib
 from radlads_jax.planning import where as where_lib
 from radlads_jax.planning.chips import CHIPS, known_chip
 from radlads_jax.planning.cost import ASSUMPTIONS, ASSUMPTIONS_UNCOMPILED
+from radlads_jax.system import storage
 
 
 class Planner:
@@ -184,7 +186,7 @@ def _device_count(topology: str) -> int:
     return chip_count(topology) * CHIPS[known_chip(topology)].devices
 
 
-def topology_devices(topology: str) -> Any:
+def topology_devices(topology: str) -> Sequence[jax.Device]:
     """The devices of a TPU topology that need not exist."""
     # The compiler takes a host to have four chips or more.
     options = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
@@ -209,10 +211,7 @@ def _read_results(path: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def _write_results(path: Path, known: dict[str, dict[str, Any]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    text = "".join(json.dumps({"key": key} | value) + "\n" for key, value in known.items())
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    storage.write_text(path, "".join(json.dumps({"key": key} | value) + "\n" for key, value in known.items()))
 
 
 def _key(*parts: Any) -> str:

@@ -30,6 +30,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 REQUIRE_HASHES ?= yes
 STAMP := $(VENV)/.made-for-python-$(VERSION)
+# With what the tests need besides: torch above all, which an index may serve with gigabytes of CUDA.
+TESTS := $(VENV)/.tests-for-python-$(VERSION)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test smoke lint venv hashes audit clean
@@ -40,7 +42,7 @@ help:
 demo: $(STAMP)
 	$(BIN)/python -m radlads_jax.launch --config configs/demo.py --workdir $(DEMO_WORKDIR)
 
-test: $(STAMP)
+test: $(TESTS)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Imports, a kernel against its definition, a conversion from an earlier version's checkpoint to its export, and what
@@ -50,12 +52,12 @@ smoke:
 	$(MAKE) venv VENV=.venv-smoke-$(VERSION)
 	.venv-smoke-$(VERSION)/bin/python -m pytest -q -p no:cacheprovider $(STUCK) $(SHAPES) $(SMOKE)
 
-lint: $(STAMP)
+lint: $(TESTS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-venv: $(STAMP)
+venv: $(TESTS)
 
 # Without torch: its wheels differ from index to index, and on Linux bring CUDA or not.
 hashes: hashes-3.11 hashes-3.12
@@ -69,7 +71,7 @@ hashes-%: .cache/uv
 	    --quiet --no-deps --universal --generate-hashes --python-version $* --output-file constraints/py$(subst .,,$*).hashed.txt
 
 # Strict: a package that the index knows no advisories of, for it has no such service, is an error and no pass.
-audit: $(STAMP) $(if $(ADVISORIES),,.cache/pip-audit)
+audit: $(TESTS) $(if $(ADVISORIES),,.cache/pip-audit)
 	$(BIN)/python tests/measure/audit.py $(if $(ADVISORIES),--advisories '$(ADVISORIES)')
 	$(if $(ADVISORIES),,.cache/pip-audit/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off \
 	    --requirement $(PINS) || { echo "That is an advisory, or an index that serves none: then give a clone, ADVISORIES=DIR."; exit 1; })
@@ -85,5 +87,9 @@ $(STAMP): pyproject.toml $(PINS)
 	$(PYTHON) -m venv --clear $(VENV)
 	$(if $(filter yes,$(REQUIRE_HASHES)),$(PIP) --no-deps --require-hashes --requirement $(PINS:.txt=.hashed.txt))
 	$(PIP) --constraint $(PINS) setuptools
+	$(PIP) --constraint $(PINS) --no-build-isolation --editable .
+	touch $@
+
+$(TESTS): $(STAMP)
 	$(PIP) --constraint $(PINS) --no-build-isolation --editable '.[test]'
 	touch $@

@@ -58,6 +58,8 @@ def main(values: flags.FlagValues) -> None:
             f"--tokens is {sizes.tokens:,} and --model reads {cfg.max_position_embeddings:,}; expected rows no longer "
             "than that. Lower it."
         )
+    if values.data and not storage.as_path(values.data).is_file():
+        raise ValueError(f"--data {values.data} is no file; expected a text file. Check the path.")
     tokenizer = load_tokenizer(model_directory(values.model))
     prompts(tokenizer, sizes, KINDS)
     batch = text_batch(tokenizer, sizes, storage.as_path(values.data) if values.data else None)

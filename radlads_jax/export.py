@@ -6,6 +6,7 @@ HF_TOKEN=hf_... python -m radlads_jax.export --model RUN_OR_DIR --push=ORG/NAME 
 """
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,9 @@ from radlads_jax.decoding.loaded import model_directory
 from radlads_jax.porting import gguf, repository
 from radlads_jax.porting import push as hub_push
 from radlads_jax.porting.config_keys import read_config
+from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.save import EXPORT_DTYPES
-from radlads_jax.porting.writers import names
+from radlads_jax.porting.writers import names, writer_for
 from radlads_jax.run.exporting import export_again, stored_dtype
 from radlads_jax.system import command, storage
 
@@ -75,6 +77,11 @@ def _writer(values: flags.FlagValues) -> str | None:
             f"got --gguf and --output={values.output}, in a bucket; expected a directory of this disk, which the "
             "converter reads. Leave --output out."
         )
+    # What is installed for it would not help a model that the format has no place for.
+    source = model_directory(values.model)
+    cfg = model_config_from_hf(read_config(source))
+    cfg = dataclasses.replace(cfg, tie_embeddings=(cfg.tie_embeddings or values.retie) and not values.untie)
+    writer_for(cfg, _GGUF_READER).require(cfg, source)
     gguf.require_converter(Path(values.gguf))
     return _GGUF_READER
 

@@ -329,7 +329,7 @@ def test_a_missing_permission_is_told_before_any_work(gcs, monkeypatch, method):
 def test_without_the_client_a_bucket_names_the_extra(gcs, monkeypatch):
     storage._require_bucket.cache_clear()
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(ValueError, match=r"pip install 'radlads-jax\[gcs\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[gcs\]'"):
         storage.as_path("gs://bucket/run")
 
 

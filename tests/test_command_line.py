@@ -6,6 +6,9 @@ import sys
 
 import processes
 import pytest
+from absl import flags
+
+from radlads_jax.system import command as command_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -39,6 +42,21 @@ def test_the_command_line_refuses(tmp_path, arguments, parts):
     done = launch("--config", "configs/demo.py", "--workdir", str(workdir), *arguments)
     check_refusal(done, parts)
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize("module", ["launch", "generate"])
+def test_help_is_no_failure(module):
+    command = [sys.executable, "-m", f"radlads_jax.{module}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=processes.environ(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "--helpfull" in done.stdout
+
+
+def test_an_interrupt_ends_a_command_in_a_line(capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    assert command_lib.guarded(interrupted, flags.FlagValues()) == 130
+    assert capsys.readouterr().err.split() == ["stopped", "by", "SIGINT."]
 
 
 @pytest.mark.parametrize(

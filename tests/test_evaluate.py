@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import types
 
 import jax
 import numpy as np
@@ -182,6 +183,24 @@ def test_an_earlier_evaluation_is_replaced_by_one_of_as_much_alone(tmp_path, cap
     assert (tmp_path / "evaluation-3.json").read_text() == "[]"
 
 
+def test_names_of_no_task_are_told_before_any_data_is_asked_for():
+    manager = types.SimpleNamespace(all_tasks=["lambada_openai", "piqa"])
+    suite._check_names(["piqa"], manager)
+    said = r"--tasks has lambada_openia \(did you mean lambada_openai\?\), x; .*radlads, recall"
+    with pytest.raises(ValueError, match=said):
+        suite._check_names(["piqa", "lambada_openia", "x"], manager)
+
+
+def test_the_probes_have_no_documents_to_limit(directories):
+    with pytest.raises(ValueError, match="--probe_samples=N"):
+        evaluate.main(command_line(f"--model={directories['student']}", "--tasks=recall", "--limit=4"))
+
+
+def test_a_mistyped_directory_is_no_model_of_the_hub(tmp_path):
+    with pytest.raises(ValueError, match=r"nothere is no directory here, .*--output DIR"):
+        model_scores.output_directory(str(tmp_path / "nothere"), None)
+
+
 def test_no_length_to_probe_is_refused(directories):
     with pytest.raises(ValueError, match="--probe_lengths has none"):
         evaluate.main(command_line(f"--model={directories['student']}", "--tasks=recall", "--probe_lengths="))
@@ -195,7 +214,7 @@ def test_lengths_are_looked_at_before_a_model_is_loaded(directories, monkeypatch
 
 def test_lm_eval_is_asked_for(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'radlads-jax\[eval\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[eval\]'"):
         suite.load_tasks(["piqa"])
 
 

@@ -120,6 +120,16 @@ def test_the_teacher_is_judged_by_all_tokens_also_where_a_stage_counts_few(tmp_p
     assert preflight._teacher_loss(job, teacher) == whole
 
 
+def test_a_text_that_is_read_too_often_is_refused(tmp_path):
+    job = make(settings(), tmp_path / "run")
+    count = job.token_file.num_tokens - job.run.eval_tokens
+    assert not preflight.data(job).problem
+    often = make(settings(stage2__tokens=41 * count), tmp_path / "run")
+    problem = preflight.data(often).problem
+    assert f"stage2 would read {count:,} tokens" in problem and f"about {4 * count:,} tokens a stage" in problem
+    assert "Set config.stage2.tokens." in problem
+
+
 def test_the_layers_that_stay_are_told(tmp_path):
     job = make(settings(student__attention_every=2), tmp_path / "run")
     assert preflight.layers(job).result == "of 4 these stay softmax attention: 1, 3"

@@ -180,7 +180,11 @@ def test_right_answers_are_counted(model, monkeypatch):
     monkeypatch.setattr(probe_scores, "score_continuations", continued)
     monkeypatch.setattr(probe_scores, "generate", said)
     monkeypatch.setattr(probe_scores, "prefill", lambda *_: (None, None))
-    results = probe_scores.run_probes(model, lengths=[1024, 600], samples=40, batch_size=7)
+    kept, lines = [], []
+    options = {"keep": lambda found: kept.append(list(found)), "log": lines.append}
+    results = probe_scores.run_probes(model, lengths=[1024, 600], samples=40, batch_size=7, **options)
+    # Each kind's as soon as it is known, for what comes later may fail.
+    assert kept[0] == ["passkey"] and len(kept) == len(probes.PROBES) and lines[1].endswith(f", 2 of {2 * len(kept)}")
     assert results["passkey"]["lengths"] == [600, 1024] and results["passkey"]["samples"] == [40, 40]
     assert results["passkey"]["accuracy"] == results["passkey"]["generated"] == [0.0, 0.0]
     assert results["copy"]["accuracy"] == pytest.approx([0.5, 0.5], abs=0.01)

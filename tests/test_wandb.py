@@ -160,7 +160,7 @@ def test_what_wandb_refuses_is_one_paragraph(wandb, tmp_path) -> None:
 
 def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"'mine'.*radlads-jax\[wandb\]"):
+    with pytest.raises(ValueError, match=r"'mine'.*-e '\.\[wandb\]'"):
         WandbCurves(tmp_path, "mine", SETTINGS)
 
 

@@ -128,7 +128,7 @@ def import_kernels(operation: str, module: str = "triton_kernels") -> ModuleType
             raise
         raise NotImplementedError(
             f"{operation} got implementation='triton_gpu', which needs {error.name}; install the extra cuda "
-            "(pip install 'radlads-jax[cuda]'), or leave implementation out."
+            "(pip install -e '.[cuda]'), or leave implementation out."
         ) from error
 
 

@@ -94,8 +94,8 @@ def text_batch(tokenizer: Any, sizes: Sizes, file: storage.AnyPath | None) -> Ba
 def _no_room(tokens: int, kinds: Sequence[str]) -> ValueError:
     return ValueError(
         f"softmax layers are chosen by prompts of {tokens} tokens, in which {', '.join(kinds)} have no room with this "
-        f"tokenizer; expected more, usually {TOKENS}. Take a teacher with a longer context, or name the layers "
-        "(config.student.attention_layers)."
+        f"tokenizer; expected more, usually {TOKENS}. Raise --tokens, take a teacher with a longer context, or name "
+        "the layers (config.student.attention_layers)."
     )
 
 
@@ -288,4 +288,6 @@ def said(choice: Mapping[str, Any]) -> str:
     names = {"teacher": "whole teacher", "windows everywhere": "none kept", "windows but there": "these"}
     figures = ", ".join(f"{name} {choice[key]['nll']:.3f}" for key, name in names.items())
     layers = ",".join(map(str, choice["layers"]))
-    return f"softmax layers {layers} of {choice['of']}; NLL of the answers with windows elsewhere: {figures}"
+    return (
+        f"softmax: layers {layers} (of 0 to {choice['of'] - 1}); NLL of the answers with windows elsewhere: {figures}"
+    )

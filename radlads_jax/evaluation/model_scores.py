@@ -38,7 +38,10 @@ class _Measured(NamedTuple):
 def output_directory(model: str, output: str | None) -> storage.AnyPath:
     """--output, else the run's or the model's own directory. Raises ValueError for a model of the hub."""
     if output is None and not storage.as_path(model).is_dir():
-        raise ValueError(f"{model} is a model of the hub, beside which nothing can be written; expected --output DIR.")
+        raise ValueError(
+            f"{model} is no directory here, and beside a model of the hub nothing can be written; expected a "
+            "directory, or --output DIR beside a hub id. Check the path."
+        )
     directory = storage.as_path(output or model)
     directory.mkdir(parents=True, exist_ok=True)
     return directory
@@ -91,6 +94,8 @@ def check_settings(values: flags.FlagValues) -> None:
         "seed": (probes or values.completions, "probes or completions", "--probes, --tasks=recall or --completions"),
     }
     for name, (is_read, by, flag) in read.items():
+        if values[name].present and not is_read and name == "limit" and probes:
+            raise ValueError("--limit is of lm-eval's tasks, and recall is the probes; expected --probe_samples=N.")
         if values[name].present and not is_read:
             raise ValueError(f"--{name} changes nothing without {by}; expected {flag} too.")
 
@@ -183,6 +188,7 @@ def _measured(
             by_position=values.probes,
             kinds=values.probe_kinds,
             log=lambda line: console.print(f"{role}: {line}"),
+            keep=lambda results: keep(role, "probes", results),
         )
         keep(role, "probes", probes)
     kl: dict[str, Any] = {}

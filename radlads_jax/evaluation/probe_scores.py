@@ -45,6 +45,7 @@ def run_probes(
     by_position: bool = True,
     kinds: Sequence[str] = tuple(PROBES),
     log: Callable[[str], None] = lambda line: None,
+    keep: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
     """{probe: {"lengths", "generated", "interval", "accuracy", "chance", "samples"} for the kinds of PROBES,
     "loss_by_position": {"positions", "loss"} where by_position is asked for} of one model.
@@ -52,11 +53,12 @@ def run_probes(
     generated: the share of right answers (for copies: of right tokens); interval: of 95%; accuracy: teacher-forced.
     chance: of always giving the same answer. loss: nats a token, over positions from the bin before up to this one. The
     same seed makes the same contexts for every model with the same tokenizer. Raises ValueError for lengths in which a
-    probe has no room, before the first one runs.
+    probe has no room, before the first one runs. keep: called with the results so far, after every kind.
     """
     lengths = sorted(lengths)
     check_lengths(model.tokenizer, lengths, text_file if by_position else None, kinds)
     results: dict[str, Any] = {}
+    asked = 0
     for name in kinds:
         make, lines = PROBES[name], []
         for length in lengths:
@@ -64,8 +66,11 @@ def run_probes(
             examples = [make(text, length) for _ in range(samples_of(length, samples))]
             lines.append(_answers(model, name, examples, batch_size))
             low, high = lines[-1]["interval"]
-            log(f"{name} {length:,}: {lines[-1]['generated']:.0%} ({low:.0%} to {high:.0%})")
+            asked += 1
+            said = f"{lines[-1]['generated']:.0%} ({low:.0%} to {high:.0%})"
+            log(f"{name} {length:,}: {said}, {asked} of {len(kinds) * len(lengths)}")
         results[name] = {"lengths": list(lengths)} | {key: [line[key] for line in lines] for key in lines[0]}
+        keep(results)
     if by_position:
         text = Text(model.tokenizer, seed)
         documents = [document(text, lengths[-1], text_file) for _ in range(samples_of(lengths[-1], samples))]

@@ -1,5 +1,6 @@
 """lm-eval's tasks: by name, run with a model, and a student's scores beside its teacher's and the paper's."""
 
+import difflib
 import importlib.util
 import re
 import statistics
@@ -47,7 +48,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
             "--tasks needs lm-eval, which is not installed; expected the extra `eval`. Install it with pip install "
-            "'radlads-jax[eval]', or leave --tasks out and run --probes alone."
+            "-e '.[eval]', or leave --tasks out and run --probes alone."
         )
     from lm_eval.tasks import TaskManager
 
@@ -58,12 +59,13 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
         # lm-eval reads thousands of files to know its own tasks.
         include_defaults=not all(Path(name).is_file() for name in names),
     )
+    _check_names([name for name in names if not Path(name).is_file()], manager)
     loaded, problems = {}, []
     for name in names:
         try:
             loaded[name] = manager.load([groups.get(name, name)])
         except KeyError as error:
-            problems.append(f"{name} is no task that lm-eval knows and no yaml file ({_first_line(error)})")
+            problems.append(f"{name} is no task that lm-eval knows ({_first_line(error)})")
         # A first document is shown to the templates as the task is loaded.
         except (ImportError, yaml.YAMLError, jinja2.TemplateError) as error:
             problems.append(f"{name} can not be read ({brief(error)})")
@@ -77,6 +79,19 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
             "network, or give a yaml file whose dataset_kwargs.data_files name local files."
         )
     return loaded
+
+
+def _check_names(names: Sequence[str], manager: Any) -> None:
+    """Raises ValueError for names of no task, before any data is asked for."""
+    known = set(manager.all_tasks)
+    if not (unknown := [name for name in names if name not in known]):
+        return
+    near = {name: difflib.get_close_matches(name, [*known, SUITE_NAME, RECALL_NAME], 3) for name in unknown}
+    said = [f"{name} (did you mean {' or '.join(near[name])}?)" if near[name] else name for name in unknown]
+    raise ValueError(
+        f"--tasks has {', '.join(said)}; expected tasks of lm-eval, {SUITE_NAME}, {RECALL_NAME} or a yaml file. "
+        "Correct the name."
+    )
 
 
 def _group_of(name: str) -> str | None:

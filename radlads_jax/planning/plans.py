@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -188,6 +189,11 @@ def _device_count(topology: str) -> int:
 
 def topology_devices(topology: str) -> Sequence[jax.Device]:
     """The devices of a TPU topology that need not exist."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"a plan for {topology} asks the TPU compiler, which the package libtpu has and is not installed here; "
+            "expected the extra `tpu`: pip install -e '.[tpu]'. GPUs, as h100:8, are planned without."
+        )
     # The compiler takes a host to have four chips or more.
     options = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
     try:

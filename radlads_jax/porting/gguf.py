@@ -18,7 +18,7 @@ def require_converter(file: Path) -> None:
     if importlib.util.find_spec(_MODULE) is None:
         raise ValueError(
             f"--gguf runs llama.cpp's own converter, and Python finds no module {_MODULE}; expected it in this "
-            "environment. Install the extra gguf (pip install 'radlads-jax[gguf]'), or name a checkout of llama.cpp in "
+            "environment. Install the extra gguf (pip install -e '.[gguf]'), or name a checkout of llama.cpp in "
             "PYTHONPATH."
         )
     if file.is_dir() or not file.absolute().parent.is_dir():

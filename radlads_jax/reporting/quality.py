@@ -60,6 +60,8 @@ def evaluation(scores: dict[str, Any]) -> str:
         parts.append(_tasks(scores, tasks))
     if probes := _dict(scores.get("probes")):
         parts.append(charts([_probe(name, probes) for name in _dict(next(iter(probes.values())))]))
+    if _dict(scores.get("kl")):
+        parts.append("<p>The KL on completions is in evaluation.md.</p>")
     return "".join(parts) or none("None yet: python -m radlads_jax.evaluate writes it into the run's directory.")
 
 

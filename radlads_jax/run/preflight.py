@@ -44,6 +44,8 @@ from radlads_jax.system.untrusted import brief, listed
 # Random weights are at log(vocab) or above it, and so is a teacher that reads another tokenizer's ids; one that can say
 # something of its text is far below.
 _NEAR_CHANCE = 0.85
+# Of a text: by Muennighoff et al. (arXiv 2305.16264) four times teach nearly as much as new text, forty times no more.
+_MOST_REPEATS = 40
 
 
 class Finding(NamedTuple):
@@ -89,7 +91,8 @@ def disk(job: Job) -> Finding:
     directory, run = epath.Path(job.workdir), job.run
     largest = left = 0
     for name, recipe in run.recipes.items():
-        written = {path.name for path in _entries(directory / "checkpoints" / name) if path.name.isdigit()}
+        saved = directory / "checkpoints" / name
+        written = {path.name for path in (saved.iterdir() if saved.exists() else ()) if path.name.isdigit()}
         if str(recipe.steps) in written:
             continue
         size = sum(
@@ -237,8 +240,8 @@ def _read_by(readers: Mapping[str, list[str]]) -> str:
 
 
 def data(job: Job) -> Finding:
-    """How often every stage goes through the data; a problem where a stream was cut for fewer tokens than that."""
-    shares, short = [], []
+    """How often every stage goes through the data; a problem where that is too often, or a stream was cut for fewer."""
+    shares, short, often = [], [], []
     cut = job.run.data.streaming and job.depends["data"].get("max_tokens") == job.token_file.num_tokens
     for name, recipe in job.run.recipes.items():
         tokens = recipe.steps * recipe.tokens_per_step
@@ -247,6 +250,7 @@ def data(job: Job) -> Finding:
             continue
         share = pipeline.repeats(job.token_file, recipe.seq_len, tokens, job.run.eval_tokens)
         short += [name] if cut and share > 1 and not job.run.data.max_tokens else []
+        often += [name] if share > _MOST_REPEATS else []
         shares.append(f"{name} reads {f'{share:.0%} of them' if share <= 1 else f'them {share:.1f} times'}")
     held_out = job.run.eval_tokens
     count = job.token_file.num_tokens - held_out
@@ -256,7 +260,13 @@ def data(job: Job) -> Finding:
         f"{listed(short)} would repeat them; expected as many as the longest stage reads. Choose another --workdir, "
         "which reads as many."
     )
-    return Finding("data", f"{read}; {', '.join(shares)}", problem if short else "")
+    if often:
+        problem = (
+            f"{listed(often)} would read {count:,} tokens of text more than {_MOST_REPEATS} times, and it teaches "
+            f"nothing more by then; expected about {4 * count:,} tokens a stage, which is four times, or longer text. "
+            f"Set {' and '.join(f'config.{name}.tokens' for name in often)}."
+        )
+    return Finding("data", f"{read}; {', '.join(shares)}", problem if short or often else "")
 
 
 def _conversations(job: Job, name: str, tokens: int) -> str:
@@ -383,10 +393,6 @@ def _print(findings: list[Finding]) -> None:
         style = "red" if problem else None
         line = f"  {'NO' if problem else 'ok'}  {name:12} {result}"
         console.print(line, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-
-def _entries(directory: Any) -> list[Any]:
-    return list(directory.iterdir()) if directory.exists() else []
 
 
 def _bytes(shape: tuple[int, ...], dtype: Any) -> int:

@@ -144,9 +144,11 @@ def check_same_config(workdir: storage.AnyPath, config: dict) -> list[str]:
     if "config.stages" in changed and old[:trained] == new[:trained]:
         refused.remove("config.stages")
     if refused:
+        first = "; ".join(changed[name] for name in refused[:10])
+        more = f"; and {len(refused) - 10} more" if len(refused) > 10 else ""
         raise ValueError(
-            f"{workdir} holds a run with other settings: {'; '.join(changed[n] for n in refused[:10])}. Repeat its "
-            "settings to continue it, or choose another --workdir."
+            f"{workdir} holds a run with other settings: {first}{more}. Repeat its settings, which its config.json "
+            "has, to continue it, or choose another --workdir."
         )
     told = [words for name, words in changed.items() if _is_read_by(new, name)]
     kept = begun_stages(workdir)

@@ -32,7 +32,7 @@ class WandbCurves:
         except ImportError as error:
             raise ValueError(
                 f"config.train.wandb_project is {project!r}, but wandb can not be imported ({error}); expected the "
-                "extra `wandb`. Install it with pip install 'radlads-jax[wandb]', or leave the setting out."
+                "extra `wandb`. Install it with pip install -e '.[wandb]', or leave the setting out."
             ) from error
         self._directory = directory = as_path(workdir)
         before, known = _known_run(directory)

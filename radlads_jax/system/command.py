@@ -43,13 +43,22 @@ def run(define: Callable[[flags.FlagValues], None], main: Callable[[flags.FlagVa
 def _parsed(argv: list[str]) -> list[str]:
     """absl's reading of the command line; arguments that are no flags are refused."""
     try:
-        rest = flags.FLAGS(argv)[1:]
+        rest = _read(argv)[1:]
         if rest:
             raise ValueError(f"got the argument {rest[0]!r}; expected flags alone. Write it as --name=value.")
     except (flags.Error, ValueError) as error:
         sys.exit(refuse(error))
     _quieten()
     return argv
+
+
+def _read(argv: list[str]) -> list[str]:
+    """What is left of the command line behind absl's flags; --help ends the process with 0, as elsewhere."""
+    try:
+        return flags.FLAGS(argv)
+    except SystemExit:
+        # absl's help, which leaves with 1.
+        sys.exit(0)
 
 
 def _quieten() -> None:
@@ -64,6 +73,9 @@ def guarded(main: Callable[[flags.FlagValues], None], values: flags.FlagValues) 
         main(values)
     except refusals() as error:
         return refuse(error)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("\nstopped by SIGINT.", style="yellow", highlight=False)
+        return 128 + signal.SIGINT
     return 0
 
 
@@ -92,7 +104,7 @@ def parse_flags(argv: list[str]) -> list[str]:
             config_lib.check_override(override[1], override[2])
         words = [_with_home(word) for word in argv]
         _require_config_file(words)
-        positional = flags.FLAGS(words)
+        positional = _read(words)
     except SyntaxError as error:
         sys.exit(refuse(error, f"{error.filename}, line {error.lineno}: {error.msg}"))
     # A locked ConfigDict raises AttributeError or KeyError for a field that it lacks, TypeError for a value's type; a

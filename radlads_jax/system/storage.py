@@ -118,7 +118,7 @@ def _require_bucket(bucket: str) -> None:
     except ImportError as error:
         raise ValueError(
             f"gs://{bucket} needs the package gcsfs, which is not there ({error}); expected the extra gcs. Install it: "
-            "pip install 'radlads-jax[gcs]'."
+            "pip install -e '.[gcs]'."
         ) from error
     import fsspec
 

@@ -1,6 +1,6 @@
 """Every format that a model is exported in, by its name. A new one is its file and its line here."""
 
-from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.config import SOFTMAX, ModelConfig
 from radlads_jax.models.mixers import MIXERS
 from radlads_jax.porting.writers import huggingface, llama_cpp, qwen3_5
 from radlads_jax.porting.writers.writer import Writer
@@ -23,9 +23,13 @@ def writer_for(cfg: ModelConfig, wanted: str | None = None) -> Writer:
     if not wanted:
         return own
     if wanted not in own.forms and wanted not in WRITERS:
+        others = [name for name, writer in WRITERS.items() if not writer.obstacles(cfg, None)]
+        by = [writer.name for writer in WRITERS.values() if wanted in writer.forms]
+        reads = f", which reads a model in the format {by[0]} alone" if by else ""
         raise ValueError(
-            f"the export is asked for {wanted!r}; expected one of {', '.join(dict.fromkeys((*own.forms, *WRITERS)))}, "
-            f"by who reads a model of this kind ({own.name})."
+            f"the export is asked for {wanted!r}{reads}; expected one of "
+            f"{', '.join(dict.fromkeys((*own.forms, *others)))}, by who reads a model of "
+            f"{cfg.recurrent_mixer or SOFTMAX} layers."
         )
     return own.forms.get(wanted) or WRITERS[wanted]
 

@@ -175,7 +175,7 @@ def test_the_command_chooses_writes_and_says_where_a_teacher_is_at_chance(tmp_pa
     picture = (tmp_path / "choice.svg").read_text()
     for said in (found["warning"], printed, picture):
         assert "at chance in all of the prompts" in said and "attention_every" in said
-    assert f"softmax layers {found['layers'][0]} of 4" in printed
+    assert f"softmax: layers {found['layers'][0]} (of 0 to 3)" in printed
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_the_command_chooses_writes_and_says_where_a_teacher_is_at_chance(tmp_pa
         ("--prompts=0", "prompts is 0"),
         ("--tokens=40", "prompts of 40 tokens"),
         ("--tokens=513", r"--tokens is 513 and --model reads 512; expected rows no longer"),
-        ("--data={place}/none.txt", r"No such file .*none\.txt"),
+        ("--data={place}/none.txt", r"--data .*none\.txt is no file"),
         ("--data={place}/short.txt", r"--data .*short\.txt holds too little text .*\b4,096 tokens"),
         ("--data={place}/latin.txt", r"latin\.txt is not UTF-8"),
     ],

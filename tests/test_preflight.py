@@ -306,6 +306,7 @@ def test_a_problem_ends_the_command_before_the_run(untrained, tmp_path):
     """As a user runs it: exit code 1, no checkpoint, no config.json that the next command would have to repeat."""
     flags = [f"--config.teacher.path={untrained}", "--config.data.documents=100", "--preflight-only"]
     flags += ["--config.data.eval_rows=8", "--config.stage3.batch_size=2"]
+    flags += [f"--config.stage{stage}.tokens=16000" for stage in (1, 2, 3)]
     command = [sys.executable, "-m", "radlads_jax.launch", "--config=configs/demo.py", f"--workdir={tmp_path / 'run'}"]
     environ = processes.environ()
     done = subprocess.run([*command, *flags], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)

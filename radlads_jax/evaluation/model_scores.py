@@ -96,8 +96,8 @@ def check_settings(values: flags.FlagValues) -> None:
     for name, (is_read, by, flag) in read.items():
         if values[name].present and not is_read and name == "limit" and probes:
             raise ValueError(
-                "--limit is of lm-eval's tasks, and recall is the probes, which have samples; expected --tasks=NAME too, "
-                "or --probe_samples=N."
+                "--limit is of lm-eval's tasks, and recall is the probes, which have samples; expected --tasks=NAME "
+                "too, or --probe_samples=N."
             )
         if values[name].present and not is_read:
             raise ValueError(f"--{name} changes nothing without {by}; expected {flag} too.")

@@ -67,7 +67,8 @@ def keep_earlier(directory: storage.AnyPath, result: Mapping[str, Any]) -> None:
     for suffix in ("json", "md"):
         if (old := directory / f"evaluation.{suffix}").exists():
             storage.write_text(directory / f"evaluation-{number}.{suffix}", storage.read_text(old))
-    console.print(f"what was evaluated here before is in {directory / f'evaluation-{number}.json'} now", markup=False)
+    place = directory / f"evaluation-{number}.json"
+    console.print(f"what was evaluated here before is in {place} now", markup=False, soft_wrap=True)
 
 
 def wants_probes(values: flags.FlagValues) -> bool:

@@ -143,7 +143,7 @@ def test_eight_devices_calibrate_as_one_does(weights, batch, mixer):
             ["config.student.shortest_half_life", "'decay'", "without 'decay'"],
         ),
         (
-            {"mixer": "gdn", "init": "calibrated", "calibrate": ("gate",), "options": {"gate_std": 0.5}},
+            {"mixer": "gdn", "init": "calibrated", "calibrate": ("gate",), "gate_std": 0.5},
             ["config.student.gate_std", "'gate'"],
         ),
     ],

@@ -129,7 +129,7 @@ def _stages_table(run: RunLog) -> str:
         done = f"{bar}{stage.steps_done:,}{of}"
         rows.append([escape(stage.name), done, tokens or "-", *losses, speed or "-", taken or "-"])
     columns = ["stage", "steps", "tokens", "first loss", "last loss", "tokens/s", "time"]
-    return table(columns, rows) + '<p class="soft">The last loss is the mean of 20 steps.</p>'
+    return table(columns, rows) + '<p class="soft">The last loss is the mean of 20 steps at most.</p>'
 
 
 def _loss_charts(stages: Sequence[StageLog], losses: Mapping[str, str]) -> str:
@@ -189,7 +189,7 @@ def _alignment(run: RunLog) -> str:
     )
     ends = [
         Curve(name, [(float(layer), _mean_of(points[part])) for layer, points in layers], color)
-        for name, part, color in (("first step", slice(0, 1), 2), ("last 20 steps", slice(-20, None), 1))
+        for name, part, color in (("first step", slice(0, 1), 2), ("last steps, at most 20", slice(-20, None), 1))
     ]
     by_layer = line_chart(
         "First and last steps", ends, what=what, x_name="layer", x_end=layers[-1][0], height=heat_height(len(layers))

@@ -254,7 +254,8 @@ def data(job: Job) -> Finding:
         shares.append(f"{name} reads {f'{share:.0%} of them' if share <= 1 else f'them {share:.1f} times'}")
     held_out = job.run.eval_tokens
     count = job.token_file.num_tokens - held_out
-    read = f"{count:,} tokens besides {held_out:,} held out, of {described(job.token_file, job.depends['data'])}"
+    much = " (config.data.eval_rows: more than is left to train on)" if held_out > count else ""
+    read = f"{count:,} tokens besides {held_out:,} held out{much}, of {described(job.token_file, job.depends['data'])}"
     problem = (
         f"the tokens in {job.token_file.prefix.parent} were read from a stream for a run of fewer, and "
         f"{listed(short)} would repeat them; expected as many as the longest stage reads. Choose another --workdir, "

@@ -35,7 +35,7 @@ What one needs, each as --config.<name>=<value> (radlads_jax/config.py has them 
 
 Behind the config's name, parted by commas: lr, the learning rate after stage 1, and long=true, stage 2a (4096 tokens a
 row) in place of stage 2. Without lr, or with 0, stages 2 and 2a take the paper's 1e-5, made for 500M tokens, from 50M
-on; with fewer it grows to 1e-4 at 5M (radlads_jax/recipes.py, rate_for; try less for 4B parameters and more). Stage 1
+on; with fewer it grows to 1e-4 at 5M (radlads_jax/recipes.py, DISTILLING; try less for 4B parameters and more). Stage 1
 begins with the paper's 1e-3 from 3M tokens on; with fewer it grows to 3e-3 at 1M.
 """
 

@@ -1,17 +1,38 @@
 """The paper's recipe (RADLADS section 1), which its configs start from, and the rates of one with fewer tokens."""
 
+from typing import NamedTuple
+
 from ml_collections import ConfigDict
 
 from radlads_jax.config import STAGE_NAMES, WARMUP, defaults, parse_arg
 from radlads_jax.fields import follow
 
-PAPER_RATE = 1e-5
-# Tokens from which stage 2 has the paper's rate, which was chosen for 500M.
-PAPER_RATE_TOKENS = 50_000_000
-_LARGEST_RATE = 1e-4
-PAPER_RATE_ALIGNING = 1e-3
-PAPER_RATE_ALIGNING_TOKENS = 3_000_000
-_LARGEST_RATE_ALIGNING = 3e-3
+
+class FollowingRate(NamedTuple):
+    """A learning rate that follows its stage's tokens: the paper's from `from_tokens` on, larger with fewer.
+
+    field: of the stage's recipe. paper: the paper's rate, which was chosen for papers_tokens. largest: where it ends.
+    """
+
+    field: str
+    paper: float
+    papers_tokens: str
+    from_tokens: int
+    largest: float
+
+    def of(self, tokens: int) -> float:
+        """The rate of a stage of so many tokens: paper * from_tokens / tokens, within paper and largest."""
+        return min(self.largest, self.paper * max(1.0, self.from_tokens / max(tokens, 1)))
+
+
+# Stage 2: a short one covers the distance that 50M tokens cover. The most is what gave the best student of 1.7B in 1B
+# tokens in HALO's sweep (arXiv 2601.22156, table 9; 3e-4 was worse than 1e-5), and what 135M took here at 0.1M tokens.
+# Wider teachers take less: HALO's peaks are 5e-5 for 4B and 3e-5 for 8B.
+DISTILLING = FollowingRate("lr", 1e-5, "500M", from_tokens=50_000_000, largest=1e-4)
+# What stage 1 begins with. The most is what was best of 1e-3, 3e-3 and 1e-2 for the layers of a 135M in 0.15M tokens
+# (docs/RESULTS.md, Rates).
+ALIGNING = FollowingRate("mixer_lr", 1e-3, "100M", from_tokens=3_000_000, largest=3e-3)
+FOLLOWING_RATES = {"stage1": ALIGNING, "stage2": DISTILLING, "stage2a": DISTILLING}
 
 
 def paper(teacher: str, mixer: str, arg: str | None = None, *, tensor: int = 1) -> ConfigDict:
@@ -38,34 +59,15 @@ def paper(teacher: str, mixer: str, arg: str | None = None, *, tensor: int = 1) 
     return config
 
 
-def rate_for(tokens: int) -> float:
-    """Stage 2's learning rate: the paper's 1e-5 from 50M tokens on, with fewer 1e-5 * 50M / tokens, at most 1e-4.
-
-    So a short stage covers the distance that 50M tokens cover. The most is what gave the best student of 1.7B in 1B
-    tokens in HALO's sweep (arXiv 2601.22156, table 9; 3e-4 was worse than 1e-5), and what 135M took here at 0.1M
-    tokens. Wider teachers take less: HALO's peaks are 5e-5 for 4B and 3e-5 for 8B.
-    """
-    return min(_LARGEST_RATE, PAPER_RATE * max(1.0, PAPER_RATE_TOKENS / max(tokens, 1)))
-
-
-def rate_for_aligning(tokens: int) -> float:
-    """Stage 1's rate to begin with: the paper's 1e-3 from 3M tokens on, with fewer 1e-3 * 3M / tokens, at most 3e-3.
-
-    The most is what was best of 1e-3, 3e-3 and 1e-2 for the layers of a 135M in 0.15M tokens (docs/RESULTS.md, Rates).
-    """
-    few = PAPER_RATE_ALIGNING * PAPER_RATE_ALIGNING_TOKENS / max(tokens, 1)
-    return min(_LARGEST_RATE_ALIGNING, max(PAPER_RATE_ALIGNING, few))
-
-
 def let_aligning_rates_follow(stage: ConfigDict) -> None:
     """The rate that a stage 1 begins with, by its tokens; what is set stays as set."""
     for name in ("lr", "mixer_lr"):
-        follow(stage, name, rate_for_aligning, "tokens")
+        follow(stage, name, ALIGNING.of, "tokens")
 
 
 def let_rates_follow(stage: ConfigDict) -> None:
     """The rate of a stage 2 by its tokens, the same for all weights from first to last; what is set stays as set."""
-    follow(stage, "lr", rate_for, "tokens")
+    follow(stage, "lr", DISTILLING.of, "tokens")
     for name in ("lr_final", "mixer_lr"):
         follow(stage, name, float, "lr")
     follow(stage, "mixer_lr_final", float, "lr_final")

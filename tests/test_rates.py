@@ -12,7 +12,7 @@ from radlads_jax.config import RunConfig, StageConfig, validate
 from radlads_jax.distill.program import StagePlan
 from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.recipes import paper, rate_for, rate_for_aligning
+from radlads_jax.recipes import ALIGNING, DISTILLING, paper
 from radlads_jax.run import rates
 from radlads_jax.run.settings import check_same_config, keep_begun_rules, remember_config, with_whole_paths
 
@@ -62,7 +62,7 @@ def test_the_papers_warmup_is_that_of_the_paper():
 )
 @pytest.mark.parametrize(("arg", "name"), [("", "stage2"), ("long=true", "stage2a")])
 def test_converts_rate_grows_where_tokens_are_few(tokens, rate, arg, name):
-    assert rate_for(tokens) == pytest.approx(rate)
+    assert DISTILLING.of(tokens) == pytest.approx(rate)
     stage = validate(convert(arg, **{f"{name}__tokens": tokens})).stage(name)
     assert (stage.lr, stage.lr_final, stage.mixer_lr_final) == pytest.approx((rate,) * 3)
     assert stage.mixer_lr == pytest.approx(1e-4 if name == "stage2a" else rate)
@@ -70,7 +70,7 @@ def test_converts_rate_grows_where_tokens_are_few(tokens, rate, arg, name):
 
 @pytest.mark.parametrize(("tokens", "rate"), [(10**8, 1e-3), (3 * 10**6, 1e-3), (2 * 10**6, 1.5e-3), (10**5, 3e-3)])
 def test_converts_stage_1_begins_higher_where_tokens_are_few(tokens, rate):
-    assert rate_for_aligning(tokens) == pytest.approx(rate)
+    assert ALIGNING.of(tokens) == pytest.approx(rate)
     stage = validate(convert(stage1__tokens=tokens)).stage1
     assert (stage.lr, stage.lr_final, stage.mixer_lr, stage.mixer_lr_final) == pytest.approx((rate, 1e-5, rate, 1e-5))
     assert validate(convert(stage1__tokens=tokens, stage1__mixer_lr=7e-4)).stage1.mixer_lr == 7e-4

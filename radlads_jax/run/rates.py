@@ -5,25 +5,12 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
-from radlads_jax import recipes
 from radlads_jax.config import StageConfig, fitting_warmup
 from radlads_jax.distill.optim import learning_rates, param_groups
 from radlads_jax.distill.program import StagePlan, abstract_student
+from radlads_jax.recipes import FOLLOWING_RATES
 
 _GROUPS = {"mixer": ("mixer_lr", "mixers"), "rest": ("lr", "the rest")}
-# Of stages whose rate follows their tokens: which rate, how, and the paper's with the tokens from which it is taken.
-_OF_STAGE_2 = ("lr", recipes.rate_for, recipes.PAPER_RATE, recipes.PAPER_RATE_TOKENS, "500M")
-_FOLLOWING_TOKENS = {
-    "stage1": (
-        "mixer_lr",
-        recipes.rate_for_aligning,
-        recipes.PAPER_RATE_ALIGNING,
-        recipes.PAPER_RATE_ALIGNING_TOKENS,
-        "100M",
-    ),
-    "stage2": _OF_STAGE_2,
-    "stage2a": _OF_STAGE_2,
-}
 
 
 def described(plans: Iterable[StagePlan]) -> str:
@@ -53,14 +40,13 @@ def _span(recipe: StageConfig, field: str) -> str:
 
 def _reason(name: str, recipe: StageConfig) -> str:
     """What a stage's rate has to do with its tokens, where these are few."""
-    if name not in _FOLLOWING_TOKENS:
+    following = FOLLOWING_RATES.get(name)
+    if following is None or recipe.tokens >= following.from_tokens:
         return ""
-    field, rule, paper, few, paper_tokens = _FOLLOWING_TOKENS[name]
-    if recipe.tokens >= few:
-        return ""
-    rate, fitting = getattr(recipe, field), rule(recipe.tokens)
+    rate, fitting = getattr(recipe, following.field), following.of(recipe.tokens)
     if rate == fitting:
-        return f"the default for {recipe.tokens:,} tokens; the paper's {paper:g} is for {paper_tokens}"
+        papers = f"the paper's {following.paper:g} is for {following.papers_tokens}"
+        return f"the default for {recipe.tokens:,} tokens; {papers}"
     if rate < fitting:
         return f"low for {recipe.tokens:,} tokens: the default of convert.py is {fitting:g}"
     return ""

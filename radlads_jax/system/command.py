@@ -21,6 +21,7 @@ from radlads_jax.system import outage, storage
 from radlads_jax.system.untrusted import brief
 
 EXIT_FAILED, _EXIT_OUTAGE = 1, 75
+_HELP = re.compile(r"--?(\?|help(short|full|xml)?)(=.*)?")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 
@@ -57,8 +58,10 @@ def _read(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except SystemExit:
-        # absl's help, which leaves with 1.
-        sys.exit(0)
+        # absl's help leaves with 1. A config file may leave too, with a code of its own.
+        if any(map(_HELP.fullmatch, argv[1:])):
+            sys.exit(0)
+        raise
 
 
 def _quieten() -> None:

@@ -189,19 +189,20 @@ def _device_count(topology: str) -> int:
 
 def topology_devices(topology: str) -> Sequence[jax.Device]:
     """The devices of a TPU topology that need not exist."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            f"a plan for {topology} asks the TPU compiler, which the package libtpu has and is not installed here; "
-            "expected the extra `tpu`: pip install -e '.[tpu]'. GPUs, as h100:8, are planned without."
-        )
     # The compiler takes a host to have four chips or more.
     options = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
+        # A TPU's own machine may have the compiler in another place than that package.
+        if importlib.util.find_spec("libtpu") is None:
+            raise ValueError(
+                f"a plan for {topology} asks the TPU compiler, which the package libtpu has and is not installed here; "
+                "expected the extra `tpu`: pip install -e '.[tpu]'. GPUs, as h100:8, are planned without."
+            ) from error
         raise ValueError(
             f"the TPU compiler does not give the topology {topology!r} ({str(error).splitlines()[0]}); expected one "
-            "such as v5e:2x2, v5p:4x4x8 or v6e:8x8, and the package libtpu, which the extra `tpu` brings."
+            "such as v5e:2x2, v5p:4x4x8 or v6e:8x8. Name one."
         ) from error
 
 

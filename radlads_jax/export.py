@@ -6,7 +6,6 @@ HF_TOKEN=hf_... python -m radlads_jax.export --model RUN_OR_DIR --push=ORG/NAME 
 """
 
 import contextlib
-import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +17,9 @@ from radlads_jax.decoding.loaded import model_directory
 from radlads_jax.porting import gguf, repository
 from radlads_jax.porting import push as hub_push
 from radlads_jax.porting.config_keys import read_config
-from radlads_jax.porting.hf_config import model_config_from_hf
 from radlads_jax.porting.save import EXPORT_DTYPES
-from radlads_jax.porting.writers import names, writer_for
-from radlads_jax.run.exporting import export_again, stored_dtype
+from radlads_jax.porting.writers import names
+from radlads_jax.run.exporting import check_format, export_again, stored_dtype
 from radlads_jax.system import command, storage
 
 _console = Console(highlight=False)
@@ -78,10 +76,7 @@ def _writer(values: flags.FlagValues) -> str | None:
             "converter reads. Leave --output out."
         )
     # What is installed for it would not help a model that the format has no place for.
-    source = model_directory(values.model)
-    cfg = model_config_from_hf(read_config(source))
-    cfg = dataclasses.replace(cfg, tie_embeddings=(cfg.tie_embeddings or values.retie) and not values.untie)
-    writer_for(cfg, _GGUF_READER).require(cfg, source)
+    check_format(values.model, retie=values.retie, untie=values.untie, writer=_GGUF_READER)
     gguf.require_converter(Path(values.gguf))
     return _GGUF_READER
 

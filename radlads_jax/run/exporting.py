@@ -40,16 +40,9 @@ def export_again(
     writer: a name of WRITERS or of an engine (default: the mixer's own). Raises ValueError for what is no model, for
     retie with untie, and for what the format has no place for, before any weight is read.
     """
-    if retie and untie:
-        raise ValueError("got --retie and --untie; expected one of them at most. Leave one out.")
     backend.require()
-    source = model_directory(model)
-    config = read_config(source)
-    cfg = model_config_from_hf(config)
-    written = dataclasses.replace(cfg, tie_embeddings=(cfg.tie_embeddings or retie) and not untie)
-    form = writer_for(written, writer)
-    form.require(written, source)
-    stored = stored_dtype(config)
+    source, config, cfg, written = _checked(model, retie, untie, writer)
+    form, stored = writer_for(written, writer), stored_dtype(config)
     if dtype == "float32" and stored != "float32":
         logging.warning(
             "the weights in %s are %s: float32 writes the same values in twice the room. Those that were trained are "
@@ -78,6 +71,25 @@ def export_again(
         model_card=card,
         writer=writer,
     )
+
+
+def check_format(model: str | os.PathLike, *, retie: bool, untie: bool, writer: str) -> None:
+    """Raises ValueError as `export_again` does for what can not be written, of which only config.json is read."""
+    _checked(model, retie, untie, writer)
+
+
+def _checked(
+    model: str | os.PathLike, retie: bool, untie: bool, writer: str | None
+) -> tuple[storage.AnyPath, dict[str, Any], ModelConfig, ModelConfig]:
+    """The student's directory, its config.json, its dimensions, and those that are written, for which there is room."""
+    if retie and untie:
+        raise ValueError("got --retie and --untie; expected one of them at most. Leave one out.")
+    source = model_directory(model)
+    config = read_config(source)
+    cfg = model_config_from_hf(config)
+    written = dataclasses.replace(cfg, tie_embeddings=(cfg.tie_embeddings or retie) and not untie)
+    writer_for(written, writer).require(written, source)
+    return source, config, cfg, written
 
 
 def _for_one_matrix(params: Params, cfg: ModelConfig, source: storage.AnyPath) -> Params:

@@ -100,8 +100,8 @@ def model_directory(path: str | os.PathLike) -> AnyPath:
     if (place / "export" / "config.json").is_file():
         return place / "export"
     # A run's config.json holds its settings, a model's its model_type.
-    begun = any((place / name).is_dir() for name in ("checkpoints", "data"))
-    if begun and not list(place.glob("*.safetensors")):
+    begun = (place / "data").is_dir() and not (place / "config.json").exists()
+    if (begun or (place / "checkpoints").is_dir()) and not list(place.glob("*.safetensors")):
         raise ValueError(
             f"{path} holds a run without export/, so it has not finished; expected a model. Run its launch command "
             "again until it is done."

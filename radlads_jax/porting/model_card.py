@@ -140,7 +140,8 @@ def _recipe(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
     data = run["data"]
     text = _place(data.get("path", "")) or data.get("source", "")
     if data.get("chats"):
-        text += f"; conversations: {_place(data['chats'])}, beside {data.get('replay', 0):.0%} of rows of the text"
+        beside = f", beside {replay:.0%} of rows of the text" if (replay := data.get("replay", 0)) else ""
+        text += f"; conversations: {_place(data['chats'])}{beside}"
     lines = [
         "## Recipe",
         "",

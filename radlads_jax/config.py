@@ -190,8 +190,8 @@ class RunConfig:
 
     def with_stage(self, name: str, recipe: StageConfig) -> "RunConfig":
         """The same run with another recipe of this stage."""
-        added = {"added": self.added | {name: recipe}} if name in self.added else {name: recipe}
-        return dataclasses.replace(self, **added)
+        changed = {"added": self.added | {name: recipe}} if name in self.added else {name: recipe}
+        return dataclasses.replace(self, **changed)
 
     @property
     def recipes(self) -> dict[str, StageConfig]:

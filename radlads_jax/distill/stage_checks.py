@@ -17,6 +17,7 @@ _NAMED_PATHS = 3
 def check_stages(run: RunConfig, student: ModelConfig, teacher: ModelConfig) -> None:
     """Raises ValueError for stages that train nothing, undo each other, or are asked what they can not do."""
     _check_order(run)
+    _check_taught(run)
     check_trainable(run, student)
     _check_softening(run, teacher)
     _check_sweeps(run)
@@ -34,6 +35,10 @@ def _check_order(run: RunConfig) -> None:
                 f"config.stages is {', '.join(run.stages)}: {name} fits {STAGES[name].trains} to the teacher's own "
                 f"layers, which {whole} before it has changed in the student; expected {name} first. Exchange them."
             )
+
+
+def _check_taught(run: RunConfig) -> None:
+    """Raises ValueError for stages that learn from a teacher of fresh weights."""
     taught = [name for name in run.stages if STAGES[name].needs_teacher]
     if run.teacher.scratch and taught:
         raise ValueError(

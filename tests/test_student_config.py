@@ -177,10 +177,13 @@ def test_an_interval_that_keeps_no_layer_is_refused():
     assert "attention_every is 5 for a teacher of 4 layers" in refusal(attention_every=5)
 
 
-@pytest.mark.parametrize("field", ["gate", "init", "fresh_qkvo", "attention_every", "kv_heads", "options"])
+@pytest.mark.parametrize(
+    "field", ["gate", "init", "fresh_qkvo", "attention_every", "attention_layers", "kv_heads", "options"]
+)
 def test_what_no_layer_is_converted_to_has_no_settings(field):
     value = {"gate": "full", "init": "calibrated", "fresh_qkvo": True, "attention_every": 2, "kv_heads": "cloned"}
-    message = refusal(mixer="attention", **{field: value.get(field, {"window": 3})})
+    value |= {"attention_layers": (1,), "options": {"window": 3}}
+    message = refusal(mixer="attention", **{field: value[field]})
     assert f"config.student.{field} is" in message and "converts no layer" in message
 
 

@@ -50,8 +50,8 @@ def make_student_config(teacher: ModelConfig, run: RunConfig) -> ModelConfig:
 
 def _check_softmax(student: Student) -> None:
     """Raises ValueError for a setting of converted layers where there are none."""
-    # The kept layers' own say more.
-    left = {"attention_layers", "attention_rope", "attention_output_gate", "attention_log_scale"}
+    # Of these `_kept_attention` says more.
+    left = {"attention_rope", "attention_output_gate", "attention_log_scale"}
     default = Student(mixer=SOFTMAX)
     for field in dataclasses.fields(Student):
         value = getattr(student, field.name)

@@ -25,9 +25,10 @@ def test_an_earlier_evaluation_is_replaced_by_one_of_as_much_alone(tmp_path, cap
     kept = [json.loads((tmp_path / f"evaluation{name}.json").read_text()) for name in ("-1", "-2", "")]
     assert kept[0]["tasks"] == {"piqa": 2} and [len(each["probes"]) for each in kept] == [1, 1, 1]
     assert (tmp_path / "evaluation-2.md").exists() and not (tmp_path / "evaluation-3.md").exists()
-    (tmp_path / "evaluation.json").write_text("[]")
-    evaluated(tasks={"piqa": 1})
-    assert (tmp_path / "evaluation-3.json").read_text() == "[]"
+    for number, damaged in ((3, b"[]"), (4, b"\xff{")):
+        (tmp_path / "evaluation.json").write_bytes(damaged)
+        evaluated(tasks={"piqa": 1})
+        assert (tmp_path / f"evaluation-{number}.json").read_bytes() == damaged
 
 
 def test_names_of_no_task_are_told_before_any_data_is_asked_for():

@@ -94,8 +94,8 @@ def text_batch(tokenizer: Any, sizes: Sizes, file: storage.AnyPath | None) -> Ba
 def _no_room(tokens: int, kinds: Sequence[str]) -> ValueError:
     return ValueError(
         f"softmax layers are chosen by prompts of {tokens} tokens, in which {', '.join(kinds)} have no room with this "
-        f"tokenizer; expected more, usually {TOKENS}. Raise --tokens, take a teacher with a longer context, or name "
-        "the layers (config.student.attention_layers)."
+        f"tokenizer; expected more, usually {TOKENS}. Raise choose's --tokens, take a teacher with a longer context, "
+        "or name the layers (config.student.attention_layers)."
     )
 
 

@@ -1,7 +1,6 @@
 """All that is asked of the models, tasks and probes, and where the results go."""
 
 import itertools
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from radlads_jax.evaluation.tasks import RECALL_NAME, console, expand_tasks, run
 from radlads_jax.models import ModelConfig
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.system import storage
-from radlads_jax.system.json_files import write_json
+from radlads_jax.system.json_files import read_json, write_json
 
 # Of an evaluation: what it is of, and what may be measured.
 _OF_MODELS = ("model", "teacher", "dtype")
@@ -56,17 +55,17 @@ def keep_earlier(directory: storage.AnyPath, result: Mapping[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        earlier = json.loads(storage.read_text(path))
+        earlier = read_json(path, "It is kept by another name.")
         of = [earlier.get(name) for name in _OF_MODELS]
         parts = {name for name in _PARTS if earlier.get(name)}
-    except (ValueError, AttributeError):  # not one of ours
+    except ValueError:  # not one of ours
         of, parts = [], set()
     if of == [result.get(name) for name in _OF_MODELS] and parts <= {name for name in _PARTS if result.get(name)}:
         return
     number = next(n for n in itertools.count(1) if not (directory / f"evaluation-{n}.json").exists())
     for suffix in ("json", "md"):
         if (old := directory / f"evaluation.{suffix}").exists():
-            storage.write_text(directory / f"evaluation-{number}.{suffix}", storage.read_text(old))
+            storage.copy_file(old, directory / f"evaluation-{number}.{suffix}")
     place = directory / f"evaluation-{number}.json"
     console.print(f"what was evaluated here before is in {place} now", markup=False, soft_wrap=True)
 

@@ -51,6 +51,12 @@ def test_help_is_no_failure(module):
     assert done.returncode == 0 and "--helpfull" in done.stdout
 
 
+def test_a_config_file_that_leaves_keeps_its_code(tmp_path):
+    file = tmp_path / "my.py"
+    file.write_text("import sys\ndef get_config(arg=''):\n    sys.exit(3)\n")
+    assert launch("--config", str(file), "--workdir", str(tmp_path / "run")).returncode == 3
+
+
 def test_an_interrupt_ends_a_command_in_a_line(capsys):
     def interrupted(_):
         raise KeyboardInterrupt

@@ -54,6 +54,7 @@ PASSING = {
     "name": lambda: socket.gaierror(socket.EAI_AGAIN, "try again"),
     "tensorstore": lambda: ValueError("UNAVAILABLE: Error opening zarr driver"),
     "lost process": lambda: jax.errors.JaxRuntimeError("UNKNOWN: Connection closed by peer"),
+    "lost, asked wrongly": lambda: jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Gloo AllReduce failed: read"),
     "lost, otherwise": lambda: ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"),
 }
 LASTING = {
@@ -65,6 +66,9 @@ LASTING = {
     "no file": lambda: FileNotFoundError("it"),
     "mistake": lambda: ValueError("it"),
     "full device": lambda: jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+    "full device, inside": lambda: jax.errors.JaxRuntimeError("INTERNAL: program 3\nRESOURCE_EXHAUSTED: Out of memory"),
+    "no such topology": lambda: jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Topology layout"),
+    "no such program": lambda: jax.errors.JaxRuntimeError("UNIMPLEMENTED: on this platform"),
 }
 
 

@@ -21,13 +21,17 @@ _LATER = (408, 429)
 # How tensorstore begins where a bucket has not answered any of its attempts, and what jax, also with ValueError, says
 # where a process is lost.
 _STATUS = re.compile(r"(?:UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED): |[A-Z_]+: .*\b(?:Gloo|NCCL)\b")
+# An error of jax that the same program has again: a device's memory, a program or a topology that cannot be.
+_OF_THE_PROGRAM = re.compile(
+    r".*RESOURCE_EXHAUSTED|(?:INVALID_ARGUMENT|UNIMPLEMENTED): (?!.*\b(?:Gloo|NCCL)\b)", re.DOTALL
+)
 
 
 def is_outage(error: BaseException) -> bool:
     """Whether the error, or one that it was raised from, is such a one.
 
     Where a service has answered, its status decides. An error of jax in another's chain is of a process that was lost,
-    unless it is of a device's memory.
+    unless it is of the program itself or of a device's memory.
     """
     errors = list(chain(error))
     if any(cls.__name__ == _ASKED_FOR for each in errors for cls in type(each).__mro__):
@@ -48,7 +52,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 def _is_of_the_network(error: BaseException) -> bool:
     names = {cls.__name__ for cls in type(error).__mro__}
     if "JaxRuntimeError" in names:
-        return "RESOURCE_EXHAUSTED" not in str(error)
+        return not _OF_THE_PROGRAM.match(str(error))
     # google.auth says so itself.
     return bool(names & _NETWORK) or getattr(error, "retryable", None) is True or bool(_STATUS.match(str(error)))
 

@@ -256,11 +256,13 @@ def test_the_time_of_a_step(cycles, hbm_bytes, link_bytes, exposed, step, bound)
     assert (timed.step, timed.bound) == (step, bound)
 
 
-def test_a_kernel_is_counted_by_its_first_result():
+# As jax names it inside a loop, and outside of all: within what it is differentiated by.
+@pytest.mark.parametrize("scope", ["jit(step)/wkv7_forward", "jit(step)/transpose(jvp(wkv7_forward))", "wkv7_forward"])
+def test_a_kernel_is_counted_by_its_first_result(scope):
     line = (
         "  %wkv7_forward.1 = (bf16[2,16,512]{2,1,0:T(8,128)(2,1)}, f32[2,4,128,128]{3,2,1,0}) custom-call(%x), "
-        'custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/wkv7_forward/pallas_call"}\n'
-    )
+        'custom_call_target="tpu_custom_call", metadata={op_name="SCOPE/pallas_call"}\n'
+    ).replace("SCOPE", scope)
     counts = hlo.count(PROGRAM.replace("  %slice = bf16", f"{line}  %slice = bf16"))
     assert counts.kernels == {"wkv7_forward": 4 * 2 * 16 * 512}
     # 10 tokens and heads, at twice a v6e's cycles, two cycles a second.

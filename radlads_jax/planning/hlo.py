@@ -24,7 +24,7 @@ from pallas_kernels.measure.hlo_text import (
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "s16": 2, "token": 0}
 _BYTES |= {"f64": 8, "u64": 8, "s64": 8, "c64": 8}
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-_KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*op_name="(?:[^"]*/)?(\w+)/pallas_call')
+_KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*op_name="[^"]*?(\w+)\)*/pallas_call')
 # The library's attention, whichever of its variants.
 _ATTENTION = re.compile(r"splash_mha_(?:fwd|dq|dkv)")
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")

@@ -19,7 +19,9 @@ from radlads_jax.system import huge_pages, storage
 from radlads_jax.system.command import parse_flags, refusals, refuse
 from radlads_jax.system.stopping import Interrupted, leave_on_signals, outlive_readers
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A Python file with get_config(arg), e.g. configs/demo.py.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A Python file with get_config(arg), e.g. configs/demo.py. Beside --help: its fields."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the export go; made when missing.")
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed", "off", ["off", "auto"], "auto: one of a cluster's hosts, found by itself."

@@ -51,6 +51,14 @@ def test_help_is_no_failure(module):
     assert done.returncode == 0 and "--helpfull" in done.stdout
 
 
+@pytest.mark.parametrize("help_first", [True, False])
+def test_help_shows_a_config_s_fields(help_first):
+    words = ["--config", "configs/demo.py", "--config.stage1.tokens=5"]
+    done = launch(*(["--help", *words] if help_first else [*words, "--help"]))
+    assert done.returncode == 0
+    assert "  --config.stage1.tokens: 5\n" in done.stdout and "  --config.dtype: float32\n" in done.stdout
+
+
 def test_a_config_file_that_leaves_keeps_its_code(tmp_path):
     file = tmp_path / "my.py"
     file.write_text("import sys\ndef get_config(arg=''):\n    sys.exit(3)\n")

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from absl import app, flags, logging
+from flax import traverse_util
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from radlads_jax import config as config_lib
@@ -55,13 +57,24 @@ def _parsed(argv: list[str]) -> list[str]:
 
 def _read(argv: list[str]) -> list[str]:
     """What is left of the command line behind absl's flags; --help ends the process with 0, as elsewhere."""
+    # Last, so that --config is read before.
+    words = sorted(argv, key=lambda word: bool(_HELP.fullmatch(word)))
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS(words)
     except SystemExit:
         # absl's help leaves with 1. A config file may leave too, with a code of its own.
-        if any(map(_HELP.fullmatch, argv[1:])):
-            sys.exit(0)
-        raise
+        if not _HELP.fullmatch(words[-1]):
+            raise
+        _print_fields(flags.FLAGS["config"].value if "config" in flags.FLAGS else None)
+        sys.exit(0)
+
+
+def _print_fields(config: ConfigDict | None) -> None:
+    """A config file's fields, as the command line takes them."""
+    if config is not None:
+        print("\nfields of --config (configs/README.md says more):")
+        for name, value in traverse_util.flatten_dict(config.to_dict(), sep=".").items():
+            print(f"  --config.{name}: {value}")
 
 
 def _quieten() -> None:

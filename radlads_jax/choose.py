@@ -1,9 +1,10 @@
 """Which layers of a teacher a hybrid student should keep as softmax attention, by forward passes alone.
 
-python -m radlads_jax.choose --model TEACHER --keep N [--data TEXT] [--out DIR]
+python -m radlads_jax.choose --model TEACHER --keep N [--student RUN] [--data TEXT] [--out DIR]
 
-Prints every layer's figures; --out gets choice.json and a picture, choice.svg. In a run the same is
---config.student.attention_layers=auto:N.
+Prints every layer's figures; --out gets choice.json and a picture, choice.svg. In the layers that are not kept stands a
+window of keys, which needs no training; in a run the same is --config.student.attention_layers=auto:N. Or, with
+--student, the mixers of a run of stage 1 alone whose every layer is converted.
 """
 
 import time
@@ -12,10 +13,15 @@ from typing import Any
 from absl import flags
 
 from radlads_jax.decoding.loaded import DTYPES, load_model, model_directory, read_model_config
-from radlads_jax.evaluation.layer_choice import KINDS, Sizes, choose_layers, prompts, said, table, text_batch
+from radlads_jax.evaluation.layer_choice import KINDS, Sizes, choose_layers, prompts, said, table, text_batch, windows
+from radlads_jax.evaluation.swaps import Student
+from radlads_jax.models import ModelConfig
 from radlads_jax.models.window import WindowOptions
+from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.reporting.bars import layers_picture
+from radlads_jax.run import fingerprint
+from radlads_jax.run.settings import trained_stages
 from radlads_jax.system import backend, command, storage, terminal
 from radlads_jax.system.json_files import write_json
 
@@ -26,6 +32,7 @@ def define_flags(values: flags.FlagValues) -> None:
     put: Any = {"flag_values": values}
     flags.DEFINE_string("model", None, "The teacher's directory, or a hub id.", **put)
     flags.DEFINE_integer("keep", None, "How many layers stay softmax attention.", **put)
+    flags.DEFINE_string("student", None, "A run of stage 1 alone: its mixers in the place of windows.", **put)
     flags.DEFINE_string("data", None, "A text file for the KL. Default: made-up tales.", **put)
     flags.DEFINE_string("out", None, "A directory for choice.json and choice.svg.", **put)
     flags.DEFINE_integer("prompts", usual.prompts, "Of each kind: passkey, multi-key needle, recall.", **put)
@@ -58,6 +65,8 @@ def main(values: flags.FlagValues) -> None:
             f"--tokens is {sizes.tokens:,} and --model reads {cfg.max_position_embeddings:,}; expected rows no longer "
             "than that. Lower it."
         )
+    if values.student is not None:
+        _check_student(values, cfg)
     if values.data and not storage.as_path(values.data).is_file():
         raise ValueError(f"--data {values.data} is no file; expected a text file. Check the path.")
     tokenizer = load_tokenizer(model_directory(values.model))
@@ -68,9 +77,11 @@ def main(values: flags.FlagValues) -> None:
         out.mkdir(parents=True, exist_ok=True)
     with backend.room_for("the model does", "Lower --batch_size."):
         model = load_model(values.model, dtype=values.dtype)
+        student = load_model(values.student, dtype=values.dtype) if values.student else None
+        swapped = windows(model.cfg, model.params, options) if student is None else Student(student.cfg, student.params)
         begun = time.monotonic()
         choice = choose_layers(
-            model.cfg, model.params, model.tokenizer, [batch], values.keep, options=options, sizes=sizes
+            model.cfg, model.params, model.tokenizer, [batch], values.keep, student=swapped, sizes=sizes
         )
     seconds = time.monotonic() - begun
     console = terminal.tables()
@@ -79,6 +90,36 @@ def main(values: flags.FlagValues) -> None:
     if out is not None:
         write_json(out / "choice.json", choice, indent=1)
         storage.write_text(out / "choice.svg", layers_picture(choice["single"], choice["layers"], choice["warning"]))
+
+
+def _check_student(values: flags.FlagValues, teacher: ModelConfig) -> None:
+    """Raises ValueError for a --student whose mixers were not trained beside every layer of this teacher."""
+    if wrong := _misfit(storage.as_path(values.student), values.model, teacher):
+        raise ValueError(
+            f"--student {values.student} {wrong}; expected a run of this teacher with --config.stages=stage1 and every "
+            "layer converted, whose mixers can stand in any layer. Make one, or leave --student out."
+        )
+    if named := [name for name in ("sinks", "window") if values[name].present]:
+        raise ValueError(
+            f"--{named[0]} and --student are both given; expected one of them, for there are no windows beside a "
+            "student's mixers. Leave one out."
+        )
+
+
+def _misfit(run: storage.AnyPath, model: str, teacher: ModelConfig) -> str:
+    """Why a run's mixers can not stand in any layer of the teacher; nothing where they can."""
+    trained = trained_stages(run)
+    if trained is None:
+        return "is no run that is done"
+    if trained != ["stage1"]:
+        return f"has trained {', '.join(trained)}"
+    student = read_model_config(run)
+    if student.softmax_layers:
+        return f"has softmax attention in the layers {', '.join(map(str, student.softmax_layers))}"
+    of_model = fingerprint.of_teacher(model_directory(model), read_config(model_directory(model)))
+    if student.num_layers != teacher.num_layers or fingerprint.written(run).get("teacher") != of_model:
+        return f"was made of another teacher than --model {model}"
+    return ""
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     score_i = z(change of KL on text) + 2 z(change of the answers' NLL)               z over the layers in question
 
-The first half of N by single swaps, the windows of one layer at a time; the last half greedily, windows everywhere but
-in the layers that are kept, by what keeping one more gives back. Layers within two standard errors (bootstrap over
-prompts and rows) of the best tie: the one that leaves the kept ones more evenly spaced is taken. The mixer is `window`,
-so that nothing has to be trained. Prompts that the teacher itself can not answer do not count (floor.py). Source: HALO
-(arXiv 2601.22156), with a synthetic recall loss for its tasks.
+The first half of N by single swaps, a student's mixer in one layer at a time; the last half greedily, its mixers
+everywhere but in the layers that are kept, by what keeping one more gives back. Layers within two standard errors
+(bootstrap over prompts and rows) of the best tie: the one that leaves the kept ones more evenly spaced is taken. The
+mixer is `window`, so that nothing has to be trained, or that of a student whose every layer stage 1 has aligned.
+Prompts that the teacher itself can not answer do not count (floor.py). Source: HALO (arXiv 2601.22156), with a
+synthetic recall loss for its tasks.
 """
 
 import dataclasses
@@ -20,10 +21,12 @@ from rich.table import Table
 from rich.text import Text
 
 from radlads_jax.evaluation import floor, probes
-from radlads_jax.evaluation.swaps import Batch, Measured, Rows, Swaps, prompt_rows, text_rows
+from radlads_jax.evaluation.swaps import Batch, Measured, Rows, Student, Swaps, prompt_rows, text_rows
 from radlads_jax.models import ModelConfig
+from radlads_jax.models.mixers import mixer_titles
 from radlads_jax.models.tree import Params
-from radlads_jax.models.window import WindowOptions
+from radlads_jax.models.window import SPEC as WINDOW
+from radlads_jax.models.window import WindowOptions, with_windows
 from radlads_jax.system import storage
 from radlads_jax.system.terminal import progress_bar
 
@@ -106,33 +109,40 @@ def choose_layers(
     texts: Sequence[Batch],
     keep: int,
     *,
-    options: WindowOptions | None = None,
+    student: Student | None = None,
     sizes: Sizes | None = None,
     mesh: Mesh | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """The `keep` layers of a softmax teacher that a student keeps, and the figures that choice.json holds.
 
-    texts: batches of rows, arrays [B, T], the same in every process; the first sizes.texts rows are read. The same seed
-    chooses the same layers. Raises ValueError for a number of layers that leaves none to choose or to convert.
+    student: whose mixers stand in the others, `windows` of the usual size by default. texts: batches of rows, arrays
+    [B, T], the same in every process; the first sizes.texts rows are read. The same seed chooses the same layers.
+    Raises ValueError for a number of layers that leaves none to choose or to convert.
     """
     if not 1 <= keep < cfg.num_layers:
         raise ValueError(
             f"{keep} softmax layers are to be chosen of {cfg.num_layers}; expected 1 to {cfg.num_layers - 1}. Change "
             "auto:N of config.student.attention_layers, or --keep."
         )
-    options, sizes = options or WindowOptions(), sizes or Sizes()
+    student, sizes = student or windows(cfg, params, WindowOptions()), sizes or Sizes()
     examples = prompts(tokenizer, sizes, KINDS)
     rows = _rows(examples, texts, sizes)
     singly = (keep + 1) // 2
     with progress_bar("choosing softmax layers", show=not quiet) as progress:
         task = progress.add_task("", total=_passes(rows, cfg.num_layers, keep, singly))
-        swaps = Swaps(cfg, params, rows, options, mesh=mesh, step=lambda: progress.advance(task))
+        swaps = Swaps(cfg, params, rows, student, mesh=mesh, step=lambda: progress.advance(task))
         choice = _choose(swaps, examples, keep, singly, sizes)
         choice["passes"] = int(progress.tasks[0].completed)
     asked = {"kinds": list(KINDS), "of each": sizes.prompts, "tokens": sizes.tokens, "seed": sizes.seed}
-    choice |= {"prompts": asked, "text_rows": rows.num_texts, "window": dataclasses.asdict(options)}
+    mixer = {"name": student.cfg.recurrent_mixer} | dataclasses.asdict(student.cfg.mixer)
+    choice |= {"prompts": asked, "text_rows": rows.num_texts, "mixer": mixer}
     return choice | {"warning": floor.warning(choice)}
+
+
+def windows(cfg: ModelConfig, params: Params, options: WindowOptions) -> Student:
+    """The teacher itself, whose layers see windows of their keys."""
+    return Student(with_windows(cfg, options), params)
 
 
 def choose_for_run(
@@ -159,7 +169,7 @@ def _rows(examples: Sequence[probes.Example], texts: Sequence[Batch], sizes: Siz
 
 
 def _passes(rows: Rows, layers: int, keep: int, singly: int) -> int:
-    """Of batches: the teacher's own on text, every layer's window, then each candidate of each greedy step."""
+    """Of batches: the teacher's own on text, every layer swapped, then each candidate of each greedy step."""
     greedy = sum(1 + layers - kept for kept in range(singly, keep))
     each = 1 + layers + (greedy or 1) + 1
     return len(rows.texts) + each * (len(rows.texts) + len(rows.prompts))
@@ -181,9 +191,9 @@ def _choose(swaps: Swaps, examples: Sequence[probes.Example], keep: int, singly:
         order.append(_step("single", pick))
     left = teacher
     while len(kept) < keep:
-        windowed = ~np.isin(np.arange(layers), kept)
+        swapped_layers = ~np.isin(np.arange(layers), kept)
         candidates = [i for i in everywhere if i not in kept]
-        before, after = swaps.flipped(windowed, candidates)
+        before, after = swaps.flipped(swapped_layers, candidates)
         pick = _best(draws.scores([_difference(before, swapped) for swapped in after]), candidates, kept, layers)
         left = after[candidates.index(pick.layer)]
         kept.append(pick.layer)
@@ -201,8 +211,8 @@ def _choose(swaps: Swaps, examples: Sequence[probes.Example], keep: int, singly:
         ],
         "recall": recall,
         "teacher": _means(teacher),
-        "windows everywhere": _means(nowhere),
-        "windows but there": _means(left),
+        "none kept": _means(nowhere),
+        "these kept": _means(left),
     }
 
 
@@ -268,7 +278,8 @@ def unevenness(kept: Sequence[int], layers: int) -> int:
 
 def table(choice: Mapping[str, Any]) -> Table:
     """Every layer's figures, and how the kept ones were chosen, for a terminal."""
-    title = f"Windows of {choice['window']['sinks']} + {choice['window']['window']} keys in one layer at a time"
+    instead = _instead(choice)
+    title = f"{instead[0].upper()}{instead[1:]} in one layer at a time"
     caption = Text(choice["warning"], style="yellow") if choice["warning"] else None
     shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for column in ("layer", "KL", "change of NLL", "score", "kept", "in place of"):
@@ -285,9 +296,17 @@ def table(choice: Mapping[str, Any]) -> Table:
 
 def said(choice: Mapping[str, Any]) -> str:
     """The choice in one line."""
-    names = {"teacher": "whole teacher", "windows everywhere": "none kept", "windows but there": "these"}
+    names = {"teacher": "whole teacher", "none kept": "none kept", "these kept": "these"}
     figures = ", ".join(f"{name} {choice[key]['nll']:.3f}" for key, name in names.items())
     layers = ",".join(map(str, choice["layers"]))
     return (
-        f"softmax: layers {layers} (of 0 to {choice['of'] - 1}); NLL of the answers with windows elsewhere: {figures}"
+        f"softmax: layers {layers} (of 0 to {choice['of'] - 1}); NLL of the answers with {_instead(choice)} elsewhere: "
+        f"{figures}"
     )
+
+
+def _instead(choice: Mapping[str, Any]) -> str:
+    """What stands in the layers that are not kept."""
+    mixer = choice["mixer"]
+    is_window = mixer["name"] == WINDOW.name
+    return f"windows of {mixer['sinks']} + {mixer['window']} keys" if is_window else mixer_titles()[mixer["name"]]

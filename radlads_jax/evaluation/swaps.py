@@ -1,4 +1,4 @@
-"""What windows in some of a teacher's layers cost it: KL on text, and the likelihood of answers that stand far back.
+"""What another mixer in some of a teacher's layers costs it: KL on text, and the likelihood of answers far back.
 
 Forward passes only, of two compiled programs, whatever the layers (models/swapped.py); a pass that differs from
 another in one layer begins there.
@@ -21,7 +21,6 @@ from radlads_jax.evaluation.probes import Example
 from radlads_jax.models import ModelConfig, bind, sharding
 from radlads_jax.models.swapped import Inputs, hidden_from, layer_inputs
 from radlads_jax.models.tree import Params
-from radlads_jax.models.window import WindowOptions
 
 Batch = Mapping[str, np.ndarray]
 
@@ -86,11 +85,18 @@ def _batches(rows: Mapping[str, np.ndarray], size: int) -> tuple[list[Batch], in
     return [{name: values[numbers] for name, values in rows.items()} for numbers in batches], count
 
 
-class Swaps:
-    """A softmax teacher's losses with windows in some of its layers.
+class Student(NamedTuple):
+    """Whose mixers stand in the teacher's layers (models/swapped.py); the parameters of windows are the teacher's."""
 
-    params: placed over `mesh`, where there is one; every process has all rows, and computes its part of them. step:
-    called after every pass of a batch.
+    cfg: ModelConfig
+    params: Params
+
+
+class Swaps:
+    """A softmax teacher's losses with a student's mixers in some of its layers.
+
+    params, and the student's: placed over `mesh`, where there is one; every process has all rows, and computes its part
+    of them. step: called after every pass of a batch.
     """
 
     def __init__(
@@ -98,31 +104,31 @@ class Swaps:
         cfg: ModelConfig,
         params: Params,
         rows: Rows,
-        options: WindowOptions,
+        student: Student,
         *,
         mesh: Mesh | None = None,
         step: Callable[[], None] = lambda: None,
     ):
-        self.cfg, self.params, self.rows, self.options, self.mesh, self.step = cfg, params, rows, options, mesh, step
+        self.cfg, self.params, self.rows, self.student, self.mesh, self.step = cfg, params, rows, student, mesh, step
         nowhere = np.zeros(cfg.num_layers, bool)
         self._placed = [[self._on_devices(batch) for batch in kind] for kind in (rows.texts, rows.prompts)]
         self._teacher = [self._pass(_inputs, batch, nowhere).hidden for batch in self._placed[0]]
 
-    def flipped(self, windowed: Bool[np.ndarray, " L"], layers: Sequence[int]) -> tuple[Measured, list[Measured]]:
-        """With these windows, and with each of the layers alone changed from window to whole or the other way."""
-        texts = [self._batch(batch, windowed, layers, i) for i, batch in enumerate(self._placed[0])]
-        prompts = [self._batch(batch, windowed, layers, None) for batch in self._placed[1]]
+    def flipped(self, swapped: Bool[np.ndarray, " L"], layers: Sequence[int]) -> tuple[Measured, list[Measured]]:
+        """With these layers swapped, and with each of `layers` alone changed, from swapped to its own or otherwise."""
+        texts = [self._batch(batch, swapped, layers, i) for i, batch in enumerate(self._placed[0])]
+        prompts = [self._batch(batch, swapped, layers, None) for batch in self._placed[1]]
         kl = np.concatenate(texts, axis=1)[:, : self.rows.num_texts]
         nll, right = np.concatenate(prompts, axis=-1)[..., : self.rows.num_prompts].swapaxes(0, 1)
         base, *others = map(Measured, kl, nll, right)
         return base, others
 
-    def _batch(self, batch, windowed, layers, text: int | None) -> Float[np.ndarray, "C *of_row B"]:
-        """One batch's losses by row: with the windows as they are, then with each of the layers changed."""
-        inputs = self._pass(_inputs, batch, windowed)
+    def _batch(self, batch, swapped, layers, text: int | None) -> Float[np.ndarray, "C *of_row B"]:
+        """One batch's losses by row: as the layers are swapped, then with each of `layers` changed."""
+        inputs = self._pass(_inputs, batch, swapped)
         losses = [self._losses(inputs.hidden, batch, text)]
         for layer in layers:
-            other = windowed.copy()
+            other = swapped.copy()
             other[layer] = ~other[layer]
             losses.append(self._losses(self._pass(_from, batch, other, inputs.layers, np.int32(layer)), batch, text))
         return np.stack(losses)
@@ -133,10 +139,10 @@ class Swaps:
                 return jax.device_get(_answers_nll(self.cfg, self.params, hidden, batch))
             return jax.device_get(_rows_kl(self.cfg, self.params, hidden, self._teacher[text], batch))
 
-    def _pass(self, run, batch, windowed: np.ndarray, *more: Any):
+    def _pass(self, run, batch, swapped: np.ndarray, *more: Any):
         rows = (batch["tokens"], batch["segment_ids"], batch["positions"])
         with sharding.traced_over(self.mesh):
-            result = run(self.cfg, self.options, self.params, windowed, *more, *rows)
+            result = run(self.cfg, self.student.cfg, self.params, self.student.params, swapped, *more, *rows)
         self.step()
         return result
 
@@ -145,13 +151,15 @@ class Swaps:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _inputs(cfg: ModelConfig, options: WindowOptions, params: Params, windowed: Array, *rows: Array) -> Inputs:
-    return layer_inputs(bind(cfg, params), options, windowed, *rows)
+def _inputs(
+    cfg: ModelConfig, of_student: ModelConfig, params: Params, student: Params, swapped: Array, *rows: Array
+) -> Inputs:
+    return layer_inputs(bind(cfg, params), bind(of_student, student), swapped, *rows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _from(cfg: ModelConfig, options: WindowOptions, params: Params, windowed: Array, inputs, first, *rows: Array):
-    return hidden_from(bind(cfg, params), options, windowed, inputs, first, *rows)
+def _from(cfg: ModelConfig, of_student: ModelConfig, params: Params, student: Params, swapped: Array, *more: Array):
+    return hidden_from(bind(cfg, params), bind(of_student, student), swapped, *more)
 
 
 @functools.partial(jax.jit, static_argnums=0)

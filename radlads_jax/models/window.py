@@ -243,6 +243,12 @@ SPEC = MixerSpec(
 )
 
 
+def with_windows(teacher: ModelConfig, options: WindowOptions) -> ModelConfig:
+    """A softmax model, with the same parameters, whose layers all see a window of their keys."""
+    stacks = tuple((SPEC.name, layers) for _, layers in teacher.stacks)
+    return dataclasses.replace(teacher, stacks=stacks, mixer=options)
+
+
 def untrained_control(teacher: ModelConfig, student: ModelConfig) -> ModelConfig:
     """The teacher, whose stacks are cut as the student's, with a window of its keys where the student is converted."""
     stacks = tuple((mixer if mixer == SOFTMAX else SPEC.name, layers) for mixer, layers in student.stacks)

@@ -15,7 +15,7 @@ def layers_picture(lines: Sequence[Mapping[str, Any]], kept: Collection[int], no
 
     note: what has to be known of the figures, in words; it stands below them.
     """
-    panels = (("kl", "KL on text, window in this layer alone"), ("nll", "change of the answers' NLL"))
+    panels = (("kl", "KL on text, this layer alone swapped"), ("nll", "change of the answers' NLL"))
     width, bottom = max(2 * _LEFT + _WIDTH * len(lines), _LEAST_WIDTH), len(panels) * (_HEIGHT + _TITLE) + 14
     said = _note(note, width, bottom)
     height = bottom + 10 + _LINE * len(said)

@@ -6,7 +6,7 @@ from typing import Any
 from radlads_jax.data import pipeline
 from radlads_jax.data.packing import Batch
 from radlads_jax.distill.stages import STAGES
-from radlads_jax.evaluation.layer_choice import Sizes, choose_for_run, table
+from radlads_jax.evaluation.layer_choice import Sizes, choose_for_run, table, windows
 from radlads_jax.models.window import SPEC as WINDOW
 from radlads_jax.run import choice_file
 from radlads_jax.run.display import say, show
@@ -35,7 +35,7 @@ def decide(job: Job, teacher: TeacherWeights) -> Job:
         job.tokenizer,
         _texts(job),
         job.to_choose,
-        options=options,
+        student=windows(job.teacher, params, options),
         seed=job.run.seed,
         batch_size=job.run.train.eval_batch_size,
         mesh=job.mesh,

@@ -64,7 +64,8 @@ def main() -> None:
             length,
         )
         prompts, num_prompts = prompt_rows(layer_choice.prompts(model.tokenizer, sizes, args.kinds), args.batch, length)
-        swaps = Swaps(model.cfg, model.params, Rows(texts, prompts, num_texts, num_prompts), WindowOptions())
+        windows = layer_choice.windows(model.cfg, model.params, WindowOptions())
+        swaps = Swaps(model.cfg, model.params, Rows(texts, prompts, num_texts, num_prompts), windows)
         for name in args.only or named:
             measured, _ = swaps.flipped(~np.isin(np.arange(layers), named[name]), ())
             of_kind = [line(kind, measured, i * args.prompts, args.prompts) for i, kind in enumerate(args.kinds)]

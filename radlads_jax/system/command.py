@@ -10,11 +10,10 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
-from flax import traverse_util
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -73,8 +72,13 @@ def _print_fields(config: ConfigDict | None) -> None:
     """A config file's fields, as the command line takes them."""
     if config is not None:
         print("\nfields of --config (configs/README.md says more):")
-        for name, value in traverse_util.flatten_dict(config.to_dict(), sep=".").items():
-            print(f"  --config.{name}: {value}")
+        for name, value in _flat(config.to_dict(), "config"):
+            print(f"  --{name}: {value}")
+
+
+def _flat(values: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        yield from _flat(value, f"{where}.{name}") if isinstance(value, dict) else [(f"{where}.{name}", value)]
 
 
 def _quieten() -> None:

@@ -60,12 +60,11 @@ def test_the_mixers_of_a_run_of_stage_1_stand_in_the_layers(tmp_path, capsys):
 def test_a_student_whose_mixers_can_not_stand_there_is_refused(stages, layers, more, words, tmp_path, monkeypatch):
     monkeypatch.setattr(choose, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     monkeypatch.setattr(choose, "trained_stages", lambda _: stages)
-    teacher = CFG
-    model, student = save_teacher(tmp_path, teacher), student_of(teacher, "rad_rwkv7", layers)
+    model, student = save_teacher(tmp_path, CFG), student_of(CFG, "rad_rwkv7", layers)
     other = shutil.copytree(model, tmp_path / "other") / "config.json"
     other.write_text(json.dumps(json.loads(other.read_text()) | {"rope_theta": 5000.0}))
     read = choose.read_model_config
-    monkeypatch.setattr(choose, "read_model_config", lambda path: student if "run" in str(path) else read(path))
+    monkeypatch.setattr(choose, "read_model_config", lambda path: student if str(path).endswith("/run") else read(path))
     began = {"teacher": fingerprint.of_teacher(model, read_config(model))}
     monkeypatch.setattr(fingerprint, "written", lambda _: began)
     with pytest.raises(ValueError, match=words):

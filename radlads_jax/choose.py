@@ -15,7 +15,6 @@ from absl import flags
 from radlads_jax.decoding.loaded import DTYPES, load_model, model_directory, read_model_config
 from radlads_jax.evaluation.layer_choice import KINDS, Sizes, choose_layers, prompts, said, table, text_batch, windows
 from radlads_jax.evaluation.swaps import Student
-from radlads_jax.models import ModelConfig
 from radlads_jax.models.window import WindowOptions
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hub import load_tokenizer
@@ -66,7 +65,7 @@ def main(values: flags.FlagValues) -> None:
             "than that. Lower it."
         )
     if values.student is not None:
-        _check_student(values, cfg)
+        _check_student(values)
     if values.data and not storage.as_path(values.data).is_file():
         raise ValueError(f"--data {values.data} is no file; expected a text file. Check the path.")
     tokenizer = load_tokenizer(model_directory(values.model))
@@ -92,9 +91,9 @@ def main(values: flags.FlagValues) -> None:
         storage.write_text(out / "choice.svg", layers_picture(choice["single"], choice["layers"], choice["warning"]))
 
 
-def _check_student(values: flags.FlagValues, teacher: ModelConfig) -> None:
+def _check_student(values: flags.FlagValues) -> None:
     """Raises ValueError for a --student whose mixers were not trained beside every layer of this teacher."""
-    if wrong := _misfit(storage.as_path(values.student), values.model, teacher):
+    if wrong := _misfit(storage.as_path(values.student), values.model):
         raise ValueError(
             f"--student {values.student} {wrong}; expected a run of this teacher with --config.stages=stage1 and every "
             "layer converted, whose mixers can stand in any layer. Make one, or leave --student out."
@@ -106,7 +105,7 @@ def _check_student(values: flags.FlagValues, teacher: ModelConfig) -> None:
         )
 
 
-def _misfit(run: storage.AnyPath, model: str, teacher: ModelConfig) -> str:
+def _misfit(run: storage.AnyPath, model: str) -> str:
     """Why a run's mixers can not stand in any layer of the teacher; nothing where they can."""
     trained = trained_stages(run)
     if trained is None:
@@ -116,8 +115,8 @@ def _misfit(run: storage.AnyPath, model: str, teacher: ModelConfig) -> str:
     student = read_model_config(run)
     if student.softmax_layers:
         return f"has softmax attention in the layers {', '.join(map(str, student.softmax_layers))}"
-    of_model = fingerprint.of_teacher(model_directory(model), read_config(model_directory(model)))
-    if student.num_layers != teacher.num_layers or fingerprint.written(run).get("teacher") != of_model:
+    directory = model_directory(model)
+    if fingerprint.written(run).get("teacher") != fingerprint.of_teacher(directory, read_config(directory)):
         return f"was made of another teacher than --model {model}"
     return ""
 

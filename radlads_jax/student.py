@@ -26,8 +26,9 @@ class Student:
     (as many as the teacher's) or "cloned" (as many as of q). shortest_half_life, longest_half_life, conv_qk, conv_v,
     gate_std: of gdn's start (models.gdn.GdnOptions); 0 and "" = the mixer's choice. fresh_qkvo: q, k, v, o start fresh
     in place of the teacher's. init: "published", or "calibrated" by what the teacher does on one batch; calibrate:
-    which parts (docs/METHOD.md; none = the mixer's choice). options: what has no field here, by the name of the mixer's
-    option.
+    which parts (docs/METHOD.md; none = the mixer's choice). init_from: the directory of a run of stage 1 alone that has
+    converted every layer of the same teacher to the same mixer; the converted layers begin with its mixers, and auto:N
+    chooses by them. options: what has no field here, by the name of the mixer's option.
     """
 
     mixer: str = "rad_rwkv7"
@@ -56,6 +57,7 @@ class Student:
     gate_std: float = bounded(0.0, least=0)
     init: str = bounded("published", one_of=_INITS)
     calibrate: tuple[str, ...] = ()
+    init_from: str = ""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -65,6 +67,12 @@ def check_student(student: Student) -> None:
         raise ValueError(
             "config.student.group_norm and config.student.balance_state are both true; expected one of them, because "
             "either alone bounds the mixer's output. Set the other to false."
+        )
+    if student.init_from and (student.init != "published" or student.fresh_qkvo):
+        other = "fresh_qkvo is true" if student.fresh_qkvo else f"init {student.init!r}"
+        raise ValueError(
+            f"config.student.init_from is {student.init_from!r} and config.student.{other}; expected one of them, for "
+            "both say how the converted layers begin. Leave one out."
         )
     kept = student.attention_layers
     chosen = len(kept) == 1 and AUTO.fullmatch(str(kept[0])) is not None

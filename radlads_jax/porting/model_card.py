@@ -145,7 +145,9 @@ def _recipe(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
     lines = [
         "## Recipe",
         "",
-        f"Text: {text}. Compute dtype: {run['dtype']}; seed {run['seed']}." + _how_chosen(run.get("student", {})),
+        f"Text: {text}. Compute dtype: {run['dtype']}; seed {run['seed']}."
+        + _how_chosen(run.get("student", {}))
+        + _how_begun(summary or {}),
         "",
         "| stage | trains | tokens | rows of | rows a step | learning rate, mixers' |",
         "|---|---|---|---|---|---|",
@@ -168,7 +170,17 @@ def _how_chosen(student: Mapping[str, Any]) -> str:
     asked = next((str(layer) for layer in student.get("attention_layers", ())), "")
     if not asked.startswith("auto:"):
         return ""
-    return f" The softmax layers were chosen by forward passes of the teacher, on text and recall prompts ({asked})."
+    beside = ", with these mixers in the others" if student.get("init_from") else ""
+    return (
+        f" The softmax layers were chosen by forward passes of the teacher{beside}, on text and recall prompts "
+        f"({asked})."
+    )
+
+
+def _how_begun(summary: Mapping[str, Any]) -> str:
+    if "earlier" not in summary:
+        return ""
+    return f" Its mixers began as {summary['earlier']['tokens']:,} more tokens of an earlier run's stage 1 left them."
 
 
 def _scores(summary: Mapping[str, Any]) -> str:

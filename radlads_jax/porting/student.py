@@ -15,6 +15,7 @@ from radlads_jax.models.placement import shardings
 from radlads_jax.models.tree import Params, in_mixer, merge_params, path_leaves, split_params, stack_of
 
 _COPIED_PROJECTIONS = ("q", "k", "v", "o", "q_norm", "k_norm")
+_EARLIER = "earlier run"
 # Drawn anew by fresh_qkvo, as far as a mixer has them: qkv are three of them in one matrix.
 _REFRESHED = ("q", "k", "v", "qkv", "o")
 
@@ -121,21 +122,26 @@ def _adopts_queries_alone(cfg: ModelConfig, student: Params) -> bool:
     )
 
 
-def transfer_table(cfg: ModelConfig, student: Params, teacher: Params, *, fresh_qkvo: bool = False) -> Table:
-    """A line per parameter of the student: shape, and whether it is the teacher's or new."""
+def transfer_table(
+    cfg: ModelConfig, student: Params, teacher: Params, *, fresh_qkvo: bool = False, earlier: bool = False
+) -> Table:
+    """A line per parameter of the student: shape, and whether it is the teacher's, new, or an earlier run's."""
     teacher_paths, of_attention = path_leaves(teacher), _attention_paths(cfg, student, teacher)
     table = Table(title="Stage 0: what the student starts from", title_justify="left")
     for column in ("parameter", "shape", "from"):
         table.add_column(column)
-    copied = new = 0
+    counts = dict.fromkeys(("teacher", "new", _EARLIER), 0)
     for path, leaf in path_leaves(student).items():
         if _in_changed_mixer(cfg, path):
             from_teacher = path in of_attention and not (fresh_qkvo and cfg.is_converted(int(path.split("/")[1])))
         else:
             from_teacher = path in teacher_paths
-        source = "teacher" if from_teacher else "teacher (embedding)" if path == "head/kernel" else "new"
-        copied, new = (copied + leaf.size, new) if source != "new" else (copied, new + leaf.size)
-        table.add_row(path, " x ".join(map(str, leaf.shape)), source)
+        source = "teacher" if from_teacher or path == "head/kernel" else "new"
+        if earlier and _in_changed_mixer(cfg, path) and cfg.is_converted(int(path.split("/")[1])):
+            source = _EARLIER
+        counts[source] += leaf.size
+        of_embedding = " (embedding)" if path == "head/kernel" and not from_teacher else ""
+        table.add_row(path, " x ".join(map(str, leaf.shape)), source + of_embedding)
     dropped = sorted(
         {
             "/".join(path.split("/")[3:])
@@ -146,5 +152,6 @@ def transfer_table(cfg: ModelConfig, student: Params, teacher: Params, *, fresh_
         | ({"the heads' gates"} if _adopts_queries_alone(cfg, student) else set())
     )
     left_out = f"; of the teacher's attention left out: {', '.join(dropped)}" if dropped and not fresh_qkvo else ""
-    table.caption = f"{copied:,} values copied, {new:,} new{left_out}"
+    of_earlier = f", {counts[_EARLIER]:,} of an earlier run" if earlier else ""
+    table.caption = f"{counts['teacher']:,} values copied, {counts['new']:,} new{of_earlier}{left_out}"
     return table

@@ -129,7 +129,10 @@ def _stages_table(run: RunLog) -> str:
         done = f"{bar}{stage.steps_done:,}{of}"
         rows.append([escape(stage.name), done, tokens or "-", *losses, speed or "-", taken or "-"])
     columns = ["stage", "steps", "tokens", "first loss", "last loss", "tokens/s", "time"]
-    return table(columns, rows) + '<p class="soft">The last loss is the mean of 20 steps at most.</p>'
+    notes = ["The last loss is the mean of 20 steps at most."]
+    if earlier := number((run.summary.get("earlier") or {}).get("tokens")):
+        notes.append(f"The mixers began as {amount(earlier)} tokens of an earlier run's stage 1 left them.")
+    return table(columns, rows) + f'<p class="soft">{" ".join(notes)}</p>'
 
 
 def _loss_charts(stages: Sequence[StageLog], losses: Mapping[str, str]) -> str:

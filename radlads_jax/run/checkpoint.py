@@ -20,6 +20,7 @@ from radlads_jax.models.tree import from_path_leaves, path_leaves
 from radlads_jax.run.checkpoint_files import damage, is_of_the_system, list_files, reason
 from radlads_jax.run.checkpoint_sums import DamagedCheckpoint, difference, shapes_sum, sums_document
 from radlads_jax.system import hosts, literal_names, process_memory
+from radlads_jax.system.json_files import digest
 from radlads_jax.system.storage import as_path, children
 
 _Tree = TypeVar("_Tree")
@@ -135,6 +136,11 @@ class Checkpoints:
         """Reads only the JSON document saved as `meta`. Raises DamagedCheckpoint where it is not what was saved."""
         self._check_step(step)
         return self._restored(step, {"meta": ocp.args.JsonRestore()})["meta"]
+
+    def contents(self, step: int) -> str:
+        """What tells a checkpoint from all others: a hash of its arrays' checksums. Raises as `restore_meta`."""
+        self._check_step(step)
+        return digest(self._restored(step, {})["sums"]["arrays"])
 
     def newest(self, read: Callable[[int], _Result]) -> tuple[int, _Result] | None:
         """The newest step whose checkpoint is whole, and what `read` got from it; None where there are none at all.

@@ -100,6 +100,8 @@ def finish(job: Job, student: Params, teacher: Params | None, stages: list[dict[
         # Evaluated as it is used from here on: with the exported weights, in the dtype it computes in.
         cfg, student = heldout.exported_student(job.run.export, job.student, student)
         summary = heldout.evaluate_job(job, cfg, student, teacher) | {"stages": stages}
+        if job.earlier is not None:
+            summary["earlier"] = {"tokens": job.earlier.tokens}
         _keep(job, summary, to_do)
         scored = True
     finally:

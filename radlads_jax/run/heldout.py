@@ -223,6 +223,9 @@ def results_table(summary: dict[str, Any]) -> Group:
         speed = "" if line["tokens_per_second"] is None else f"{line['tokens_per_second']:,.0f}"
         losses = ("" if line[k] is None else f"{line[k]:.4f}" for k in ("first_loss", "last_loss"))
         stages.add_row(line["name"], f"{line['steps']:,}", f"{line['tokens']:,}", speed, *losses)
+    if "earlier" in summary:
+        stages.caption = f"the mixers began as {summary['earlier']['tokens']:,} tokens of an earlier stage 1 left them"
+        stages.caption_justify = "left"
     scores = Table(title=f"Held-out text ({summary['tokens']:,} tokens)", title_justify="left")
     for column in ("", "loss", "top-1", "KL to teacher", "agreement", "top-1 relative"):
         scores.add_column(column, justify="right" if column else "left")

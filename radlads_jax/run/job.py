@@ -31,7 +31,8 @@ from radlads_jax.porting.load import load_params
 from radlads_jax.porting.model_tensors import model_tensors
 from radlads_jax.porting.tokenizer_files import check_exportable
 from radlads_jax.porting.writers import writer_for
-from radlads_jax.run import choice_file, fingerprint, teacher_logits
+from radlads_jax.run import choice_file, earlier_mixers, fingerprint, teacher_logits
+from radlads_jax.run.earlier_mixers import EarlierMixers
 from radlads_jax.run.settings import names_others
 from radlads_jax.run.tokens import Tokens, find_chats, find_tokens
 from radlads_jax.system import hosts
@@ -48,7 +49,8 @@ class Job:
     teacher is in one piece (run/softmax_layers.py).
     mesh: the devices the run is spread over, None for one. beginning: ids that documents begin with. depends: what a
     continuation has to find again, by contents. chats: the conversations that stage2c reads. logits: the teacher's
-    stored ones, which stages read that can.
+    stored ones, which stages read that can. earlier: the mixers that the converted layers begin with, not of a run that
+    is finished.
     """
 
     run: RunConfig
@@ -66,6 +68,7 @@ class Job:
     to_choose: int = 0
     chats: binidx.TokenFile | None = None
     logits: StoredLogits | None = None
+    earlier: EarlierMixers | None = None
 
     def stage_plan(self, name: str) -> StagePlan:
         return StagePlan(self.run, name, self.student, self.teacher, self.mesh)
@@ -174,12 +177,15 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
     if student.copied or student.aligned_layers != student.converted_layers:
         # Which layers an alignment error is of does not follow from the settings alone.
         depends["converted"] = list(student.aligned_layers)
-    logits = None
+    logits = earlier = None
     # One that is finished reads them no more, and they may be gone.
     if not (is_finished := fingerprint.finished(workdir, run.stages) is not None):
         if run.teacher.logits:
             logits = teacher_logits.find(run, depends, tokens.file, run.eval_tokens, original.vocab_size)
         depends["logits"] = teacher_logits.identity(logits)
+        if run.student.init_from:
+            earlier = earlier_mixers.find(run, original, depends)
+            depends["init_from"] = earlier.contents
     if not is_finished or names_others(workdir, run):
         _require_same(workdir, depends)
     job = Job(
@@ -197,6 +203,7 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
         depends,
         chats=chat_file,
         logits=logits,
+        earlier=earlier,
     )
     if not (count := layers_to_choose(run.student)):
         return job
@@ -227,7 +234,7 @@ def _require_same(workdir: AnyPath, depends: dict[str, Any]) -> None:
 
 def _comparable(depends: dict[str, Any]) -> dict[str, Any]:
     """What a continuation has to have the same of; of the data, of which more is known, the tokens and documents."""
-    parts = {part: depends[part] for part in ("teacher", "tokenizer", "logits") if part in depends}
+    parts = {part: depends[part] for part in ("teacher", "tokenizer", "logits", "init_from") if part in depends}
     data = depends.get("data", {})
     chats = {"chats": depends["chats"]["tokens"]} if "chats" in depends else {}
     return parts | {part: data[part] for part in ("tokens", "documents") if part in data} | chats

@@ -34,7 +34,15 @@ _FREE_FIELDS = (*_FREE_OF_TRAIN, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.
 # What only stages of conversations read, beside their recipes.
 _OF_CHATS = ("data.chats", "data.messages_field", "data.replay")
 # Where a run that knows what it depends on by contents may find the same elsewhere.
-_PATH_FIELDS = ("teacher.path", "teacher.revision", "data.path", "data.revision", "data.tokenizer", "data.chats")
+_PATH_FIELDS = (
+    "teacher.path",
+    "teacher.revision",
+    "data.path",
+    "data.revision",
+    "data.tokenizer",
+    "data.chats",
+    "student.init_from",
+)
 # And what a finished one reads no more.
 _LOGITS = "config.teacher.logits"
 # What switches of the student were before they were true, false or none.
@@ -52,7 +60,8 @@ def with_whole_paths(run: RunConfig) -> RunConfig:
         tokenizer=storage.whole_name_or_id(run.data.tokenizer),
         chats=storage.whole_name(run.data.chats),
     )
-    return dataclasses.replace(run, teacher=teacher, data=data)
+    student = dataclasses.replace(run.student, init_from=storage.whole_name(run.student.init_from))
+    return dataclasses.replace(run, teacher=teacher, data=data, student=student)
 
 
 def keep_begun_rules(workdir: storage.AnyPath, config: ConfigDict) -> None:
@@ -69,6 +78,12 @@ def keep_begun_rules(workdir: storage.AnyPath, config: ConfigDict) -> None:
 def begun_setting(workdir: storage.AnyPath, name: str) -> Any:
     """What DIR's run has begun with, by a name as "config.data.chats"; None where it has not."""
     return _begun_settings(workdir).get(name)
+
+
+def begun_student(workdir: storage.AnyPath) -> dict[str, Any]:
+    """What DIR's run was told of its student, by names as "mixer" and "options.window"."""
+    prefix = "config.student."
+    return {n.removeprefix(prefix): v for n, v in _begun_settings(workdir).items() if n.startswith(prefix)}
 
 
 def settled_stages(workdir: storage.AnyPath) -> set[str]:

@@ -1,5 +1,6 @@
 """Chooses a run's softmax layers, once, from its own text and its teacher, before the student is made."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -7,8 +8,11 @@ from radlads_jax.data import pipeline
 from radlads_jax.data.packing import Batch
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.evaluation.layer_choice import Sizes, choose_for_run, table, windows
+from radlads_jax.evaluation.swaps import Student
+from radlads_jax.models.tree import Params
 from radlads_jax.models.window import SPEC as WINDOW
-from radlads_jax.run import choice_file
+from radlads_jax.porting.student import whole_student
+from radlads_jax.run import choice_file, earlier_mixers
 from radlads_jax.run.display import say, show
 from radlads_jax.run.job import Job
 from radlads_jax.run.teacher_weights import TeacherWeights
@@ -23,10 +27,6 @@ def decide(job: Job, teacher: TeacherWeights) -> Job:
     if not job.to_choose:
         return job
     say(f"choosing {job.to_choose} of {job.teacher.num_layers} softmax layers by forward passes of the teacher")
-    options = WINDOW.choose(job.teacher.hidden_size, **_window(job))
-    length = job.run.stage(job.run.stages[0]).seq_len
-    if length <= options.sinks + options.window:
-        say(f"rows of {length} tokens are no longer than the window: recall alone tells the layers apart")
     params = teacher.held()
     assert params is not None, "a student with layers to choose has a teacher"
     choice = choose_for_run(
@@ -35,7 +35,7 @@ def decide(job: Job, teacher: TeacherWeights) -> Job:
         job.tokenizer,
         _texts(job),
         job.to_choose,
-        student=windows(job.teacher, params, options),
+        student=_beside(job, params),
         seed=job.run.seed,
         batch_size=job.run.train.eval_batch_size,
         mesh=job.mesh,
@@ -47,6 +47,19 @@ def decide(job: Job, teacher: TeacherWeights) -> Job:
     decided = job.with_layers(tuple(choice["layers"]))
     teacher.load_anew_for(decided)
     return decided
+
+
+def _beside(job: Job, teacher: Params) -> Student:
+    """What stands in the layers that are not kept: an earlier run's mixers, where the student begins with some."""
+    if (earlier := job.earlier) is not None:
+        # Nobody asks for its logits: it needs no head of its own.
+        cfg = dataclasses.replace(earlier.student, tie_embeddings=job.teacher.tie_embeddings)
+        return Student(cfg, whole_student(cfg, teacher, earlier_mixers.load(earlier, cfg, job.mesh)))
+    options = WINDOW.choose(job.teacher.hidden_size, **_window(job))
+    length = job.run.stage(job.run.stages[0]).seq_len
+    if length <= options.sinks + options.window:
+        say(f"rows of {length} tokens are no longer than the window: recall alone tells the layers apart")
+    return windows(job.teacher, teacher, options)
 
 
 def _window(job: Job) -> dict[str, Any]:

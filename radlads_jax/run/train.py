@@ -18,7 +18,7 @@ from radlads_jax.models import placement, sharding
 from radlads_jax.models.tree import Params, merge_params, overlay_params, path_leaves, split_params
 from radlads_jax.planning.cost import model_flops
 from radlads_jax.porting.student import aligned_alone, init_mixers, transfer_table, whole_student
-from radlads_jax.run import ending, fingerprint, heldout, sweep
+from radlads_jax.run import earlier_mixers, ending, fingerprint, heldout, sweep
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.checkpoint_sums import DamagedCheckpoint
 from radlads_jax.run.clock import Clock
@@ -194,7 +194,7 @@ class _StageRun:
         teacher = self.run.teacher.held()
         student = _student_before(job, name, teacher)
         if name == job.run.stages[0] and teacher is not None:
-            show(transfer_table(job.student, student, teacher, fresh_qkvo=job.run.student.fresh_qkvo))
+            _show_start(job, student, teacher)
         params, frozen = split_params(student, self.plan.trains)
         del student
         return create_state(self.plan, params), frozen
@@ -289,6 +289,14 @@ def _summary_line(job: Job, name: str, meta: dict[str, Any], trained_by: Job | N
     }
 
 
+def _show_start(job: Job, student: Params, teacher: Params) -> None:
+    """Where the student's weights come from."""
+    fresh, earlier = job.run.student.fresh_qkvo, job.earlier
+    show(transfer_table(job.student, student, teacher, fresh_qkvo=fresh, earlier=earlier is not None))
+    if earlier is not None:
+        say(f"its mixers are those of {earlier.run}, trained on {earlier.tokens:,} tokens of stage 1")
+
+
 def _frozen_params(job: Job, name: str, teacher: TeacherWeights) -> Params:
     """The student's parameters that the stage reads and does not train; nothing is built where there are none."""
     if not job.run.stage(name).freeze:
@@ -313,6 +321,8 @@ def student_after(job: Job, stages: Sequence[str], teacher: Params | None, *, wh
         params = init_mixers(job.student, teacher or {}, job.run.seed, fresh_qkvo=fresh, mesh=job.mesh)
         if job.run.student.init == "calibrated":
             params = _calibrated(job, params, teacher)
+        if job.earlier is not None:
+            params = overlay_params(params, earlier_mixers.load(job.earlier, job.student, job.mesh))
         _check_frozen(job, params)
         params = params if whole else aligned_alone(job.student, params)
     if whole:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,30 +14,52 @@ from untrained import TEACHER, save_teacher
 
 from radlads_jax import config
 from radlads_jax.distill import mesh as mesh_lib
+from radlads_jax.models import ModelConfig
+from radlads_jax.models.gdn import GdnOptions
 from radlads_jax.models.tree import Params, flatten
 from radlads_jax.run import earlier_mixers, softmax_layers
 from radlads_jax.run.job import Job, make_job
-from radlads_jax.run.settings import remember_config, with_whole_paths
+from radlads_jax.run.settings import check_same_config, remember_config, with_whole_paths
 from radlads_jax.run.teacher_weights import TeacherWeights
 from radlads_jax.run.train import convert, student_after
 
 CFG = dataclasses.replace(TEACHER, stacks=(("attention", 4),), max_position_embeddings=512)
+# Its layer 0 is gdn already, and softmax attention around layer 3, which is so too.
+OWN = ModelConfig(
+    "qwen3_5_text",
+    300,
+    32,
+    48,
+    2,
+    1,
+    16,
+    (("gdn", 1), ("attention", 2), ("gdn", 1), ("attention", 1)),
+    qk_norm=True,
+    zero_centred_norms=True,
+    output_gate=True,
+    rotary_size=8,
+    tie_embeddings=True,
+    max_position_embeddings=512,
+    mixer=GdnOptions(2, 4, 8, 8),
+)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> pathlib.Path:
-    """Of a teacher in model/ and of a run of stage 1 for each of two mixers."""
+    """Of a teacher in model/ and of a run of stage 1 for each of two mixers; of one more, with layers of gdn itself."""
     place = tmp_path_factory.mktemp("earlier")
     save_teacher(place, CFG)
     for mixer in ("gdn", "rad_rwkv7"):
         run_to_its_end(place / mixer, tiny_run.settings(place / "model", mixer, {"stage1": 3}))
+    save_teacher(place / "further", OWN)
+    run_to_its_end(place / "further" / "gdn", tiny_run.settings(place / "further" / "model", "gdn", {"stage1": 3}))
     return place
 
 
-def run_to_its_end(workdir: pathlib.Path, settings) -> None:
+def run_to_its_end(workdir: pathlib.Path, settings) -> dict[str, Any]:
     """As the command does, which keeps the settings."""
     job = job_of(workdir, settings)
-    convert(job, begun=lambda: remember_config(workdir, with_whole_paths(job.run).settings()))
+    return convert(job, begun=lambda: remember_config(workdir, job.run.settings()))
 
 
 def settings(place: pathlib.Path, mixer: str = "gdn", stages=("stage2",), **more):
@@ -45,10 +68,14 @@ def settings(place: pathlib.Path, mixer: str = "gdn", stages=("stage2",), **more
     return chosen | {"student.init_from": str(place / mixer), "student.attention_layers": (1,)} | more
 
 
-def job_of(workdir: pathlib.Path, settings) -> Job:
+def run_of(settings) -> config.RunConfig:
     chosen = config.defaults()
     chosen.update_from_flattened_dict(settings)
-    return make_job(config.validate(chosen), workdir)
+    return with_whole_paths(config.validate(chosen))
+
+
+def job_of(workdir: pathlib.Path, settings) -> Job:
+    return make_job(run_of(settings), workdir)
 
 
 def by_layer(cfg, mixers: Params) -> dict[int, dict]:
@@ -61,8 +88,11 @@ def by_layer(cfg, mixers: Params) -> dict[int, dict]:
     return found
 
 
-@pytest.mark.parametrize("mixer", ["gdn", "rad_rwkv7"])
-def test_every_converted_layer_begins_as_the_earlier_run_left_it(mixer, place, tmp_path):
+@pytest.mark.parametrize(
+    ("where", "mixer", "converted"), [("", "gdn", [0, 2, 3]), ("", "rad_rwkv7", [0, 2, 3]), ("further", "gdn", [2, 4])]
+)
+def test_every_converted_layer_begins_as_the_earlier_run_left_it(where, mixer, converted, place, tmp_path):
+    place = place / where
     job = job_of(tmp_path, settings(place, mixer))
     earlier = job_of(place / mixer, tiny_run.settings(place / "model", mixer, {"stage1": 3}))
     teacher = job.load_teacher("float32")
@@ -70,7 +100,7 @@ def test_every_converted_layer_begins_as_the_earlier_run_left_it(mixer, place, t
     of_all = earlier.load_teacher("float32")
     left = by_layer(earlier.student, student_after(earlier, ("stage1",), of_all, whole=False))
     fresh = by_layer(earlier.student, student_after(earlier, (), of_all, whole=False))
-    assert sorted(now) == [0, 2, 3]
+    assert sorted(now) == converted
     for layer, mixers in now.items():
         assert mixers.keys() == left[layer].keys()
         for name, value in mixers.items():
@@ -88,7 +118,7 @@ def test_they_lie_on_a_mesh_as_the_students_own(place, tmp_path):
 
 
 def test_a_run_of_stage_2_alone_says_what_it_began_with(place, tmp_path, capsys):
-    summary = tiny_run.convert(tmp_path / "run", settings(place))
+    summary = run_to_its_end(tmp_path / "run", settings(place))
     tokens = 3 * tiny_run.ROWS * tiny_run.TOKENS
     said = " ".join(capsys.readouterr().out.split())
     assert summary["earlier"] == {"tokens": tokens} and [line["name"] for line in summary["stages"]] == ["stage2"]
@@ -106,6 +136,9 @@ def test_a_run_of_stage_2_alone_says_what_it_began_with(place, tmp_path, capsys)
     run_to_its_end(other, tiny_run.settings(place / "model", "gdn", {"stage1": 3}) | {"seed": 7})
     with pytest.raises(ValueError, match=r"the init_from of the run .* is another .* put the mixers back"):
         job_of(tmp_path / "run", more | {"student.init_from": str(other)})
+    # To begin without is another run.
+    with pytest.raises(ValueError, match=r"config.student.init_from was '.*gdn' and is now ''"):
+        check_same_config(tmp_path / "run", run_of(more | {"student.init_from": ""}).settings())
     # A finished run has no need of it any more.
     shutil.rmtree(moved)
     assert job_of(tmp_path / "run", settings(place, **{"student.init_from": str(moved)})).earlier is None

@@ -41,10 +41,10 @@ _PATH_FIELDS = (
     "data.revision",
     "data.tokenizer",
     "data.chats",
-    "student.init_from",
 )
-# And what a finished one reads no more.
+# And what a finished one reads no more; to begin with some, or without, is another run.
 _LOGITS = "config.teacher.logits"
+_GIVEN = (_LOGITS, "config.student.init_from")
 # What switches of the student were before they were true, false or none.
 _FORMER_SWITCHES = {"": None, "on": True, "off": False}
 
@@ -147,8 +147,8 @@ def check_same_config(workdir: storage.AnyPath, config: dict) -> list[str]:
     if not begun:
         return []
     by_contents = [f"config.{field}" for field in _PATH_FIELDS]
-    if bool(begun.get(_LOGITS)) == bool(flat_settings(config).get(_LOGITS)):
-        by_contents.append(_LOGITS)
+    now = flat_settings(config)
+    by_contents += [name for name in _GIVEN if bool(begun.get(name)) == bool(now.get(name))]
     has_contents = (workdir / "fingerprint.json").exists()
     changed = _changed(begun, config, except_for=by_contents if has_contents else ())
     settled = settled_stages(workdir)

@@ -19,7 +19,8 @@ from radlads_jax.models.window import WindowOptions
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.reporting.bars import layers_picture
-from radlads_jax.run import earlier_mixers, fingerprint
+from radlads_jax.run import fingerprint
+from radlads_jax.run.settings import trained_stages
 from radlads_jax.system import backend, command, storage, terminal
 from radlads_jax.system.json_files import write_json
 
@@ -92,11 +93,9 @@ def main(values: flags.FlagValues) -> None:
 
 def _check_student(values: flags.FlagValues) -> None:
     """Raises ValueError for a --student whose mixers were not trained beside every layer of this teacher."""
-    directory = model_directory(values.model)
-    teacher = fingerprint.of_teacher(directory, read_config(directory))
-    if wrong := earlier_mixers.misfit(storage.as_path(values.student), teacher):
+    if wrong := _misfit(storage.as_path(values.student), values.model):
         raise ValueError(
-            f"--student {values.student} {wrong}; expected a run of --model with --config.stages=stage1 and every "
+            f"--student {values.student} {wrong}; expected a run of this teacher with --config.stages=stage1 and every "
             "layer converted, whose mixers can stand in any layer. Make one, or leave --student out."
         )
     if named := [name for name in ("sinks", "window") if values[name].present]:
@@ -104,6 +103,22 @@ def _check_student(values: flags.FlagValues) -> None:
             f"--{named[0]} and --student are both given; expected one of them, for there are no windows beside a "
             "student's mixers. Leave one out."
         )
+
+
+def _misfit(run: storage.AnyPath, model: str) -> str:
+    """Why a run's mixers can not stand in any layer of the teacher; nothing where they can."""
+    trained = trained_stages(run)
+    if trained is None:
+        return "is no run that is done"
+    if trained != ["stage1"]:
+        return f"has trained {', '.join(trained)}"
+    student = read_model_config(run)
+    if student.softmax_layers:
+        return f"has softmax attention in the layers {', '.join(map(str, student.softmax_layers))}"
+    directory = model_directory(model)
+    if fingerprint.written(run).get("teacher") != fingerprint.of_teacher(directory, read_config(directory)):
+        return f"was made of another teacher than --model {model}"
+    return ""
 
 
 if __name__ == "__main__":

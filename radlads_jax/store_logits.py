@@ -61,7 +61,12 @@ def main(values: flags.FlagValues) -> int:
         backend.require()
         hosts.require_same({"--output": str(output)} | settings.flat_settings(chosen.to_dict()))
         with held(output), backend.room_for("teacher and rows do", _LESS_MEMORY):
-            job = make_job(dataclasses.replace(run, teacher=dataclasses.replace(run.teacher, logits="")), output)
+            # Nothing of the student is asked for, nor logits that are there.
+            teacher, student = (
+                dataclasses.replace(run.teacher, logits=""),
+                dataclasses.replace(run.student, init_from=""),
+            )
+            job = make_job(dataclasses.replace(run, teacher=teacher, student=student), output)
             stored = storing.store(job, output, values.precision)
     except refusals() as error:
         return failing.end_all(refuse(error))

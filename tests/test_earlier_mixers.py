@@ -117,31 +117,42 @@ def test_they_lie_on_a_mesh_as_the_students_own(place, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, whole, spread)
 
 
-def test_a_run_of_stage_2_alone_says_what_it_began_with(place, tmp_path, capsys):
-    summary = run_to_its_end(tmp_path / "run", settings(place))
+def test_a_run_of_stage_2_alone_says_what_it_began_with_and_needs_it_no_more(place, tmp_path, capsys):
+    earlier, run = shutil.copytree(place / "gdn", tmp_path / "earlier"), tmp_path / "run"
+    chosen = settings(place, **{"student.init_from": str(earlier)})
+    summary = run_to_its_end(run, chosen)
     tokens = 3 * tiny_run.ROWS * tiny_run.TOKENS
     said = " ".join(capsys.readouterr().out.split())
-    assert summary["earlier"] == {"tokens": tokens} and [line["name"] for line in summary["stages"]] == ["stage2"]
-    assert f"its mixers are those of {place / 'gdn'}, trained on {tokens} tokens of stage 1" in said
+    assert summary["earlier"]["tokens"] == tokens and [line["name"] for line in summary["stages"]] == ["stage2"]
+    assert f"the converted layers begin with mixers of {earlier}, of {tokens} tokens of stage1" in said
     assert f"the mixers began as {tokens} tokens of an earlier stage 1 left them" in said
-    assert "earlier run" in said
-    card = (tmp_path / "run" / "export" / "README.md").read_text()
-    assert f"Its mixers began as {tokens} more tokens of an earlier run's stage 1 left them." in card
-    assert "an earlier run's stage 1" in (tmp_path / "run" / "report" / "index.html").read_text()
-    # Where the earlier run lies is not what counts; what it holds is.
-    moved = shutil.copytree(place / "gdn", tmp_path / "moved")
-    more = settings(place, stages=("stage2", "stage3"), **{"student.init_from": str(moved)})
-    assert job_of(tmp_path / "run", more).earlier.contents
-    other = tmp_path / "other"
-    run_to_its_end(other, tiny_run.settings(place / "model", "gdn", {"stage1": 3}) | {"seed": 7})
-    with pytest.raises(ValueError, match=r"the init_from of the run .* is another .* put the mixers back"):
-        job_of(tmp_path / "run", more | {"student.init_from": str(other)})
-    # To begin without is another run.
-    with pytest.raises(ValueError, match=r"config.student.init_from was '.*gdn' and is now ''"):
-        check_same_config(tmp_path / "run", run_of(more | {"student.init_from": ""}).settings())
-    # A finished run has no need of it any more.
-    shutil.rmtree(moved)
-    assert job_of(tmp_path / "run", settings(place, **{"student.init_from": str(moved)})).earlier is None
+    card = (run / "export" / "README.md").read_text()
+    row = next(line for line in card.split("\n") if line.startswith("| stage1, of an earlier run |"))
+    assert f"| {tokens} | {tiny_run.TOKENS} | {tiny_run.ROWS} | 0.003 to 0.003, 0.003 to 0.003 |" in row
+    assert "Its mixers began as an earlier run left them (text: synthetic)." in card
+    assert "an earlier run's stage 1" in (run / "report" / "index.html").read_text()
+    # To begin without them, or with those of another place, is another run.
+    for other in ("", str(place / "gdn")):
+        with pytest.raises(ValueError, match=r"config.student.init_from was '.*earlier' and is now '.*'"):
+            check_same_config(run, run_of(chosen | {"student.init_from": other}).settings())
+    shutil.rmtree(earlier)
+    more = tiny_run.settings(place / "model", "gdn", {"stage2": 2, "stage3": 2}) | {
+        name: value for name, value in chosen.items() if name.startswith("student.")
+    }
+    went_on = run_to_its_end(run, more)
+    assert went_on["earlier"] == summary["earlier"] and len(went_on["stages"]) == 2
+    assert not earlier.exists()
+    shutil.rmtree(run / "earlier_mixers")
+    (run / "summary.json").unlink()
+    with pytest.raises(ValueError, match=r"run/earlier_mixers: it is missing; expected the mixers that the run began"):
+        job_of(run, more)
+
+
+def test_tokens_of_a_run_that_began_with_anothers_are_counted_too(place, tmp_path):
+    chosen = tiny_run.settings(place / "model", "gdn", {"stage1": 2}) | {"student.init_from": str(place / "gdn")}
+    run_to_its_end(tmp_path / "second", chosen)
+    job = job_of(tmp_path / "third", settings(place, **{"student.init_from": str(tmp_path / "second")}))
+    assert job.earlier.said["tokens"] == 5 * tiny_run.ROWS * tiny_run.TOKENS
 
 
 def test_the_softmax_layers_are_chosen_by_these_mixers(place, tmp_path):
@@ -152,18 +163,22 @@ def test_the_softmax_layers_are_chosen_by_these_mixers(place, tmp_path):
     assert choice["mixer"]["name"] == "gdn" and list(decided.student.softmax_layers) == choice["layers"]
     convert(decided, teacher)
     card = (tmp_path / "run" / "export" / "README.md").read_text()
-    assert "forward passes of the teacher, with these mixers in the others" in card
+    assert "forward passes of the teacher, with an earlier run's mixers in the others" in card
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"student.init_from": "{place}/model"}, r"init_from .*model is no run that is done; expected a run with"),
-        ({"student.init_from": "{place}/rad_rwkv7"}, r"was told config.student.mixer 'rad_rwkv7', and this one 'gdn'"),
-        ({"student.conv_qk": 0.5}, r"was told config.student.conv_qk 0.0, and this one 0.5"),
-        ({"student.kv_heads": "cloned"}, r"was told config.student.kv_heads '', and this one 'cloned'"),
+        (
+            {"student.init_from": "{place}/model"},
+            r"model is no run that has begun with stage 1 and is done",
+        ),
+        ({"student.init_from": "{place}/rad_rwkv7"}, r"has config.student.mixer=rad_rwkv7, and this one gdn; expected"),
+        ({"student.conv_qk": 0.5}, r"has config.student.conv_qk=0.03, and this one 0.5; expected"),
+        ({"student.kv_heads": "cloned"}, r"has config.student.kv_heads=teacher, and this one cloned"),
         ({"student.init": "calibrated"}, r"init_from is .* and config.student.init 'calibrated'; expected one of them"),
         ({"student.fresh_qkvo": True}, r"init_from is .* and config.student.fresh_qkvo is true; expected one of them"),
+        ({"stage2.seq_len": 64}, r"held out 1,024 tokens .*eval_rows=32 holds out 2,048: .* \(16 would do\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(more, words, place, tmp_path):
@@ -172,45 +187,55 @@ def test_what_does_not_fit_is_refused(more, words, place, tmp_path):
         job_of(tmp_path, settings(place, **more))
 
 
+def test_what_is_told_of_the_mixers_is_compared_as_it_is_resolved(place, tmp_path):
+    assert job_of(tmp_path, settings(place, **{"student.kv_heads": "teacher"})).earlier is not None
+
+
 def test_mixers_that_are_not_as_they_were_saved_are_refused(place, tmp_path):
     run = shutil.copytree(place / "gdn", tmp_path / "gdn")
     sums = run / "checkpoints" / "stage1" / "3" / "sums" / "metadata"
     document = json.loads(sums.read_text())
     sums.write_text(json.dumps(document | {"arrays": dict.fromkeys(document["arrays"], 1)}))
     job = job_of(tmp_path / "run", settings(place, **{"student.init_from": str(run)}))
-    with pytest.raises(ValueError, match=r"init_from .*gdn: the checksum of .* expected its checkpoint of step 3"):
-        student_after(job, (), job.load_teacher("float32"), whole=False)
+    with pytest.raises(ValueError, match=r"stage1: the checksum of .* expected the mixers that the run began with"):
+        convert(job)
+
+
+def rewritten(file: pathlib.Path, change) -> None:
+    document = json.loads(file.read_text())
+    change(document)
+    file.write_text(json.dumps(document))
 
 
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("name", "change", "words"),
     [
-        ("stages", r"has trained stage1, stage2; expected"),
-        ("teacher", r"was made of another teacher; expected"),
-        ("freeze", r"has frozen mixer/o of its mixers, which no checkpoint holds; expected"),
-        ("checkpoint", r"has no .*stage1/3 any more; expected the checkpoint"),
-        ("hybrid", r"has softmax attention in the layers 2; expected"),
+        (
+            "summary.json",
+            lambda it: it["stages"].insert(0, {"name": "pretrain"}),
+            r"is no run that has begun with",
+        ),
+        ("summary.json", lambda it: it.update(stages=[{"name": "stage1"}]), r"has no checkpoint of its last step \("),
+        ("summary.json", lambda it: it["stages"][0].update(steps=9), r"has no checkpoint of its last step .*stage1/9"),
+        ("fingerprint.json", lambda it: it["teacher"]["config"].update(rope_theta=5.0), r"was made with another teach"),
+        ("fingerprint.json", lambda it: it.update(tokenizer="x"), r"was made with another tokenizer; expected"),
+        ("config.json", lambda it: it["stage1"].update(freeze=["mixer/o"]), r"has frozen mixer/o of its mixers, which"),
+        ("config.json", lambda it: it["student"].update(attention_every=2), r"has kept softmax attention in some lay"),
     ],
 )
-def test_an_earlier_run_that_can_not_serve_is_refused(changed, words, place, tmp_path, monkeypatch):
+def test_an_earlier_run_that_can_not_serve_is_refused(name, change, words, place, tmp_path):
     run = shutil.copytree(place / "gdn", tmp_path / "gdn")
-
-    def rewrite(name, change):
-        document = json.loads((run / name).read_text())
-        change(document)
-        (run / name).write_text(json.dumps(document))
-
-    if changed == "stages":
-        rewrite("summary.json", lambda summary: summary["stages"].append({"name": "stage2"}))
-    elif changed == "teacher":
-        rewrite("fingerprint.json", lambda found: found["teacher"]["config"].update(rope_theta=5.0))
-    elif changed == "freeze":
-        rewrite("config.json", lambda settings: settings["stage1"].update(freeze=["mixer/o"]))
-    elif changed == "checkpoint":
-        shutil.rmtree(run / "checkpoints" / "stage1" / "3")
-    else:
-        student = job_of(tmp_path / "run", settings(place)).student
-        hybrid = dataclasses.replace(student, stacks=(("gdn", 2), ("attention", 1), ("gdn", 1)))
-        monkeypatch.setattr(earlier_mixers, "read_model_config", lambda _: hybrid)
+    rewritten(run / name, change)
     with pytest.raises(ValueError, match=words):
         job_of(tmp_path / "run", settings(place, **{"student.init_from": str(run)}))
+
+
+def test_an_earlier_run_may_have_gone_on_and_is_left_as_it_is(place, tmp_path):
+    run = shutil.copytree(place / "gdn", tmp_path / "gdn")
+    rewritten(run / "summary.json", lambda it: it["stages"].append({"name": "stage2"}))
+    shutil.rmtree(run / "export")
+    unfinished = run / "checkpoints" / "stage1" / "6.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    chosen = settings(place, **{"student.init_from": str(run)})
+    assert earlier_mixers.load(job_of(tmp_path / "run", chosen).earlier, job_of(tmp_path, chosen).student, None)
+    assert unfinished.exists()

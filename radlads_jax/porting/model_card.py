@@ -152,9 +152,12 @@ def _recipe(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
         "| stage | trains | tokens | rows of | rows a step | learning rate, mixers' |",
         "|---|---|---|---|---|---|",
     ]
-    for name in done or run["stages"]:
-        stage = run[name]
-        of_stage = done.get(name, {})
+    stages = [(name, run[name], done.get(name, {})) for name in done or run["stages"]]
+    if earlier := (summary or {}).get("earlier"):
+        stages.insert(
+            0, ("stage1, of an earlier run", earlier["recipe"], earlier["line"] | {"tokens": earlier["tokens"]})
+        )
+    for name, stage, of_stage in stages:
         # Those of a sweep are not the recipe's.
         taken = stage | of_stage.get("rates", {})
         untold = " (its sweep's middle)" if stage.get("sweep") and "rates" not in of_stage else ""
@@ -170,7 +173,7 @@ def _how_chosen(student: Mapping[str, Any]) -> str:
     asked = next((str(layer) for layer in student.get("attention_layers", ())), "")
     if not asked.startswith("auto:"):
         return ""
-    beside = ", with these mixers in the others" if student.get("init_from") else ""
+    beside = ", with an earlier run's mixers in the others" if student.get("init_from") else ""
     return (
         f" The softmax layers were chosen by forward passes of the teacher{beside}, on text and recall prompts "
         f"({asked})."
@@ -180,7 +183,7 @@ def _how_chosen(student: Mapping[str, Any]) -> str:
 def _how_begun(summary: Mapping[str, Any]) -> str:
     if "earlier" not in summary:
         return ""
-    return f" Its mixers began as {summary['earlier']['tokens']:,} more tokens of an earlier run's stage 1 left them."
+    return f" Its mixers began as an earlier run left them (text: {_place(summary['earlier']['text'])})."
 
 
 def _scores(summary: Mapping[str, Any]) -> str:

@@ -34,10 +34,10 @@ class Checkpoints:
 
     directory: local path or bucket URL; made when missing.
     keep: how many of the newest checkpoints stay. An older one is deleted only after its successor is whole.
-    every: steps between checkpoints, for `due`.
+    every: steps between checkpoints, for `due`. read_only: of another run, whose directory is left as it is.
     """
 
-    def __init__(self, directory: str | epath.PathLike, *, keep: int = 2, every: int = 1):
+    def __init__(self, directory: str | epath.PathLike, *, keep: int = 2, every: int = 1, read_only: bool = False):
         for name, value in (("keep", keep), ("every", every)):
             if value < 1:
                 raise ValueError(f"checkpoint {name} is {value}; expected at least 1. Set {name} to a positive number.")
@@ -46,10 +46,13 @@ class Checkpoints:
         self.directory = epath.Path(as_path(directory))
         self.every = every
         self._unlisted: int | None = None
-        for unfinished in ocp.utils.tmp_checkpoints(self.directory):
+        for unfinished in () if read_only else ocp.utils.tmp_checkpoints(self.directory):
             logging.warning("removing the unfinished checkpoint %s: its save was interrupted", unfinished.get())
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(n=keep), cleanup_tmp_directories=True
+            preservation_policy=ocp.checkpoint_managers.LatestN(n=keep),
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
         )
         registry = ocp.handlers.create_default_handler_registry(
             state=ocp.PyTreeCheckpointHandler(),

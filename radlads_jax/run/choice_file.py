@@ -69,5 +69,5 @@ def _identity(run: RunConfig, count: int, depends: Mapping[str, Any]) -> str:
     rows = [(name, recipe.seq_len) for name, recipe in run.recipes.items()][:1]
     told = [count, run.seed, data, rows, run.train.eval_batch_size, run.student.mixer, run.student.options]
     contents = {name: depends.get(name) for name in ("teacher", "tokenizer", "data")}
-    contents |= {name: depends[name] for name in ("init_from",) if name in depends}
+    contents |= {"init_from": depends["init_from"]} if "init_from" in depends else {}
     return digest([repr(told), contents])

@@ -1,12 +1,11 @@
-"""The mixers that a run of stage 1 alone has trained in every layer of a teacher, in the place of fresh ones.
+"""The mixers that another run's stage 1 has trained in every layer of the same teacher, in the place of fresh ones.
 
 Stage 1 trains every layer by itself, on what the teacher gives it to read: which other layers are converted does not
 matter (but to a value residual, which is of the first one's values). So one such run serves students with any softmax
-layers, and to choose these.
+layers, and to choose these. A run copies what it takes when it begins, and has no need of the other one any more.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,10 +13,10 @@ import jax
 from jax.sharding import Mesh
 
 from radlads_jax.config import RunConfig
-from radlads_jax.decoding.loaded import read_model_config
 from radlads_jax.distill.student_config import make_student_config
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import abstract_params
+from radlads_jax.models.mixers import MIXERS
 from radlads_jax.models.placement import abstract, shardings
 from radlads_jax.models.tree import Params
 from radlads_jax.run import fingerprint
@@ -25,83 +24,157 @@ from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.checkpoint_sums import DamagedCheckpoint
 from radlads_jax.run.settings import begun_setting, begun_student, trained_stages
 from radlads_jax.student import Student
+from radlads_jax.system import hosts
 from radlads_jax.system.json_files import read_json
 from radlads_jax.system.storage import AnyPath, as_path
 from radlads_jax.system.untrusted import listed
 
 _STAGE = "stage1"
+_COPY = "earlier_mixers"
 # Of a student, what its mixers are the same without: which layers stay softmax and how, and how they began.
-_OF_SOFTMAX = ("attention_layers", "attention_every", "attention_rope", "attention_output_gate", "attention_log_scale")
-_OF_BEGINNING = ("init", "calibrate", "init_from", "fresh_qkvo")
+_NOT_OF_MIXERS = (
+    "attention_layers",
+    "attention_every",
+    "attention_rope",
+    "attention_output_gate",
+    "attention_log_scale",
+    "init",
+    "calibrate",
+    "init_from",
+    "fresh_qkvo",
+)
 
 
 class EarlierMixers(NamedTuple):
-    """student: of the earlier run. contents: what tells its mixers from any others."""
+    """place, step: the checkpoint that holds them. student: whose stacks they are in; None: in those of the run itself,
+    which has copied them. said: of the run that they are from, as summary and card tell it; contents: what tells them
+    from any others."""
 
-    run: AnyPath
-    student: ModelConfig
+    place: AnyPath
     step: int
-    tokens: int
-    contents: str
+    student: ModelConfig | None
+    said: dict[str, Any]
 
 
-def misfit(run: AnyPath, teacher: Mapping[str, Any]) -> str:
-    """Why a run's mixers can not stand in any layer of the teacher, told by contents; nothing where they can."""
-    trained = trained_stages(run)
-    if trained is None:
-        return "is no run that is done"
-    if trained != [_STAGE]:
-        return f"has trained {', '.join(trained)}"
-    student = read_model_config(run)
-    if student.softmax_layers:
-        return f"has softmax attention in the layers {', '.join(map(str, student.softmax_layers))}"
-    if fingerprint.written(run).get("teacher") != teacher:
-        return "was made of another teacher"
-    frozen = begun_setting(run, f"config.{_STAGE}.freeze")
-    return f"has frozen {listed(frozen)} of its mixers, which no checkpoint holds" if frozen else ""
+def find(run: RunConfig, workdir: AnyPath, teacher: ModelConfig, depends: Mapping[str, Any]) -> EarlierMixers:
+    """The mixers that config.student.init_from names, or the copy that a run has begun with. depends: as of Job.
 
-
-def find(run: RunConfig, teacher: ModelConfig, depends: Mapping[str, Any]) -> EarlierMixers:
-    """The mixers that config.student.init_from names. depends: as of Job.
-
-    Raises ValueError where they are of another teacher, of other settings, or not there any more.
+    Raises ValueError where they are of another teacher or other settings, have read this run's held-out text, or are
+    not there.
     """
+    if fingerprint.has_begun(workdir):
+        return _copied(workdir)
     place = as_path(run.student.init_from)
-    wrong = misfit(place, depends["teacher"]) if depends["teacher"] else "can not be of a teacher of fresh weights"
-    if wrong := wrong or _other_settings(run, place):
-        raise ValueError(
-            f"config.student.init_from {place} {wrong}; expected a run with --config.stages={_STAGE} of this teacher "
-            "to these mixers, and every layer converted. Make one, or leave it out."
-        )
-    line = read_json(place / "summary.json")["stages"][0]
-    step, checkpoints = line["steps"], place / "checkpoints" / _STAGE
-    if not (checkpoints / str(step)).exists():
-        raise ValueError(
-            f"config.student.init_from {place} has no {checkpoints / str(step)} any more; expected the checkpoint of "
-            "its last step. Put it back, or leave init_from out."
-        )
+    settings, stages = begun_student(place), trained_stages(place) or []
+    if not settings or stages[:1] != [_STAGE]:
+        raise _refusal(place, "is no run that has begun with stage 1 and is done")
+    kept = settings.get("attention_layers") or settings.get("attention_every")
+    own: dict[str, Any] = {name: getattr(Student(), name) for name in _NOT_OF_MIXERS}
+    before, now = _student(settings), dataclasses.replace(run.student, **own)
+    student, expected = (make_student_config(teacher, dataclasses.replace(run, student=s)) for s in (before, now))
+    if wrong := (
+        "has kept softmax attention in some layers" if kept else _other(run, place, depends) or _told(student, expected)
+    ):
+        raise _refusal(place, wrong)
+    summary = read_json(place / "summary.json")
+    line = summary["stages"][0]
+    step, tokens = line.get("steps"), line.get("tokens")
+    checkpoints = place / "checkpoints" / _STAGE
+    if not isinstance(tokens, int) or not (checkpoints / str(step)).exists():
+        raise _refusal(place, f"has no checkpoint of its last step ({checkpoints / str(step)}) any more")
     try:
-        with Checkpoints(checkpoints) as stored:
+        with Checkpoints(checkpoints, read_only=True) as stored:
             contents = stored.contents(step)
     except DamagedCheckpoint as error:
-        raise _damaged(place, error) from error
-    own: dict[str, Any] = {name: getattr(Student(), name) for name in (*_OF_SOFTMAX, *_OF_BEGINNING)}
-    student = make_student_config(teacher, dataclasses.replace(run, student=dataclasses.replace(run.student, **own)))
-    return EarlierMixers(place, student, step, line["tokens"], contents)
+        raise _refusal(place, f"has a damaged checkpoint ({error.reason})") from error
+    data = read_json(place / "config.json").get("data", {})
+    said = {
+        "run": str(place),
+        "tokens": tokens + summary.get("earlier", {}).get("tokens", 0),
+        "text": data.get("path") or data.get("source", ""),
+        "recipe": read_json(place / "config.json")[_STAGE],
+        "line": line,
+        "contents": contents,
+    }
+    return EarlierMixers(checkpoints, step, student, said)
 
 
-def _other_settings(run: RunConfig, place: AnyPath) -> str:
-    """What the earlier run was told otherwise of its mixers, in words."""
-    if not (before := begun_student(place)):
-        return "has no config.json"
-    now = json.loads(json.dumps(dataclasses.asdict(run.student)))
-    now |= {f"options.{name}": value for name, value in now.pop("options").items()}
-    default = dataclasses.asdict(Student())
-    for name in sorted((before.keys() | now.keys()) - {*_OF_SOFTMAX, *_OF_BEGINNING, "options"}):
-        was, value = (settings.get(name, default.get(name)) for settings in (before, now))
-        if was != value:
-            return f"was told config.student.{name} {was!r}, and this one {value!r}"
+def _refusal(place: AnyPath, wrong: str) -> ValueError:
+    return ValueError(
+        f"config.student.init_from {place} {wrong}; expected the work directory of a run with --config.stages={_STAGE} "
+        "of this teacher to these mixers, every layer converted. Make one, or leave it out."
+    )
+
+
+def _student(settings: Mapping[str, Any]) -> Student:
+    """What the earlier run was told of its mixers."""
+    names = {field.name for field in dataclasses.fields(Student)} - {*_NOT_OF_MIXERS, "options"}
+    options = {name.removeprefix("options."): value for name, value in settings.items() if name.startswith("options.")}
+    return Student(**{name: settings[name] for name in names if name in settings}, options=options)
+
+
+def _other(run: RunConfig, place: AnyPath, depends: Mapping[str, Any]) -> str:
+    """What the earlier run has learned of that this one may not have, in words."""
+    written = fingerprint.written(place)
+    for part in ("teacher", "tokenizer"):
+        if depends[part] is None or written.get(part) != depends[part]:
+            return f"was made with another {part}"
+    if frozen := begun_setting(place, f"config.{_STAGE}.freeze"):
+        return f"has frozen {listed(frozen)} of its mixers, which no checkpoint holds"
+    rows, length = begun_setting(place, "config.data.eval_rows"), begun_setting(place, f"config.{_STAGE}.seq_len")
+    is_same_text = written.get("data", {}).get("tokens") == depends["data"]["tokens"]
+    if is_same_text and rows and length and rows * length < run.eval_tokens:
+        most = rows * length * run.data.eval_rows // run.eval_tokens
+        return (
+            f"held out {rows * length:,} tokens of the same text, of which config.data.eval_rows={run.data.eval_rows} "
+            f"holds out {run.eval_tokens:,}: it has trained on some of them ({most} would do)"
+        )
     return ""
+
+
+def _told(before: ModelConfig, now: ModelConfig) -> str:
+    """What the earlier run was told otherwise of its mixers, in words."""
+    if before.recurrent_mixer != now.recurrent_mixer:
+        return f"has config.student.mixer={before.recurrent_mixer}, and this one {now.recurrent_mixer}"
+    for field in dataclasses.fields(now.mixer):
+        was, value = (getattr(cfg.mixer, field.name) for cfg in (before, now))
+        if was != value:
+            where = "" if hasattr(Student(), field.name) else "options."
+            return f"has config.student.{where}{field.name}={was}, and this one {value}"
+    return ""
+
+
+def copied(earlier: EarlierMixers, workdir: AnyPath, student: ModelConfig, mesh: Mesh | None) -> EarlierMixers:
+    """The same mixers out of the work directory, to which they are written where they are not there yet."""
+    if earlier.student is None:
+        return earlier
+    mixers, place = load(earlier, student, mesh), workdir / _COPY
+    # Of a run that could not begin.
+    if hosts.is_first() and place.exists():
+        place.rmtree()
+    hosts.barrier()
+    with Checkpoints(place) as stored:
+        stored.save(earlier.step, {"params": mixers}, data_state={}, meta=earlier.said, wait=True)
+    return earlier._replace(place=place, student=None)
+
+
+def _copied(workdir: AnyPath) -> EarlierMixers:
+    place = workdir / _COPY
+    try:
+        if not place.is_dir():
+            raise ValueError("it is missing")
+        with Checkpoints(place, read_only=True) as stored:
+            if (step := stored.latest_step()) is None:
+                raise ValueError("nothing is in it")
+            return EarlierMixers(place, step, None, stored.restore_meta(step))
+    except ValueError as error:
+        raise _lost(place, str(error)) from error
+
+
+def _lost(place: AnyPath, wrong: str) -> ValueError:
+    return ValueError(
+        f"{place}: {wrong}; expected the mixers that the run began with. Put it back, or choose another --workdir."
+    )
 
 
 def load(earlier: EarlierMixers, student: ModelConfig, mesh: Mesh | None) -> Params:
@@ -109,19 +182,26 @@ def load(earlier: EarlierMixers, student: ModelConfig, mesh: Mesh | None) -> Par
 
     Raises ValueError where what is read is not what was saved.
     """
-    own = abstract_params(earlier.student)["stacks"]
-    trained = {i: {"mixer": stack["mixer"]} for i, stack in own.items() if earlier.student.is_aligned(i)}
+    layout = earlier.student or student
+    wanted = abstract(mesh, abstract_mixers(layout), layout)
     try:
-        with Checkpoints(earlier.run / "checkpoints" / _STAGE) as stored:
-            wanted = abstract(mesh, {"stacks": trained}, earlier.student)
-            stacks = stored.restore_params(earlier.step, wanted)["stacks"]
+        with Checkpoints(earlier.place, read_only=True) as stored:
+            mixers = stored.restore_params(earlier.step, wanted)
     except DamagedCheckpoint as error:
-        raise _damaged(earlier.run, error) from error
+        raise _lost(earlier.place, error.reason) from error
+    if earlier.student is None:
+        return mixers
 
-    def cut(stacks: Params) -> Params:
-        return {"stacks": {i: _layers(earlier.student, stacks, *_span(student, i)) for i in _converted(student)}}
+    def cut(mixers: Params) -> Params:
+        return {"stacks": {i: _layers(layout, mixers["stacks"], *_span(student, i)) for i in _converted(student)}}
 
-    return jax.jit(cut, out_shardings=shardings(mesh, jax.eval_shape(cut, stacks), student))(stacks)
+    return jax.jit(cut, out_shardings=shardings(mesh, jax.eval_shape(cut, mixers), student))(mixers)
+
+
+def abstract_mixers(student: ModelConfig) -> Params:
+    """What `load` gives, without arrays."""
+    own = abstract_params(student)["stacks"]
+    return {"stacks": {i: {"mixer": own[i]["mixer"]} for i in _converted(student)}}
 
 
 def _converted(cfg: ModelConfig) -> list[int]:
@@ -141,8 +221,12 @@ def _layers(cfg: ModelConfig, stacks: Params, start: int, stop: int) -> Params:
     return jax.tree.map(lambda x: x[start - first : stop - first], stacks[stack])
 
 
-def _damaged(place: AnyPath, error: DamagedCheckpoint) -> ValueError:
-    return ValueError(
-        f"config.student.init_from {place}: {error.reason}; expected its checkpoint of step {error.step} as it was "
-        "saved. Make the run anew, or leave init_from out."
-    )
+def described(earlier: EarlierMixers, student: ModelConfig) -> str:
+    """Where the mixers are from, and what of them fits the student no more."""
+    said = f"mixers of {earlier.said['run']}, of {earlier.said['tokens']:,} tokens of {_STAGE}"
+    first, mixer = student.first_recurrent_layer, student.recurrent_mixer
+    if first and mixer is not None and MIXERS[mixer].shares_values:
+        said += (
+            f"; their value residual was of layer 0's values, and is of layer {first}'s now, as a stage 1 would fit it"
+        )
+    return said

@@ -101,7 +101,7 @@ def finish(job: Job, student: Params, teacher: Params | None, stages: list[dict[
         cfg, student = heldout.exported_student(job.run.export, job.student, student)
         summary = heldout.evaluate_job(job, cfg, student, teacher) | {"stages": stages}
         if job.earlier is not None:
-            summary["earlier"] = {"tokens": job.earlier.tokens}
+            summary["earlier"] = job.earlier.said
         _keep(job, summary, to_do)
         scored = True
     finally:

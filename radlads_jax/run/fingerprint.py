@@ -39,7 +39,6 @@ _ADVICE = {
     "it away: the tokens in data/ are all that is read",
     "chats": "put the conversations back as they were (config.data.chats), or take them away",
     "logits": "put the stored logits back that it began with (config.teacher.logits)",
-    "init_from": "put the mixers back that it began with (config.student.init_from)",
     "frozen": "go on with the versions of jax and radlads_jax that began it, and with its first stage's batch_size and "
     "seq_len, for a calibrated start reads the first batch",
 }

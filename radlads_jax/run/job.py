@@ -184,8 +184,8 @@ def make_job(run: RunConfig, workdir: AnyPath) -> Job:
             logits = teacher_logits.find(run, depends, tokens.file, run.eval_tokens, original.vocab_size)
         depends["logits"] = teacher_logits.identity(logits)
         if run.student.init_from:
-            earlier = earlier_mixers.find(run, original, depends)
-            depends["init_from"] = earlier.contents
+            earlier = earlier_mixers.find(run, workdir, original, depends)
+            depends["init_from"] = earlier.said["contents"]
     if not is_finished or names_others(workdir, run):
         _require_same(workdir, depends)
     job = Job(
@@ -234,7 +234,7 @@ def _require_same(workdir: AnyPath, depends: dict[str, Any]) -> None:
 
 def _comparable(depends: dict[str, Any]) -> dict[str, Any]:
     """What a continuation has to have the same of; of the data, of which more is known, the tokens and documents."""
-    parts = {part: depends[part] for part in ("teacher", "tokenizer", "logits", "init_from") if part in depends}
+    parts = {part: depends[part] for part in ("teacher", "tokenizer", "logits") if part in depends}
     data = depends.get("data", {})
     chats = {"chats": depends["chats"]["tokens"]} if "chats" in depends else {}
     return parts | {part: data[part] for part in ("tokens", "documents") if part in data} | chats

@@ -6,7 +6,7 @@ All of it together costs seconds. Over several hosts every process takes part, a
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from rich.console import Console
 from pallas_kernels import dispatch
 from radlads_jax.data import pipeline
 from radlads_jax.data.tokenise import prompt_beginning
-from radlads_jax.distill.program import abstract_state
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.student_config import layers_to_choose
 from radlads_jax.models import ModelConfig, sharding
@@ -28,13 +27,13 @@ from radlads_jax.models.state import mixer_state
 from radlads_jax.models.tree import Params
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.porting.model_card import kept_said
-from radlads_jax.porting.names import disk_tensors
 from radlads_jax.porting.writers import writer_for
 from radlads_jax.reporting.run_log import ranges
-from radlads_jax.run import ending, fingerprint, heldout, rates
+from radlads_jax.run import earlier_mixers, ending, fingerprint, heldout, rates
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.job import Job
 from radlads_jax.run.teacher_weights import TeacherWeights
+from radlads_jax.run.to_write import bytes_to_write, exported
 from radlads_jax.run.tokens import described, described_chats
 from radlads_jax.system import hosts
 from radlads_jax.system.space import free_bytes, shown_bytes
@@ -71,6 +70,8 @@ def check(job: Job, teacher: TeacherWeights, *, force: bool = False, whole: bool
         findings = [disk(job), data(job), Finding("rates", rates.described(map(job.stage_plan, job.run.stages)))]
         findings += [stored_logits(job)] if job.logits is not None else []
         recurrent = job.student.recurrent_mixer is not None
+        if job.earlier is not None:
+            findings.append(Finding("init_from", earlier_mixers.described(job.earlier, job.student)))
         findings += [layers(job)] if recurrent and (job.student.softmax_layers or job.student.copied) else []
         findings += [softmax_layers(job)] if job.student.kept_attention is not None else []
         findings += [tokenizer(job), _checkpoints(job), export_format(job)]
@@ -88,27 +89,7 @@ def check(job: Job, teacher: TeacherWeights, *, force: bool = False, whole: bool
 
 def disk(job: Job) -> Finding:
     """What checkpoints and export will take at most, by their shapes, beside the room that disk and quota leave."""
-    directory, run = epath.Path(job.workdir), job.run
-    largest = left = 0
-    for name, recipe in run.recipes.items():
-        saved = directory / "checkpoints" / name
-        written = {path.name for path in (saved.iterdir() if saved.exists() else ()) if path.name.isdigit()}
-        if str(recipe.steps) in written:
-            continue
-        size = sum(
-            _bytes(leaf.shape, leaf.dtype)
-            for leaf in jax.tree.leaves(abstract_state(job.stage_plan(name).on_one_device()))
-        )
-        # One that was stopped between two of them has saved once more.
-        saves = max(-(-recipe.steps // run.train.checkpoint_every), len(written) + 1)
-        left += max(min(run.train.keep_checkpoints, saves) - len(written), 0) * size
-        # An old checkpoint is deleted only after its successor is whole.
-        largest = max(largest, size if saves > run.train.keep_checkpoints else 0)
-    left += largest
-    if fingerprint.finished(job.workdir, run.stages) is None:
-        form = writer_for(job.student, run.export.engine)
-        tensors = disk_tensors(form.written(_retied(job))).values()
-        left += sum(_bytes(location.disk_shape, run.export.dtype) for location in tensors)
+    left = bytes_to_write(job)
     room, of_what = _room(job)
     if room is None:
         return Finding("disk", f"at most {shown_bytes(left)} to write; how much a bucket has left is not known")
@@ -134,11 +115,6 @@ def _room(job: Job) -> tuple[int | None, str]:
     if free is not None and free < left:
         return free, "free"
     return left, f"left of config.train.disk_gb={quota:g}, of which {shown_bytes(used)} are taken"
-
-
-def _retied(job: Job) -> ModelConfig:
-    """The student as it is exported."""
-    return dataclasses.replace(job.student, tie_embeddings=job.student.tie_embeddings or job.run.export.retie)
 
 
 def stored_logits(job: Job) -> Finding:
@@ -213,7 +189,7 @@ def _kept(student: ModelConfig) -> str:
 def export_format(job: Job) -> Finding:
     """The format that the student will be exported in, whether it has a place for all of it, and what loads it."""
     form = writer_for(job.student, job.run.export.engine)
-    retied = _retied(job)
+    retied = exported(job)
     if job.to_choose:
         # Layers that are chosen follow no interval, nor do the first ones.
         retied = _with_first_layers(retied, job.to_choose)
@@ -394,7 +370,3 @@ def _print(findings: list[Finding]) -> None:
         style = "red" if problem else None
         line = f"  {'NO' if problem else 'ok'}  {name:12} {result}"
         console.print(line, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-
-def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
-    return math.prod(shape) * jnp.dtype(dtype).itemsize

@@ -34,17 +34,9 @@ _FREE_FIELDS = (*_FREE_OF_TRAIN, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.
 # What only stages of conversations read, beside their recipes.
 _OF_CHATS = ("data.chats", "data.messages_field", "data.replay")
 # Where a run that knows what it depends on by contents may find the same elsewhere.
-_PATH_FIELDS = (
-    "teacher.path",
-    "teacher.revision",
-    "data.path",
-    "data.revision",
-    "data.tokenizer",
-    "data.chats",
-)
-# And what a finished one reads no more; to begin with some, or without, is another run.
+_PATH_FIELDS = ("teacher.path", "teacher.revision", "data.path", "data.revision", "data.tokenizer", "data.chats")
+# And what a finished one reads no more.
 _LOGITS = "config.teacher.logits"
-_GIVEN = (_LOGITS, "config.student.init_from")
 # What switches of the student were before they were true, false or none.
 _FORMER_SWITCHES = {"": None, "on": True, "off": False}
 
@@ -147,8 +139,8 @@ def check_same_config(workdir: storage.AnyPath, config: dict) -> list[str]:
     if not begun:
         return []
     by_contents = [f"config.{field}" for field in _PATH_FIELDS]
-    now = flat_settings(config)
-    by_contents += [name for name in _GIVEN if bool(begun.get(name)) == bool(now.get(name))]
+    if bool(begun.get(_LOGITS)) == bool(flat_settings(config).get(_LOGITS)):
+        by_contents.append(_LOGITS)
     has_contents = (workdir / "fingerprint.json").exists()
     changed = _changed(begun, config, except_for=by_contents if has_contents else ())
     settled = settled_stages(workdir)

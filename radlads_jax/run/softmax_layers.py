@@ -52,6 +52,7 @@ def decide(job: Job, teacher: TeacherWeights) -> Job:
 def _beside(job: Job, teacher: Params) -> Student:
     """What stands in the layers that are not kept: an earlier run's mixers, where the student begins with some."""
     if (earlier := job.earlier) is not None:
+        assert earlier.student is not None  # a run that has begun has chosen
         # Nobody asks for its logits: it needs no head of its own.
         cfg = dataclasses.replace(earlier.student, tie_embeddings=job.teacher.tie_embeddings)
         return Student(cfg, whole_student(cfg, teacher, earlier_mixers.load(earlier, cfg, job.mesh)))

@@ -149,7 +149,7 @@ def _identity(job: Job, name: str) -> str:
     rows = (run.eval_tokens, run.data.cross_document, run.data.replay)
     told = (run.seed, run.stages, softened, job.student, run.student, run.optim, recipe, rows, RATE_FACTORS)
     depends = {part: job.depends.get(part) for part in ("teacher", "tokenizer", "data", "chats", "logits")}
-    depends |= {part: job.depends[part] for part in ("init_from",) if part in job.depends}
+    depends |= {"init_from": job.depends["init_from"]} if "init_from" in job.depends else {}
     return digest([repr(told), depends])
 
 

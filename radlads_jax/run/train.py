@@ -56,6 +56,9 @@ def convert(
         begun()
         return ending.go_on(job, summary)
     fingerprint.begin(job.workdir, job.depends)
+    if job.earlier is not None:
+        earlier = earlier_mixers.copied(job.earlier, job.workdir, job.student, job.mesh)
+        job = dataclasses.replace(job, earlier=earlier)
     weights = teacher or TeacherWeights(job)
     project, settings = job.run.train.wandb_project, job.run.settings()
     wandb = WandbCurves(job.workdir, project, settings) if project and hosts.is_first() else None
@@ -294,7 +297,7 @@ def _show_start(job: Job, student: Params, teacher: Params) -> None:
     fresh, earlier = job.run.student.fresh_qkvo, job.earlier
     show(transfer_table(job.student, student, teacher, fresh_qkvo=fresh, earlier=earlier is not None))
     if earlier is not None:
-        say(f"its mixers are those of {earlier.run}, trained on {earlier.tokens:,} tokens of stage 1")
+        say(f"the converted layers begin with {earlier_mixers.described(earlier, job.student)}")
 
 
 def _frozen_params(job: Job, name: str, teacher: TeacherWeights) -> Params:

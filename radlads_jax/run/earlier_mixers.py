@@ -68,16 +68,13 @@ def find(run: RunConfig, workdir: AnyPath, teacher: ModelConfig, depends: Mappin
     settings, stages = begun_student(place), trained_stages(place) or []
     if not settings or stages[:1] != [_STAGE]:
         raise _refusal(place, "is no run that has begun with stage 1 and is done")
-    kept = settings.get("attention_layers") or settings.get("attention_every")
-    own: dict[str, Any] = {name: getattr(Student(), name) for name in _NOT_OF_MIXERS}
-    before, now = _student(settings), dataclasses.replace(run.student, **own)
-    student, expected = (make_student_config(teacher, dataclasses.replace(run, student=s)) for s in (before, now))
-    if wrong := (
-        "has kept softmax attention in some layers" if kept else _other(run, place, depends) or _told(student, expected)
-    ):
+    if wrong := _other(run, place, settings, depends):
         raise _refusal(place, wrong)
-    summary = read_json(place / "summary.json")
-    line = summary["stages"][0]
+    student = _every_layer(teacher, run, _student(settings))
+    if wrong := _told(student, _every_layer(teacher, run, run.student)):
+        raise _refusal(place, wrong)
+    summary, config = (read_json(place / name) for name in ("summary.json", "config.json"))
+    line, text = summary["stages"][0], config.get("data", {})
     step, tokens = line.get("steps"), line.get("tokens")
     checkpoints = place / "checkpoints" / _STAGE
     if not isinstance(tokens, int) or not (checkpoints / str(step)).exists():
@@ -87,12 +84,11 @@ def find(run: RunConfig, workdir: AnyPath, teacher: ModelConfig, depends: Mappin
             contents = stored.contents(step)
     except DamagedCheckpoint as error:
         raise _refusal(place, f"has a damaged checkpoint ({error.reason})") from error
-    data = read_json(place / "config.json").get("data", {})
     said = {
         "run": str(place),
         "tokens": tokens + summary.get("earlier", {}).get("tokens", 0),
-        "text": data.get("path") or data.get("source", ""),
-        "recipe": read_json(place / "config.json")[_STAGE],
+        "text": text.get("path") or text.get("source", ""),
+        "recipe": config[_STAGE],
         "line": line,
         "contents": contents,
     }
@@ -106,6 +102,12 @@ def _refusal(place: AnyPath, wrong: str) -> ValueError:
     )
 
 
+def _every_layer(teacher: ModelConfig, run: RunConfig, student: Student) -> ModelConfig:
+    """The student of which every layer is converted, of what it is told of its mixers."""
+    others: dict[str, Any] = {name: getattr(Student(), name) for name in _NOT_OF_MIXERS}
+    return make_student_config(teacher, dataclasses.replace(run, student=dataclasses.replace(student, **others)))
+
+
 def _student(settings: Mapping[str, Any]) -> Student:
     """What the earlier run was told of its mixers."""
     names = {field.name for field in dataclasses.fields(Student)} - {*_NOT_OF_MIXERS, "options"}
@@ -113,8 +115,10 @@ def _student(settings: Mapping[str, Any]) -> Student:
     return Student(**{name: settings[name] for name in names if name in settings}, options=options)
 
 
-def _other(run: RunConfig, place: AnyPath, depends: Mapping[str, Any]) -> str:
-    """What the earlier run has learned of that this one may not have, in words."""
+def _other(run: RunConfig, place: AnyPath, settings: Mapping[str, Any], depends: Mapping[str, Any]) -> str:
+    """What the earlier run has learned from, or not, that this one can not begin with, in words."""
+    if settings.get("attention_layers") or settings.get("attention_every"):
+        return "has kept softmax attention in some layers"
     written = fingerprint.written(place)
     for part in ("teacher", "tokenizer"):
         if depends[part] is None or written.get(part) != depends[part]:

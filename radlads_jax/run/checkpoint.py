@@ -52,7 +52,6 @@ class Checkpoints:
             preservation_policy=ocp.checkpoint_managers.LatestN(n=keep),
             cleanup_tmp_directories=not read_only,
             create=not read_only,
-            read_only=read_only,
         )
         registry = ocp.handlers.create_default_handler_registry(
             state=ocp.PyTreeCheckpointHandler(),

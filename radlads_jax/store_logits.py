@@ -62,10 +62,8 @@ def main(values: flags.FlagValues) -> int:
         hosts.require_same({"--output": str(output)} | settings.flat_settings(chosen.to_dict()))
         with held(output), backend.room_for("teacher and rows do", _LESS_MEMORY):
             # Nothing of the student is asked for, nor logits that are there.
-            teacher, student = (
-                dataclasses.replace(run.teacher, logits=""),
-                dataclasses.replace(run.student, init_from=""),
-            )
+            teacher = dataclasses.replace(run.teacher, logits="")
+            student = dataclasses.replace(run.student, init_from="")
             job = make_job(dataclasses.replace(run, teacher=teacher, student=student), output)
             stored = storing.store(job, output, values.precision)
     except refusals() as error:

@@ -132,13 +132,14 @@ def transfer_table(
         table.add_column(column)
     counts = dict.fromkeys(("teacher", "new", _EARLIER), 0)
     for path, leaf in path_leaves(student).items():
-        if _in_changed_mixer(cfg, path):
-            from_teacher = path in of_attention and not (fresh_qkvo and cfg.is_converted(int(path.split("/")[1])))
+        in_changed = _in_changed_mixer(cfg, path)
+        in_converted = in_changed and cfg.is_converted(int(path.split("/")[1]))
+        if in_changed:
+            from_teacher = path in of_attention and not (fresh_qkvo and in_converted)
         else:
             from_teacher = path in teacher_paths
         source = "teacher" if from_teacher or path == "head/kernel" else "new"
-        if earlier and _in_changed_mixer(cfg, path) and cfg.is_converted(int(path.split("/")[1])):
-            source = _EARLIER
+        source = _EARLIER if earlier and in_converted else source
         counts[source] += leaf.size
         of_embedding = " (embedding)" if path == "head/kernel" and not from_teacher else ""
         table.add_row(path, " x ".join(map(str, leaf.shape)), source + of_embedding)

@@ -154,9 +154,8 @@ def _recipe(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
     ]
     stages = [(name, run[name], done.get(name, {})) for name in done or run["stages"]]
     if earlier := (summary or {}).get("earlier"):
-        stages.insert(
-            0, ("stage1, of an earlier run", earlier["recipe"], earlier["line"] | {"tokens": earlier["tokens"]})
-        )
+        line = earlier["line"] | {"tokens": earlier["tokens"]}
+        stages.insert(0, ("stage1, of an earlier run", earlier["recipe"], line))
     for name, stage, of_stage in stages:
         # Those of a sweep are not the recipe's.
         taken = stage | of_stage.get("rates", {})

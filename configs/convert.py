@@ -17,9 +17,9 @@ What one needs, each as --config.<name>=<value> (radlads_jax/config.py has them 
     student.mixer            rad_rwkv7, rad_rwkv6, or gdn (Gated DeltaNet, exported as Qwen3.5)
     student.attention_layers layers that stay softmax attention, e.g. 3,7,11; none by default
                              auto:N chooses N of them by forward passes of the teacher, before the run
-    student.init_from        a run of stage 1 alone, of the same teacher and mixer and all layers: with its mixers the
-                             student begins, and auto:N chooses; then --config.stages=stage2 is enough
     student.attention_every  or every N-th layer: 4 keeps 3, 7, 11, ...
+    student.init_from        a run whose stage 1 has converted all layers of the same teacher to the same mixer: with
+                             its mixers the student begins, and auto:N chooses; --config.stages=stage2 is enough then
     data.source, data.path   text (a file or a directory of .txt; documents are parted by data.separator, two empty
                              lines), jsonl or parquet (data.text_field), hf (a dataset's directory or hub id; data.name,
                              data.split, data.streaming), binidx (the prefix of .bin and .idx, or what

@@ -26,7 +26,7 @@ class Student:
     (as many as the teacher's) or "cloned" (as many as of q). shortest_half_life, longest_half_life, conv_qk, conv_v,
     gate_std: of gdn's start (models.gdn.GdnOptions); 0 and "" = the mixer's choice. fresh_qkvo: q, k, v, o start fresh
     in place of the teacher's. init: "published", or "calibrated" by what the teacher does on one batch; calibrate:
-    which parts (docs/METHOD.md; none = the mixer's choice). init_from: the directory of a run of stage 1 alone that has
+    which parts (docs/METHOD.md; none = the mixer's choice). init_from: the work directory of a run whose stage 1 has
     converted every layer of the same teacher to the same mixer; the converted layers begin with its mixers, and auto:N
     chooses by them. options: what has no field here, by the name of the mixer's option.
     """

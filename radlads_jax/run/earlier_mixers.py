@@ -230,7 +230,5 @@ def described(earlier: EarlierMixers, student: ModelConfig) -> str:
     said = f"mixers of {earlier.said['run']}, of {earlier.said['tokens']:,} tokens of {_STAGE}"
     first, mixer = student.first_recurrent_layer, student.recurrent_mixer
     if first and mixer is not None and MIXERS[mixer].shares_values:
-        said += (
-            f"; their value residual was of layer 0's values, and is of layer {first}'s now, as a stage 1 would fit it"
-        )
+        said += f"; their value residual has learned with layer 0's values and gets layer {first}'s"
     return said

@@ -10,7 +10,7 @@ import pytest
 import tiny_run
 from jax.sharding import AbstractMesh, AxisType
 from safetensors.numpy import load_file
-from untrained import TEACHER, random_mixers, random_params, save_teacher, student_of
+from untrained import TEACHER, TEACHER_WITH_GDN, random_mixers, random_params, save_teacher, student_of
 
 from radlads_jax.config import Mesh, RunConfig
 from radlads_jax.distill.align import align_loss
@@ -34,24 +34,7 @@ from radlads_jax.reporting.run_log import read_run
 from radlads_jax.run.metrics import MetricsLogger
 from radlads_jax.student import Student
 
-# Sizes in the proportions of the published ones: a softmax head makes two value heads, RoPE turns a part of it.
-OWN = ModelConfig(
-    "qwen3_5_text",
-    300,
-    32,
-    48,
-    2,
-    1,
-    16,
-    (("gdn", 1), ("attention", 2)),
-    qk_norm=True,
-    zero_centred_norms=True,
-    output_gate=True,
-    rotary_size=8,
-    tie_embeddings=True,
-    max_position_embeddings=512,
-    mixer=GdnOptions(2, 4, 8, 8),
-)
+OWN = TEACHER_WITH_GDN
 
 
 def student(teacher: ModelConfig = OWN, **fields) -> ModelConfig:

@@ -10,12 +10,10 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from untrained import TEACHER, save_teacher
+from untrained import TEACHER, TEACHER_WITH_GDN, save_teacher
 
 from radlads_jax import config
 from radlads_jax.distill import mesh as mesh_lib
-from radlads_jax.models import ModelConfig
-from radlads_jax.models.gdn import GdnOptions
 from radlads_jax.models.tree import Params, flatten
 from radlads_jax.run import earlier_mixers, softmax_layers
 from radlads_jax.run.job import Job, make_job
@@ -25,23 +23,7 @@ from radlads_jax.run.train import convert, student_after
 
 CFG = dataclasses.replace(TEACHER, stacks=(("attention", 4),), max_position_embeddings=512)
 # Its layer 0 is gdn already, and softmax attention around layer 3, which is so too.
-OWN = ModelConfig(
-    "qwen3_5_text",
-    300,
-    32,
-    48,
-    2,
-    1,
-    16,
-    (("gdn", 1), ("attention", 2), ("gdn", 1), ("attention", 1)),
-    qk_norm=True,
-    zero_centred_norms=True,
-    output_gate=True,
-    rotary_size=8,
-    tie_embeddings=True,
-    max_position_embeddings=512,
-    mixer=GdnOptions(2, 4, 8, 8),
-)
+OWN = dataclasses.replace(TEACHER_WITH_GDN, stacks=(("gdn", 1), ("attention", 2), ("gdn", 1), ("attention", 1)))
 
 
 @pytest.fixture(scope="module")

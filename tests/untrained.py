@@ -12,10 +12,31 @@ import numpy as np
 
 from radlads_jax.data import synthetic
 from radlads_jax.models import MIXERS, ModelConfig, abstract_params
+from radlads_jax.models.gdn import GdnOptions
 from radlads_jax.porting.save import save_params
 
 TEACHER = ModelConfig(
     "qwen2", 300, 32, 64, 4, 2, 8, (("attention", 2),), qkv_bias=True, tie_embeddings=True, max_position_embeddings=512
+)
+
+# With layers of gdn itself. Sizes in the proportions of the published ones: a softmax head makes two value heads, RoPE
+# turns a part of it.
+TEACHER_WITH_GDN = ModelConfig(
+    "qwen3_5_text",
+    300,
+    32,
+    48,
+    2,
+    1,
+    16,
+    (("gdn", 1), ("attention", 2)),
+    qk_norm=True,
+    zero_centred_norms=True,
+    output_gate=True,
+    rotary_size=8,
+    tie_embeddings=True,
+    max_position_embeddings=512,
+    mixer=GdnOptions(2, 4, 8, 8),
 )
 
 

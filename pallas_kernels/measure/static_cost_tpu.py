@@ -68,6 +68,8 @@ def compiled_in_child(request: dict[str, Any], flags: str) -> dict[str, Any] | N
             "TPU_SKIP_MDS_QUERY": "1",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "LIBTPU_INIT_ARGS": flags.format(folder=folder),
+            # A profile's traces of the stack fill gigabytes of /tmp/tpu_logs.
+            "TPU_LOG_DIR": folder,
         }
         answer = Path(folder) / "answer.json"
         command = [sys.executable, "-m", "pallas_kernels.measure.static_profile", json.dumps(request), str(answer)]

@@ -12,6 +12,7 @@ from untrained import TEACHER, random_params, save_tokenizer, student_of
 
 from radlads_jax.config import Export, RunConfig
 from radlads_jax.models.config import ModelConfig, RopeScaling
+from radlads_jax.models.gdn import GdnOptions
 from radlads_jax.porting import gguf
 from radlads_jax.porting.config_keys import read_config
 from radlads_jax.porting.hf_config import model_config_from_hf
@@ -26,6 +27,8 @@ QWEN3 = ModelConfig("qwen3", 259, 32, 48, 4, 2, 16, (("attention", 4),), qk_norm
 LLAMA = dataclasses.replace(QWEN3, family="llama", qk_norm=False, head_dim=8)
 SCALED = dataclasses.replace(LLAMA, rope_scaling=RopeScaling("llama3", 8.0))
 HYBRID, PADDED = student_of(QWEN3, "gdn", (1, 3)), student_of(LLAMA, "gdn", (1, 3))
+# As a published checkpoint might be.
+WIDE = dataclasses.replace(HYBRID, family="qwen3_5_text", mixer=GdnOptions(4, 4, 16, 32))
 USUAL = WRITERS["qwen3_5"]
 
 
@@ -50,6 +53,7 @@ def written(directory) -> dict[str, np.ndarray]:
         (QWEN3, "mlx", "no recurrent layer"),
         (PADDED, "sglang", "biases of q, k and v"),
         (student_of(SCALED, "gdn", (1, 3)), "llama.cpp", "llama3"),
+        (WIDE, "llama.cpp", "keys of 16 and values of 32 channels"),
     ],
 )
 def test_what_an_engine_does_not_load_is_named_and_refused(cfg, engine, named):

@@ -54,10 +54,11 @@ class StageConfig:
     """One stage's recipe (RADLADS section 2). Batches are of batch_size rows of seq_len tokens, in `accumulate` parts.
 
     accumulate: 0 for as many parts as leave one row to every group of devices along data and fsdp.
-    lr -> lr_final: all weights but the mixers'; mixer_lr -> mixer_lr_final: the mixers'; a quarter cosine between the
-    fractions decay_begin and decay_end of the steps, after warmup_steps from 1% to 100% (in `defaults()`: a twentieth
-    of the steps, at most 50). freeze: path regexes that are not trained. remat: "none", "dots" or "full".
-    sweep: a third, once and three times the rates are tried for `trial_steps` steps first, the best taken.
+    mixer_lr -> mixer_lr_final: the mixers that stage 1 trains; lr -> lr_final: all other weights, kept softmax layers'
+    too; a quarter cosine between the fractions decay_begin and decay_end of the steps, after warmup_steps from 1% to
+    100% (in `defaults()`: a twentieth of the steps, at most 50). freeze: path regexes that are not trained. remat:
+    "none", "dots" or "full". sweep: a third, once and three times the rates are tried for `trial_steps` steps first,
+    the best taken.
     """
 
     tokens: int = bounded(0, least=1)

@@ -7,11 +7,15 @@ import re
 
 import pytest
 from ml_collections import ConfigDict
+from untrained import student_of
 
 from radlads_jax.config import RunConfig, StageConfig, validate
+from radlads_jax.distill.optim import param_groups
 from radlads_jax.distill.program import StagePlan
 from radlads_jax.distill.student_config import make_student_config
-from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.config import KeptAttention, ModelConfig
+from radlads_jax.models.decoder import abstract_params
+from radlads_jax.models.tree import in_mixer, path_leaves, stack_of
 from radlads_jax.recipes import ALIGNING, DISTILLING, paper
 from radlads_jax.run import rates
 from radlads_jax.run.settings import check_same_config, keep_begun_rules, remember_config, with_whole_paths
@@ -109,6 +113,16 @@ def test_preflight_says_which_rate_and_why():
     assert described("stage1", 0, tokens=3_000_000, lr=1e-3, mixer_lr=1e-3) == "stage1 0.001 to 1e-05"
     apart = described("stage2a", 0, tokens=600_000_000, mixer_lr=1e-4)
     assert apart == "stage2a mixers 0.0001 to 1e-05, the rest 1e-05"
+
+
+def test_softmax_layers_that_stay_have_the_rate_of_the_rest():
+    hybrid = student_of(TEACHER, "gdn", (1,))
+    turned = dataclasses.replace(hybrid, kept_attention=KeptAttention(rope=False))
+    for student, aligned in ((hybrid, {0}), (turned, {0, 1})):
+        groups = path_leaves(param_groups(student, abstract_params(student)))
+        assert {path for path, group in groups.items() if group == "mixer"} == {
+            path for path in groups if in_mixer(path) and stack_of(path) in aligned
+        }
 
 
 def test_a_run_begun_by_other_rules_goes_on_by_them(tmp_path):

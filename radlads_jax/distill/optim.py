@@ -1,5 +1,6 @@
 """Adam, or Adafactor, with one learning rate for the mixers and one for the rest, as RADLADS section 2 trains them."""
 
+import functools
 import math
 from typing import Any
 
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from radlads_jax.config import Optim, StageConfig
+from radlads_jax.distill.stages import is_aligned_mixer
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.tensors import tensor_of
-from radlads_jax.models.tree import Params, in_mixer, joined, stack_of
+from radlads_jax.models.tree import Params, joined, stack_of
 
 
 def make_optimizer(stage: StageConfig, optim: Optim, cfg: ModelConfig) -> optax.GradientTransformation:
@@ -25,7 +27,7 @@ def make_optimizer(stage: StageConfig, optim: Optim, cfg: ModelConfig) -> optax.
     if optim.weight_decay > 0:
         steps.append(_decayed_matrices(optim.weight_decay, cfg))
     groups = {name: optax.scale_by_learning_rate(schedule) for name, schedule in learning_rates(stage).items()}
-    return optax.chain(*steps, optax.partition(groups, param_groups))
+    return optax.chain(*steps, optax.partition(groups, functools.partial(param_groups, cfg)))
 
 
 def _adam(optim: Optim) -> optax.GradientTransformation:
@@ -120,10 +122,13 @@ def _quarter_cosine(stage: StageConfig, init: float, final: float) -> optax.Sche
     return schedule
 
 
-def param_groups(params: Params) -> Params:
-    """The group's name of every parameter: "mixer" for what stands in a mixer, "rest" for all others."""
+def param_groups(cfg: ModelConfig, params: Params) -> Params:
+    """The group's name of every parameter: "mixer" for what stage 1 aligns, "rest" for all others.
+
+    Softmax layers that stay, and a teacher's own recurrent ones, are of the rest: they begin as the teacher's.
+    """
 
     def name(path: tuple, _: Any) -> str:
-        return "mixer" if in_mixer(joined(path)) else "rest"
+        return "mixer" if is_aligned_mixer(joined(path), cfg) else "rest"
 
     return jax.tree_util.tree_map_with_path(name, params)

@@ -5,10 +5,10 @@ import re
 
 from radlads_jax.config import RunConfig, Teacher
 from radlads_jax.distill.program import trains
-from radlads_jax.distill.stages import STAGES
+from radlads_jax.distill.stages import STAGES, is_aligned_mixer
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import abstract_params
-from radlads_jax.models.tree import in_mixer, path_leaves
+from radlads_jax.models.tree import path_leaves
 
 # Of those that a message names.
 _NAMED_PATHS = 3
@@ -68,7 +68,7 @@ def check_trainable(run: RunConfig, student: ModelConfig) -> None:
                 f"none; expected some. They are {', '.join(unfrozen[:_NAMED_PATHS]) or 'none without it either'}: "
                 "freeze fewer, or leave the stage out of config.stages."
             )
-        rates = sorted({"mixer_lr" if in_mixer(path) else "lr" for path in trained})
+        rates = sorted({"mixer_lr" if is_aligned_mixer(path, student) else "lr" for path in trained})
         if not any(getattr(recipe, rate) for rate in rates):
             asked = " and ".join(f"config.{name}.{rate} 0" for rate in rates)
             raise ValueError(

@@ -21,7 +21,7 @@ def described(plans: Iterable[StagePlan]) -> str:
 def _stage(plan: StagePlan) -> str:
     name, recipe = plan.name, plan.recipe
     trained, _ = abstract_student(plan.on_one_device())
-    groups = set(jax.tree.leaves(param_groups(trained)))
+    groups = set(jax.tree.leaves(param_groups(plan.student, trained)))
     rates = {what: _span(recipe, field) for group, (field, what) in _GROUPS.items() if group in groups}
     same = len(set(rates.values())) == 1
     said = [next(iter(rates.values())) if same else ", ".join(f"{what} {rate}" for what, rate in rates.items())]

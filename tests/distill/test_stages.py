@@ -135,14 +135,14 @@ def loss_of(name, student_cfg, teacher_cfg):
     return loss_fn
 
 
-OPTIMIZER = make_optimizer(
-    StageConfig(tokens=10**6, lr=1e-3, mixer_lr=1e-2, warmup_steps=0), Optim(), STUDENTS["rwkv6"]
-)
+def optimizer_of(student_cfg):
+    return make_optimizer(StageConfig(tokens=10**6, lr=1e-3, mixer_lr=1e-2, warmup_steps=0), Optim(), student_cfg)
 
 
 @functools.cache
 def step_of(name, student_cfg, teacher_cfg, accumulate=1):
-    return jax.jit(make_train_step(loss_of(name, student_cfg, teacher_cfg), OPTIMIZER, accumulate=accumulate))
+    optimizer = optimizer_of(student_cfg)
+    return jax.jit(make_train_step(loss_of(name, student_cfg, teacher_cfg), optimizer, accumulate=accumulate))
 
 
 def start_of(name, pair):
@@ -150,7 +150,7 @@ def start_of(name, pair):
     student_cfg, _, teacher, mixers = pair
     student = whole_student(student_cfg, teacher, mixers) if STAGES[name].whole_student else mixers
     params, frozen = split_params(student, lambda path: STAGES[name].trainable(path, student_cfg))
-    return TrainState.create(params, OPTIMIZER), frozen, teacher
+    return TrainState.create(params, optimizer_of(student_cfg)), frozen, teacher
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", pytest.param("stage3", marks=pytest.mark.slow)])
@@ -289,7 +289,7 @@ def test_frozen_paths_are_not_in_the_optimizer():
     student = whole_student(student_cfg, teacher, mixers)
     params, frozen = split_params(student, lambda path: "mlp" not in path)
     assert all("mlp" in path for path in path_leaves(frozen))
-    assert not any("mlp" in path for path in path_leaves(TrainState.create(params, OPTIMIZER)))
+    assert not any("mlp" in path for path in path_leaves(TrainState.create(params, optimizer_of(student_cfg))))
     merged = merge_params(params, frozen)
     assert path_leaves(merged).keys() == path_leaves(student).keys()
     with pytest.raises(ValueError, match=r"parameter '\w+' .*\bboth\b"):

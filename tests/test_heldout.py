@@ -101,7 +101,7 @@ def test_scores_while_it_trains(tmp_path, capsys):
     assert scored["stage2", 5]["heldout_kl"] == pytest.approx(short["student"]["kl"], rel=1e-5)
 
 
-def test_a_step_whose_scores_fail_has_its_checkpoint(tmp_path, monkeypatch):
+def test_a_step_whose_scores_fail_has_its_checkpoint(tmp_path, monkeypatch, capsys):
     """Whatever scoring needs and does not get, the next start goes on behind the step; the run is as if undisturbed."""
     settings = tiny_run.settings(save_teacher(tmp_path), steps={"stage2": 6}) | {
         "train.eval_every": 3,
@@ -110,13 +110,16 @@ def test_a_step_whose_scores_fail_has_its_checkpoint(tmp_path, monkeypatch):
     whole = tiny_run.convert(tmp_path / "whole", settings)
     evaluate = heldout.evaluate_in_training
     for step in (3, 6):
+        capsys.readouterr()
         monkeypatch.setattr(heldout, "evaluate_in_training", fail)
         with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
             tiny_run.convert(tmp_path / "run", settings)
         assert [line["step"] for line in read_metrics(tmp_path / "run")][-1] == step
         assert (tmp_path / "run" / "checkpoints" / "stage2" / str(step)).exists()
+        assert ("stage2: step 3 is without its scores" in capsys.readouterr().out) == (step == 6)
     monkeypatch.setattr(heldout, "evaluate_in_training", evaluate)
     assert tiny_run.convert(tmp_path / "run", settings)["student"] == whole["student"]
+    assert "stage2: step 6 is without its scores" in capsys.readouterr().out
 
 
 def fail(*_: object) -> None:

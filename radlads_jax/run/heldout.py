@@ -29,6 +29,8 @@ from radlads_jax.run.job import Job
 from radlads_jax.system import hosts, storage
 from radlads_jax.system.untrusted import brief
 
+# Of a score while training, how long it took.
+SECONDS = "heldout_seconds"
 # Nats: what rounding makes of no KL at all.
 _SAME = 1e-6
 

@@ -18,6 +18,7 @@ from radlads_jax.models import placement, sharding
 from radlads_jax.models.tree import Params, merge_params, overlay_params, path_leaves, split_params
 from radlads_jax.planning.cost import model_flops
 from radlads_jax.porting.student import aligned_alone, init_mixers, transfer_table, whole_student
+from radlads_jax.reporting.metrics_file import read_metrics
 from radlads_jax.run import earlier_mixers, ending, fingerprint, heldout, sweep
 from radlads_jax.run.checkpoint import Checkpoints
 from radlads_jax.run.checkpoint_sums import DamagedCheckpoint
@@ -112,6 +113,8 @@ def _run_stage(run: _Run, name: str) -> dict[str, Any]:
     ) as checkpoints:
         newest = checkpoints.newest(lambda step: _resume(job, name, checkpoints, step))
         start, saved = newest or (0, None)
+        if _unscored(job, name, start):
+            say(f"{name}: step {start:,} is without its scores, for the run ended while they were measured")
         if saved is not None and saved.state is None:
             say(f"{name}: all {last} steps are done already")
             return _summary_line(job, name, saved.meta, sweep.taken(job, name))
@@ -131,6 +134,20 @@ def _resume(job: Job, name: str, checkpoints: Checkpoints, step: int) -> _Resume
         return _Resume(checkpoints.restore_meta(step), {})
     state, data_state, meta = checkpoints.restore(step, abstract_state(job.stage_plan(name)))
     return _Resume(meta, data_state, state)
+
+
+def _scores_after(job: Job, name: str, step: int) -> bool:
+    """Whether the student is scored after this step of a stage."""
+    every = job.run.train.eval_every if STAGES[name].whole_student else 0
+    return bool(every) and (step % every == 0 or step == job.run.stage(name).steps)
+
+
+def _unscored(job: Job, name: str, step: int) -> bool:
+    """Whether the step is saved and logged, and its scores are not."""
+    if not (_scores_after(job, name, step) and hosts.is_first()):
+        return False
+    logged = [line for line in read_metrics(job.workdir) if (line["stage"], line["step"]) == (name, step)]
+    return bool(logged) and not any(heldout.SECONDS in line for line in logged)
 
 
 class _StageRun:
@@ -169,7 +186,7 @@ class _StageRun:
             stop, wants_line = policy.ask(step)
             must_save = step == self.recipe.steps or stop is not None
             late = late or self.checkpoints.due(step)
-            if must_save or late or wants_line or self._evaluates(step):
+            if must_save or late or wants_line or _scores_after(self.job, self.name, step):
                 jax.block_until_ready(state.step)
                 pace = self.clock.tick(step)
                 self._flush()
@@ -180,11 +197,11 @@ class _StageRun:
                 late = False
                 self._save(step, state)
             if stop is not None:
-                if self._evaluates(step):
+                if _scores_after(self.job, self.name, step):
                     self.run.logger.say(f"{self.name}: the scores after step {step:,} are left out, for it is stopped")
                 self.checkpoints.wait()
                 raise Interrupted(stop, f"step {step} of {self.recipe.steps} of {self.name}")
-            if self._evaluates(step):
+            if _scores_after(self.job, self.name, step):
                 self._score(step, state, frozen, teacher)
 
     def _begin(self, saved: _Resume | None) -> tuple[TrainState, Params]:
@@ -202,11 +219,6 @@ class _StageRun:
         del student
         return create_state(self.plan, params), frozen
 
-    def _evaluates(self, step: int) -> bool:
-        """Whether the student is scored after this step."""
-        every = self.options.eval_every if STAGES[self.name].whole_student else 0
-        return bool(every) and (step % every == 0 or step == self.recipe.steps)
-
     def _score(self, step: int, state: TrainState, frozen: Params, teacher: Params | None) -> None:
         """Scores the student on held-out rows, beside its teacher where the stage has its weights; logs and says it.
 
@@ -214,7 +226,7 @@ class _StageRun:
         """
         begun = time.monotonic()
         scores = heldout.evaluate_in_training(self.job, merge_params(state.params, frozen), teacher)
-        self.run.logger.add(scores | {"heldout_seconds": time.monotonic() - begun})
+        self.run.logger.add(scores | {heldout.SECONDS: time.monotonic() - begun})
         self.run.logger.say(f"{self.name}: after step {step:,} {heldout.in_words(scores)}", style="")
         self.clock.start(step)
 

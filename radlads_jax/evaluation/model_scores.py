@@ -1,6 +1,7 @@
 """All that is asked of the models, tasks and probes, and where the results go."""
 
 import itertools
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +19,10 @@ from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.system import storage
 from radlads_jax.system.json_files import read_json, write_json
 
-# Of an evaluation: what it is of, and what may be measured.
-_OF_MODELS = ("model", "teacher", "dtype")
+# Of an evaluation: what it is of and how it was asked, what may be measured, and there what says how much of it.
+_OF_MODELS = ("model", "teacher", "dtype", "limit", "seed", "probe_text")
 _PARTS = ("tasks", "probes", "kl")
+_AMOUNTS = ("documents", "num_fewshot", "lengths", "positions", "samples", "sizes")
 # Writes down a role's part of the results.
 _Keep = Callable[[str, str, dict[str, Any]], None]
 
@@ -49,7 +51,7 @@ def output_directory(model: str, output: str | None) -> storage.AnyPath:
 def keep_earlier(directory: storage.AnyPath, result: Mapping[str, Any]) -> None:
     """Writes an evaluation that the new one does not replace to evaluation-N.json and .md, and says so.
 
-    It is of other models, or has what the new one lacks: tasks, probes or KL.
+    It is of other models or settings, or has what the new one lacks: a task, a kind or length of probes, KL, a role.
     """
     path = directory / "evaluation.json"
     if not path.exists():
@@ -57,10 +59,10 @@ def keep_earlier(directory: storage.AnyPath, result: Mapping[str, Any]) -> None:
     try:
         earlier = read_json(path, "It is kept by another name.")
         of = [earlier.get(name) for name in _OF_MODELS]
-        parts = {name for name in _PARTS if earlier.get(name)}
+        measured = _measurements(earlier)
     except ValueError:  # not one of ours
-        of, parts = [], set()
-    if of == [result.get(name) for name in _OF_MODELS] and parts <= {name for name in _PARTS if result.get(name)}:
+        of, measured = [], set()
+    if of == [result.get(name) for name in _OF_MODELS] and measured <= _measurements(result):
         return
     number = next(n for n in itertools.count(1) if not (directory / f"evaluation-{n}.json").exists())
     for suffix in ("json", "md"):
@@ -68,6 +70,20 @@ def keep_earlier(directory: storage.AnyPath, result: Mapping[str, Any]) -> None:
             storage.copy_file(old, directory / f"evaluation-{number}.{suffix}")
     place = directory / f"evaluation-{number}.json"
     console.print(f"what was evaluated here before is in {place} now", markup=False, soft_wrap=True)
+
+
+def _measurements(result: Mapping[str, Any], path: str = "") -> set[str]:
+    """The name of everything that was measured, and with each of `_AMOUNTS` its value."""
+    found: set[str] = set()
+    for name, value in result.items() if path else [(name, result.get(name)) for name in _PARTS]:
+        place = f"{path}/{name}"
+        if name in _AMOUNTS:
+            found.add(f"{place}={json.dumps(value)}")
+        elif isinstance(value, Mapping):
+            found |= {place, *_measurements(value, place)} if value else set()
+        elif value is not None:
+            found.add(place)
+    return found
 
 
 def wants_probes(values: flags.FlagValues) -> bool:

@@ -13,12 +13,12 @@ import tokenizers
 import transformers
 from absl import flags
 from tokenizers import decoders
-from untrained import TEACHER, random_params, save_tokenizer
+from untrained import TEACHER, random_params, save_teacher, save_tokenizer
 
 from radlads_jax import generate
 from radlads_jax.decoding import generation
 from radlads_jax.decoding.generation import Step
-from radlads_jax.decoding.loaded import Model
+from radlads_jax.decoding.loaded import Model, load_model
 from radlads_jax.decoding.prompts import Prompt, encoded, read_prompts
 from radlads_jax.decoding.text_stream import TextStream, text_after
 from radlads_jax.decoding.writer import Writer
@@ -301,3 +301,12 @@ def test_what_does_not_fit_into_memory_is_told(model, monkeypatch):
     monkeypatch.setattr("radlads_jax.decoding.writer.compile_for", full)
     with pytest.raises(ValueError, match=r"300 tokens .*--max_tokens"):
         Writer(model, generation.GREEDY, command_line("--max_tokens=298")).texts([[1, 2]])
+
+
+def test_weights_that_do_not_fit_are_told(tmp_path, monkeypatch):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr("radlads_jax.decoding.loaded.load_params", full)
+    with pytest.raises(ValueError, match=r"weights of .*model do not fit .*JAX_PLATFORMS=cpu"):
+        load_model(save_teacher(tmp_path))

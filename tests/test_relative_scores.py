@@ -21,6 +21,7 @@ def test_published_scores_are_those_of_the_same_shape():
     large = ModelConfig("qwen2", 152064, 5120, 27648, 40, 8, 128, (("attention", 64),), qkv_bias=True)
     name, scores = paper.published_scores(large.as_student("rad_rwkv6", MIXERS["rad_rwkv6"].choose(5120)))
     assert name == "QRWKV6-32B" and scores["mmlu"] == {"student": 0.766, "teacher": 0.818}
+    assert paper.teacher_of(name) == "Qwen2.5-32B-Instruct"
     assert paper.published_scores(large) is None and paper.published_scores(STUDENT) is None
 
 
@@ -49,6 +50,7 @@ def test_comparison_and_its_page():
     assert "| arc_easy | acc | 40 | 0 | 25.0 | 26.0 | 75.0 ± 1.0 | 60.0 ± 1.0 | 70.0 | 81.5 | 81.7 | 100.4 |" in page
     assert "| text | word_perplexity | 40 | 0 |  | 26.0 | 17.12 | 17.12 |  |  |  |  |" in page
     assert "Mean relative score: 97.5, of 2 of 3 tasks" in page and "first 40 documents" in page
+    assert "QRWKV7-7B is the paper's student of this shape; its teacher is Qwen2.5-7B-Instruct" in page
     assert "first 10% of the documents of" in table.as_markdown({"model": "S", "limit": 0.1})
     beside = suite.compare(student, scores, teacher, {"arc_easy": result_of(0.3), "lambada_openai": result_of(0.1)})
     page = table.as_markdown({"model": "S", "teacher": "T", "control": {"sinks": 4, "window": 64}} | beside)

@@ -42,6 +42,7 @@ EVALUATION = {
     "relative_tasks": 1,
     "limit": 0.1,
     "published_model": "QRWKV7-7B",
+    "published_teacher": "Qwen2.5-7B-Instruct",
     "probes": {"teacher": PROBES, "student": PROBES},
 }
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -190,7 +191,7 @@ def test_numbers_of_a_finished_run(finished: pathlib.Path) -> None:
         "65.0%",
         "90.0%",
         "80.0%",
-        "QRWKV7-7B",
+        "QRWKV7-7B, made of Qwen2.5-7B-Instruct",
         "12.5",
         "32,768",
         "acc, strict-match",

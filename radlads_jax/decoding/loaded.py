@@ -86,7 +86,9 @@ def load_model(
         cfg = unrolled(cfg)
     tokenizer = load_tokenizer(directory)
     check_tokenizer(tokenizer, cfg)
-    return Model(directory, cfg, load_params(directory, cfg), tokenizer, _stop_ids(directory, tokenizer))
+    with backend.room_for(f"the weights of {directory} do", "All lie on one device: JAX_PLATFORMS=cpu takes the host."):
+        params = load_params(directory, cfg)
+    return Model(directory, cfg, params, tokenizer, _stop_ids(directory, tokenizer))
 
 
 def read_model_config(path: str | os.PathLike) -> ModelConfig:

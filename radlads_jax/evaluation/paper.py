@@ -29,7 +29,8 @@ SUITE = {
 # Of a task that is none of these: its score is the first of these that it has.
 METRICS = ("acc", "exact_match", "f1", "acc_norm")
 
-# (student's, teacher's) scores in the order of SUITE, by the student's mixer, width and number of layers.
+# (student's, teacher's) scores in the order of SUITE, by the student's mixer, width and number of layers. The teachers
+# are Qwen2.5's Instruct models.
 _PUBLISHED = {
     ("rad_rwkv6", 3584, 28): (
         "QRWKV6-7B",
@@ -57,6 +58,11 @@ _PUBLISHED = {
 def relative_score(student: float, teacher: float, chance: float) -> float | None:
     """(student - chance) / (teacher - chance); None where the teacher is not above chance."""
     return (student - chance) / (teacher - chance) if teacher > chance else None
+
+
+def teacher_of(published: str) -> str:
+    """What a student of the paper's was converted from: of QRWKV6-32B, Qwen2.5-32B-Instruct."""
+    return f"Qwen2.5-{published.split('-')[1]}-Instruct"
 
 
 def published_scores(cfg: ModelConfig) -> tuple[str, dict[str, dict[str, float]]] | None:

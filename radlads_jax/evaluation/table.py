@@ -61,6 +61,8 @@ def _task_table(result: dict[str, Any]) -> list[str]:
         "Relative is (student - chance) / (teacher - chance). Scores in percent, with standard errors; always one "
         "option is what the best constant answer scores. A teacher at the floor is within its 95% interval of chance."
     )
+    if published:
+        note += f" {published} is the paper's student of this shape; its teacher is {result['published_teacher']}."
     stuck = [line for warning in rotation.warnings(result["tasks"], roles) for line in ("", f"**{warning}**")]
     return [*lines, *stuck, "", note]
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.evaluation import rotation
 from radlads_jax.evaluation.intervals import Z
-from radlads_jax.evaluation.paper import METRICS, SUITE, published_scores, relative_score
+from radlads_jax.evaluation.paper import METRICS, SUITE, published_scores, relative_score, teacher_of
 from radlads_jax.evaluation.table import shown
 from radlads_jax.evaluation.task_code import close_templates
 from radlads_jax.models import ModelConfig
@@ -260,7 +260,7 @@ def compare(
 
     relative: (student - chance) / (teacher - chance), None where the teacher may do nothing better than chance
     (at_floor); published: the paper's scores of its student of this shape. Beside the tasks stand "mean_relative", over
-    the "relative_tasks" that have one, and "published_model".
+    the "relative_tasks" that have one, and "published_model" with "published_teacher".
     """
     name, published = published_scores(cfg) or (None, {})
     tasks = {}
@@ -282,4 +282,5 @@ def compare(
         tasks[task] = line
     relatives = [line["relative"] for line in tasks.values() if line.get("relative") is not None]
     mean = sum(relatives) / len(relatives) if relatives else None
-    return {"tasks": tasks, "mean_relative": mean, "relative_tasks": len(relatives), "published_model": name}
+    found = {"tasks": tasks, "mean_relative": mean, "relative_tasks": len(relatives), "published_model": name}
+    return found | ({"published_teacher": teacher_of(name)} if name else {})

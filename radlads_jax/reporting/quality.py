@@ -86,7 +86,7 @@ def _tasks(scores: dict[str, Any], tasks: dict[str, Any]) -> str:
     if limit := number(scores.get("limit")):
         said += f" The first {f'{100 * limit:g}% of the' if limit < 1 else amount(limit)} documents of every task."
     if published:
-        said += f" The paper's are those of {published}."
+        said += f" The paper's are those of {published}, made of {scores.get('published_teacher')}."
     return table([*columns, "chance", "metric", "docs"], rows) + f'<p class="soft">{escape(said)}</p>'
 
 

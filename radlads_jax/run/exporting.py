@@ -51,7 +51,7 @@ def export_again(
             stored,
         )
     dtype = dtype or stored
-    params = load_params(source, cfg, dtype=dtype)
+    params = load_params(source, cfg, dtype=dtype, shardings=backend.host())
     if retie and not cfg.tie_embeddings:
         params = _for_one_matrix(params, cfg, source)
     if cfg.tie_embeddings and untie:

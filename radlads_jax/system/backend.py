@@ -37,6 +37,14 @@ def require() -> None:
         ) from error
 
 
+def host() -> jax.sharding.Sharding | None:
+    """Where arrays lie in the host's memory; None where JAX_PLATFORMS has no CPU among its devices."""
+    try:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it is jax's error of a device's memory."""
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)

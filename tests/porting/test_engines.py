@@ -98,6 +98,20 @@ def test_one_engines_directory_becomes_anothers(tmp_path):
     assert cards[2] == cards[0]
 
 
+def test_another_form_is_written_from_the_hosts_memory(tmp_path, monkeypatch):
+    """A model that a pod has trained fits into no single device."""
+    first, load, places = saved(tmp_path / "first", HYBRID), exporting.load_params, []
+
+    def noted(*args, shardings, **options):
+        places.append(shardings)
+        return load(*args, shardings=shardings, **options)
+
+    monkeypatch.setattr(exporting, "load_params", noted)
+    exporting.export_again(first, tmp_path / "second", writer="mlx")
+    (place,) = places
+    assert {device.platform for device in place.device_set} == {"cpu"}
+
+
 def test_a_bias_of_o_that_is_not_0_does_not_go(tmp_path):
     source = saved(tmp_path / "mlx", PADDED, writer="mlx")
     cfg = model_config_from_hf(read_config(source))

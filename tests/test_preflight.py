@@ -108,6 +108,13 @@ def test_an_untrained_teacher_is_refused_unless_forced(untrained, tmp_path, caps
     assert holds(check(job, force=True))
 
 
+def test_weights_that_are_read_narrower_than_they_are_stored_are_said(untrained, tmp_path, capsys):
+    for name, source, dtype in (("a", untrained, "bfloat16"), ("b", untrained, "float32"), ("c", TEACHER, "bfloat16")):
+        check(make(settings(source, teacher__dtype=dtype), tmp_path / name), force=True)
+        rounded = "stored as float32 are rounded to bfloat16" in lines(capsys.readouterr().out)["teacher"]
+        assert rounded == (name == "a")
+
+
 def test_the_teacher_is_judged_by_all_tokens_also_where_a_stage_counts_few(tmp_path, monkeypatch):
     job = make(settings(), tmp_path / "run")
     teacher, batches = job.load_teacher("float32"), job_lib.Job.batches

@@ -27,6 +27,7 @@ from radlads_jax.models.state import mixer_state
 from radlads_jax.models.tree import Params
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.porting.model_card import kept_said
+from radlads_jax.porting.model_tensors import model_tensors
 from radlads_jax.porting.writers import writer_for
 from radlads_jax.reporting.run_log import ranges
 from radlads_jax.run import earlier_mixers, ending, fingerprint, heldout, rates
@@ -334,7 +335,9 @@ def _teacher_loss(job: Job, teacher: Params) -> Finding:
     batch["loss_mask"] = np.pad((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] > 0), ((0, 0), (0, 1))).astype(np.float32)
     measured = heldout.evaluate(job.teacher, teacher, [batch], rows, mesh=job.mesh)
     loss, chance = measured["student"]["loss"], math.log(job.teacher.vocab_size)
-    result = f"loss {loss:.3f} on the first {measured['tokens']:,} tokens; that of chance is {chance:.3f}"
+    result = (
+        f"loss {loss:.3f} on the first {measured['tokens']:,} tokens; that of chance is {chance:.3f}{_rounded(job)}"
+    )
     if loss < _NEAR_CHANCE * chance:
         return Finding("teacher", result)
     return Finding(
@@ -345,6 +348,17 @@ def _teacher_loss(job: Job, teacher: Params) -> Finding:
         "weights are trained and whole, that data and teacher have one tokenizer (config.data.tokenizer, or the one "
         "that made the token file), and that the text is of a language that the teacher knows.",
     )
+
+
+def _rounded(job: Job) -> str:
+    """Said of a teacher that is read in a narrower dtype than it is stored in."""
+    if job.source is None or job.run.teacher.dtype != "bfloat16":
+        return ""
+    stored = {str(tensor.dtype) for tensor in model_tensors(job.source, job.teacher).values()} - {"bfloat16"}
+    if not stored:
+        return ""
+    names, kept = " and ".join(sorted(stored)), "config.teacher.dtype=float32 leaves them as they are"
+    return f"; weights stored as {names} are rounded to bfloat16, also those that mixers begin with ({kept})"
 
 
 def _kernels(job: Job) -> Finding:

@@ -57,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # Stage 2a keeps the mixers' rate high, and lets it fall near the end.
     config.stage2a.mixer_lr = 1e-4
     if known.lr:
-        for stage in (config.stage2, config.stage2a, config.stage3):
+        for stage in (config.stage2, config.stage2a, config.stage2c, config.stage3):
             stage.lr = stage.lr_final = stage.mixer_lr = stage.mixer_lr_final = known.lr
         config.stage2a.mixer_lr = 10 * known.lr
     return config

@@ -142,9 +142,11 @@ def test_converts_arguments():
     convert = ROOT / "configs/convert.py"
     run = validate(complete(load(convert, "lr=1e-4")))
     assert run.stages == ("stage1", "stage2")
-    assert (run.stage2.lr, run.stage2.lr_final, run.stage2.mixer_lr, run.stage2.mixer_lr_final) == (1e-4,) * 4
+    for name in set(STAGE_NAMES) - {"pretrain", "stage1"}:
+        stage = run.stage(name)
+        mixer_lr = 1e-3 if name == "stage2a" else 1e-4
+        assert (stage.lr, stage.lr_final, stage.mixer_lr, stage.mixer_lr_final) == (1e-4, 1e-4, mixer_lr, 1e-4), name
     assert (run.stage1.lr, run.stage1.mixer_lr) == (1e-3, 1e-3)
-    assert (run.stage2a.mixer_lr, run.stage2a.mixer_lr_final) == (1e-3, 1e-4)
     assert validate(complete(load(convert, "long=true,lr=2e-5"))).stages == ("stage1", "stage2a")
     assert validate(complete(load(convert))) == validate(complete(load(convert, "")))
 

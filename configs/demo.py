@@ -21,6 +21,7 @@ mixers from nothing. With a tenth,
 from ml_collections import ConfigDict
 
 from radlads_jax.config import defaults, parse_arg
+from radlads_jax.recipes import let_documents_follow
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -33,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.source = "synthetic"
     # Other tales than the teacher was trained on.
     config.data.seed = 1
-    config.data.documents = 10_000
+    let_documents_follow(config.data, 10_000)
     config.train.sample_prompts = (
         "This is a tale of Dora and Emil. The number of Emil is 524. Dora has a red lamp. What is the number of Emil?",
         "This is a tale of Hugo and Vera. Hugo says: knife red market soup. Vera repeats:",

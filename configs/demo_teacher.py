@@ -6,6 +6,7 @@ python -m radlads_jax.launch --config configs/demo_teacher.py --workdir runs/dem
 from ml_collections import ConfigDict
 
 from radlads_jax.config import defaults
+from radlads_jax.recipes import let_documents_follow
 
 
 def get_config() -> ConfigDict:
@@ -34,7 +35,7 @@ def get_config() -> ConfigDict:
         }
     )
     config.data.source = "synthetic"
-    config.data.documents = 100_000
+    let_documents_follow(config.data, 100_000)
     config.data.seed = 0
     config.pretrain.tokens = 16_000_000
     config.pretrain.seq_len = 256

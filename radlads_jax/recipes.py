@@ -59,6 +59,12 @@ def paper(teacher: str, mixer: str, arg: str | None = None, *, tensor: int = 1) 
     return config
 
 
+def let_documents_follow(data: ConfigDict, count: int) -> None:
+    """So many documents of the synthetic source, unless others are set; any other source has what it has."""
+    usual = data.documents
+    follow(data, "documents", lambda source: count if source == "synthetic" else usual, "source")
+
+
 def let_aligning_rates_follow(stage: ConfigDict) -> None:
     """The rate that a stage 1 begins with, by its tokens; what is set stays as set."""
     for name in ("lr", "mixer_lr"):

@@ -12,6 +12,7 @@ _OF_SOURCES = {
     "revision": ("hf",),
     "text_field": ("jsonl", "parquet", "hf"),
     "separator": ("text",),
+    "documents": ("synthetic",),
 }
 
 
@@ -60,7 +61,7 @@ def check_data(data: Data) -> None:
         require(bool(data.path), "config.data.path", "", f"the path of the {source} data, e.g. --config.data.path=PATH")
     for name, readers in _OF_SOURCES.items():
         value, default = getattr(data, name), getattr(Data(), name)
-        said = f"{default!r}, for only {' and '.join(readers)} have it, and config.data.source is {source}"
+        said = f"{default!r}, for it belongs to {' and '.join(readers)}, and config.data.source is {source}"
         require(value == default or source in readers, f"config.data.{name}", value, said)
     if source == "binidx":
         require(not data.max_tokens, "config.data.max_tokens", data.max_tokens, "0: a token file is read whole")

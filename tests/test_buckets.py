@@ -85,6 +85,7 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 
 def tiny_config(teacher, data) -> ConfigDict:
     settings = tiny_run.settings(teacher, steps={"stage1": tiny_run.STEPS["stage1"]})
+    del settings["data.documents"]
     settings |= {"data.source": "jsonl", "data.path": str(data)}
     settings |= {"train.log_every": 2, "train.checkpoint_every": 4}
     config = defaults()

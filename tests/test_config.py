@@ -151,6 +151,16 @@ def test_converts_arguments():
     assert validate(complete(load(convert))) == validate(complete(load(convert, "")))
 
 
+@pytest.mark.parametrize(("name", "count"), [("demo", 10_000), ("demo_teacher", 100_000)])
+def test_the_documents_of_a_config_are_of_its_own_language(name, count):
+    config = load(ROOT / f"configs/{name}.py")
+    assert validate(config).data.documents == count
+    config.data.source, config.data.path = "text", "corpus.txt"
+    validate(config)
+    config.data.documents = count
+    assert f"config.data.documents is {count}" in refusal(validate, config)
+
+
 def test_parse_arg():
     assert parse_arg(None, n=1, on=False, name="a").to_dict() == {"n": 1, "on": False, "name": "a"}
     assert parse_arg("n=7,on,name=b=c", n=1, on=False, name="a").to_dict() == {"n": 7, "on": True, "name": "b=c"}
@@ -242,9 +252,10 @@ def test_a_wrong_field_is_named(path, value, parts):
         ({"optim.name": "adafactor", "optim.eps": 1e-6}, r"config\.optim\.eps is 1e-06; expected 1e-08"),
         ({"data.source": "binidx", "data.max_tokens": 100}, r"config\.data\.max_tokens is 100; expected 0: .* whole"),
         ({"data.source": "synthetic"}, r"config\.data\.path is '.*'; expected nothing.*--config\.data\.source=text"),
-        ({"data.split": "test"}, r"config\.data\.split is 'test'; expected 'train'.*only hf have it"),
-        ({"data.source": "jsonl", "data.separator": "---"}, r"config\.data\.separator is '---'.*only text have it"),
+        ({"data.split": "test"}, r"config\.data\.split is 'test'; expected 'train'.*belongs to hf, "),
+        ({"data.source": "jsonl", "data.separator": "---"}, r"config\.data\.separator is '---'.*belongs to text, "),
         ({"data.text_field": "body"}, r"config\.data\.text_field is 'body'.*jsonl and parquet and hf"),
+        ({"data.documents": 100}, r"config\.data\.documents is 100; expected 20000, .*belongs to synthetic, "),
         ({"data.messages_field": "talk"}, r"config\.data\.messages_field is 'talk'.*has no stage2c"),
         ({"optim.moment_dtype": "bfloat16", "optim.beta2": 0.999}, r"config\.optim\.beta2 is 0\.999.*at most 0\.996"),
         ({"optim.name": "adafactor", "optim.beta1": 0.0, "optim.moment_dtype": "bfloat16"}, r"moment_dtype.*float32"),

@@ -45,6 +45,7 @@ def place(saved, tmp_path) -> pathlib.Path:
 def chosen(place: pathlib.Path, **more):
     settings = config.defaults()
     named = tiny_run.settings(place / "teacher")
+    del named["data.documents"]
     named |= {"data.source": "text", "data.path": str(place / "corpus"), "data.eval_rows": 4}
     settings.update_from_flattened_dict(named | {key.replace("__", "."): value for key, value in more.items()})
     return settings

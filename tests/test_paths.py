@@ -176,6 +176,14 @@ def test_what_an_earlier_version_kept_as_it_was_typed_continues(tmp_path: pathli
     check_same_config(tmp_path / "run", with_whole_paths(run).settings())
 
 
+def test_a_number_of_documents_that_an_earlier_version_took_beside_text_changes_nothing(tmp_path: pathlib.Path) -> None:
+    taken = chosen().to_dict()
+    taken["data"]["documents"] = 100
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(taken))
+    check_same_config(tmp_path / "run", with_whole_paths(validate(chosen())).settings())
+
+
 def test_the_command_runs_in_the_home(
     home: pathlib.Path, teacher: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any
 ) -> None:

@@ -123,6 +123,9 @@ def _begun_settings(workdir: storage.AnyPath) -> dict[str, Any]:
         setting = f"config.student.{name}"
         if hint == bool | None and settings.get(setting) in ("", "on", "off"):
             settings[setting] = _FORMER_SWITCHES[settings[setting]]
+    if settings.get("config.data.source") != "synthetic":
+        # Any number was taken beside other sources once, and read by none.
+        settings.pop("config.data.documents", None)
     if "config.teacher.temperature" not in settings and not settings.get("config.teacher.logits"):
         # Before KL could be softened, this was of stored logits alone.
         settings.pop("config.teacher.top_k", None)

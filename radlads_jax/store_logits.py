@@ -8,17 +8,13 @@ same command goes on. --output may be in a bucket; over several hosts every one 
 """
 
 import dataclasses
-import sys
 from typing import Any
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 from rich.console import Console
 
 from radlads_jax import config as config_lib
-from radlads_jax.system import storage
-from radlads_jax.system.command import parse_flags, refusals, refuse
-from radlads_jax.system.stopping import leave_on_signals
+from radlads_jax.system import command, storage
 
 _PRECISIONS = ("float16", "float32")
 _LESS_MEMORY = (
@@ -38,36 +34,33 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def main(values: flags.FlagValues) -> int:
-    """Returns the exit code: 0 stored, now or before; 1 refused or failed; 75 where a network did not answer."""
-    try:
-        chosen = values["config"].value
-        if chosen is None or values.output is None:
-            raise ValueError(
-                "expected --config FILE and --output DIR, e.g. --config configs/convert.py --output logits/."
-            )
-        run, output = config_lib.validate(chosen), storage.as_path(values.output)
-        storage.require_writable(output)
-        # Imported late: the models and their compiler take seconds that a typo should not.
-        from radlads_jax.run import settings, storing
-        from radlads_jax.run.job import make_job
-        from radlads_jax.system import backend, failing, hosts
-        from radlads_jax.system.workdir import held
+    """Returns the exit code: 0 stored, now or before; 1 failed; 75 where a network did not answer.
 
-        run = settings.with_whole_paths(run)
-    except refusals() as error:
-        return refuse(error)
+    One of several processes that fails ends all of them. Raises ValueError for settings that are wrong.
+    """
+    if values.config is None or values.output is None:
+        raise ValueError("expected --config FILE and --output DIR, e.g. --config configs/convert.py --output logits/.")
+    run, output = config_lib.validate(values.config), storage.as_path(values.output)
+    storage.require_writable(output)
+    # Imported late: the models and their compiler take seconds that a typo should not.
+    from radlads_jax.run import settings, storing
+    from radlads_jax.run.job import make_job
+    from radlads_jax.system import backend, failing, hosts
+    from radlads_jax.system.workdir import held
+
+    run = settings.with_whole_paths(run)
     try:
         hosts.start(values.distributed, values.coordinator, values.num_processes, values.process_id)
         backend.require()
-        hosts.require_same({"--output": str(output)} | settings.flat_settings(chosen.to_dict()))
+        hosts.require_same({"--output": str(output)} | settings.flat_settings(values.config.to_dict()))
         with held(output), backend.room_for("teacher and rows do", _LESS_MEMORY):
             # Nothing of the student is asked for, nor logits that are there.
             teacher = dataclasses.replace(run.teacher, logits="")
             student = dataclasses.replace(run.student, init_from="")
             job = make_job(dataclasses.replace(run, teacher=teacher, student=student), output)
             stored = storing.store(job, output, values.precision)
-    except refusals() as error:
-        return failing.end_all(refuse(error))
+    except command.refusals() as error:
+        return failing.end_all(command.refuse(error))
     if hosts.is_first():
         Console(soft_wrap=True, highlight=False).print(
             f"the top {stored.top_k} tokens of {stored.num_rows:,} rows are in {output}. A run reads them with "
@@ -77,15 +70,5 @@ def main(values: flags.FlagValues) -> int:
     return 0
 
 
-def _main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        return refuse(f"got the argument {argv[1]!r}; expected flags alone. Write it as --name=value.")
-    return main(flags.FLAGS)
-
-
 if __name__ == "__main__":
-    # Defined here: another module of this process may have flags of these names.
-    config_flags.DEFINE_config_file("config", None, "The run's own, e.g. configs/convert.py.")
-    define_flags(flags.FLAGS)
-    leave_on_signals()
-    app.run(lambda argv: sys.exit(_main(argv)), flags_parser=parse_flags)
+    command.run(define_flags, main, config="The run's own, e.g. configs/convert.py.", writes=True)

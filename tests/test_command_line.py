@@ -1,6 +1,7 @@
 """launch's command line: a mistake in it or in the config file ends in one paragraph, before anything is written."""
 
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -44,11 +45,12 @@ def test_the_command_line_refuses(tmp_path, arguments, parts):
     assert not workdir.exists()
 
 
-@pytest.mark.parametrize("module", ["launch", "generate"])
+@pytest.mark.parametrize("module", ["launch", "generate", "plan"])
 def test_help_is_no_failure(module):
     command = [sys.executable, "-m", f"radlads_jax.{module}", "--help"]
     done = subprocess.run(command, cwd=ROOT, env=processes.environ(), capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "--helpfull" in done.stdout
+    assert ("  --config: " in done.stdout) == (module != "generate")
 
 
 @pytest.mark.parametrize("help_first", [True, False])
@@ -71,6 +73,28 @@ def test_an_interrupt_ends_a_command_in_a_line(capsys):
 
     assert command_lib.guarded(interrupted, flags.FlagValues()) == 130
     assert capsys.readouterr().err.split() == ["stopped", "by", "SIGINT."]
+
+
+@pytest.mark.parametrize("module", ["plan", "prepare", "store_logits"])
+def test_a_command_of_a_config_leaves_at_once(module, tmp_path):
+    """Also from compiled code, in which the config file waits here; and behind a reader that has left."""
+    file = tmp_path / "waits.py"
+    lock = "lock = ctypes.CDLL(None).pthread_mutex_lock\nmutex = ctypes.create_string_buffer(64)\n"
+    waits = "def get_config(arg=''):\n    print('ready', flush=True)\n    lock(mutex)\n    lock(mutex)\n"
+    file.write_text(f"import ctypes\n{lock}{waits}")
+    command = [sys.executable, "-m", f"radlads_jax.{module}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*command, f"--config={file}"], cwd=ROOT, env=processes.environ(), **pipes)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.communicate()[1].startswith("\nleaving at once by SIGINT")
+    finally:
+        process.kill()
+    process = subprocess.Popen([*command, "--help"], cwd=ROOT, env=processes.environ(), **pipes)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 128 + signal.SIGPIPE
 
 
 @pytest.mark.parametrize(

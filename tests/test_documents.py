@@ -64,11 +64,15 @@ def source_of(module: str) -> str:
 
 
 def defined_flags(module: str) -> set[str]:
-    """The flags that a command's source defines, of absl or of argparse, or that of what it is a door to."""
+    """The flags that a command's source defines, of absl or of argparse, or that of what it is a door to.
+
+    --config is defined by `command.run` for those that name it.
+    """
     source = source_of(module)
     for package, names in re.findall(r"from (pallas_kernels\.measure) import ([\w, ]+)", source):
         source += "".join(source_of(f"{package}.{name}") for name in names.split(", "))
-    return set(re.findall(r"(?:DEFINE_\w+\(\s*\"|add_argument\(\s*\"--)([\w-]+)\"", source))
+    defined = re.findall(r"(?:DEFINE_\w+\(\s*\"|add_argument\(\s*\"--)([\w-]+)\"", source)
+    return {*defined, *re.findall(r"command\.run\(.*\b(config)=", source)}
 
 
 def unknown_flags(content: str) -> list[str]:

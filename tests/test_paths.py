@@ -86,7 +86,7 @@ def test_everything_of_a_run_goes_to_one_directory(named: str, home: pathlib.Pat
     assert list((tmp_path / "here").iterdir()) == []
 
 
-def test_every_door_knows_the_home(home: pathlib.Path, teacher: pathlib.Path, monkeypatch: Any) -> None:
+def test_every_door_knows_the_home(home: pathlib.Path, teacher: pathlib.Path) -> None:
     (home / "model").symlink_to(teacher)
     (home / "prompts.txt").write_text("one\ntwo\n")
     (home / "task.yaml").write_text("task: mine\n")
@@ -94,8 +94,7 @@ def test_every_door_knows_the_home(home: pathlib.Path, teacher: pathlib.Path, mo
     assert [prompt.content for prompt in read_prompts(storage.as_path("~/prompts.txt"))] == ["one", "two"]
     assert evaluate.output_directory("~/model", "~/results") == home / "results"
     assert evaluate.expand_tasks(["~/task.yaml", "arc_easy"]) == [str(home / "task.yaml"), "arc_easy"]
-    monkeypatch.setattr(plan, "_RESULTS", SimpleNamespace(value="~/plans.jsonl"))
-    assert plan._results_file() == home / "plans.jsonl"
+    assert plan._results_file("~/plans.jsonl") == home / "plans.jsonl"
 
 
 def test_a_config_file_in_the_home(home: pathlib.Path, monkeypatch: Any) -> None:

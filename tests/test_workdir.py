@@ -273,6 +273,22 @@ def test_readers_of_the_output_may_leave(both: bool, tmp_path: pathlib.Path) -> 
     assert said == ("" if both else "nobody reads the output any more; going on without it.\nmore 1\n")
 
 
+@pytest.mark.parametrize("broken", ["reader", "connection"])
+def test_a_command_ends_with_its_readers_and_not_with_a_connection(broken: str) -> None:
+    code = "import os, sys\nfrom radlads_jax.system.stopping import leave_with_readers\nleave_with_readers()\n"
+    written = {"reader": "print('to nobody')", "connection": "r, w = os.pipe()\nos.close(r)\nos.write(w, b'1')"}
+    code += f"sys.stdin.readline()\n{written[broken]}\nprint('not here', file=sys.stderr)"
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
+    process.stdout.close()
+    process.stdin.close()
+    said, code = process.stderr.read(), process.wait(60)
+    if broken == "reader":
+        assert (code, said) == (128 + signal.SIGPIPE, b"")
+    else:
+        assert b"BrokenPipeError" in said
+
+
 def test_the_first_signal_is_told_and_handlers_come_back() -> None:
     before = [signal.getsignal(signum) for signum in SIGNALS]
     with stop_signals() as stopping:

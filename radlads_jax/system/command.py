@@ -4,7 +4,7 @@ Where a network or a service does not answer the code is 75, sysexits.h's EX_TEM
 """
 
 import difflib
-import io
+import functools
 import pathlib
 import re
 import signal
@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
 from radlads_jax import config as config_lib
 from radlads_jax.system import outage, storage
+from radlads_jax.system.stopping import leave_on_signals, leave_with_readers, outlive_readers
 from radlads_jax.system.untrusted import brief
 
 EXIT_FAILED, _EXIT_OUTAGE = 1, 75
@@ -26,26 +27,41 @@ _HELP = re.compile(r"--?(\?|help(short|full|xml)?)(=.*)?")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 
-def run(define: Callable[[flags.FlagValues], None], main: Callable[[flags.FlagValues], None]) -> NoReturn:
-    """Defines a module's flags, reads the command line and runs main.
+_Main = Callable[[flags.FlagValues], int | None]
+
+
+def run(
+    define: Callable[[flags.FlagValues], None], main: _Main, *, config: str | None = None, writes: bool = False
+) -> NoReturn:
+    """Defines a module's flags, reads the command line and runs main, which may return an exit code.
 
     To be called where the module is __main__: modules that are imported define no flags, so that two of them may have
     one of the same name.
+    config: what --config is, of a command that reads one. Such a command works for minutes in compiled code, where
+    Python hears no Ctrl-C: a signal ends it at once.
+    writes: it works for the files that it writes, and goes on when nobody reads what it prints.
     """
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    for stream in (sys.stdout, sys.stderr):
-        # What the terminal has no character for is shown as an escape.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    leave_with_readers()
     define(flags.FLAGS)
-    app.run(lambda _: sys.exit(guarded(main, flags.FLAGS)), flags_parser=_parsed)
+    if config is not None:
+        # The flag is the module's, whose help has it.
+        flags.disclaim_key_flags()
+        config_flags.DEFINE_config_file("config", None, config)
+        leave_on_signals()
+
+    def begin(_: list[str]) -> NoReturn:
+        if writes:
+            outlive_readers()
+        sys.exit(guarded(main, flags.FLAGS))
+
+    app.run(begin, flags_parser=functools.partial(_flags_alone, _read if config is None else parse_flags))
     raise AssertionError("app.run does not return")
 
 
-def _parsed(argv: list[str]) -> list[str]:
-    """absl's reading of the command line; arguments that are no flags are refused."""
+def _flags_alone(read: Callable[[list[str]], list[str]], argv: list[str]) -> list[str]:
+    """Reads the command line; arguments that are no flags are refused."""
     try:
-        rest = _read(argv)[1:]
+        rest = read(argv)[1:]
         if rest:
             raise ValueError(f"got the argument {rest[0]!r}; expected flags alone. Write it as --name=value.")
     except (flags.Error, ValueError) as error:
@@ -87,16 +103,15 @@ def _quieten() -> None:
         logging.set_verbosity(logging.WARNING)
 
 
-def guarded(main: Callable[[flags.FlagValues], None], values: flags.FlagValues) -> int:
+def guarded(main: _Main, values: flags.FlagValues) -> int:
     """Runs main; returns the exit code."""
     try:
-        main(values)
+        return main(values) or 0
     except refusals() as error:
         return refuse(error)
     except KeyboardInterrupt:
         Console(stderr=True).print("\nstopped by SIGINT.", style="yellow", highlight=False)
         return 128 + signal.SIGINT
-    return 0
 
 
 def refusals(*others: type[Exception]) -> tuple[type[Exception], ...]:

@@ -85,17 +85,44 @@ def outlive_readers() -> None:
 
     The first write that finds it so says it on stderr; all that follows is dropped. Metrics are files of their own.
     """
+    _wrap_output(_go_on)
+
+
+def leave_with_readers() -> None:
+    """From here on the process ends, without a word and with 128 + SIGPIPE, when nobody reads its output any more.
+
+    Not by the signal, which would also end it where a connection to a bucket or the hub breaks.
+    """
+    _wrap_output(lambda _: os._exit(128 + signal.SIGPIPE))
+
+
+def _wrap_output(left: Callable[[int], None]) -> None:
+    """left: what is done with the descriptor of stdout or stderr whose reader has left."""
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+        # There is none where the shell has closed it.
+        if stream is None:
+            continue
         stream.flush()
-        raw = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
-        # A terminal without a character is no reason to end a run.
+        raw = io.BufferedWriter(_Output(stream.fileno(), left))
+        # What the terminal has no character for is shown as an escape, and is no reason to end a run.
         text = io.TextIOWrapper(raw, encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
         setattr(sys, name, text)
 
 
+def _go_on(descriptor: int) -> None:
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), descriptor)
+    with contextlib.suppress(OSError):
+        os.write(2, b"nobody reads the output any more; going on without it.\n")
+
+
 class _Output(io.FileIO):
-    """A file descriptor that writes to nowhere once its reader has left."""
+    """A file descriptor, and what is done when its reader has left."""
+
+    def __init__(self, descriptor: int, left: Callable[[int], None]):
+        super().__init__(descriptor, "w", closefd=False)
+        self._left = left
 
     def write(self, data: Any, /) -> int:
         try:
@@ -104,10 +131,7 @@ class _Output(io.FileIO):
             # EIO is a terminal's that is gone.
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
-            with open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), self.fileno())
-            with contextlib.suppress(OSError):
-                os.write(2, b"nobody reads the output any more; going on without it.\n")
+            self._left(self.fileno())
             return len(data)
 
 

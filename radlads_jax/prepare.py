@@ -3,8 +3,9 @@
 python -m radlads_jax.prepare --config configs/convert.py --config.teacher.path=Qwen/Qwen2.5-0.5B-Instruct
     --config.data.path=corpus/ --output tokens/
 
-With the same config, --config.data.source=binidx --config.data.path=tokens/ then is the same run. Interrupted, the same
-command goes on. --output may be in a bucket (gs://...).
+With the same config, --config.data.source=binidx --config.data.path=tokens/ then is the same run; what told how the
+text is read (name, split, revision, text_field, separator, documents, max_tokens of config.data) is left out there.
+Interrupted, the same command goes on. --output may be in a bucket (gs://...).
 """
 
 from absl import flags
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from radlads_jax import config as config_lib
 from radlads_jax.system import command, storage
+from radlads_jax.text import of_text_alone
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -30,9 +32,11 @@ def main(values: flags.FlagValues) -> None:
     from radlads_jax.run import tokens
 
     made = tokens.prepare_tokens(run, output)
+    left_out = of_text_alone(run.data)
+    without = f", and without {', '.join(f'--{name}' for name in left_out)}" if left_out else ""
     Console(soft_wrap=True, highlight=False).print(
         f"{made.file.num_tokens:,} tokens of {tokens.described(made.file, made.recipe)} are in {output}. A run takes "
-        f"them with --config.data.source=binidx --config.data.path={output}.",
+        f"them with --config.data.source=binidx --config.data.path={output}{without}.",
         markup=False,
     )
 

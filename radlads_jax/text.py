@@ -51,6 +51,12 @@ class Data:
     replay: float = bounded(0.0, least=0, below=1)
 
 
+def of_text_alone(data: Data) -> list[str]:
+    """The settings, by their full names, that were told of a text and that a token file made of it is read without."""
+    names = [name for name in (*_OF_SOURCES, "max_tokens") if getattr(data, name) != getattr(Data(), name)]
+    return [f"config.data.{name}" for name in names]
+
+
 def check_data(data: Data) -> None:
     """Raises ValueError for a source without its path, or settings that it does not read."""
     source = data.source

@@ -356,11 +356,20 @@ def test_what_tokens_made_elsewhere_do_not_follow_is_refused(place, setting):
 
 
 def test_the_door_says_what_a_run_is_to_be_told(place, capsys):
-    def door(output: pathlib.Path | None) -> None:
-        prepare_door.main(types.SimpleNamespace(config=chosen(place), output=output))
+    def door(output: pathlib.Path | None, **more) -> None:
+        prepare_door.main(types.SimpleNamespace(config=chosen(place, **more), output=output))
 
     door(place / "tokens")
     said = capsys.readouterr().out
-    assert "of 2 files with 40 documents" in said and f"--config.data.path={place / 'tokens'}" in said
+    assert "of 2 files with 40 documents" in said and f"--config.data.path={place / 'tokens'}." in said
+    of_text = {"data__max_tokens": 500, "data__separator": "\n\n\n\n"}
+    door(place / "few", **of_text)
+    said = capsys.readouterr().out
+    assert f"{place / 'few'}, and without --config.data.separator, --config.data.max_tokens." in said
+    token_file = {"data__source": "binidx", "data__path": str(place / "few")}
+    assert job_of(place, "of few", **token_file).token_file.num_tokens == 500
+    for name, value in of_text.items():
+        with pytest.raises(ValueError, match=name.split("__")[1]):
+            job_of(place, "refused", **token_file | {name: value})
     with pytest.raises(ValueError, match="expected --config FILE and --output DIR"):
         door(None)

@@ -3,8 +3,9 @@
 python -m radlads_jax.store_logits --config configs/convert.py --config.teacher.path=Qwen/Qwen2.5-7B-Instruct
     --config.data.source=binidx --config.data.path=tokens/ --output logits/ [--config.teacher.top_k=64]
 
-With the same config, --config.teacher.logits=logits/ then trains stage 2 without the teacher's weights. Stopped, the
-same command goes on. --output may be in a bucket; over several hosts every one is started with the same command.
+With the same config, --config.teacher.logits=logits/ then trains stage 2 without the teacher's weights. Tokens are best
+made by radlads_jax.prepare first, as here: of a text they are made in logits/data/, and once more by the run. Stopped,
+the same command goes on. --output may be in a bucket; over several hosts every one is started with the same command.
 """
 
 import dataclasses
@@ -25,7 +26,8 @@ _LESS_MEMORY = (
 def define_flags(values: flags.FlagValues) -> None:
     """The command line, but for --config."""
     put: Any = {"flag_values": values}
-    flags.DEFINE_string("output", None, "A directory, or one in a bucket, for logits.json and rows-*.bin.", **put)
+    written = "A directory, or one in a bucket, for logits.json and rows-*.bin, and of a text data/ with its tokens."
+    flags.DEFINE_string("output", None, written, **put)
     flags.DEFINE_enum("precision", "float16", _PRECISIONS, "Of the stored log-probabilities.", **put)
     flags.DEFINE_enum("distributed", "off", ["off", "auto"], "As of radlads_jax.launch.", **put)
     flags.DEFINE_string("coordinator", None, "As of radlads_jax.launch.", **put)

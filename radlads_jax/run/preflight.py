@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from pallas_kernels import dispatch
-from radlads_jax.data import pipeline
+from radlads_jax.data import packing, pipeline
 from radlads_jax.data.tokenise import prompt_beginning
 from radlads_jax.distill.stages import STAGES
 from radlads_jax.distill.student_config import layers_to_choose
@@ -230,9 +230,12 @@ def data(job: Job) -> Finding:
         often += [name] if share > _MOST_REPEATS else []
         shares.append(f"{name} reads {f'{share:.0%} of them' if share <= 1 else f'them {share:.1f} times'}")
     held_out = job.run.eval_tokens
-    count = job.token_file.num_tokens - held_out
+    count = packing.held_out_start(job.token_file, held_out)
+    behind = job.token_file.num_tokens - count - held_out
+    rest = f" and {behind:,} behind those, which none reads" if behind else ""
     much = " (config.data.eval_rows: more than is left to train on)" if held_out > count else ""
-    read = f"{count:,} tokens besides {held_out:,} held out{much}, of {described(job.token_file, job.depends['data'])}"
+    text = described(job.token_file, job.depends["data"])
+    read = f"{count:,} tokens besides {held_out:,} held out{much}{rest}, of {text}"
     problem = (
         f"the tokens in {job.token_file.prefix.parent} were read from a stream for a run of fewer, and "
         f"{listed(short)} would repeat them; expected as many as the longest stage reads. Choose another --workdir, "

@@ -46,23 +46,34 @@ def main(values: flags.FlagValues) -> None:
         raise ValueError(
             "got none of --output, --gguf and --push; expected one of them at least. Name where the export goes."
         )
-    writer = _writer(values)
+    file = _file(values.gguf)
+    writer = _writer(values, file)
     if values.push is not None:
         _push(values, writer)
         return
     if values.public or values.replace:
         raise ValueError("got --public or --replace without --push; expected --push=ORG/NAME. Leave them out.")
-    with _directory(values.output, values.gguf) as output:
+    with _directory(values.output, file) as output:
         target = _export(values, output, writer)
-        if values.gguf is not None:
-            gguf.convert(Path(target), Path(values.gguf), stored_dtype(read_config(target)))
-    _console.print(f"exported to {values.gguf or target}", markup=False)
+        if file is not None:
+            gguf.convert(Path(target), file, stored_dtype(read_config(target)))
+    _console.print(f"exported to {file or target}", markup=False)
 
 
-def _writer(values: flags.FlagValues) -> str | None:
+def _file(name: str | None) -> Path | None:
+    """What --gguf names."""
+    if name is not None and storage.in_bucket(name):
+        raise ValueError(
+            f"--gguf is {name}, in a bucket; expected the name of a new file on this machine's disk, where the "
+            "converter writes it. Name one, and copy it there."
+        )
+    return None if name is None else Path(storage.as_path(name))
+
+
+def _writer(values: flags.FlagValues, file: Path | None) -> str | None:
     """The form that is asked for."""
     writer = values["for"].value
-    if values.gguf is None:
+    if file is None:
         return writer
     if writer not in (None, _GGUF_READER):
         raise ValueError(f"got --gguf and --for={writer}; expected {_GGUF_READER}, which reads it. Leave --for out.")
@@ -77,7 +88,7 @@ def _writer(values: flags.FlagValues) -> str | None:
         )
     # What is installed for it would not help a model that the format has no place for.
     check_format(values.model, retie=values.retie, untie=values.untie, writer=_GGUF_READER)
-    gguf.require_converter(Path(values.gguf))
+    gguf.require_converter(file)
     return _GGUF_READER
 
 
@@ -106,12 +117,13 @@ def _push(values: flags.FlagValues, writer: str | None) -> None:
 
 
 @contextlib.contextmanager
-def _directory(output: str | None, file: str | None) -> Iterator[str]:
-    """Where the export is written: as told, or for as long as it takes to convert it."""
+def _directory(output: str | None, file: Path | None) -> Iterator[str]:
+    """Where the export is written: as told, or for as long as it takes to convert it to the file."""
     if output is not None:
         yield output
         return
-    with tempfile.TemporaryDirectory(dir=Path(file or "").absolute().parent, prefix=".export") as place:
+    assert file is not None  # one of both is asked for
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".export") as place:
         yield str(Path(place) / "export")
 
 

@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 from untrained import save_teacher
 
-from radlads_jax import config, evaluate, launch, plan, report
+from radlads_jax import config, evaluate, export, launch, plan, report
 from radlads_jax.config import validate
 from radlads_jax.decoding.loaded import model_directory
 from radlads_jax.decoding.prompts import read_prompts
@@ -95,6 +95,7 @@ def test_every_door_knows_the_home(home: pathlib.Path, teacher: pathlib.Path) ->
     assert evaluate.output_directory("~/model", "~/results") == home / "results"
     assert evaluate.expand_tasks(["~/task.yaml", "arc_easy"]) == [str(home / "task.yaml"), "arc_easy"]
     assert plan._results_file("~/plans.jsonl") == home / "plans.jsonl"
+    assert export._file("~/mine.gguf") == home / "mine.gguf"
 
 
 def test_a_config_file_in_the_home(home: pathlib.Path, monkeypatch: Any) -> None:

@@ -216,6 +216,7 @@ def test_only_students_are_pushed(hub: FakeHub, student: pathlib.Path, tmp_path:
     ("words", "said"),
     [
         (("--push=me/a", "--gguf=x.gguf"), "--gguf and --push"),
+        (("--gguf=gs://bucket/x.gguf",), r"--gguf is gs://bucket/x\.gguf, in a bucket; expected"),
         (("--push=me/a", "--output=gs://bucket/x"), r"gs://bucket/x.*--output"),
         (("--output=x", "--public"), "--push"),
         (("--output=x", "--replace"), "--push"),

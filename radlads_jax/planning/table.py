@@ -14,6 +14,7 @@ from typing import Any
 from radlads_jax import config as config_lib
 from radlads_jax.planning.planner import make_planner, prepare_environment
 from radlads_jax.planning.plans import totals
+from radlads_jax.system import storage
 
 _CHIPS = ("v6e", "v5p", "v5e")
 _STAGES = ("stage1", "stage2", "stage2a", "stage3")
@@ -53,8 +54,8 @@ def _cell(stage: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="+", type=Path)
-    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("configs", nargs="+", type=storage.as_path)
+    parser.add_argument("--results", type=storage.as_path, required=True)
     args = parser.parse_args()
     prepare_environment()
     planners = {path.stem: make_planner(_read_config(path), {}, args.results) for path in args.configs}

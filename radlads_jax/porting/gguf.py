@@ -14,14 +14,14 @@ _UNKNOWN_TOKENIZER = "pre-tokenizer was not recognized"
 
 
 def require_converter(file: Path) -> None:
-    """Raises ValueError where the converter is not installed, or the file can not be written."""
+    """Raises ValueError where the converter is not installed, or the file, a whole path, can not be written."""
     if importlib.util.find_spec(_MODULE) is None:
         raise ValueError(
             f"--gguf runs llama.cpp's own converter, and Python finds no module {_MODULE}; expected it in this "
             "environment. Install the extra gguf (pip install -e '.[gguf]'), or name a checkout of llama.cpp in "
             "PYTHONPATH."
         )
-    if file.is_dir() or not file.absolute().parent.is_dir():
+    if file.is_dir() or not file.parent.is_dir():
         raise ValueError(
             f"--gguf is {file}, which is {'a directory' if file.is_dir() else 'in a directory that is not there'}; "
             "expected the name of a new file on this machine's disk. Correct it."

@@ -11,7 +11,7 @@ from absl import flags
 
 from radlads_jax.data.packing import whole_batches
 from radlads_jax.decoding.loaded import DTYPES, load_model
-from radlads_jax.decoding.prompts import Prompt, encoded, read_prompts
+from radlads_jax.decoding.prompts import Prompt, check_system, encoded, read_prompts
 from radlads_jax.decoding.sampling import Sampling
 from radlads_jax.decoding.writer import Writer, console, print_now
 from radlads_jax.system import command, storage
@@ -67,6 +67,7 @@ def main(values: flags.FlagValues) -> None:
     prompts = read_prompts(storage.as_path(values.prompts)) if values.prompts else list(map(Prompt, values.prompt))
     sampling = Sampling(values.temperature, values.top_k, values.top_p)
     _refuse_idle(values, prompts)
+    check_system(prompts, values.system)
     model = load_model(values.model, dtype=values.dtype, for_decoding=True)
     writer = Writer(model, sampling, values)
     if not prompts:

@@ -248,6 +248,14 @@ def test_numbers_that_no_device_holds_are_refused(flag):
         command_line(f"--{flag}")
 
 
+def test_two_messages_of_the_system_are_refused(tmp_path):
+    own = [{"role": "system", "content": "Be brief."}, *MESSAGES]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in (MESSAGES, own)))
+    words = ["--model=none/such", f"--prompts={tmp_path / 'chats.jsonl'}"]
+    with pytest.raises(ValueError, match=r"prompt 2 .*Be brief.*--system"):
+        generate.main(command_line(*words, "--system=Be kind."))
+
+
 def test_a_chat_goes_on_after_a_refusal(with_template, monkeypatch, capsys):
     model = with_template("{% if 'bad' in messages[-1].content %}{{ raise_exception('no, not that') }}{% endif %}Hello")
     asked = []

@@ -8,7 +8,7 @@ from typing import Any
 from radlads_jax.data.chat_template import Message, is_message, is_tools
 from radlads_jax.decoding.loaded import Model
 from radlads_jax.system import storage
-from radlads_jax.system.untrusted import listed, parse_json
+from radlads_jax.system.untrusted import brief, listed, parse_json
 
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _KEYS = ("prompt", "messages", "tools")
@@ -84,6 +84,16 @@ def _is_prompt(record: dict[str, Any]) -> bool:
         return isinstance(record["prompt"], str) and bool(record["prompt"])
     messages = record["messages"]
     return isinstance(messages, list) and bool(messages) and all(map(is_message, messages))
+
+
+def check_system(prompts: Sequence[Prompt], system: str) -> None:
+    """Raises ValueError for a chat that has a system's message already, where another is to stand before it."""
+    for number, prompt in enumerate(prompts, 1):
+        if system and isinstance(prompt.content, list) and prompt.content[0]["role"] == "system":
+            raise ValueError(
+                f"prompt {number} begins with a message of the system ({brief(prompt.content[0]['content'])}), and "
+                "--system has another; expected one of them. Leave --system out, or take that message away."
+            )
 
 
 def encoded(model: Model, prompt: Prompt, *, chat: bool, system: str) -> list[int]:

@@ -33,6 +33,7 @@ from radlads_jax.decoding.text_stream import TextStream
 from radlads_jax.models import MIXERS, ModelConfig, bind
 from radlads_jax.porting.hub import load_tokenizer
 from radlads_jax.porting.save import save_params
+from radlads_jax.system import hosts
 
 TEACHER = ModelConfig("qwen2", 300, 32, 48, 4, 2, 8, (("attention", 3),), qkv_bias=True, max_position_embeddings=2048)
 
@@ -123,6 +124,14 @@ def test_greedy_equals_repeated_full_forward(model):
     expected = full_forward_greedy(cfg, params, prompts, 20)
     assert all(len(set(row)) > 3 for row in expected)
     assert generate_greedy(cfg, params, left_padded(prompts), 20).tolist() == expected
+
+
+def test_what_is_decoded_is_asked_of_all_processes(monkeypatch):
+    """Over several of them it may lie with another one."""
+    asked = []
+    monkeypatch.setattr(hosts, "fetched", lambda x: asked.append(x.shape) or np.asarray(x))
+    generate_greedy(ONE_LAYER, random_params(ONE_LAYER), left_padded([[1, 2], [3]]), 2)
+    assert asked == [(2, loop.BLOCK), ()]
 
 
 def test_long_prompt_is_read_in_chunks():

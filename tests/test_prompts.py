@@ -80,7 +80,7 @@ def test_generated_text_stands_behind_its_prompt(model, monkeypatch):
 def test_samples_stand_behind_their_prompts(monkeypatch):
     tokenizer = tokenizer_of(["<unk>", "▁Lily", "▁and"], SENTENCEPIECE)
     monkeypatch.setattr(type(tokenizer), "__call__", lambda self, text, **_: {"input_ids": [1]})
-    monkeypatch.setattr("radlads_jax.run.heldout.generate_greedy", lambda *_: jax.numpy.asarray([[2, 2]]))
+    monkeypatch.setattr("radlads_jax.run.heldout.generate_greedy", lambda *_: np.array([[2, 2]]))
     assert continue_prompts(TEACHER, {}, tokenizer, ("Lily",), 2) == [" and and"]
 
 

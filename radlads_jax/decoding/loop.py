@@ -17,6 +17,7 @@ from radlads_jax.decoding.sampling import GREEDY, Sampling, choose
 from radlads_jax.models import ModelConfig, bind, init_state
 from radlads_jax.models.state import State, grows
 from radlads_jax.models.tree import Params
+from radlads_jax.system import hosts
 
 _CHUNKS = (512, 64, 8)
 # The most tokens of a prompt that `prefill` leaves to be read.
@@ -117,7 +118,7 @@ def decode(
 
     done: rows that make no more. A row is also done after one of stop_ids, and has -1 from then on; the loop ends with
     fewer than `steps` tokens when all are. keys: one a row, for sampling; a draw is a function of the row's key and of
-    the number of its tokens so far.
+    the number of its tokens so far. Where the weights are over several processes, every one has to ask.
     """
     batch, known = unread.shape
     assert 1 <= known <= UNREAD and 1 <= steps <= BLOCK
@@ -127,7 +128,8 @@ def decode(
     out, made, sequences = _loop(
         cfg, sampling, stop_ids, params, sequences, jnp.asarray(padded), known, keys, jnp.asarray(done), steps
     )
-    return np.asarray(out)[:, : int(made)], sequences
+    # Of weights over several processes each has a part, and the compiler says where these come to be.
+    return hosts.fetched(out)[:, : int(hosts.fetched(made))], sequences
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)

@@ -99,7 +99,7 @@ def continue_prompts(
 ) -> list[str]:
     """The greedy continuation of every prompt, begun as documents are, cut at the end-of-text token."""
     ids = [[*beginning, *prompt_tokens(tokenizer, prompt)] for prompt in prompts]
-    out = hosts.fetched(generate_greedy(cfg, params, left_padded(ids), new_tokens)).tolist()
+    out = generate_greedy(cfg, params, left_padded(ids), new_tokens).tolist()
     end = tokenizer.eos_token_id
     new = [row[: row.index(end)] if end in row else row for row in out]
     return [text_after(tokenizer, prompt, row) for prompt, row in zip(ids, new, strict=True)]

@@ -1,7 +1,8 @@
 """Scores of a student beside its teacher: lm-eval's tasks, the paper's suite among them, and long-context probes.
 
 python -m radlads_jax.evaluate --model DIR [--teacher DIR [--control]] [--tasks radlads|recall|name,...|file.yaml]
-                               [--limit N] [--probes [--probe_kinds passkey,...]] [--completions N]
+                               [--limit N] [--apply_chat_template]
+                               [--probes [--probe_kinds passkey,...]] [--completions N]
 
 Writes evaluation.json and evaluation.md into --output or else beside the model; a run's report draws the probes. What
 is found before something fails is in evaluation.partial.json there, and what an earlier evaluation has that this one
@@ -49,6 +50,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "num_fewshot", None, "Examples in the prompt. Default: each task's own, mostly none.", lower_bound=0, **put
     )
+    templates = "The tasks' prompts are what each model's own chat template makes of them."
+    flags.DEFINE_bool("apply_chat_template", False, templates, **put)
     flags.DEFINE_boolean("probes", False, "Run the long-context probes, and the loss by position.", **put)
     flags.DEFINE_list("probe_lengths", [str(n) for n in DEFAULT_LENGTHS], "Their contexts, in tokens.", **put)
     kinds = "Those of them with an answer that are asked, out of all."
@@ -97,15 +100,16 @@ def main(values: flags.FlagValues) -> None:
     names = expand_tasks(values.tasks)
     tasks = load_tasks(names) if names else {}
     if tasks:
-        check_tasks(tasks, values.num_fewshot, tokens_read(values))
+        check_tasks(tasks, values.num_fewshot, tokens_read(values), chat_template=values.apply_chat_template)
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     with backend.room_for("the models do", "Lower --batch_size."):
         by_role = evaluate_models(tasks, values, partial)
     cfg, scores = by_role["student"].cfg, by_role["student"].scores
     result = {"model": values.model, "teacher": values.teacher, "limit": values.limit, "dtype": cfg.dtype}
     result |= {"seed": values.seed, "probe_text": values.probe_text}
+    result |= {"chat_template": True} if values.apply_chat_template else {}
     teacher, control = (by_role[role].scores if role in by_role else None for role in ("teacher", "control"))
-    result |= compare(cfg, scores, teacher, control)
+    result |= compare(cfg, scores, teacher, control, chat_template=values.apply_chat_template)
     if "control" in by_role:
         result["control"] = dataclasses.asdict(by_role["control"].cfg.mixer)
     if wants_probes(values):

@@ -61,6 +61,7 @@ def command_line(*arguments: str) -> flags.FlagValues:
         (["--model=x", "--probes", "--probe_kinds="], "--probe_kinds has none"),
         (["--model=x", "--tasks=piqa", "--probe_samples=8"], "--probe_samples .*--probes"),
         (["--model=x", "--probes", "--limit=5"], "--limit .*--tasks=NAME"),
+        (["--model=x", "--probes", "--apply_chat_template"], "--apply_chat_template .*--tasks=NAME"),
         (["--model=x", "--tasks=recall", "--num_fewshot=5"], "--num_fewshot .*--tasks=NAME"),
         (["--model=x", "--tasks=recall", "--probe_text=x.txt"], "--probe_text .*--probes or --completions"),
         (["--model=x", "--probes", "--completion_temperature=1"], "--completion_temperature .*--completions"),

@@ -44,6 +44,7 @@ PROBED = {"probes": {"student": {"recall": {"lengths": [512, 1024], "samples": [
         (SCORED, {"tasks": {"piqa": SCORED["tasks"]["mmlu"]}}, True),
         (SCORED, {"tasks": {"mmlu": {"student": {"documents": 10, "score": 0.3}, "num_fewshot": [0]}}}, True),
         (SCORED, SCORED | {"limit": 10}, True),
+        (SCORED, SCORED | {"chat_template": True}, True),
         ({"tasks": {"mmlu": {"student": {}, "control": {"score": 0.1}}}}, {"tasks": {"mmlu": {"student": {}}}}, True),
         (PROBED, {"probes": {"student": {"recall": {"lengths": [512], "samples": [32]}}}}, True),
         (PROBED, {"probes": {"student": {"passkey": PROBED["probes"]["student"]["recall"]}}}, True),

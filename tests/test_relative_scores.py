@@ -56,6 +56,9 @@ def test_comparison_and_its_page():
     page = table.as_markdown({"model": "S", "teacher": "T", "control": {"sinks": 4, "window": 64}} | beside)
     assert "| arc_easy | acc | 40 | 0 | 25.0 | 26.0 | 75.0 ± 1.0 | 30.0 ± 1.0 | 60.0 ± 1.0 | 70.0 |" in page
     assert "the first 4 and the latest 64 keys" in page
+    in_template = suite.compare(student, scores, teacher, chat_template=True)
+    assert in_template["published_model"] is None and "published" not in in_template["tasks"]["arc_easy"]
+    assert "own chat template" in table.as_markdown({"model": "S", "chat_template": True} | in_template)
     alone = suite.compare(STUDENT, scores, None)
     assert alone["mean_relative"] is None and "published" not in alone["tasks"]["arc_easy"]
 

@@ -52,20 +52,22 @@ def stuck(context, letter):
     return float(letter.strip() == "B")
 
 
-def samples(before=""):
+def samples(before="", behind=""):
     docs = [{"choices": [RIGHT if i == place else f"on hill {i}" for i in range(3)]} for place in (0, 1, 1, 2)]
-    texts = [before + Task().doc_to_text(doc) for doc in docs]
+    texts = [before + Task().doc_to_text(doc) + behind for doc in docs]
     arguments = [[(text, f" {letter}") for letter in "ABC"] for text in texts]
     pairs = zip(docs, arguments, (0, 1, 1, 2), strict=True)
     return [{"doc": doc, "arguments": args, "target": target} for doc, args, target in pairs]
 
 
-# With examples before the question too.
-@pytest.mark.parametrize("before", ["", "Where is the dog?\nA. here\nAnswer: A\n\n"])
-def test_the_pick_follows_the_option_or_the_letter(before):
-    checked = rotation.check(Adapter(knows), [(Task(), samples(before))])
+# With examples before the question too, and in a chat template.
+@pytest.mark.parametrize(
+    "around", [("",), ("Where is the dog?\nA. here\nAnswer: A\n\n",), ("<user>\n", "<end>\n<assistant>\n")]
+)
+def test_the_pick_follows_the_option_or_the_letter(around):
+    checked = rotation.check(Adapter(knows), [(Task(), samples(*around))])
     assert checked == {"documents": 4, "letter": "A", "share": pytest.approx(1 / 3), "follows": 1.0, "stuck": False}
-    checked = rotation.check(Adapter(stuck), [(Task(), samples(before))])
+    checked = rotation.check(Adapter(stuck), [(Task(), samples(*around))])
     assert checked == {"documents": 4, "letter": "B", "share": 1.0, "follows": 0.0, "stuck": True}
 
 

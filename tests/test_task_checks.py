@@ -40,6 +40,9 @@ def test_tasks_are_looked_at_before_the_weights():
     check_tasks(loaded(num_fewshot=0), None, 128)
     with pytest.raises(ValueError, match=r"--num_fewshot=5 .*\bit\b"):
         check_tasks(loaded(num_fewshot=0), 5, 128)
+    check_tasks(loaded(), None, 128, chat_template=True)
+    with pytest.raises(ValueError, match=r"--apply_chat_template .*\bit\b"):
+        check_tasks(loaded(OUTPUT_TYPE="loglikelihood_rolling"), None, 128, chat_template=True)
     with pytest.raises(ValueError, match=r"\bit would run the code"):
         check_tasks(loaded(UNSAFE_CODE=True), None, 128)
     with pytest.raises(ValueError, match=r"\bit generates up to 256 tokens"):

@@ -80,14 +80,20 @@ def rendered(
     where: Any,
     *,
     begins_answer: bool = True,
+    stays_open: bool = False,
 ) -> str:
     """What the template makes of messages: with an answer begun behind them, or without.
 
+    stays_open: the text ends with the last message's own, which is to be gone on with.
     where: what an error says that they are of, the model's directory or a line of data.
     """
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=begins_answer
+            list(messages),
+            tools=list(tools) if tools else None,
+            tokenize=False,
+            add_generation_prompt=begins_answer,
+            continue_final_message=stays_open,
         )
     except _TEMPLATE_ERRORS as error:
         reason = brief(str(error) or type(error).__name__, 400)

@@ -8,6 +8,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from radlads_jax.data.chat_template import rendered
 from radlads_jax.data.tokenise import before_all
 from radlads_jax.decoding.generation import generate
 from radlads_jax.decoding.loaded import Model
@@ -32,6 +33,7 @@ class RadladsLM(TemplateLM):
         super().__init__()
         self.model, self.tokenizer, self.batch_size = model, model.tokenizer, batch_size
         self.max_length = max_length or model.cfg.max_position_embeddings
+        self._told_of_system = False
 
     @property
     def eot_token_id(self) -> int:
@@ -44,12 +46,28 @@ class RadladsLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
+        """What tells one tokenizer's prompts from another's where lm-eval keeps them; it asks beside a template."""
         return str(self.model.directory).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        """A prompt up to where the answer begins, or behind the beginning that a task gives it.
+
+        Where the template refuses a system's message, which a task's description is, without it, as lm-eval's own
+        models have it. Raises ValueError where it refuses the others too.
+        """
+        begins = {"begins_answer": add_generation_prompt, "stays_open": not add_generation_prompt}
+        try:
+            return rendered(self.tokenizer, chat_history, None, self.model.directory, **begins)
+        except ValueError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            text = rendered(self.tokenizer, others, None, self.model.directory, **begins)
+        if not self._told_of_system:
+            said = f"the chat template of {self.model.directory} takes no system's message; the tasks' descriptions are"
+            console.print(f"{said} left out.", markup=False, soft_wrap=True)
+            self._told_of_system = True
+        return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         begin = self.tokenizer.bos_token

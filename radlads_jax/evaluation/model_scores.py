@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from radlads_jax.data.chat_template import require_template
 from radlads_jax.decoding.loaded import Model, load_model, model_directory, read_model_config
 from radlads_jax.evaluation import completions
 from radlads_jax.evaluation.control import check_control, control_of
@@ -20,7 +21,7 @@ from radlads_jax.system import storage
 from radlads_jax.system.json_files import read_json, write_json
 
 # Of an evaluation: what it is of and how it was asked, what may be measured, and there what says how much of it.
-_OF_MODELS = ("model", "teacher", "dtype", "limit", "seed", "probe_text")
+_OF_MODELS = ("model", "teacher", "dtype", "limit", "seed", "probe_text", "chat_template")
 _PARTS = ("tasks", "probes", "kl")
 _AMOUNTS = ("documents", "num_fewshot", "lengths", "positions", "samples", "sizes")
 # Writes down a role's part of the results.
@@ -101,6 +102,7 @@ def check_settings(values: flags.FlagValues) -> None:
     read = {
         "limit": of_tasks,
         "num_fewshot": of_tasks,
+        "apply_chat_template": of_tasks,
         "trust_task_code": (task_files or not values.trust_task_code, "task files", "--tasks=FILE.yaml"),
         "probe_lengths": of_probes,
         "probe_samples": of_probes,
@@ -120,10 +122,13 @@ def check_settings(values: flags.FlagValues) -> None:
 
 
 def check_models(values: flags.FlagValues) -> None:
-    """Raises ValueError for what would stop the evaluation later: lengths, too short a text, a control that is none."""
+    """Raises ValueError for what would stop the evaluation later: lengths, too short a text, no template or control."""
     if wants_probes(values):
         text_file = _text_file(values) if values.probes else None
         check_lengths(load_tokenizer(model_directory(values.model)), _lengths(values), text_file, values.probe_kinds)
+    for directory in filter(None, (values.model, values.teacher) if values.apply_chat_template else ()):
+        tokenizer = load_tokenizer(model_directory(directory))
+        require_template(tokenizer, directory, "Leave --apply_chat_template out.")
     if values.control:
         check_control(read_model_config(values.teacher), read_model_config(values.model))
     if values.completions:
@@ -193,6 +198,7 @@ def _measured(
         batch_size=values.batch_size,
         limit=values.limit,
         num_fewshot=values.num_fewshot,
+        chat_template=values.apply_chat_template,
         done=lambda results: keep(role, "tasks", results),
     )
     probes: dict[str, Any] = {}

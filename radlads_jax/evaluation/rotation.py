@@ -72,12 +72,15 @@ def _question(task: Any, sample: Mapping[str, Any]) -> tuple[list[str], list[str
         return None
     document, text = sample["doc"], task.doc_to_text(sample["doc"])
     field = _options_field(document, [letter.strip() for letter in letters])
-    if field is None or not isinstance(text, str) or not text or not contexts[0].endswith(text):
+    # At the end, or before what a chat template writes behind it.
+    place = contexts[0].rfind(text) if isinstance(text, str) else -1
+    if field is None or not text or place < 0:
         return None
     moved = [task.doc_to_text(_moved(document, field, places)) for places in range(len(letters))]
     if len(set(moved)) == 1:
         return None
-    return list(letters), [contexts[0][: -len(text)] + other for other in moved]
+    before, behind = contexts[0][:place], contexts[0][place + len(text) :]
+    return list(letters), [before + other + behind for other in moved]
 
 
 def _options_field(document: Mapping[str, Any], letters: Sequence[str]) -> tuple[str, ...] | None:

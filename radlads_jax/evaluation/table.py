@@ -19,6 +19,8 @@ def as_markdown(result: dict[str, Any]) -> str:
         lines += ["", f"Control: the teacher, untrained, with {seen} where the student's layers are converted."]
     if result.get("limit"):
         lines += ["", f"{_limited(result['limit'])} of every task."]
+    if result.get("chat_template"):
+        lines += ["", "The tasks' prompts are in each model's own chat template."]
     if result.get("tasks"):
         lines += ["", *_task_table(result)]
     if kl := result.get("kl"):

@@ -30,7 +30,9 @@ def new_tokens(task: str, options: Mapping[str, Any], max_length: int) -> int:
     return asked
 
 
-def check_tasks(tasks: Mapping[str, Any], num_fewshot: int | None, max_length: int) -> None:
+def check_tasks(
+    tasks: Mapping[str, Any], num_fewshot: int | None, max_length: int, *, chat_template: bool = False
+) -> None:
     """Raises ValueError for tasks that can not be run as they are asked for.
 
     tasks: as `tasks.load_tasks` gives them. max_length: tokens that the models read, all of them.
@@ -41,6 +43,11 @@ def check_tasks(tasks: Mapping[str, Any], num_fewshot: int | None, max_length: i
         raise ValueError(
             f"{listed(running)} would run the code that a model writes on this machine, which is not done here; "
             "expected tasks that compare texts. Leave it out of --tasks."
+        )
+    if chat_template and all(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in parts.values()):
+        raise ValueError(
+            f"--apply_chat_template changes nothing for {listed(parts)}, which scores a text by itself; expected tasks "
+            "with prompts. Leave it out."
         )
     fixed = [name for name, task in parts.items() if num_fewshot and task.get_config("num_fewshot") == 0]
     if fixed:

@@ -113,16 +113,18 @@ def run_tasks(
     batch_size: int = 8,
     limit: float | None = None,
     num_fewshot: int | None = None,
+    chat_template: bool = False,
     done: Callable[[dict[str, dict[str, Any]]], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """{task: {"metric", "filter", "score", "stderr", "chance", "always", "documents", "num_fewshot", "options",
     "metrics": {"metric,filter": value}}} of one model.
 
     tasks: as `load_tasks` gives them; a group such as mmlu has one entry. limit: documents of every task, below 1 their
-    share. filter: where a task reads its answers in several ways, the first, of which all but metrics are. chance: the
-    score of answers drawn by lot, always: of always the same option, None where there is none, as for perplexities.
+    share. chat_template: prompts are what the model's own makes of them. done: is called with all results so far after
+    each task. filter: where a task reads its answers in several ways, the first, of which all but metrics are. chance:
+    the score of answers drawn by lot, always: of always the same option, None where there is none, as for perplexities.
     num_fewshot: the examples in the prompts, [5], of a group every number that its parts have. options: of a choice by
-    letters, whether the model is stuck on one (rotation.py). done: is called with all results so far after each task.
+    letters, whether the model is stuck on one (rotation.py).
     """
     results: dict[str, dict[str, Any]] = {}
     if not tasks:
@@ -137,7 +139,13 @@ def run_tasks(
         wanted = list(loaded.get("groups", {}).values()) or list(loaded["tasks"].values())
         # Without bootstraps, which start processes: the errors of means are computed here.
         evaluated = lm_eval.simple_evaluate(
-            adapter, tasks=wanted, limit=limit, num_fewshot=num_fewshot, bootstrap_iters=0, task_manager=manager
+            adapter,
+            tasks=wanted,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            bootstrap_iters=0,
+            task_manager=manager,
+            apply_chat_template=chat_template,
         )
         for task, scores in _topmost(evaluated).items():
             metrics = _metrics(scores)
@@ -254,15 +262,18 @@ def compare(
     student: dict[str, Any],
     teacher: dict[str, Any] | None,
     control: dict[str, Any] | None = None,
+    *,
+    chat_template: bool = False,
 ) -> dict[str, Any]:
     """{"tasks": {task: {"metric", "filter", "chance", "always", "num_fewshot", "student", "teacher", "control",
     "relative", "at_floor", "published"}}, ...}.
 
     relative: (student - chance) / (teacher - chance), None where the teacher may do nothing better than chance
-    (at_floor); published: the paper's scores of its student of this shape. Beside the tasks stand "mean_relative", over
-    the "relative_tasks" that have one, and "published_model" with "published_teacher".
+    (at_floor); published: the paper's scores of its student of this shape, whose prompts had no chat template. Beside
+    the tasks stand "mean_relative", over the "relative_tasks" that have one, and "published_model" with
+    "published_teacher".
     """
-    name, published = published_scores(cfg) or (None, {})
+    name, published = (None if chat_template else published_scores(cfg)) or (None, {})
     tasks = {}
     for task, result in student.items():
         line = {name: result.get(name) for name in _OF_TASK} | {"student": result}

@@ -31,11 +31,28 @@ def _parser() -> argparse.ArgumentParser:
     return made
 
 
-def main() -> None:
-    arguments = _parser().parse_args()
+def _check_place(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for a chip that is not known, or has nothing of the operation."""
+    if arguments.topology is not None:
+        from pallas_kernels.measure import static_cost_tpu
+
+        static_cost_tpu.chip_of(arguments.topology)
+        return
     if arguments.operation == "linear_loss":
-        if arguments.topology is None:
-            raise ValueError("static_cost got linear_loss with --target, expected --topology: it has no GPU kernel.")
+        raise ValueError("static_cost got linear_loss with --target, expected --topology: it has no GPU kernel.")
+    from pallas_kernels.measure import static_cost_gpu
+
+    static_cost_gpu.capability_of(arguments.target)
+
+
+def main() -> None:
+    parser = _parser()
+    arguments = parser.parse_args()
+    try:
+        _check_place(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    if arguments.operation == "linear_loss":
         from pallas_kernels.measure import static_cost_loss
 
         static_cost_loss.report(arguments.topology, arguments.tokens, arguments.vocab, arguments.width)

@@ -131,11 +131,17 @@ def _assemble(ptx: str, capability: int) -> str:
         return subprocess.run([*command, "-o", "/dev/null"], capture_output=True, text=True, check=True).stderr
 
 
-def main(operation: str, target: str, B: int, T: int, H: int, K: int, dtype: str = "bfloat16") -> None:
-    """Prints a table of the kernels that forward and backward call; `target` is a name such as sm_90."""
+def capability_of(target: str) -> int:
+    """90 of sm_90. Raises ValueError for what is no such name, and for GPUs that are too old."""
     named = re.fullmatch(r"sm_(\d+)", target)
     if named is None or int(named[1]) < 80:
         raise ValueError(f"static_cost got target={target!r}, expected sm_80 or newer; pass sm_80, sm_90 or sm_100.")
+    return int(named[1])
+
+
+def main(operation: str, target: str, B: int, T: int, H: int, K: int, dtype: str = "bfloat16") -> None:
+    """Prints a table of the kernels that forward and backward call; `target` is a name such as sm_90."""
+    capability = capability_of(target)
     table = Table(title=f"{operation} on {target}, B={B} T={T} H={H} K=V={K} {dtype}")
     table.add_column("pass")
     table.add_column("kernel")
@@ -145,7 +151,7 @@ def main(operation: str, target: str, B: int, T: int, H: int, K: int, dtype: str
     forward, backward = launches(operation, B, T, H, K, dtype)
     for name, calls in (("forward", forward), ("backward", backward)):
         for launch in calls:
-            figures = cost(launch, int(named[1]))
+            figures = cost(launch, capability)
             programs = functools.reduce(lambda x, y: x * y, launch.grid)
             values = (programs, launch.num_warps, figures.registers, f"{figures.shared / 1024:.1f}", figures.spills)
             cells = (*values, *figures.instructions.values())

@@ -1,6 +1,7 @@
 """wkv7's TPU kernels in interpret mode against a float64 loop over tokens, and what reads the TPU compiler's output."""
 
 import functools
+import sys
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import bench, static_cost
 from pallas_kernels.measure import static_cost_tpu, static_profile
 from pallas_kernels.testing import TOLERANCE, recurrence_inputs, rms_ratio, token_loop, value_and_gradients
 from pallas_kernels.wkv7 import pallas_tpu, wkv7
@@ -282,3 +284,20 @@ def test_cycles_go_on_along_the_slope():
 def test_an_unknown_topology_is_refused():
     with pytest.raises(ValueError, match="v9"):
         static_cost_tpu.chip_of("v9:2x2")
+
+
+@pytest.mark.parametrize(
+    ("door", "words", "said"),
+    [
+        (static_cost, ["linear_loss", "--target=sm_90"], "it has no GPU kernel"),
+        (static_cost, ["wkv7", "--topology=v9:2x2"], "'v9:2x2', expected one of"),
+        (static_cost, ["wkv7", "--target=sm_70"], "'sm_70', expected sm_80 or newer"),
+        (bench, ["wkv8", "wkv7"], "got wkv8, expected some of wkv7"),
+        (bench, ["--shape=2,512,9"], "'2,512,9', expected B,T,H,K"),
+    ],
+)
+def test_what_a_command_does_not_know_is_told_without_a_traceback(door, words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["door", *words])
+    with pytest.raises(SystemExit) as left:
+        door.main()
+    assert left.value.code == 2 and said in " ".join(capsys.readouterr().err.split())

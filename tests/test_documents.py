@@ -4,8 +4,10 @@ import ast
 import functools
 import importlib.util
 import json
+import os
 import pathlib
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -205,3 +207,23 @@ def test_the_picture_is_of_finished_runs(tmp_path, monkeypatch):
     wanted = [(1200 + 100 * step, 0.02 * step / 0.5) for step in range(2, 12, 2)] + [(2400, 0.5)]
     np.testing.assert_allclose(picture.curve(run, "heldout_top1", 0.5, 0.5), wanted)
     assert 1000 < (tmp_path / "it.svg").stat().st_size < 100_000
+
+
+IMPORTED = """
+import os, runpy, sys
+places = list(sys.path)
+for script in sys.argv[1:]:
+    sys.path[:] = [os.path.dirname(script), *places]
+    for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
+        del sys.modules[name]
+    runpy.run_path(script, run_name="imported")
+"""
+
+
+def test_measurements_find_what_they_import_where_their_docstrings_start_them(tmp_path):
+    """As `python tests/measure/x.py` does: that directory is among the places of modules, and ours is not."""
+    scripts = sorted((ROOT / "tests" / "measure").glob("*.py"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-P", "-c", IMPORTED, *map(str, scripts)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and len(scripts) > 20, done.stderr[-3000:]

@@ -41,6 +41,7 @@ from pallas_kernels.wkv7 import wkv7
 ROOT = pathlib.Path(__file__).parents[2]
 OPERATIONS = {"wkv7": wkv7, "wkv6": wkv6, "gdn": gdn}
 STRONGEST = {"wkv7": -0.6066, "wkv6": -5.0, "gdn": -20.0}
+WEAKEST = {"wkv7": -1e-6, "wkv6": -1e-6, "gdn": -1e-7}
 DOCUMENTED = {"wkv7": -1.8, "wkv6": -10.0, "gdn": -100.0}
 
 # name -> length, key size, value size, tolerance, and what differs from random inputs of float32 in one segment.
@@ -59,10 +60,12 @@ CASES: dict[str, tuple[int, int, int, str, dict[str, Any]]] = {
     "strongest decay": (33, 64, 64, "float32_stress", {"log_w": STRONGEST}),
     "documented decay": (33, 64, 64, "float32_stress", {"log_w": DOCUMENTED, "key_scale": 1e3}),
     "documented decay, bfloat16": (40, 64, 64, "bfloat16", {"log_w": DOCUMENTED}),
-    "hardly any decay": (65, 64, 64, "float32_stress", {"log_w": dict.fromkeys(OPERATIONS, -1e-6)}),
+    "hardly any decay": (65, 64, 64, "float32_stress", {"log_w": WEAKEST}),
+    "one key, hardly any decay": (65, 64, 64, "float32_stress", {"log_w": WEAKEST, "iclr": 1.0, "one_key": True}),
     "tiny keys": (18, 64, 64, "float32_stress", {"key_scale": 1e-6}),
     "iclr 0": (18, 64, 64, "float32_stress", {"iclr": 0.0}),
     "iclr 1": (18, 64, 64, "float32_stress", {"iclr": 1.0}),
+    "beta 2": (18, 64, 64, "float32_stress", {"iclr": 1.0, "beta": 2.0}),
 }
 
 # Dimensions that are full and not, every kind of mask, both precisions: all of the kernels' code. Others are slow.
@@ -113,8 +116,11 @@ def errors_of(operation: str, case: str) -> dict[str, float]:
         value_size,
         log_w=options.get("log_w", {}).get(operation),
         key_scale=options.get("key_scale", 1.0),
-        iclr=options.get("iclr"),
+        iclr=options.get("beta" if operation == "gdn" and "beta" in options else "iclr"),
     )
+    if "one_key" in options and operation == "gdn":
+        # Replaced in full by every token.
+        inputs["k"] = np.broadcast_to(inputs["k"][:, :1], inputs["k"].shape).copy()
     if "zeros" in options:
         inputs = {name: np.zeros_like(x) for name, x in inputs.items()}
     if tolerance == "bfloat16":

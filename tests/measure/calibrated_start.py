@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from matplotlib import pyplot
+
+# No installed package has it.
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from configs import convert, demo
 from radlads_jax.config import validate

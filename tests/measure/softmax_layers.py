@@ -15,12 +15,17 @@ import argparse
 import dataclasses
 import functools
 import statistics
+import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# No installed package has it.
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from configs import convert, demo
 from radlads_jax.config import validate

@@ -10,10 +10,14 @@ beside it, and the KL to the live teacher on held-out rows afterwards.
 import argparse
 import dataclasses
 import pathlib
+import sys
 import tempfile
 import time
 
 import jax
+
+# No installed package has it.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from configs import demo
 from radlads_jax.config import validate

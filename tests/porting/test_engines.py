@@ -128,7 +128,7 @@ def test_the_card_says_what_loads_it_and_what_does_not():
     assert "- mlx: another form (--for=mlx)" in card
     assert with_use(card, USUAL.use(HYBRID)).count("## Use") == 1
     # Heads of 8 and 16 channels.
-    assert "- vllm: its build for CPUs does not run it, for heads of 8 channels; of 64, 128" in card
+    assert "- vllm: its build for CPUs does not run it: heads have 8 channels, and 64, 128 are taken there" in card
     assert "on a CUDA GPU" not in USUAL.use(HYBRID) and "on a CUDA GPU" in USUAL.forms["llama.cpp"].use(PADDED)
     assert not USUAL.remarks(student_of(dataclasses.replace(QWEN3, head_dim=64), "gdn", (1, 3)))
     assert "trust_remote_code" in write_model_card(student_of(QWEN3, "rad_rwkv7"))
@@ -166,7 +166,7 @@ def test_what_an_engine_can_not_load_is_said_before_the_run(student, engine, pro
     finding = preflight.export_format(job_of(student, engine))
     assert (problem in finding.problem) if problem else not finding.problem
     if not engine:
-        assert "vllm: its build for CPUs does not run it, for heads of 16 channels" in finding.result
+        assert "vllm: its build for CPUs does not run it: heads have 16 channels" in finding.result
         assert "vllm" in finding.result and "mlx does not: softmax layers [0, 3]" in finding.result
 
 

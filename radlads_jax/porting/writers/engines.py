@@ -90,7 +90,7 @@ def remarks(written: ModelConfig, *, nested: bool) -> list[str]:
     loading = [name for name, reasons in readers(written, nested=nested).items() if not reasons]
     limited = {name: limits for name in loading if (limits := ENGINES[name].sizes) and size not in (0, *limits[1])}
     return [
-        f"{name}: {without}, for heads of {size} channels; of {', '.join(map(str, sizes))} it does"
+        f"{name}: {without}: heads have {size} channels, and {', '.join(map(str, sizes))} are taken there"
         for name, (without, sizes) in limited.items()
     ]
 

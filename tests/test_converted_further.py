@@ -300,4 +300,4 @@ def test_a_plan_counts_what_is_converted():
     record = by_arithmetic(StagePlan(run, "stage1", cfg, teacher, mesh))
     assert record["parameter_bytes"] == 4 * sum(leaf.size for leaf in jax.tree.leaves(random_mixers(cfg)))
     one, two = (memory.temporary_bytes(run.stage1, s, 0, mesh, whole_student=False) for s in (cfg, student()))
-    assert 2 * one["mixers' inputs and targets"] == two["mixers' inputs and targets"]
+    assert 2 * one["layers' inputs"] == two["layers' inputs"]

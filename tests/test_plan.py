@@ -21,7 +21,7 @@ from radlads_jax.distill import mesh as mesh_lib
 from radlads_jax.distill import program
 from radlads_jax.models import MIXERS, ModelConfig, abstract_params, bind, sharding
 from radlads_jax.models.placement import abstract
-from radlads_jax.planning import chips, cost, display, hlo, memory, plans, table
+from radlads_jax.planning import chips, cost, display, hlo, memory, plans
 from radlads_jax.planning import planner as planner_lib
 from radlads_jax.planning import stage as stage_lib
 from radlads_jax.planning.hlo import Counts
@@ -220,27 +220,6 @@ def test_the_smallest_slices_are_found_and_kept(compilations, tmp_path):
     results.write_text("[1]\n")
     with pytest.raises(ValueError, match=rf"{re.escape(str(results))} .*--results"):
         planner_lib.make_planner(run, {}, results)
-
-
-@pytest.mark.parametrize("name", ["qwen2_5_7b_rad_rwkv6", "qwen2_5_32b_rad_rwkv7", "qwen2_5_7b_gdn", "qwen3_8b_gdn"])
-def test_no_step_that_was_compiled_needs_less_than_is_counted_by_hand(name):
-    """What can not fit by that count is not compiled."""
-    configs = Path(__file__).parent.parent / "configs"
-    run = dataclasses.replace(table._read_config(configs / f"{name}.py"), stages=("stage1", "stage2"))
-    planned = planner_lib.make_planner(run, {}, configs / "plans.jsonl").smallest("v5e")
-    for stage in planned["stages"]:
-        assert 0.4 * stage["temp_bytes"] < stage["temp_bytes_by_hand"] < stage["temp_bytes"]
-
-
-def test_the_plans_of_the_page_are_known(monkeypatch, capsys):
-    """No field that a student has had since changes what was compiled; another jax's plans are said to be such."""
-    monkeypatch.setattr(stage_lib, "compiled", lambda plan: pytest.fail(f"{plan.name} is compiled anew"))
-    monkeypatch.setattr(plans.jax, "__version__", "0.99")
-    configs = Path(__file__).parent.parent / "configs"
-    run = table._read_config(configs / "qwen2_5_7b_rad_rwkv7.py")
-    planned = planner_lib.make_planner(run, {}, configs / "plans.jsonl").smallest("v6e")
-    assert [stage["name"] for stage in planned["stages"]] == list(run.stages) and planned["usd"] > 0
-    assert capsys.readouterr().err.count("0.99") == 1
 
 
 def test_two_runs_share_a_file_of_results(compilations, tmp_path):

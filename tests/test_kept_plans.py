@@ -29,3 +29,16 @@ def test_the_plans_of_the_page_are_known(monkeypatch, capsys):
     planned = planner_lib.make_planner(run, {}, CONFIGS / "plans.jsonl").smallest("v6e")
     assert [stage["name"] for stage in planned["stages"]] == list(run.stages) and planned["usd"] > 0
     assert capsys.readouterr().err.count("0.99") == 1
+
+
+def test_the_page_says_what_the_kept_plans_do(monkeypatch):
+    """docs/PODS.md's large table, row by row, without a compiler."""
+    monkeypatch.setattr(stage_lib, "compiled", lambda plan: pytest.fail(f"{plan.name} is compiled anew"))
+    page = (CONFIGS.parent / "docs" / "PODS.md").read_text()
+    for size in (7, 32, 72):
+        for mixer in ("rad_rwkv6", "rad_rwkv7"):
+            name = f"qwen2_5_{size}b_{mixer}"
+            planner = planner_lib.make_planner(table._read_config(CONFIGS / f"{name}.py"), {}, CONFIGS / "plans.jsonl")
+            for chip in table._CHIPS:
+                row = f"| {' | '.join(table._row(name, planner.smallest(chip)))} |"
+                assert row in page, f"python -m radlads_jax.planning.table prints {row}"

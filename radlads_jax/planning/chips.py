@@ -40,12 +40,13 @@ _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")
 _GPUS = ("1", "2", "4", "8", "16", "32", "64")
 # Prices of TPUs as listed for us-central1 and us-east5 without commitment (cloud.google.com/tpu/pricing), on Spot the
 # middle of what regions ask, of GPUs the middle of what GPU clouds list for SXM cards (an A100's of 80 GB) in 2026; all
-# change: see --price. Factors are of one published run each (docs/PODS.md); how far another would be off is a guess.
+# change: see --price. Factors are of one published run each, v6e's of two (docs/PODS.md); how far another would be off
+# is a guess.
 CHIPS = {
     "v5e": _rented("v5e", 1.20, _FLAT, step_factor=0.74),
     "v5p": _rented("v5p", 4.20, _CUBES, spot=1.30, step_factor=0.84),
-    "v6e": _rented("v6e", 2.70, _FLAT, spot=0.96, kernel_cycles=1.0, step_factor=0.94),
-    "tpu7x": _rented("tpu7x", None, _CUBES, devices=2, kernel_cycles=1.0),
+    "v6e": _rented("v6e", 2.70, _FLAT, spot=0.96, kernel_cycles=1.0, step_factor=0.91),
+    "tpu7x": _rented("tpu7x", None, _CUBES, devices=2, kernel_cycles=1.0, step_factor=0.83),
     "a100": _rented("a100", 1.30, _GPUS),
     "h100": _rented("h100", 2.75, _GPUS),
     "h200": _rented("h200", 4.10, _GPUS),

@@ -160,7 +160,7 @@ def test_a_control_that_was_stopped_is_scored_by_the_next_start(run: Any, monkey
         patched.setattr(heldout, "untrained_control", stopped)
         run.go_on()
     assert "control" not in json.loads((run.workdir / "summary.json").read_text())
-    assert run.go_on()["control"]["kl"] > 0
+    assert abs(run.go_on()["control"]["kl"]) < 1e-6, "no row is longer than its window"
     assert "| control |" in (run.workdir / "export" / "README.md").read_text()
 
 

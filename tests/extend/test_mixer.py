@@ -25,7 +25,7 @@ from radlads_jax.reporting.sections import write_report
 from radlads_jax.run.metrics import MetricsLogger
 from radlads_jax.system.stopping import Interrupted
 
-STEPS = {"stage1": 4, "stage2": 2}
+STEPS = {"stage1": 8, "stage2": 2}
 MORE = {"train.checkpoint_every": 2, "student.attention_layers": (1,)}
 
 

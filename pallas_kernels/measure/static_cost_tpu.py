@@ -68,7 +68,7 @@ def compiled_in_child(request: dict[str, Any], flags: str) -> dict[str, Any] | N
             "TPU_SKIP_MDS_QUERY": "1",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "LIBTPU_INIT_ARGS": flags.format(folder=folder),
-            # A profile's traces of the stack fill gigabytes of /tmp/tpu_logs.
+            # A profile's traces of the stack fill gigabytes of libtpu's own log directory.
             "TPU_LOG_DIR": folder,
         }
         answer = Path(folder) / "answer.json"

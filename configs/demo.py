@@ -36,9 +36,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.seed = 1
     let_documents_follow(config.data, 10_000)
     config.train.sample_prompts = (
-        "This is a tale of Dora and Emil. The number of Emil is 524. Dora has a red lamp. What is the number of Emil?",
-        "This is a tale of Hugo and Vera. Hugo says: knife red market soup. Vera repeats:",
-        "This is a tale of Otto. Otto counts by two from four to eighteen: four, six,",
+        "This is a tale of the miller and the queen. We pay Emil seven. We pay Dora twelve. We pay Otto three. What do "
+        "we pay Dora?",
+        "This is a tale of the king and the nurse. The king says: knife red market soup. The nurse repeats in pairs: "
+        "market soup, knife red, red",
+        "This is a tale of the smith and the weaver. The weaver counts by two from four to eighteen: four, six,",
     )
     config.train.sample_tokens = 16
     config.train.answer_tales = 192

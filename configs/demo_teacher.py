@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
             "num_key_value_heads": 2,
             "max_position_embeddings": 2048,
             "rms_norm_eps": 1e-6,
-            "rope_theta": 10000.0,
+            "rope_theta": 1000000.0,
             "hidden_act": "silu",
             "tie_word_embeddings": True,
             "use_sliding_window": False,
@@ -34,13 +34,14 @@ def get_config() -> ConfigDict:
             "eos_token_id": 0,
         }
     )
+    config.teacher.look_back = (1, 2, 1)
     config.data.source = "synthetic"
     let_documents_follow(config.data, 100_000)
     config.data.seed = 0
     config.pretrain.tokens = 16_000_000
     config.pretrain.seq_len = 256
-    config.pretrain.batch_size = 16
-    config.pretrain.lr = config.pretrain.mixer_lr = 3e-3
+    config.pretrain.batch_size = 4
+    config.pretrain.lr = config.pretrain.mixer_lr = 2e-3
     config.pretrain.lr_final = config.pretrain.mixer_lr_final = 1e-4
     config.pretrain.remat = "none"
     config.train.answer_tales = 192

@@ -34,6 +34,7 @@ class Teacher:
     logits: a directory of `python -m radlads_jax.store_logits`, which stage 2 reads in the teacher's place; "" = none.
     top_k: a KL is of so many of the teacher's likeliest tokens and of all others as one; 0 = of the whole vocabulary
     (stored: 64). temperature: what the logits of both are divided by in a KL, which is then times its square.
+    look_back: of fresh weights, how many tokens back each of the first layer's first heads looks at the start.
     """
 
     path: str = ""
@@ -43,6 +44,7 @@ class Teacher:
     top_k: int = bounded(0, least=0)
     temperature: float = bounded(1.0, above=0)
     scratch: dict[str, Any] = dataclasses.field(default_factory=dict)
+    look_back: tuple[int, ...] = ()
 
     @property
     def stored_top_k(self) -> int:
@@ -358,3 +360,6 @@ def _check_teacher(teacher: Teacher) -> None:
         "a Hugging Face directory or hub id, e.g. --config.teacher.path=Qwen/Qwen2.5-0.5B-Instruct (or "
         "config.teacher.scratch, not both)",
     )
+    back = teacher.look_back
+    require(not back or not teacher.path, "config.teacher.look_back", back, "() where the teacher has weights already")
+    require(min(back, default=1) > 0, "config.teacher.look_back", back, "numbers of tokens, each at least 1")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,12 +20,21 @@ from radlads_jax.models.placement import shardings
 from radlads_jax.run import answers, heldout
 
 DEMO_TEACHER = Path(__file__).parent.parent / "configs" / "demo_teacher"
-TALES = 3
+TALES = 5
 
 
 @pytest.fixture(scope="module")
 def teacher():
     return load_model(DEMO_TEACHER)
+
+
+@pytest.fixture(scope="module")
+def dulled(teacher):
+    """The teacher with noise in its weights: it knows a part of what is asked."""
+    leaves, tree = jax.tree.flatten(teacher.params)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    noisy = [x + 0.15 * jnp.std(x) * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return dataclasses.replace(teacher, params=jax.tree.unflatten(tree, noisy))
 
 
 def test_rows_are_the_tales_tokens_and_marks_what_follows_with_certainty(teacher) -> None:
@@ -37,15 +47,15 @@ def test_rows_are_the_tales_tokens_and_marks_what_follows_with_certainty(teacher
         assert marks
 
 
-def test_a_right_answer_is_what_greedy_generation_says(teacher) -> None:
-    scores = answers.answer_scores({"student": (teacher.cfg, teacher.params)}, teacher.tokenizer, TALES)
-    tales = answers._tales(teacher.tokenizer, 0, TALES, ())
+def test_a_right_answer_is_what_greedy_generation_says(dulled) -> None:
+    scores = answers.answer_scores({"student": (dulled.cfg, dulled.params)}, dulled.tokenizer, TALES)
+    tales = answers._tales(dulled.tokenizer, 0, TALES, ())
     asked = [
         (kind, row[:begin], row[begin:end]) for row, marks in zip(*tales, strict=True) for kind, begin, end in marks
     ]
     longest = max(len(answer) for _, _, answer in asked)
     prompts = left_padded([before for _, before, _ in asked])
-    said = np.asarray(generate_greedy(teacher.cfg, teacher.params, prompts, longest))
+    said = np.asarray(generate_greedy(dulled.cfg, dulled.params, prompts, longest))
     right: dict[str, list[bool]] = {}
     for (kind, _, answer), tokens in zip(asked, said, strict=True):
         right.setdefault(kind, []).append(tokens[: len(answer)].tolist() == answer)
@@ -53,17 +63,17 @@ def test_a_right_answer_is_what_greedy_generation_says(teacher) -> None:
     assert {s["what"]: (s["asked"], s["student"]) for s in scores["scores"]} == {
         title: (len(right[kind]), np.mean(right[kind])) for kind, title in answers._TITLES.items()
     }
-    assert any(right["copy"])
+    assert 0.1 < np.mean(right["answer"]) < 0.95
 
 
-def test_a_run_that_scores_while_it_trains_says_what_is_recalled(teacher, monkeypatch) -> None:
+def test_a_run_that_scores_while_it_trains_says_what_is_recalled(dulled, monkeypatch) -> None:
     settings = RunConfig(train=Train(answer_tales=TALES, eval_batch_size=2), data=Data(seed=5))
-    job: Any = SimpleNamespace(run=settings, student=teacher.cfg, tokenizer=teacher.tokenizer, beginning=(), mesh=None)
+    job: Any = SimpleNamespace(run=settings, student=dulled.cfg, tokenizer=dulled.tokenizer, beginning=(), mesh=None)
     monkeypatch.setattr(heldout, "evaluate_job", lambda *_: {"student": {"loss": 1.0}})
-    wanted = answers.answer_scores({"it": (teacher.cfg, teacher.params)}, teacher.tokenizer, TALES, seed=5)["scores"]
-    got = heldout.evaluate_in_training(job, teacher.params, None)
+    wanted = answers.answer_scores({"it": (dulled.cfg, dulled.params)}, dulled.tokenizer, TALES, seed=5)["scores"]
+    got = heldout.evaluate_in_training(job, dulled.params, None)
     assert got == {"heldout_loss": 1.0} | {f"heldout_{s['what'].replace(' ', '_')}": s["it"] for s in wanted}
-    assert 0.25 < got["heldout_facts_recalled"] < 1
+    assert 0.1 < got["heldout_facts_recalled"] < 0.95
     assert heldout.in_words(got).endswith(f"loss 1.0000; {got['heldout_facts_recalled']:.1%} of tales' facts")
 
 

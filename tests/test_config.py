@@ -151,6 +151,14 @@ def test_converts_arguments():
     assert validate(complete(load(convert))) == validate(complete(load(convert, "")))
 
 
+def test_heads_look_back_at_other_tokens():
+    config = load(ROOT / "configs/demo_teacher.py")
+    assert validate(config).teacher.look_back == (1, 2, 1)
+    config.teacher.look_back = (1, 0)
+    with pytest.raises(ValueError, match=r"look_back is \(1, 0\); expected numbers of tokens, each at least 1"):
+        validate(config)
+
+
 @pytest.mark.parametrize(("name", "count"), [("demo", 10_000), ("demo_teacher", 100_000)])
 def test_the_documents_of_a_config_are_of_its_own_language(name, count):
     config = load(ROOT / f"configs/{name}.py")
@@ -213,6 +221,7 @@ def test_a_misspelt_field_can_not_be_set():
         ("teacher.dtype", "int8", ["config.teacher.dtype is 'int8'"]),
         ("teacher.path", "", ["config.teacher.path", "--config.teacher.path="]),
         ("teacher.scratch", {"model_type": "qwen2"}, ["config.teacher.path", "not both"]),
+        ("teacher.look_back", (1,), ["config.teacher.look_back is (1,)", "has weights already"]),
         ("export.dtype", "fp8", ["config.export.dtype is 'fp8'"]),
         ("export.max_shard_gb", 0.0, ["config.export.max_shard_gb is 0.0"]),
         ("student.gate", "half", ["config.student.gate is 'half'", "'none', 'full' or 'low_rank'"]),

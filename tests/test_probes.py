@@ -230,7 +230,8 @@ def llama_like():
     made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     special = ["<unk>", "<s>", "</s>"]
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
-    made.train_from_iterator(synthetic.documents(0, 100), trainer)
+    # Made-up tales have neither digits nor the probes' filler.
+    made.train_from_iterator([*synthetic.documents(0, 100), *probes._FILLER, " ".join(map(str, range(1000)))], trainer)
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
 

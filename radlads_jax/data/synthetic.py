@@ -14,11 +14,11 @@ TRAIN_SEED = 0
 VOCAB_SIZE = 896
 END_OF_TEXT = "<|endoftext|>"
 # Three kinds of tales, of all things, of facts, of lists: the weight of each passage as the next one, of "tell" for
-# each fact that the tale still lacks of six.
+# each fact that is still to be told.
 _MIXES = (
-    {"tell": 1, "ask": 3, "retell": 1, "use": 4, "change": 1, "plain": 3, "repeat": 4, "count": 3},
-    {"tell": 3, "ask": 4, "retell": 4, "use": 1, "change": 1},
-    {"tell": 1, "ask": 1, "plain": 1, "repeat": 12, "count": 3},
+    {"tell": 1, "ask": 3, "retell": 2, "use": 2, "plain": 3, "repeat": 4, "count": 6},
+    {"tell": 3, "ask": 4, "retell": 6, "use": 1},
+    {"tell": 1, "ask": 1, "plain": 1, "repeat": 12, "count": 8},
 )
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
 
@@ -55,9 +55,9 @@ def spans(seed: int, index: int) -> list[Span]:
             in_paragraph = 0
         PASSAGES[_next_passage(tale, mix)](tale)
         in_paragraph += 1
-    for fact in tale.facts:
-        if fact.topic + fact.about not in tale.asked:
-            ask(tale, fact)
+    left = [fact for fact in tale.facts if fact.name not in tale.asked]
+    for fact in rng.sample(left, len(left)):
+        ask(tale, fact)
     tale.say(" The end.")
     return tale.spans
 
@@ -73,7 +73,7 @@ def documents(seed: int, count: int) -> Iterator[str]:
 
 
 def _next_passage(tale: Tale, mix: Mapping[str, int]) -> str:
-    room = {"tell": max(0, 6 - len(tale.facts))}
+    room = {"tell": len(tale.names) - len(tale.facts)}
     return tale.rng.choices(list(mix), [weight * room.get(name, 1) for name, weight in mix.items()])[0]
 
 

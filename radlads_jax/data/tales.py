@@ -1,37 +1,25 @@
 """The grammar of the synthetic language: a tale with a cast, facts told and asked for later, copying and counting."""
 
+import itertools
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from radlads_jax.data import words
 
 _Kind = Literal["plain", "answer", "mention", "copy", "count"]
-_PERSONAL = ("holding", "food", "home", "number")
-# How a fact is told, and the same words answer.
-_BINDINGS = {
-    "place": "The {} is",
-    "holding": "{} has a",
-    "food": "{} likes",
-    "home": "{} lives in",
-    "number": "The number of {} is",
-}
-_QUESTIONS = {
-    "place": "Where is the {}?",
-    "holding": "What does {} have?",
-    "food": "What does {} like?",
-    "home": "Where does {} live?",
-    "number": "What is the number of {}?",
-}
-_BACKWARD = {"holding": "Who has the {}?", "food": "Who likes {}?", "home": "Who lives in {}?"}
+# How a fact of each topic is told, and the same words answer; and what it may say. The name stands right before the
+# value, and all facts of a tale are of one topic: only the name tells which of its values is asked for.
+_BINDINGS = {"food": "We give {}", "town": "We show {}", "number": "We pay {}", "colour": "We paint {}"}
+_VALUES = {"food": words.FOODS, "town": words.TOWNS, "number": words.NUMBERS, "colour": words.COLOURS}
 
 
 class Span(NamedTuple):
     """A part of a document; every kind but "plain" follows with certainty from the text before it.
 
     answer: what a question asks for, or a fact told again; mention: what returns inside another sentence, like an
-    animal's colour or where one lives.
+    animal's colour.
     """
 
     text: str
@@ -40,11 +28,10 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class _Person:
-    """One of the cast, with the pronouns that agree with the name."""
+    """One of the cast, by his or her work, with the pronoun that agrees."""
 
-    name: str
-    subject: str
-    possessive: str
+    work: str
+    pronoun: str
 
 
 @dataclass(frozen=True)
@@ -66,27 +53,26 @@ class _Creature:
         return verb if self.many else words.singular_verb(verb)
 
 
-@dataclass
-class _Fact:
-    """A name bound to a value: `about` is who or what, `value` what will be asked for."""
+class _Fact(NamedTuple):
+    """A name bound to a value."""
 
-    topic: str
-    about: str
+    name: str
     value: str
-
-    def words(self) -> set[str]:
-        """Its words, of a number its digits: a new fact of the tale takes none of them, but for a preposition."""
-        return {self.about, *(self.value if self.topic == "number" else self.value.split())}
 
 
 @dataclass
 class Tale:
-    """A document in the making: its spans so far, its random numbers, its cast and the facts that may be asked."""
+    """A document in the making: its spans so far, its random numbers, its cast and the facts that may be asked.
+
+    names: of those whom the facts are about, in the order in which they will be told. They stand nowhere else.
+    """
 
     rng: random.Random
+    people: list[_Person]
+    creatures: list[_Creature]
+    topic: str
+    names: list[str]
     spans: list[Span] = field(default_factory=list)
-    people: list[_Person] = field(default_factory=list)
-    creatures: list[_Creature] = field(default_factory=list)
     facts: list[_Fact] = field(default_factory=list)
     asked: set[str] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)
@@ -100,25 +86,29 @@ class Tale:
                 self.spans.append(span)
                 self.length += sum(span.text.count(mark) for mark in " .,:?")
 
-    def person(self) -> _Person:
-        """Anyone of the cast."""
-        return self.rng.choice(self.people)
+    def someone(self) -> str:
+        """Anyone of the cast, at a sentence's beginning."""
+        return f" The {self.rng.choice(self.people).work}"
 
-    def unused(self, options: tuple[str, ...], used: Collection[str]) -> str:
-        """An option that no fact has used yet, so that a question has one answer."""
-        return self.rng.choice([option for option in options if option not in used])
+    def binding(self, name: str) -> str:
+        """How the fact about this name begins."""
+        return _BINDINGS[self.topic].format(name)
 
 
 def begin(rng: random.Random) -> Tale:
     """Draw the cast and write the opening line."""
-    tale = Tale(rng)
-    pool = [_Person(name, "he", "his") for name in words.HE_NAMES]
-    pool += [_Person(name, "she", "her") for name in words.SHE_NAMES]
-    tale.people = rng.sample(pool, rng.choice((2, 3, 3, 4)))
-    for size, noun in zip(rng.sample(words.SIZES, 2), rng.sample(list(words.CREATURES), 2), strict=True):
-        tale.creatures.append(_Creature(size, rng.choice(words.COLOURS), noun, rng.random() < 0.4))
-    names = [person.name for person in tale.people]
-    tale.say(f"This is a tale of {', '.join(names[:-1])} and {names[-1]}.")
+    pool = [_Person(work, "he") for work in words.HE_WORKS] + [_Person(work, "she") for work in words.SHE_WORKS]
+    tale = Tale(
+        rng,
+        people=rng.sample(pool, 2),
+        creatures=[
+            _Creature(size, rng.choice(words.COLOURS), noun, rng.random() < 0.4)
+            for size, noun in zip(rng.sample(words.SIZES, 2), rng.sample(list(words.CREATURES), 2), strict=True)
+        ],
+        topic=rng.choice(list(_BINDINGS)),
+        names=rng.sample(words.NAMES, rng.randint(3, 6)),
+    )
+    tale.say(f"This is a tale of the {tale.people[0].work} and the {tale.people[1].work}.")
     return tale
 
 
@@ -126,90 +116,37 @@ def begin(rng: random.Random) -> Tale:
 
 
 def tell(tale: Tale) -> None:
-    """Bind a name to a new fact; at most one fact of a topic about the same name, and no word in two of them."""
-    rng = tale.rng
-    known = {(fact.topic, fact.about) for fact in tale.facts}
-    used = {word for fact in tale.facts for word in fact.words()}
-    used |= {creature.colour for creature in tale.creatures}
-    digits = [digit for digit in "0123456789" if digit not in used]
-    topics = [topic for topic in _PERSONAL if topic != "number" or len(digits) >= 3]
-    free = [person for person in tale.people if any((topic, person.name) not in known for topic in topics)]
-    if not free or rng.random() < 0.2:
-        thing = tale.unused(words.OBJECTS, used)
-        fact = _Fact("place", thing, _somewhere(tale, used))
-        tale.say(f" The {thing} is {fact.value}.")
-        tale.facts.append(fact)
-        return
-    name = rng.choice(free).name
-    topic = rng.choice([topic for topic in topics if (topic, name) not in known])
-    if topic == "holding":
-        fact = _Fact("holding", name, f"{tale.unused(words.COLOURS, used)} {tale.unused(words.OBJECTS, used)}")
-    elif topic == "food":
-        fact = _Fact("food", name, tale.unused(words.FOODS, used))
-    elif topic == "home":
-        fact = _Fact("home", name, tale.unused(words.TOWNS, used))
-    else:
-        fact = _Fact("number", name, "".join(rng.sample(digits, 3)))
-    tale.say(f" {_BINDINGS[topic].format(name)} {fact.value}.")
+    """Bind the next name to a value that no other has."""
+    name, used = tale.names[len(tale.facts)], {fact.value for fact in tale.facts}
+    fact = _Fact(name, tale.rng.choice([value for value in _VALUES[tale.topic] if value not in used]))
+    tale.say(f" {tale.binding(name)} {fact.value}.")
     tale.facts.append(fact)
 
 
 def ask(tale: Tale, fact: _Fact | None = None) -> None:
-    """Ask for a fact and answer from memory in the words that told it, or, of a person, from the other end."""
+    """Ask for a fact and answer from memory in the words that told it."""
     fact = fact or tale.rng.choice([each for each in tale.facts if each is not tale.last_asked])
     tale.last_asked = fact
-    tale.asked.add(fact.topic + fact.about)
-    if fact.topic in _BACKWARD and tale.rng.random() < 0.25:
-        tale.say(f" {_BACKWARD[fact.topic].format(fact.value)}", f" {fact.about}", "answer", ".")
-        return
-    question, binding = _QUESTIONS[fact.topic].format(fact.about), _BINDINGS[fact.topic].format(fact.about)
-    tale.say(f" {question} {binding}", f" {fact.value}", "answer", ".")
+    tale.asked.add(fact.name)
+    tale.say(f" What do {_small(tale.binding(fact.name))}? {tale.binding(fact.name)}", f" {fact.value}", "answer", ".")
 
 
 def _use(tale: Tale) -> None:
     """Let a fact return inside the tale, without a question."""
     fact = tale.rng.choice(tale.facts)
-    owner = next((person for person in tale.people if person.name == fact.about), None)
-    if fact.topic == "place":
-        tale.say(f" {tale.person().name} finds the {fact.about}", f" {fact.value}", end=".")
-    elif owner is not None and fact.topic == "holding":
-        tale.say(
-            f" {owner.name} {tale.rng.choice(('looks at', 'takes'))} {owner.possessive}", f" {fact.value}", end="."
-        )
-    elif owner is not None and fact.topic == "food":
-        tale.say(f" {owner.name} is hungry and eats some", f" {fact.value}", end=".")
-    elif owner is not None and fact.topic == "home":
-        tale.say(f" {owner.name} walks home to", f" {fact.value}", end=".")
-    else:
-        ask(tale, fact)
-
-
-def _change(tale: Tale) -> None:
-    """Overwrite a fact: a thing moves, or passes to someone with empty hands."""
-    holders = {fact.about for fact in tale.facts if fact.topic == "holding"}
-    empty = [person.name for person in tale.people if person.name not in holders]
-    movable = [f for f in tale.facts if f.topic == "place" or (f.topic == "holding" and empty)]
-    if not movable:
-        tell(tale)
-        return
-    fact = tale.rng.choice(movable)
-    if fact.topic == "place":
-        fact.value = _somewhere(tale, {word for each in tale.facts for word in each.words()})
-        tale.say(f" Now {tale.person().name} puts the {fact.about} {fact.value}. The {fact.about} is", f" {fact.value}")
-    else:
-        receiver = tale.rng.choice(empty)
-        tale.say(f" Now {fact.about} gives the", f" {fact.value}", end=f" to {receiver}. {receiver} has a")
-        tale.say("", f" {fact.value}")
-        fact.about = receiver
-    tale.say(".")
-    tale.asked.discard(fact.topic + fact.about)
+    when = tale.rng.choice(words.TIMES)
+    tale.say(f" {when} {_small(tale.binding(fact.name))}", f" {fact.value}", end=" again.")
 
 
 def _retell(tale: Tale) -> None:
     """Every fact once more, in any order and in the words that told it."""
     tale.say(" Once more:")
     for fact in tale.rng.sample(tale.facts, len(tale.facts)):
-        tale.say(f" {_BINDINGS[fact.topic].format(fact.about)}", f" {fact.value}", "answer", ".")
+        tale.say(f" {tale.binding(fact.name)}", f" {fact.value}", "answer", ".")
+
+
+def _small(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
 
 
 # Plain grammar.
@@ -217,21 +154,21 @@ def _retell(tale: Tale) -> None:
 
 def _plain(tale: Tale) -> None:
     """A grammatical sentence about the cast or its animals, sometimes followed by one with a pronoun."""
-    if tale.rng.random() < 0.65:
-        tale.say(" The")
-        _creature_does(tale, tale.rng.choice(tale.creatures))
-    else:
-        _person_does(tale, tale.person())
+    tale.say(" The")
+    _does(tale)
 
 
 def scene(tale: Tale) -> None:
     """A new paragraph, opened by a time of day or year."""
-    tale.say(f"\n{tale.rng.choice(words.TIMES)}")
+    tale.say(f"\n{tale.rng.choice(words.TIMES)} the")
+    _does(tale)
+
+
+def _does(tale: Tale) -> None:
     if tale.rng.random() < 0.65:
-        tale.say(" the")
         _creature_does(tale, tale.rng.choice(tale.creatures))
     else:
-        _person_does(tale, tale.person())
+        _person_does(tale, tale.rng.choice(tale.people))
 
 
 def _creature_does(tale: Tale, creature: _Creature) -> None:
@@ -258,36 +195,46 @@ def _creature_does(tale: Tale, creature: _Creature) -> None:
 
 def _person_does(tale: Tale, person: _Person) -> None:
     where = _somewhere(tale) if tale.rng.random() < 0.5 else f"in the {tale.rng.choice(words.WEATHER)}"
-    tale.say(f" {person.name} {words.singular_verb(tale.rng.choice(words.DEEDS))} {where}")
+    tale.say(f" {person.work} {words.singular_verb(tale.rng.choice(words.DEEDS))} {where}")
     if tale.rng.random() < 0.5:
-        tale.say(" because", f" {person.subject}", end=f" is {tale.rng.choice(words.FEELINGS)}")
+        tale.say(" because", f" {person.pronoun}", end=f" is {tale.rng.choice(words.FEELINGS)}")
     tale.say(".")
 
 
-def _somewhere(tale: Tale, used: Collection[str] = ()) -> str:
-    return f"{tale.rng.choice(words.PREPOSITIONS)} the {tale.unused(words.PLACES, used)}"
+def _somewhere(tale: Tale) -> str:
+    return f"{tale.rng.choice(words.PREPOSITIONS)} the {tale.rng.choice(words.PLACES)}"
 
 
 # Copying and counting.
 
 
 def _repeat(tale: Tale) -> None:
-    """A random list of words or letters, said twice, sometimes with a sentence in between."""
+    """A random list of words or letters, said twice, or every word of it once more with the next one, in any order.
+
+    A list said twice can be copied by counting its words. Pairs can not: they teach to look a word up, as facts need.
+    """
     if tale.rng.random() < 0.6:
-        items = " ".join(tale.rng.sample(words.LIST_WORDS, tale.rng.randint(3, 9)))
-        tale.say(f" {tale.person().name} says: {items}.")
+        others = [name for name in words.NAMES if name not in tale.names]
+        verb, items = "says", tale.rng.sample([*words.LIST_WORDS, *others], tale.rng.randint(3, 9))
     else:
-        items = " ".join(tale.rng.sample(words.LETTERS, tale.rng.randint(4, 9)))
-        tale.say(f" {tale.person().name} spells: {items}.")
+        verb, items = "spells", tale.rng.sample(words.LETTERS, tale.rng.randint(4, 9))
+    tale.say(f"{tale.someone()} {verb}: {' '.join(items)}.")
     if tale.rng.random() < 0.2:
         _plain(tale)
-    tale.say(f" {tale.person().name} repeats:", f" {items}.", "copy")
+    if tale.rng.random() < 0.4:
+        tale.say(f"{tale.someone()} repeats:", f" {' '.join(items)}.", "copy")
+        return
+    tale.say(f"{tale.someone()} repeats in pairs:")
+    pairs = list(itertools.pairwise(items))
+    for i, (first, second) in enumerate(tale.rng.sample(pairs, len(pairs))):
+        tale.say(f"{',' if i else ''} {first}", f" {second}", "copy")
+    tale.say(".")
 
 
 def _count(tale: Tale) -> None:
     """A sequence, a sum, the length of a list, or the next day."""
     rng, number = tale.rng, words.NUMBERS
-    form = rng.choice(("up", "down", "twos", "list", "list", "sum", "sum", "day"))
+    form = rng.choice(("up", "down", "twos", "list", "list", "sum", "sum", "day", "day", "day"))
     if form in ("up", "down", "twos"):
         step = {"up": 1, "down": -1, "twos": 2}[form]
         steps = rng.randint(3, 7)
@@ -295,14 +242,14 @@ def _count(tale: Tale) -> None:
         last = start + step * steps
         run = ", ".join(number[i] for i in range(start, last + step, step))
         how = {"up": "counts", "down": "counts down", "twos": "counts by two"}[form]
-        tale.say(f" {tale.person().name} {how} from {number[start]} to {number[last]}:", f" {run}.", "count")
+        tale.say(f"{tale.someone()} {how} from {number[start]} to {number[last]}:", f" {run}.", "count")
     elif form == "list":
         items = rng.sample(words.OBJECTS, rng.randint(2, 6))
         listed = ", ".join(f"a {item}" for item in items[:-1]) + f" and a {items[-1]}"
-        tale.say(f" {tale.person().name} sees {listed}. That is", f" {number[len(items) - 1]} things.", "count")
+        tale.say(f"{tale.someone()} sees {listed}. That is", f" {number[len(items) - 1]} things.", "count")
     elif form == "sum":
         left, right, food = rng.randint(2, 9), rng.randint(1, 9), rng.choice(words.FOODS[:3])
-        tale.say(f" {tale.person().name} has {number[left - 1]} bags of {food} and finds {number[right - 1]} more.")
+        tale.say(f"{tale.someone()} has {number[left - 1]} bags of {food} and finds {number[right - 1]} more.")
         tale.say(" That makes", f" {number[left + right - 1]} bags of {food}.", "count")
     else:
         today = rng.randrange(7)
@@ -314,7 +261,6 @@ PASSAGES: dict[str, Callable[[Tale], None]] = {
     "ask": ask,
     "use": _use,
     "retell": _retell,
-    "change": _change,
     "plain": _plain,
     "repeat": _repeat,
     "count": _count,

@@ -1,7 +1,11 @@
 """The words of the synthetic language: small closed classes, so that a tiny vocabulary covers nearly all of them."""
 
-HE_NAMES = ("Arlo", "Bruno", "Colin", "Emil", "Hugo", "Ivan", "Milo", "Otto", "Pavel", "Ruben", "Simon", "Tomas")
-SHE_NAMES = ("Ada", "Bella", "Clara", "Dora", "Elsa", "Greta", "Ines", "Lena", "Mira", "Nora", "Rosa", "Vera")
+NAMES = (
+    *("Arlo", "Bruno", "Colin", "Emil", "Hugo", "Ivan", "Milo", "Otto", "Pavel", "Ruben", "Simon", "Tomas"),
+    *("Ada", "Bella", "Clara", "Dora", "Elsa", "Greta", "Ines", "Lena", "Mira", "Nora", "Rosa", "Vera"),
+)
+HE_WORKS = ("king", "miller", "baker", "smith", "farmer", "sailor")
+SHE_WORKS = ("queen", "weaver", "painter", "singer", "teacher", "nurse")
 TOWNS = ("Alder", "Brook", "Copper", "Dune", "Ember", "Fern", "Harbor", "Juniper", "Larch", "Oak", "Pebble", "Willow")
 
 COLOURS = ("red", "green", "blue", "white", "black", "brown", "grey", "golden", "silver", "yellow")
@@ -46,7 +50,7 @@ NUMBERS = (
 )
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
-LIST_WORDS = (*OBJECTS, *PLACES, *FOODS, *COLOURS)
+LIST_WORDS = (*OBJECTS, *PLACES, *FOODS, *COLOURS, *TOWNS, *NUMBERS)
 
 
 def plural(noun: str) -> str:

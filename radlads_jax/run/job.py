@@ -19,7 +19,8 @@ from radlads_jax.distill.student_config import layers_to_choose, make_student_co
 from radlads_jax.fields import require
 from radlads_jax.models import sharding
 from radlads_jax.models.config import ModelConfig
-from radlads_jax.models.decoder import abstract_params, init_params
+from radlads_jax.models.decoder import abstract_params
+from radlads_jax.models.fresh import fresh_params
 from radlads_jax.models.mixers import mixer_spec
 from radlads_jax.models.placement import shardings
 from radlads_jax.models.tree import Params
@@ -84,8 +85,10 @@ class Job:
         placed = shardings(self.mesh, abstract_params(self.teacher), self.teacher)
         if self.source is None:
             cfg = dataclasses.replace(self.teacher, param_dtype=dtype)
-            init = init_params if placed is None else jax.jit(init_params, static_argnums=(0, 1), out_shardings=placed)
-            return init(cfg, self.run.seed)
+            init = fresh_params
+            if placed is not None:
+                init = jax.jit(fresh_params, static_argnums=(0, 1, 2), out_shardings=placed)
+            return init(cfg, self.run.seed, self.run.teacher.look_back)
         return load_params(self.source, self.teacher, dtype=dtype, shardings=placed)
 
     def batches(self, name: str, rows: int | None = None) -> grain.DatasetIterator:

@@ -41,7 +41,7 @@ from radlads_jax.run.exporting import export_again
 
 TOLERANCE = 1e-5
 PROGRAMS = Path(__file__).with_name("served_programs.py")
-PROMPT = "This is a tale of Dora and Emil. The number of Emil is 524. What is the number of Emil? The number"
+PROMPT = "This is a tale of the king and the nurse. We pay Emil seven. We pay Dora twelve. What do we pay Emil? We pay"
 SAMPLE = "\n".join(SAMPLES)
 # For a tokenizer that has none.
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"

@@ -159,7 +159,7 @@ def test_rows_beyond_the_teachers_positions(tmp_path, capsys):
 
 def test_rows_within_a_linear_scaling(tmp_path):
     """Of a teacher whose max_position_embeddings is from before it."""
-    job = make(settings(data__documents=200, stage2__seq_len=4096, stage2__tokens=4096 * 8), tmp_path / "run")
+    job = make(settings(data__documents=250, stage2__seq_len=4096, stage2__tokens=4096 * 8), tmp_path / "run")
     assert preflight.positions(job).problem
     for factor, is_fine in ((2.0, True), (1.5, False)):
         scaled = dataclasses.replace(job.teacher, rope_scaling=RopeScaling("linear", factor))

@@ -204,8 +204,8 @@ def _scores(summary: Mapping[str, Any]) -> str:
             "",
             "Control: the teacher itself, untrained, with a window of keys where the student's layers are converted.",
         ]
-    if summary.get("relative_top1"):
-        lines += ["", f"Top-1 relative to the teacher's: {summary['relative_top1']:.2%}."]
+    if (relative := summary.get("relative_top1")) is not None:
+        lines += ["", f"Top-1 relative to the teacher's: {relative:.2%}."]
     if answers := summary.get("answers"):
         names = [name for name in ("teacher", "control", "student") if name in answers["scores"][0]]
         lines += [

@@ -124,6 +124,7 @@ def test_verbs_agree_with_their_subject_and_pronouns_with_the_name(texts: list[s
 def test_names_stand_before_their_values_and_nowhere_else_in_a_tale(texts: list[str]) -> None:
     for text in texts:
         told = set(re.findall(r"We (?:give|show|pay|paint) (\w+) \w+\.", text))
+        assert len(told) >= 3
         for name in told:
             assert len(re.findall(rf"\b{name}\b", text)) == len(
                 re.findall(rf" [Ww]e \w+ {name}\b| do we \w+ {name}\?", text)
@@ -145,7 +146,7 @@ def test_spans_make_the_document_and_need_memory(texts: list[str]) -> None:
     parts = [span for index in range(len(texts)) for span in synthetic.spans(synthetic.TRAIN_SEED, index)]
     assert "".join(span.text for span in parts) == "".join(texts)
     characters = sum(len(span.text) for span in parts)
-    for kind, least in (("answer", 0.06), ("mention", 0.005), ("copy", 0.035), ("count", 0.02)):
+    for kind, least in (("answer", 0.07), ("mention", 0.007), ("copy", 0.04), ("count", 0.035)):
         assert sum(len(span.text) for span in parts if span.kind == kind) > least * characters
 
 

@@ -288,6 +288,12 @@ def from_scratch(**more):
     return config
 
 
+def test_heads_that_can_not_look_back_are_refused_before_text_is_read(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.teacher\.look_back .*at most 4 places"):
+        make(from_scratch(teacher__look_back=(1,) * 5), tmp_path / "run")
+    assert not (tmp_path / "run" / "data").exists()
+
+
 def test_fresh_weights_have_no_loss_to_be_judged_by(tmp_path, capsys):
     assert not holds(check(make(from_scratch(), tmp_path / "run")))
     assert "teacher" not in lines(capsys.readouterr().out)

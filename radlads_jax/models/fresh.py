@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from radlads_jax.models import rope
-from radlads_jax.models.config import ModelConfig
+from radlads_jax.models.config import SOFTMAX, ModelConfig
 from radlads_jax.models.decoder import init_params
 from radlads_jax.models.tree import Params, joined
 
@@ -24,15 +24,11 @@ def fresh_params(cfg: ModelConfig, seed: int, look_back: tuple[int, ...] = ()) -
     for the mark (Olsson et al., arXiv 2209.11895). Neither is of use without the other, so a small model finds them
     late; given the first, it soon finds the second.
 
-    Raises ValueError where the first layer's heads have no biases of q and k that RoPE turns, or are fewer.
+    Raises ValueError as `check_look_back` does.
     """
+    check_look_back(cfg, look_back)
     if not look_back:
         return init_params(cfg, seed)
-    if not cfg.qkv_bias or cfg.qk_norm or len(look_back) > cfg.num_heads or cfg.stacks[0][0] != "attention":
-        raise ValueError(
-            f"config.teacher.look_back is {look_back}; expected at most {cfg.num_heads} places, one a head, of a model "
-            "of softmax attention with biases of q and k and no norms of them, as qwen2's. Leave it out."
-        )
     params = init_params(cfg, seed)
     factor = cfg.hidden_size**-0.5 / 0.02
     params["stacks"] = jax.tree_util.tree_map_with_path(
@@ -42,6 +38,16 @@ def fresh_params(cfg: ModelConfig, seed: int, look_back: tuple[int, ...] = ()) -
     for name, bias in zip(("q", "k"), _biases(cfg, look_back), strict=True):
         mixer[name]["bias"] = mixer[name]["bias"].at[0].set(bias)
     return params
+
+
+def check_look_back(cfg: ModelConfig, look_back: tuple[int, ...]) -> None:
+    """Raises ValueError where the first layer's heads have no biases of q and k that RoPE turns, or are fewer."""
+    able = cfg.qkv_bias and not cfg.qk_norm and cfg.stacks[0][0] == SOFTMAX
+    if look_back and (not able or len(look_back) > cfg.num_heads):
+        raise ValueError(
+            f"config.teacher.look_back is {look_back}; expected at most {cfg.num_heads} places, one a head, of a model "
+            "of softmax attention with biases of q and k and no norms of them, as qwen2's. Leave it out."
+        )
 
 
 def _biases(cfg: ModelConfig, look_back: tuple[int, ...]) -> tuple[Float[Array, " d"], Float[Array, " d"]]:

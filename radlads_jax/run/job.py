@@ -20,7 +20,7 @@ from radlads_jax.fields import require
 from radlads_jax.models import sharding
 from radlads_jax.models.config import ModelConfig
 from radlads_jax.models.decoder import abstract_params
-from radlads_jax.models.fresh import fresh_params
+from radlads_jax.models.fresh import check_look_back, fresh_params
 from radlads_jax.models.mixers import mixer_spec
 from radlads_jax.models.placement import shardings
 from radlads_jax.models.tree import Params
@@ -137,6 +137,7 @@ def _check_teacher(run: RunConfig, source: AnyPath | None, teacher: ModelConfig)
             "student would train them, and vLLM and llama.cpp leave them out. Expected none; python -m "
             "radlads_jax.export --model TEACHER --output DIR --for=llama.cpp writes it without."
         )
+    check_look_back(teacher, run.teacher.look_back)
     if source is not None:
         # Only headers are read here: a damaged file shows now, not after the data has been tokenised.
         model_tensors(source, teacher)
